@@ -1,0 +1,224 @@
+"use strict";
+// In:  the data in the page, the address's hash (#step=3&node=linear_5&tab=code&theme=dark), the user's hands.
+// Out: the page kept in step with its state. The state is one object; every change goes through `show`.
+
+const Main = (() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const graphs = new Map();
+  const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null };
+  const camera = { x: 0, y: 0, k: 1 };
+  let graph = null;
+  let laid = null;
+  let places = new Map(); // key -> {x, y, w, h} in the picture
+
+  for (const record of data.records) record.kindText = data.kinds.find((k) => k.key === record.kind).text;
+
+  function graphAt(step) {
+    if (!graphs.has(step)) graphs.set(step, Model.graphOf(data, step));
+    return graphs.get(step);
+  }
+
+  // ---- the address
+
+  function readHash() {
+    const hash = new URLSearchParams(location.hash.slice(1));
+    const step = Number(hash.get("step") ?? data.steps.length - 1);
+    state.step = Number.isInteger(step) ? Math.min(Math.max(step, 0), data.steps.length - 1) : 0;
+    state.selected = hash.get("node") ?? (hash.has("module") ? `@${hash.get("module")}` : null);
+    state.tab = ["node", "changes", "misses", "code"].includes(hash.get("tab")) ? hash.get("tab") : "node";
+    state.before = hash.get("view") === "before";
+    state.kind = hash.get("kind");
+    state.theme = ["light", "dark"].includes(hash.get("theme")) ? hash.get("theme") : null;
+    if (hash.get("open") === "all") state.open = new Set(graphAt(state.step).groups.keys());
+    else if (hash.has("open")) state.open = new Set(["", ...hash.get("open").split(",")]);
+  }
+
+  function writeHash() {
+    const hash = new URLSearchParams({ step: state.step });
+    if (state.selected?.startsWith("@")) hash.set("module", state.selected.slice(1));
+    else if (state.selected) hash.set("node", state.selected);
+    if (state.tab !== "node") hash.set("tab", state.tab);
+    if (state.before) hash.set("view", "before");
+    if (state.kind) hash.set("kind", state.kind);
+    if (state.theme) hash.set("theme", state.theme);
+    history.replaceState(null, "", `#${hash}`);
+  }
+
+  // ---- drawing
+
+  function marksOf(shown) {
+    const { diff } = graphAt(state.step);
+    const marks = new Map();
+    const names = state.before ? [["removed", diff.removed], ["changed", diff.changed]] : [["added", diff.added], ["changed", diff.changed]];
+    for (const [mark, set] of names) for (const name of set) if (shown.nodes.has(name)) marks.set(name, mark);
+    return marks;
+  }
+
+  function show(change = {}, { anchor = null, center = false } = {}) {
+    const pinned = anchor && places.get(anchor);
+    const at = pinned ? { x: pinned.x * camera.k + camera.x, y: pinned.y * camera.k + camera.y } : null;
+    Object.assign(state, change);
+    if (state.step === 0) state.before = false;
+    graph = graphAt(state.before ? state.step - 1 : state.step);
+    state.open ??= Model.openByDefault(graph);
+    const name = state.selected;
+    if (name && center) for (const path of Model.pathsAbove(graph, name)) state.open.add(path);
+    if (name?.startsWith("@") && center) openTo(name.slice(1));
+    graph.marks = marksOf(graph);
+
+    laid = Layout.layout(graph.root, state.open);
+    const world = byId("world");
+    world.replaceChildren(Draw.picture(laid, graph, state.open));
+    places = new Map();
+    findPlaces(laid, 0, 0);
+    drawMarks();
+    drawPanels();
+    document.documentElement.dataset.theme = state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+    if (at && places.has(anchor)) {
+      camera.x = at.x - places.get(anchor).x * camera.k;
+      camera.y = at.y - places.get(anchor).y * camera.k;
+    }
+    if (center && state.selected) centerOn(visibleKey(state.selected));
+    move();
+    writeHash();
+  }
+
+  function openTo(path) {
+    let found = path;
+    while (found && !graph.groups.has(found)) found = found.slice(0, Math.max(0, found.lastIndexOf(".")));
+    for (let group = graph.groups.get(found)?.parent; group; group = group.parent) state.open.add(group.path);
+  }
+
+  function findPlaces(picture, dx, dy) {
+    for (const placed of picture.items) {
+      places.set(Model.keyOf(placed.item), { x: placed.x + dx, y: placed.y + dy, w: placed.w, h: placed.h });
+      if (placed.inner) findPlaces(placed.inner, placed.x + dx, placed.y + dy);
+    }
+  }
+
+  // The node's own box, or the closed box that hides it.
+  function visibleKey(key) {
+    if (places.has(key)) return key;
+    const paths = key.startsWith("@") ? [key.slice(1)] : Model.pathsAbove(graph, key);
+    for (let path of paths.reverse()) {
+      while (path && !places.has(`@${path}`)) path = path.slice(0, Math.max(0, path.lastIndexOf(".")));
+      if (path) return `@${path}`;
+    }
+    return null;
+  }
+
+  function drawMarks() {
+    const key = state.selected && visibleKey(state.selected);
+    for (const box of byId("world").querySelectorAll("[data-key]")) {
+      const mine = box.dataset.key === key;
+      box.classList.toggle("selected", mine);
+      box.setAttribute("tabindex", mine ? 0 : -1);
+      if (box.classList.contains("node")) box.classList.toggle("faded", Boolean(state.kind) && !box.classList.contains(`kind-${state.kind}`));
+    }
+    for (const edge of byId("world").querySelectorAll(".edge")) {
+      edge.classList.toggle("near", Boolean(key) && (edge.dataset.from === key || edge.dataset.to === key));
+    }
+    if (!key) byId("world").querySelector("[data-key]")?.setAttribute("tabindex", 0);
+  }
+
+  function drawPanels() {
+    const now = graphAt(state.step);
+    byId("stages").replaceChildren(...Panels.stages(data, data.steps.map((_, i) => diffAt(i)), state.step));
+    byId("legend").replaceChildren(...Panels.legend(data, graph, state.kind));
+    byId("before").setAttribute("aria-pressed", String(state.before));
+    byId("before").disabled = state.step === 0;
+    for (const tab of document.querySelectorAll("[role=tab]")) {
+      const mine = tab.dataset.tab === state.tab;
+      tab.setAttribute("aria-selected", String(mine));
+      tab.setAttribute("tabindex", mine ? 0 : -1);
+    }
+    byId("miss-count").textContent = now.step.misses.length ? ` ${now.step.misses.length}` : "";
+    byId("panel").replaceChildren(tabContent(now));
+    byId("panel").setAttribute("aria-labelledby", `tab-${state.tab}`);
+    byId("where").textContent = state.before ? `before ${now.step.name}` : `after ${now.step.name}`;
+  }
+
+  const diffAt = (i) => graphAt(i).diff;
+
+  function tabContent(now) {
+    if (state.tab === "changes") return Panels.changesTab(data, now);
+    if (state.tab === "misses") return Panels.missesTab(now);
+    if (state.tab === "code") return Panels.codeTab(data, now);
+    if (state.selected === null) return Panels.groupTab(data, graph, "");
+    if (state.selected.startsWith("@")) return Panels.groupTab(data, graph, state.selected.slice(1));
+    return Panels.nodeTab(data, graph, state.selected);
+  }
+
+  // ---- the camera
+
+  function move() {
+    byId("world").setAttribute("transform", `translate(${camera.x},${camera.y}) scale(${camera.k})`);
+    byId("zoom").textContent = `${Math.round(100 * camera.k)}%`;
+  }
+
+  function zoom(factor, cx, cy) {
+    const k = Math.min(3, Math.max(0.02, camera.k * factor));
+    camera.x = cx - ((cx - camera.x) * k) / camera.k;
+    camera.y = cy - ((cy - camera.y) * k) / camera.k;
+    camera.k = k;
+    move();
+  }
+
+  function centerOn(key) {
+    const place = places.get(key);
+    if (!place) return;
+    const { width, height } = byId("graph").getBoundingClientRect();
+    if (camera.k < 0.6) camera.k = 1;
+    camera.x = width / 2 - (place.x + place.w / 2) * camera.k;
+    camera.y = height / 2 - (place.y + Math.min(place.h, 200) / 2) * camera.k;
+  }
+
+  // The whole picture, or as much of it from the top as is still readable.
+  function fit(least = 0.02) {
+    const { width, height } = byId("graph").getBoundingClientRect();
+    const all = Math.min((width - 24) / laid.w, (height - 24) / laid.h);
+    camera.k = Math.min(1.2, Math.max(all, Math.min(least, (width - 24) / laid.w), 0.02));
+    camera.x = (width - laid.w * camera.k) / 2;
+    camera.y = Math.max(12, (height - laid.h * camera.k) / 2);
+    move();
+  }
+
+  // ---- what a person does
+
+  function select(key, options) {
+    show({ selected: key, tab: "node" }, options);
+  }
+
+  function toggle(path) {
+    const open = new Set(state.open);
+    if (!open.delete(path)) open.add(path);
+    show({ open, selected: `@${path}`, tab: "node" }, { anchor: `@${path}` });
+  }
+
+  function focusKey(key) {
+    byId("world").querySelector(`[data-key="${CSS.escape(key)}"]`)?.focus({ preventScroll: true });
+  }
+
+  function goStep(step) {
+    show({ step: Math.min(Math.max(step, 0), data.steps.length - 1) }, { anchor: state.selected && visibleKey(state.selected) });
+  }
+
+  // The nearest box in the arrow's direction.
+  function neighbour(key, dx, dy) {
+    const here = places.get(key);
+    if (!here) return [...places.keys()][0];
+    const [hx, hy] = [here.x + here.w / 2, here.y + 12];
+    let best = null;
+    for (const [other, place] of places) {
+      const [vx, vy] = [place.x + place.w / 2 - hx, place.y + 12 - hy];
+      const along = vx * dx + vy * dy;
+      if (other === key || along < 6) continue;
+      const cost = along + 2.5 * Math.abs(vx * dy + vy * dx);
+      if (!best || cost < best.cost) best = { other, cost };
+    }
+    return best?.other ?? key;
+  }
+
+  return { data, state, camera, show, select, toggle, goStep, fit, zoom, move, neighbour, focusKey, visibleKey, readHash, graph: () => graph, graphAt, places: () => places };
+})();

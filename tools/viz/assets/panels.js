@@ -1,0 +1,220 @@
+"use strict";
+// In:  the data, the graph shown and the page's state (main.js).
+// Out: the lists and texts around the picture: stages, legend, and the tabs for a node, the changes, the misses, the
+//      code. A button that leads to a node or module carries `data-jump`; main.js listens once for all of them.
+
+const Panels = (() => {
+  function el(tag, attributes = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value);
+    }
+    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    return element;
+  }
+
+  const jump = (name, text = name) => el("button", { class: "jump", type: "button", "data-jump": name }, text);
+
+  function bytes(n) {
+    if (n === null || n === undefined) return "?";
+    if (n < 10_000) return `${n} B`;
+    const [value, unit] = n < 10e6 ? [n / 1e3, "kB"] : n < 10e9 ? [n / 1e6, "MB"] : [n / 1e9, "GB"];
+    return `${value >= 100 ? value.toFixed(0) : value.toFixed(1)} ${unit}`;
+  }
+
+  const seconds = (s) => (s < 0.0995 ? `${(s * 1e3).toFixed(s < 0.01 ? 1 : 0)} ms` : `${s.toFixed(2)} s`);
+
+  function counts(diff) {
+    return [["added", "+", diff.added.size], ["removed", "−", diff.removed.size], ["changed", "~", diff.changed.size]]
+      .filter(([, , n]) => n > 0)
+      .map(([kind, sign, n]) => el("span", { class: `count ${kind}`, title: `${n} nodes ${kind}` }, `${sign}${n}`));
+  }
+
+  function stages(data, diffs, current) {
+    return data.steps.map((step, i) => {
+      const first = data.steps[0].weight_bytes;
+      const share = first ? ` (${((100 * step.weight_bytes) / first).toFixed(0)}%)` : "";
+      return el("li", {},
+        el("button", { type: "button", class: "stage", "data-step": i, "aria-current": i === current ? "step" : null },
+          el("span", { class: "line" }, el("b", {}, `${i}  ${step.name}`), el("span", { class: "counts" }, counts(diffs[i]))),
+          step.options ? el("code", { class: "options", title: step.options }, step.options) : null,
+          el("span", { class: "quiet" },
+            i === 0 ? `${step.ids.length} nodes` : `${step.rewrites} rewrites · ${seconds(step.seconds)}`,
+            step.misses.length ? ` · ${step.misses.length} missed` : null),
+          el("span", { class: "quiet" }, `weights ${bytes(step.weight_bytes)}${i ? share : ""}`)));
+    });
+  }
+
+  function legend(data, graph, faded) {
+    const present = graph.root.kinds;
+    return data.kinds.filter((kind) => present[kind.key]).map((kind) =>
+      el("li", {}, el("button", { type: "button", "data-kind": kind.key, "aria-pressed": faded === kind.key ? "true" : "false", title: kind.meaning },
+        el("i", { class: `swatch kind-${kind.key}` }), el("span", {}, kind.text), el("span", { class: "quiet" }, String(present[kind.key])))));
+  }
+
+  function row(term, value) {
+    return value === null || value === undefined || value === "" ? [] : [el("dt", {}, term), el("dd", {}, value)];
+  }
+
+  const codeBlock = (content, className = "") => el("pre", { class: className, tabindex: 0 }, content);
+
+  const decibel = (value) => (typeof value === "number" ? `${value.toFixed(1)} dB` : value);
+
+  function errorRows(error) {
+    if (!error) return [];
+    return [
+      ...row("signal to noise", decibel(error.sqnr_db)),
+      ...row("largest error", Number(error.max_abs).toPrecision(3)),
+      ...row("relative to largest value", error.max_rel === undefined ? null : Number(error.max_rel).toPrecision(3)),
+      ...row("compared with", error.reference),
+    ];
+  }
+
+  function nodeTab(data, graph, name) {
+    const node = graph.nodes.get(name);
+    if (!node) return gone(data, graph, name);
+    const misses = graph.misses.get(name) ?? [];
+    const error = data.errors[name];
+    return el("div", {},
+      el("h2", {}, el("i", { class: `swatch kind-${node.kind}` }), node.name),
+      el("p", { class: "quiet" }, node.kindText),
+      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), miss.asked ? `${miss.asked}: ` : "", miss.reason)),
+      codeBlock(node.code, "wrap"),
+      el("dl", {},
+        row("module", node.module ? jump(`@${node.module}`, node.module) : null),
+        row("your source", node.source), row("", node.source_text ? el("code", {}, node.source_text) : null),
+        row("operation", node.target), row("format", node.format), row("annotation", node.note),
+        row("shape", node.shape), row("dtype", node.dtype), row("bytes of its value", node.bytes === null ? null : bytes(node.bytes)),
+        moduleBytes(data, graph, node), errorRows(error),
+        row("inputs", node.args.length ? links(graph, node.args) : null),
+        row("read by", node.users.length ? links(graph, node.users) : null),
+        row("made from", node.origins.length ? links(graph, node.origins) : null)),
+      error === undefined && Object.keys(data.errors).length > 0 ? el("p", { class: "quiet" }, "No error figure: the unquantized graph has no value to compare this one with.") : null,
+      history(data, graph, name));
+  }
+
+  function links(graph, names) {
+    const shown = names.slice(0, 40).map((name) => (graph.nodes.has(name) ? jump(name) : el("span", { class: "quiet" }, name)));
+    return el("span", { class: "links" }, shown, names.length > 40 ? `and ${names.length - 40} more` : null);
+  }
+
+  // Weights of the node's module in the first stage and in this one.
+  function moduleBytes(data, graph, node) {
+    const path = node.isGroup ? node.path : node.group;
+    const before = weightBytes(data, 0, path);
+    const now = weightBytes(data, graph.index, path);
+    if (!before && !now) return [];
+    const same = before === now || graph.index === 0;
+    return row("weights of the module", same ? bytes(now) : `${bytes(before)} → ${bytes(now)}`);
+  }
+
+  function weightBytes(data, stepIndex, path) {
+    let total = 0;
+    for (const id of data.steps[stepIndex].ids) {
+      const record = data.records[id];
+      const inside = !path || record.group === path || record.group.startsWith(`${path}.`);
+      if (inside && record.weight_bytes) total += record.weight_bytes;
+    }
+    return total;
+  }
+
+  // The node in each stage where it became another one.
+  function history(data, graph, name) {
+    const entries = [];
+    let last = null;
+    data.steps.forEach((step, i) => {
+      const id = step.ids.find((candidate) => data.records[candidate].name === name) ?? null;
+      if (id !== last) entries.push({ i, step, record: id === null ? null : data.records[id] });
+      last = id;
+    });
+    if (entries.length < 2) return null;
+    return el("details", { open: "" }, el("summary", {}, "Through the stages"),
+      el("ol", { class: "history" }, entries.map(({ i, step, record }) =>
+        el("li", {}, el("button", { type: "button", class: "jump", "data-step": i }, `${i} ${step.name}`),
+          record ? codeBlock(`${record.code}${record.format ? `    # ${record.format}` : ""}`, "wrap") : el("p", { class: "quiet" }, "removed")))));
+  }
+
+  function gone(data, graph, name) {
+    for (let i = graph.index; i >= 0; i -= 1) {
+      const id = data.steps[i].ids.find((candidate) => data.records[candidate].name === name);
+      if (id === undefined) continue;
+      return el("div", {}, el("h2", {}, name), el("p", {}, `Not in this stage. Last seen after ${data.steps[i].name}:`),
+        codeBlock(data.records[id].code, "wrap"), history(data, graph, name));
+    }
+    return el("div", {}, el("h2", {}, name), el("p", {}, "Not in this stage; a later one makes it."), history(data, graph, name));
+  }
+
+  function groupTab(data, graph, path) {
+    const group = graph.groups.get(path);
+    if (!group) return el("p", { class: "quiet" }, `${path} has no box of its own in this stage.`);
+    const kinds = data.kinds.filter((kind) => group.kinds[kind.key]);
+    const within = (name) => graph.nodes.has(name) && Model.pathsAbove(graph, name).includes(path);
+    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e.sqnr_db === "number" && within(name))
+      .sort((a, b) => a[1].sqnr_db - b[1].sqnr_db).slice(0, 5);
+    const misses = graph.step.misses.filter((miss) => within(miss.node));
+    return el("div", {},
+      el("h2", {}, path || "the whole model"),
+      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), jump(miss.node), ` ${miss.reason}`)),
+      el("dl", {}, row("nodes", String(group.size)),
+        row("what they became", el("ul", { class: "plain" }, kinds.map((kind) => el("li", {}, el("i", { class: `swatch kind-${kind.key}` }), ` ${group.kinds[kind.key]} ${kind.text}`)))),
+        row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
+        row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
+        moduleBytes(data, graph, group),
+        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, jump(name), ` ${decibel(e.sqnr_db)}`))) : null)));
+  }
+
+  function changesTab(data, graph) {
+    if (graph.index === 0) return el("p", { class: "quiet" }, "This is the graph the pipeline began with.");
+    const { added, removed, changed } = graph.diff;
+    const part = (title, className, names) => names.size === 0 ? null
+      : el("details", { open: names.size <= 60 ? "" : null, class: className }, el("summary", {}, `${names.size} ${title}`),
+        el("ul", { class: "plain" }, [...names].slice(0, 2000).map((name) => el("li", {}, jump(name)))));
+    const parts = [part("added", "added", added), part("removed", "removed", removed), part("changed", "changed", changed)];
+    return el("div", {}, el("h2", {}, `What ${graph.step.name} did`), diffOfCode(data, graph, 2),
+      parts.every((p) => p === null) ? el("p", { class: "quiet" }, "Nothing in the graph.") : parts);
+  }
+
+  function missesTab(graph) {
+    const { misses } = graph.step;
+    if (misses.length === 0) return el("p", { class: "quiet" }, "Everything that was asked for up to this stage was done.");
+    return el("div", {}, el("h2", {}, "Asked for and not done"),
+      el("ul", { class: "misses" }, misses.map((miss) => el("li", {}, jump(miss.node),
+        miss.module ? el("span", { class: "quiet" }, ` ${miss.module}`) : null,
+        el("p", {}, miss.asked ? el("b", {}, `${miss.asked}: `) : null, miss.reason),
+        miss.source ? el("p", { class: "quiet" }, miss.source) : null))));
+  }
+
+  function codeTab(data, graph) {
+    return el("div", {}, el("h2", {}, `The graph after ${graph.step.name}`), diffOfCode(data, graph, Infinity));
+  }
+
+  // Lines with their sign; with a finite context only what changed and that many lines around it.
+  function diffOfCode(data, graph, context) {
+    const lines = Model.codeLines(data, graph);
+    const near = new Uint8Array(lines.length);
+    lines.forEach((line, i) => {
+      if (line.sign === " ") return;
+      for (let k = Math.max(0, i - context); k <= Math.min(lines.length - 1, i + context); k += 1) near[k] = 1;
+    });
+    const block = el("pre", { class: "diff", tabindex: 0 });
+    let skipped = false;
+    const limit = Number.isFinite(context) ? 400 : Infinity;
+    let written = 0;
+    lines.forEach((line, i) => {
+      if (Number.isFinite(context) && !near[i]) {
+        skipped = true;
+        return;
+      }
+      if (written >= limit) return;
+      if (skipped && written) block.append(el("span", { class: "gap" }, "⋯\n"));
+      skipped = false;
+      written += 1;
+      const className = { "+": "added", "-": "removed", "~": "changed", " ": "same" }[line.sign];
+      block.append(el("span", { class: `row ${className}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`));
+    });
+    if (written >= limit) block.append(el("span", { class: "gap" }, "⋯ the rest is in the tab Code\n"));
+    return written ? block : null;
+  }
+
+  return { el, stages, legend, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
+})();

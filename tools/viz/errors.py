@@ -1,0 +1,145 @@
+"""The error that quantization brought to each value: the captured and the rewritten graph run on the same input.
+
+Comes in: the graph before, the graph after, and the inputs of both. Goes out: node name -> `NodeError`.
+
+    reference = capture(model, inputs); gm = capture(model, inputs); Pipeline.parse("annotate{recipe=int4},fold").run(gm)
+    node_errors(reference, gm, inputs)["linear_5"].sqnr_db  ->  24.8
+
+Errors are cumulative: a node is fed what the quantized graph computed so far. A node is compared with the node of
+its own name, or else with the last of the captured nodes that it stands for (a fused region has its tail's value).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from ...formats.errors import BitfoldError
+from ...passes.provenance import FROM_KEY
+
+
+@dataclass(frozen=True)
+class NodeError:
+    """How far one value is from the unquantized model's.
+
+    `sqnr_db`: 10 log10(sum of squares of the reference / sum of squares of the difference), infinite when equal.
+    `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute value.
+    """
+
+    sqnr_db: float
+    max_abs: float
+    max_rel: float
+    reference: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers as JSON can hold them: infinity and NaN become text."""
+        numbers = {"sqnr_db": self.sqnr_db, "max_abs": self.max_abs, "max_rel": self.max_rel}
+        return {key: _json_number(value) for key, value in numbers.items()} | {"reference": self.reference}
+
+
+def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> dict[str, NodeError]:
+    """Run both graphs on `inputs` and compare every floating-point value that both of them have.
+
+    Holds the compared values of `before` in memory for one run. Raises BitfoldError if the two graphs do not take
+    the same inputs.
+    """
+    taken = [[node.name for node in gm.graph.nodes if node.op == "placeholder"] for gm in (before, after)]
+    if len(taken[0]) != len(taken[1]):
+        raise BitfoldError(
+            f"the graphs to compare take {len(taken[0])} and {len(taken[1])} inputs; "
+            "capture the reference from the same model with the same inputs"
+        )
+    partners = _partners(before, after)
+    wanted = set(partners.values())
+    kept: dict[str, Tensor] = {}
+
+    def keep(node: Node, value: Any) -> None:
+        if node.name in wanted and _comparable(value):
+            kept[node.name] = value.detach().clone()  # a later in-place write must not reach it
+
+    found: dict[str, NodeError] = {}
+
+    def compare(node: Node, value: Any) -> None:
+        reference = kept.get(partners.get(node.name, ""))
+        if reference is not None and _comparable(value) and value.shape == reference.shape:
+            found[node.name] = _error(reference, value, partners[node.name])
+
+    with torch.no_grad():
+        _Watched(before, keep).run(*inputs)
+        _Watched(after, compare).run(*inputs)
+    return found
+
+
+class _Watched(Interpreter):
+    """Runs a graph and shows each value as it comes."""
+
+    def __init__(self, gm: GraphModule, watch: Any) -> None:
+        super().__init__(gm)
+        self._watch = watch
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        self._watch(n, value)
+        return value
+
+
+def _partners(before: GraphModule, after: GraphModule) -> dict[str, str]:
+    """Node of `after` -> node of `before` that has the value it should have."""
+    order = {node.name: i for i, node in enumerate(before.graph.nodes) if node.op.startswith("call_")}
+    partners = {}
+    for node in after.graph.nodes:
+        if not node.op.startswith("call_"):
+            continue
+        if node.name in order:
+            partners[node.name] = node.name
+        elif node.op == "call_module":
+            origins = [name for name in node.meta.get(FROM_KEY, ()) if name in order]
+            if origins:
+                partners[node.name] = max(origins, key=order.__getitem__)
+    return partners
+
+
+def _comparable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+
+
+def _error(reference: Tensor, value: Tensor, name: str) -> NodeError:
+    # float64: the noise of a value that is nearly equal is far below float32's own rounding of the sums.
+    exact = reference.to(torch.float64)
+    noise = value.to(torch.float64) - exact
+    # An attention mask holds -inf in both graphs; inf - inf is no error.
+    noise = torch.where(value == reference, 0.0, noise)
+    signal = torch.where(exact.isinf(), 0.0, exact).square().sum().item()
+    squared = noise.square().sum().item()
+    largest = noise.abs().max().item()
+    top = torch.where(exact.isinf(), 0.0, exact).abs().max().item()
+    return NodeError(_decibel(signal, squared), largest, _ratio(largest, top), name)
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    if math.isnan(noise) or math.isinf(noise):
+        return math.nan
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _ratio(largest: float, top: float) -> float:
+    if largest == 0.0:
+        return 0.0
+    return largest / top if top > 0.0 else math.inf
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else {math.inf: "infinite", -math.inf: "-infinite"}.get(value, "NaN")
+
+
+def worst(errors: Mapping[str, NodeError], count: int = 5) -> Iterable[tuple[str, NodeError]]:
+    """The `count` nodes with the lowest ratio of signal to noise, worst first."""
+    return sorted(errors.items(), key=lambda item: item[1].sqnr_db)[:count]
