@@ -1,0 +1,239 @@
+"""A format: element x scale x layout x sparsity, and the tensors it makes.
+
+In: a float tensor [..., K]. Out: a `Quantized` (codes as the layout packs them, scales, what else the format
+stores), and back.
+
+    f = format("int4[g128]")
+    q = f.quantize(w)                  w [N, K] -> q.codes uint8 [N, K/2], q.scales bfloat16 [N, K/128]
+    f.dequantize(q)                    float32 [N, K]
+    str(f)                             "int4[g128]"
+
+Quantization runs along the last dimension; everything before it is rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from . import affine, rules
+from .element import Element
+from .errors import FormatError
+from .granularity import Granularity
+from .layout import Layout, default
+from .scale import Scale
+from .sparsity import Dense, Sparsity
+
+
+@dataclass(frozen=True)
+class Format:
+    """scale None stores bare codes (a cast). `layout` None means the default for the element's width."""
+
+    element: Element
+    scale: Scale | None
+    layout: Layout = field(default=None)  # type: ignore[assignment]
+    sparsity: Sparsity = field(default_factory=Dense)
+
+    def __post_init__(self) -> None:
+        layout = default(self.element.bits) if self.layout is None else self.layout
+        if self.element.bits == 8 and layout.name in ("packed", "planar"):
+            layout = default(8)  # at 8 bits these are the same bytes
+        object.__setattr__(self, "layout", layout)
+        if self.scale is not None:
+            rules.check_rule(self.element, self.scale)
+            self.sparsity.narrowed(self.scale.granularity)
+
+    def __str__(self) -> str:
+        from .text import to_text
+
+        return to_text(self)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the stored tensors, in the order of every list of parts."""
+        names = ["codes"]
+        if self.scale is not None:
+            names.append("scales")
+            if self.scale.zero != "none":
+                names.append("zeros")
+            if self.scale.two_level:
+                names.append("tensor_scale")
+        if not isinstance(self.sparsity, Dense):
+            names.append("indices")
+        return tuple(names)
+
+    @property
+    def run(self) -> int | None:
+        """Stored codes in a group: what a planar layout takes apart; None for the whole row."""
+        return self._granularity.cols
+
+    @property
+    def _granularity(self) -> Granularity:
+        """The granularity of the stored codes: sparsity keeps some numbers of each group."""
+        whole = self.scale.granularity if self.scale is not None else Granularity()
+        return self.sparsity.narrowed(whole)
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises FormatError, one sentence, if a tensor of this shape cannot take the format."""
+        (self.scale.granularity if self.scale is not None else Granularity()).check(shape)
+        self.sparsity.check(shape)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(scales, [zeros], [tensor_scale]) from the data x [..., K]."""
+        self.check(x.shape)
+        return self._choose(self.sparsity.compress(x)[0])
+
+    def _choose(self, kept: Tensor) -> tuple[Tensor, ...]:
+        if self.scale is None:
+            return ()
+        return rules.choose(self.element, self.scale, self._granularity, kept)
+
+    def from_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
+        """The same from observed smallest and largest numbers, in the scales' shape."""
+        if self.scale is None:
+            return ()
+        return rules.from_range(self.element, self.scale, low, high)
+
+    def quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Quantized:
+        """Codes of x [..., K]; `params` as `choose` or `from_range` return them, chosen from x if None."""
+        self.check(x.shape)
+        kept, indices = self.sparsity.compress(x)
+        params = self._params(kept, params)
+        codes = self.layout.pack(self._encode(kept, params), self.element.bits, self.run)
+        present = [codes, *params] + ([] if indices is None else [indices])
+        return Quantized.from_parts(self, present, x.shape[-1])
+
+    def dequantize(self, q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [..., K] of q: computed in float32, rounded to `dtype` once."""
+        codes = self.layout.unpack(q.codes, self.sparsity.kept(q.k), self.element.bits, self.run)
+        return self.sparsity.expand(self._decode(codes, q.params, dtype), q.indices)
+
+    def fake_quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Tensor:
+        """dequantize(quantize(x)) in x's dtype, bit for bit, without packing. No gradient: see `ops.py`."""
+        self.check(x.shape)
+        kept, indices = self.sparsity.compress(x)
+        params = self._params(kept, params)
+        return self.sparsity.expand(self._decode(self._encode(kept, params), params, x.dtype), indices)
+
+    def _params(self, kept: Tensor, params: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if params is None:
+            return self._choose(kept)
+        wanted = [name for name in self.parts if name not in ("codes", "indices")]
+        if len(params) != len(wanted):
+            raise FormatError(f"{self} takes the parameters ({', '.join(wanted)}), not {len(params)} tensors")
+        return params
+
+    def _encode(self, kept: Tensor, params: Sequence[Tensor]) -> Tensor:
+        if self.scale is None:
+            return self.element.encode(kept)
+        return affine.encode(self.element, self.scale, self._granularity, kept, params)
+
+    def _decode(self, codes: Tensor, params: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        if self.scale is None:
+            return self.element.decode(codes).to(dtype)
+        return affine.decode(self.element, self.scale, self._granularity, codes, params, dtype)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """Unpacked codes, one a byte -> bytes as this format's layout has them."""
+        return self.layout.pack(codes, self.element.bits, self.run)
+
+    def unpack(self, packed: Tensor, k: int) -> Tensor:
+        """Bytes -> unpacked codes; k is the length of the decoded row (with 2:4, twice the stored codes)."""
+        return self.layout.unpack(packed, self.sparsity.kept(k), self.element.bits, self.run)
+
+    def with_layout(self, layout: Layout | str) -> Format:
+        """The same numbers, laid out otherwise."""
+        if isinstance(layout, str):
+            from .text import layout_named
+
+            layout = layout_named(layout)
+        return replace(self, layout=layout)
+
+    def relayout(self, q: Quantized, layout: Layout | str) -> Quantized:
+        """q with its codes moved to another layout; every value stays."""
+        target = self.with_layout(layout)
+        codes = target.pack(self.unpack(q.codes, q.k))
+        return replace(q, format=target, codes=codes)
+
+    def bits_per_element(self, shape: Sequence[int] | None = None) -> float:
+        """Bits of storage a number costs, scales and metadata included: exact for a shape, else for a large one."""
+        if shape is not None:
+            count = math.prod(shape)
+            return self._stored_bits(shape) / count if count else 0.0
+        kept = self.sparsity.kept(1 << 20) / (1 << 20)
+        bits = self.element.bits if self.layout.name != "bytes" else 8
+        total = bits * kept + self.sparsity.index_bits
+        if self.scale is not None and self.scale.granularity.cols is not None:
+            block = (self.scale.granularity.rows or 1) * self.scale.granularity.cols
+            total += (self.scale.bits + self._zero_bits) / block
+        return total
+
+    @property
+    def _zero_bits(self) -> int:
+        assert self.scale is not None
+        return {"none": 0, "int": 8}.get(self.scale.zero, self.scale.bits)
+
+    def _stored_bits(self, shape: Sequence[int]) -> int:
+        rows, length = math.prod(shape[:-1]), self.sparsity.kept(shape[-1])
+        total = 8 * rows * self.layout.row_bytes(self.element.bits, self.run, length)
+        if not isinstance(self.sparsity, Dense):
+            total += 8 * rows * math.ceil(self.sparsity.index_bits * shape[-1] / 8)
+        if self.scale is not None:
+            scales = math.prod(self.scale.granularity.scales_shape(shape))
+            total += scales * (self.scale.bits + self._zero_bits) + (32 if self.scale.two_level else 0)
+        return total
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A tensor in a format: `k` is the length of the decoded last dimension; the rest are the stored parts."""
+
+    format: Format
+    k: int
+    codes: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("codes", "scales", "zeros", "tensor_scale", "indices"):
+            if (getattr(self, name) is not None) != (name in self.format.parts):
+                raise FormatError(
+                    f"{self.format} stores {', '.join(self.format.parts)}; {name} is extra or missing"
+                )
+
+    @classmethod
+    def from_parts(cls, format: Format, parts: Sequence[Tensor], k: int) -> Quantized:
+        """From the stored tensors in the order of `format.parts`."""
+        if len(parts) != len(format.parts):
+            raise FormatError(f"{format} stores {', '.join(format.parts)}, not {len(parts)} tensors")
+        return cls(format, k, **dict(zip(format.parts, parts, strict=True)))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The stored tensors, in the order of `format.parts`."""
+        return [getattr(self, name) for name in self.format.parts]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """Scales, zeros, tensor scale: what `Format.quantize` takes as `params`."""
+        return [getattr(self, name) for name in self.format.parts if name not in ("codes", "indices")]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(p.nbytes for p in self.parts)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the decoded tensor."""
+        return torch.Size((*self.codes.shape[:-1], self.k))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [..., K]."""
+        return self.format.dequantize(self, dtype)

@@ -1,0 +1,179 @@
+"""Where each code's bits lie in memory, as a sympy index map; pack and unpack are derived from it.
+
+In: unpacked codes, uint8 [..., K], one a byte. Out: bytes [..., row_bytes], and back. Each row is laid out
+by itself.
+
+    packed, 4 bits:   codes a b c d        ->  bytes  b<<4|a  d<<4|c            (byte k//2, bit 4*(k % 2))
+    planar, 4 bits, groups of 4: a b c d   ->  bytes  c<<4|a  d<<4|b            (byte k%2,  bit 4*(k // 2))
+
+A `Field` says for some bits of every code at which byte and bit they lie, as expressions in k (the position
+in the row) and K (the row's length). The map repeats: `period` codes fill a whole number of bytes and the next
+period starts behind them. Kernels print the same expressions; `mover.py` turns them into slices.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor
+
+from . import mover
+from .errors import FormatError
+from .mover import Field, K, k
+
+
+class Layout(ABC):
+    """A layout is a frozen dataclass with a `name`; `bits` is the width of a code, `run` the length of a group
+    (None: the whole row)."""
+
+    name: str
+
+    @abstractmethod
+    def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+        """Where the bits of code k of a row of K codes lie."""
+
+    @abstractmethod
+    def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        """(codes, bytes) after which the map of a row of `length` codes repeats."""
+
+    @abstractmethod
+    def row_bytes(self, bits: int, run: int | None, length: int) -> int:
+        """Bytes of a row of `length` codes."""
+
+    def pack(self, codes: Tensor, bits: int, run: int | None = None) -> Tensor:
+        """uint8 codes [..., K] -> uint8 bytes [..., row_bytes]."""
+        length = codes.shape[-1]
+        moves = mover.moves(self, bits, run, *self.period(bits, run, length))
+        return mover.pack(codes, moves, self.row_bytes(bits, run, length))
+
+    def unpack(self, packed: Tensor, length: int, bits: int, run: int | None = None) -> Tensor:
+        """uint8 bytes [..., row_bytes] -> uint8 codes [..., length]."""
+        moves = mover.moves(self, bits, run, *self.period(bits, run, length))
+        return mover.unpack(packed, moves, length)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Bytes(Layout):
+    """One code a byte, in its low bits."""
+
+    name: str = "bytes"
+
+    def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+        return (Field(0, bits, k, sympy.Integer(0)),)
+
+    def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        return 1, 1
+
+    def row_bytes(self, bits: int, run: int | None, length: int) -> int:
+        return length
+
+    def pack(self, codes: Tensor, bits: int, run: int | None = None) -> Tensor:
+        return codes
+
+    def unpack(self, packed: Tensor, length: int, bits: int, run: int | None = None) -> Tensor:
+        return packed
+
+
+@dataclass(frozen=True)
+class Packed(Layout):
+    """The canonical one below 8 bits: a dense little-endian stream of bits, each row padded to a byte."""
+
+    name: str = "packed"
+
+    def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+        # A width that divides 8 never crosses a byte; another is told bit by bit.
+        width = bits if 8 % bits == 0 else 1
+        return tuple(
+            Field(low, width, sympy.floor((k * bits + low) / 8), sympy.Mod(k * bits + low, 8))
+            for low in range(0, bits, width)
+        )
+
+    def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        codes = 8 // (bits & -bits)  # 8 / gcd(8, bits)
+        return codes, codes * bits // 8
+
+    def row_bytes(self, bits: int, run: int | None, length: int) -> int:
+        return (length * bits + 7) // 8
+
+
+@dataclass(frozen=True)
+class Planar(Layout):
+    """What a vector unit wants: a byte holds codes that lie a fraction of a run apart, so that one shift and
+    one mask of contiguous bytes give contiguous codes.
+
+    A width that is no power of two is split into planes that are (3 = 2 + 1, 6 = 4 + 2), low bits first, one
+    plane behind the other in each run. The run is the group of the scale, or `span` if given, or the row.
+    """
+
+    span: int | None = None
+    name: str = "planar"
+
+    def __post_init__(self) -> None:
+        if self.span is not None and self.span < 1:
+            raise FormatError(f"a planar layout's span is 1 or more codes, not {self.span}")
+
+    def __str__(self) -> str:
+        return self.name if self.span is None else f"{self.name}{self.span}"
+
+    def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+        span = self.span or run
+        length = sympy.Integer(span) if span else K
+        in_run = sympy.Mod(k, length) if span else k
+        start = sympy.floor(k / length) * _run_bytes(bits, length) if span else sympy.Integer(0)
+        fields = []
+        for low, width in planes(bits):
+            stride = sympy.ceiling(length * width / 8)
+            fields.append(
+                Field(low, width, start + sympy.Mod(in_run, stride), width * sympy.floor(in_run / stride))
+            )
+            start = start + stride
+        return tuple(fields)
+
+    def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        codes = self.span or run or max(int(length), 1)
+        return codes, int(_run_bytes(bits, sympy.Integer(codes)))
+
+    def row_bytes(self, bits: int, run: int | None, length: int) -> int:
+        if length == 0:
+            return 0
+        codes, size = self.period(bits, run, length)
+        return -(-length // codes) * size
+
+
+def planes(bits: int) -> list[tuple[int, int]]:
+    """(lowest bit, width) of the power-of-two planes of a code: 3 -> (0, 2), (2, 1)."""
+    found, low = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found.append((low, width))
+            low += width
+    return found
+
+
+def _run_bytes(bits: int, length: sympy.Expr) -> sympy.Expr:
+    return sum((sympy.ceiling(length * width / 8) for _, width in planes(bits)), sympy.Integer(0))
+
+
+BUILT_IN: dict[str, Layout] = {"bytes": Bytes(), "packed": Packed(), "planar": Planar()}
+
+
+def default(bits: int) -> Layout:
+    """What a format has when its text names no layout."""
+    return BUILT_IN["bytes"] if bits == 8 else BUILT_IN["packed"]
+
+
+def parse(text: str) -> Layout | None:
+    """The built-in layout that `text` spells (`planar64` has a span), or None."""
+    if text.startswith("planar") and text[6:].isdecimal():
+        return Planar(int(text[6:]))
+    return BUILT_IN.get(text)
+
+
+def names() -> Iterable[str]:
+    return BUILT_IN
