@@ -1,0 +1,130 @@
+"""Program scope: a model and example inputs to one graph of operators, by `torch.export`.
+
+Comes in: an `nn.Module` and its inputs. Goes out: a `GraphModule` at stage `captured`, normalized: pre-dispatch
+ATen operators, parameters as `get_attr`, fake values with symbolic sizes, the origin of each node.
+
+    gm = capture(model, (tokens,), dynamic="batch")
+    gm.graph:  linear: f32[s0, 32] = aten.linear.default(x, fc_weight, fc_bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from ..formats.errors import BitfoldError
+from .capture_frame import capture_frame, is_training_graph
+from .capture_module import capture_module, example_for
+from .core import State, state
+from .normalize import Normalize
+from .stages import verify
+
+__all__ = ["CaptureError", "capture", "capture_frame", "capture_module", "example_for", "is_training_graph"]
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+_CONVENIENCE = {"batch": (0,), "sequence": (1,), "batch+sequence": (0, 1)}
+
+
+class CaptureError(BitfoldError):
+    """The model cannot be captured as one graph."""
+
+
+def capture(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    scope: str = "program",
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic: Any = None,
+) -> GraphModule:
+    """The whole of `model` as one normalized graph that shares the model's parameters.
+
+    `inputs`: a tensor, a tuple of arguments, or a mapping of keyword arguments. `dynamic`: which sizes may vary:
+    "batch" (dimension 0 of every tensor), "sequence" (dimension 1), "batch+sequence", or anything that
+    `torch.export` takes as `dynamic_shapes`. The model is captured in the mode it is in (`train_mode` flips it).
+
+    Raises CaptureError (a BitfoldError) when the model cannot be captured, BitfoldError for a wrong argument.
+    """
+    if scope != "program":
+        raise BitfoldError(
+            f"capture() takes scope='program', not '{scope}'; the frame scope is torch.compile(backend='bitfold') "
+            "and the module scope is bf.quantize"
+        )
+    args, named = _arguments(inputs, kwargs)
+    shapes, args, named = _dynamic(dynamic, args, named)
+    gm = _export(model, args, named, shapes)
+    gm.meta.pop("bitfold", None)
+    gm.meta["bitfold"] = State("program")
+    state(gm)
+    Normalize().apply(gm)
+    gm.recompile()
+    verify(gm, state(gm).stage, after="capture")
+    return gm
+
+
+def _arguments(inputs: Inputs, kwargs: Mapping[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    named = dict(kwargs or {})
+    if isinstance(inputs, Tensor):
+        return (inputs,), named
+    if isinstance(inputs, Mapping):
+        return (), {**inputs, **named}
+    if isinstance(inputs, Sequence) and not isinstance(inputs, str):
+        return tuple(inputs), named
+    raise BitfoldError(f"inputs is a {type(inputs).__name__}; give a tensor, a tuple of them, or a dict of keywords")
+
+
+def _dynamic(dynamic: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What `torch.export` wants to know of sizes that vary, and inputs that it can learn it from."""
+    if dynamic is None or not isinstance(dynamic, str):
+        return dynamic, args, named
+    if dynamic not in _CONVENIENCE:
+        raise BitfoldError(
+            f"dynamic is '{dynamic}'; it may be {', '.join(map(repr, _CONVENIENCE))} or dynamic_shapes of torch.export"
+        )
+    dims = _CONVENIENCE[dynamic]
+    args, named = pytree.tree_map_only(Tensor, lambda given: _widened(given, dims), (args, named))
+    shapes = pytree.tree_map(lambda given: _dims(given, dims), (args, named))
+    # A model with *args or **kwargs wants its shapes by position and by name, as they were given.
+    return (list(shapes[0]) if not named else {**_positional(args, shapes[0]), **shapes[1]}), args, named
+
+
+def _positional(args: tuple[Any, ...], shapes: Sequence[Any]) -> dict[str, Any]:
+    if args:
+        raise BitfoldError(
+            "with both positional and keyword inputs, dynamic has to be written as torch.export's dynamic_shapes; "
+            "or give all inputs by keyword"
+        )
+    return {}
+
+
+def _dims(given: Any, dims: tuple[int, ...]) -> Any:
+    if not isinstance(given, Tensor):
+        return None
+    return {dim: Dim.DYNAMIC for dim in dims if dim < given.dim()}
+
+
+def _widened(given: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """The same data with size 2 where a varying size is 1: `torch.export` takes a size of 1 for a constant."""
+    for dim in dims:
+        if dim < given.dim() and given.shape[dim] == 1:
+            given = given.repeat_interleave(2, dim)
+    return given
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any], shapes: Any) -> GraphModule:
+    try:
+        program = torch.export.export(model, args, named, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured as one program, it breaks at: {first} "
+            "(bf.quantize with scope='module' needs no whole graph)"
+        ) from error
+    return program.module(check_guards=False)

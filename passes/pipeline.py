@@ -1,0 +1,125 @@
+"""A pipeline: passes in order, as a value that prints and parses, and leaves a trace of what it did.
+
+Comes in: a graph, or a text such as `annotate{recipe=int4},observe,fold`. Goes out: the graph rewritten in
+place, verified after every pass, and a `Trace`.
+
+    Pipeline.parse("annotate{recipe=int4},fold")  ->  Pipeline((Annotate(recipe='int4'), Fold()))
+    str(...)                                      ->  annotate{recipe=int4},fold
+
+A pass's options are its dataclass fields; those at their default are not printed. A value that holds a comma or
+a brace outside brackets, a quote or a blank at its ends is written in double quotes, as in JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch.fx import GraphModule
+
+from ..formats.errors import BitfoldError
+from .core import Pass, State, state
+from .options import parse_passes, print_pass, split_options
+from .registry import find_pass
+from .stages import Stage, VerificationError, verify
+from .trace import Recorder, Trace
+
+Progress = Callable[[str, int, int], None]
+"""Called before each pass with its text, how many passes are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes that run one after the other."""
+
+    passes: tuple[Pass, ...]
+
+    def __init__(self, passes: Iterable[Pass]) -> None:
+        object.__setattr__(self, "passes", tuple(passes))
+        for given in self.passes:
+            if not isinstance(given, Pass):
+                raise TypeError(f"a pipeline holds passes, not {given!r}; write it as text for Pipeline.parse")
+
+    @classmethod
+    def parse(cls, text: str) -> Pipeline:
+        """The pipeline that `text` says. BitfoldError for an unknown pass or option, with the nearest names."""
+        return cls(parse_passes(text, find_pass))
+
+    def __str__(self) -> str:
+        return ",".join(map(print_pass, self.passes))
+
+    def run(self, gm: GraphModule, *, verify: bool = True, progress: Progress | None = None) -> Trace:
+        """Rewrite `gm` in place. Raises BitfoldError when a pass cannot start from the graph's stage (before
+        anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage."""
+        self._check_order(state(gm).stage)
+        recorder, trace = Recorder(), Trace()
+        trace.follow(gm)
+        if verify:
+            _verify(gm, "capture")
+        trace.steps.append(recorder.step(gm, "captured"))
+        for done, step in enumerate(self.passes):
+            if progress is not None:
+                progress(print_pass(step), done, len(self.passes))
+            self._run_one(step, gm, trace, recorder, verify)
+        gm.recompile()
+        return trace
+
+    def _run_one(self, step: Pass, gm: GraphModule, trace: Trace, recorder: Recorder, check: bool) -> None:
+        here = state(gm)
+        refuse(step, here)
+        known = len(here.misses)
+        started = time.perf_counter()
+        rewrites = step.apply(gm)
+        seconds = time.perf_counter() - started
+        if step.produces is not None and step.produces > here.stage:
+            here.stage = step.produces
+        if check:
+            _verify(gm, print_pass(step))
+        name, options = split_options(print_pass(step))
+        trace.steps.append(
+            recorder.step(
+                gm,
+                name,
+                options,
+                before=trace.steps[-1].snapshot,
+                rewrites=rewrites,
+                seconds=seconds,
+                misses=tuple(here.misses[known:]),
+            )
+        )
+
+    def _check_order(self, stage: Stage) -> None:
+        """Refuse an order that cannot work before the first pass has run."""
+        here = State(stage=stage)
+        for step in self.passes:
+            refuse(step, here)
+            if step.produces is not None and step.produces > here.stage:
+                here.stage = step.produces
+
+
+def _verify(gm: GraphModule, after: str) -> None:
+    verify(gm, state(gm).stage, after=after)
+
+
+def refuse(step: Pass, here: State) -> None:
+    """BitfoldError if the pass does not take a graph at this stage."""
+    needs = step.requires
+    if needs is None:
+        return
+    if isinstance(needs, Stage):
+        if here.stage >= needs:
+            return
+        wanted = f"a graph that is {needs.name} or later"
+    else:
+        if here.stage in needs:
+            return
+        wanted = "a graph that is " + " or ".join(stage.name for stage in needs)
+    raise BitfoldError(
+        f"the pass '{step.name}' takes {wanted}, and this one is {here.stage.name}; put the missing pass before it"
+        if all(here.stage < stage for stage in ([needs] if isinstance(needs, Stage) else needs))
+        else f"the pass '{step.name}' takes {wanted}, and this one is {here.stage.name} already"
+    )
+
+
+__all__ = ["Pipeline", "Progress", "VerificationError", "refuse"]
