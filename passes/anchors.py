@@ -1,0 +1,188 @@
+"""Anchors: the nodes whose weight can take a format, found in one walk over the graph.
+
+In: a captured (normalized) graph.  Out: an `Anchor` for each matmul, convolution or embedding with a constant weight,
+whichever module or expression it came from, with the names it goes by and the weight's operand.
+
+    %w = get_attr[lm_head.weight]; %y = aten.linear(%x, %w)   ->   Anchor(%y, "linear", op="head", layer="lm_head")
+
+A format counts along the last dimension, the one that the anchor reduces over, so an operand is brought to that form
+before it is quantized (`to_rows`) and back afterwards (`from_rows`): a convolution's weight is reshaped to
+[O, I*kh*kw], the right-hand side of a bmm is transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .constants import Expression, expression, is_parameter_expr
+from .core import Miss, state
+from .edit import call
+from .provenance import origin
+from .recipes import is_head
+from .rules import Site
+
+aten = torch.ops.aten
+
+# target -> (kind, index of the input operand, index of the weight operand)
+TARGETS: dict[object, tuple[str, int, int]] = {
+    aten.linear.default: ("linear", 0, 1),
+    aten.conv1d.default: ("conv1d", 0, 1),
+    aten.conv1d.padding: ("conv1d", 0, 1),
+    aten.conv2d.default: ("conv2d", 0, 1),
+    aten.conv2d.padding: ("conv2d", 0, 1),
+    aten.embedding.default: ("embedding", 1, 0),
+    aten.bmm.default: ("bmm", 0, 1),
+    aten.baddbmm.default: ("bmm", 1, 2),
+    aten.matmul.default: ("bmm", 0, 1),
+}
+
+# What has a weight that a recipe could mean, and is not quantized yet: reported, never passed over.
+UNTAKEN: dict[object, tuple[str, int, str]] = {
+    aten.conv3d.default: ("conv", 1, "a convolution over three dimensions is not quantized"),
+    aten.conv_transpose1d.default: ("conv", 1, "a transposed convolution is not quantized"),
+    aten.conv_transpose2d.input: ("conv", 1, "a transposed convolution is not quantized"),
+    aten.embedding_bag.default: ("embedding", 0, "an embedding bag is not quantized"),
+    aten.addmm.default: ("linear", 2, "the matmul was not brought to aten.linear"),
+    aten.mm.default: ("linear", 1, "the matmul was not brought to aten.linear"),
+}
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One place where a constant weight meets an activation."""
+
+    node: Node
+    kind: str  # linear | conv1d | conv2d | embedding | bmm
+    op: str  # as rules say it: linear | head | conv | embedding
+    layer: str
+    paths: tuple[str, ...]
+    source: Expression  # the parameter that the weight is, and the views and casts it goes through
+    input_index: int
+    weight_index: int
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter's value."""
+        return self.source.parameter
+
+    @property
+    def weight(self) -> Node:
+        """The weight's operand, an expression of one parameter."""
+        operand = self.node.args[self.weight_index]
+        assert isinstance(operand, Node)
+        return operand
+
+    @property
+    def input(self) -> Node:
+        """The activation's operand."""
+        operand = self.node.args[self.input_index]
+        assert isinstance(operand, Node)
+        return operand
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight as it is quantized: [..., K]."""
+        return rows_shape(self.kind, self.weight)
+
+    @cached_property
+    def site(self) -> Site:
+        """This anchor as a recipe's rules see it."""
+        rows = math.prod(self.shape[:-1])
+        return Site(self.paths, self.op, n=rows, k=self.shape[-1], numel=rows * self.shape[-1])
+
+
+def anchors(gm: GraphModule, heads: Iterable[str] = ()) -> list[Anchor]:
+    """Every anchor in graph order. Linear in the number of nodes.
+
+    heads: paths of linears that are heads for a reason that this graph does not show.
+    """
+    found = [anchor for node in gm.graph.nodes if (anchor := _anchor(gm, node)) is not None]
+    tables = {identity(anchor.tensor) for anchor in found if anchor.kind == "embedding"}
+    known = frozenset(heads)
+    return [_with_head(anchor, tables, known) for anchor in found]
+
+
+def untaken(gm: GraphModule) -> Iterator[tuple[Node, str, Miss]]:
+    """Nodes with a constant weight that no anchor describes: the node, its op kind, the reason."""
+    for node in gm.graph.nodes:
+        if node.target in UNTAKEN:
+            op, index, reason = UNTAKEN[node.target]
+            operand = node.args[index] if len(node.args) > index else None
+            if isinstance(operand, Node) and is_parameter_expr(gm, operand):
+                yield node, op, Miss(reason)
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """Equal for two tensors that are the same numbers in the same memory: how tied weights are known."""
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+
+
+def names_of(gm: GraphModule, node: Node, parameter: str) -> tuple[str, tuple[str, ...]]:
+    """What to call the layer at `node`, and every path by which a rule may name it.
+
+    A layer goes by its parameter's path less `.weight`, unless the parameter belongs to another module than the one
+    that uses it (tied weights): then by the path of the module that uses it.
+    """
+    user = state(gm).path(origin(node).module_path)
+    owner = parameter.removesuffix(".weight")
+    inside = not user or parameter == user or parameter.startswith(user + ".")
+    return (owner if inside else user), tuple(dict.fromkeys(path for path in (owner, user) if path))
+
+
+def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
+    if node.op != "call_function" or node.target not in TARGETS:
+        return None
+    kind, input_index, weight_index = TARGETS[node.target]
+    operand = node.args[weight_index]
+    if not isinstance(operand, Node):
+        return None
+    source = expression(gm, operand)
+    if source is None or (kind == "bmm" and operand.meta["val"].ndim < 3):
+        return None
+    layer, paths = names_of(gm, node, source.path)
+    op = {"conv1d": "conv", "conv2d": "conv", "bmm": "linear"}.get(kind, kind)
+    return Anchor(node, kind, op, layer, paths, source, input_index, weight_index)
+
+
+def _with_head(anchor: Anchor, tables: set[Hashable], heads: frozenset[str]) -> Anchor:
+    """The anchor, its op set to "head" if that is what it is."""
+    if anchor.kind != "linear":
+        return anchor
+    tied = identity(anchor.tensor) in tables
+    named = is_head(anchor.layer) or not heads.isdisjoint(anchor.paths)
+    return replace(anchor, op="head") if tied or named else anchor
+
+
+def rows_shape(anchor_kind: str, weight: Node) -> tuple[int, ...]:
+    """The shape of the weight's operand with the reduced dimension last."""
+    full = tuple(int(size) for size in weight.meta["val"].shape)
+    if anchor_kind.startswith("conv"):
+        return (full[0], math.prod(full[1:]))
+    return (*full[:-2], full[-1], full[-2]) if anchor_kind == "bmm" else full
+
+
+def to_rows(gm: GraphModule, anchor_kind: str, weight: Node, before: Node) -> Node:
+    """The weight's operand in the form in which it is quantized: the reduced dimension last."""
+    if anchor_kind.startswith("conv"):
+        rows = (weight, list(rows_shape(anchor_kind, weight)))
+        return call(gm, aten.reshape.default, rows, before=before, origin_from=before)
+    if anchor_kind == "bmm":
+        return call(gm, aten.transpose.int, (weight, -2, -1), before=before, origin_from=before)
+    return weight
+
+
+def from_rows(gm: GraphModule, anchor_kind: str, rows: Node, like: Node, before: Node) -> Node:
+    """Back to the shape that the anchor wants, which is that of `like`."""
+    if anchor_kind.startswith("conv"):
+        full = (rows, list(like.meta["val"].shape))
+        return call(gm, aten.reshape.default, full, before=before, origin_from=before)
+    if anchor_kind == "bmm":
+        return call(gm, aten.transpose.int, (rows, -2, -1), before=before, origin_from=before)
+    return rows
