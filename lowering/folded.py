@@ -1,0 +1,288 @@
+"""Modules whose weights are folded: what `bf.quantize` makes of an `nn.Linear`, in place.
+
+In: a module, the graph of its forward with every tensor as an input, and the codes and scales. Out: the same module
+object, of a class that is still an `nn.Linear`, with `codes` and `scales` in place of `weight`.
+
+    nn.Linear(weight [N, K])   ->   FoldedLinear(codes [N, K/2] uint8, scales [N, K/128] bfloat16, bias, body)
+
+The body holds no tensor: parts are parameters of the module (so that FSDP2 shards them, `state_dict` saves them) and
+go into it in each call. `weight` is decoded when somebody asks for it, and is read-only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ..formats import BitfoldError, Quantized, format
+
+Steps = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """What a file says of a folded module: the folded graph as data, and the names of its attributes in the module."""
+
+    graph: dict[str, Any]
+    names: dict[str, str]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Canonical:
+        # Never written to, and as large for each copy as the graph's text.
+        return self
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """One parameter that became codes.
+
+    `path` is the parameter's first path in the model, `format` that of the parts as they lie here, `canonical` the
+    same in the layout that files have. `back` leads from the decoded rows to the parameter by ("permute", dims) and
+    ("reshape", shape) steps; None if the rows are only a slice of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    path: str
+    format: str
+    canonical: str
+    k: int
+    parts: tuple[str, ...]
+    back: Steps | None = ()
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """The parameter in its own shape, from the decoded rows."""
+        if self.back is None:
+            raise BitfoldError(
+                f"{self.name!r} was folded through a slice of it, so it cannot be decoded as a whole"
+            )
+        for step, sizes in self.back:
+            rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
+        return rows
+
+
+class ReadOnly(Tensor):
+    """A decoded weight. Writing to it would be lost, so it raises; what is computed from it is a plain tensor."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = (
+            name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+        )
+        if writes and args and isinstance(args[0], cls) and name != "requires_grad_":
+            raise BitfoldError(
+                "this weight is decoded from its codes on demand and writing to it would be lost (an adapter cannot be "
+                "merged into it); keep the adapter unmerged, or merge it before bf.quantize"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class Folded(nn.Module):
+    """What all folded modules share. Made by `fold_module`, never called."""
+
+    body: GraphModule
+    folded_weights: tuple[FoldedWeight, ...]
+    operands: tuple[str, ...]
+    parts: tuple[str, ...]
+    compute_dtype: torch.dtype
+    canonical: Canonical
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(*[getattr(self, name) for name in self.operands], *args, **kwargs)
+
+    def quantized(self, weight: FoldedWeight) -> Quantized:
+        """The codes and scales of one folded weight, as they lie here."""
+        return Quantized.from_parts(
+            format(weight.format), [getattr(self, part) for part in weight.parts], weight.k
+        )
+
+    def decoded(self, name: str) -> Tensor:
+        """The folded parameter `name` in its own shape and the module's compute dtype."""
+        weight = next(one for one in self.folded_weights if one.name == name)
+        parts = [getattr(self, part) for part in weight.parts]
+        with torch.no_grad():
+            rows = torch.ops.bitfold.dequantize(parts, weight.format, weight.k, self.compute_dtype)
+            value = weight.restore(rows)
+        return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnly)
+
+    def unfold(self) -> None:
+        """Be an unquantized module again, in place, without the folded parameters: for others to be loaded."""
+        for name in self.parts:
+            del self._parameters[name]
+        del self._modules["body"]
+        for name in ("folded_weights", "operands", "parts", "compute_dtype", "canonical"):
+            del self.__dict__[name]
+        self.__class__ = original_class(self)
+
+    def extra_repr(self) -> str:
+        folded = ", ".join(f"{weight.name}={weight.format}" for weight in self.folded_weights)
+        return ", ".join(part for part in (super().extra_repr(), folded) if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # `.to(dtype)` is for activations: codes and scales keep their dtype, and the body computes in the new one.
+        # Seen as integers they pass any conversion of floats, and still move between devices.
+        parts = {id(self._parameters[name]) for name in self.parts}
+
+        def keeping(tensor: Tensor) -> Tensor:
+            if id(tensor) not in parts or not tensor.is_floating_point():
+                return fn(tensor)
+            return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
+
+        result = super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        self._compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
+        return result
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        if dtype == self.compute_dtype or not dtype.is_floating_point:
+            return
+        retype(self.body, self.compute_dtype, dtype)
+        self.compute_dtype = dtype
+
+    def get_extra_state(self) -> Tensor:
+        """The formats of the parts, layouts included, as the bytes of a JSON text."""
+        text = json.dumps({weight.name: weight.format for weight in self.folded_weights})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is left to do: `_load_from_state_dict` has looked at it before the parts were copied."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(prefix + "_extra_state")
+        if isinstance(saved, Tensor):
+            formats = json.loads(bytes(saved.cpu().tolist()))
+            for weight in self.folded_weights:
+                self._adopt_layout(state_dict, prefix, weight, formats.get(weight.name))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _adopt_layout(
+        self, state_dict: dict[str, Any], prefix: str, weight: FoldedWeight, saved: str | None
+    ) -> None:
+        """Bring parts saved in another layout (by another target) into this one's; another format is an error."""
+        if saved is None or saved == weight.format:
+            return
+        theirs, ours = format(saved), format(weight.format)
+        if str(theirs.with_layout(ours.layout)) != str(ours):
+            raise BitfoldError(
+                f"{prefix}{weight.name} is {ours} and the state dict has {theirs}; quantize with the same recipe first"
+            )
+        keys = [prefix + part for part in weight.parts]
+        if all(key in state_dict for key in keys):
+            quantized = Quantized.from_parts(theirs, [state_dict[key] for key in keys], weight.k)
+            state_dict.update(zip(keys, theirs.relayout(quantized, ours.layout).parts, strict=True))
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _decoding(name: str) -> property:
+    def read(self: Folded) -> Tensor:
+        return self.decoded(name)
+
+    def write(self: Folded, value: Any) -> None:
+        raise BitfoldError(
+            f"{name!r} of a folded {type(self).__name__} cannot be replaced; quantize the model anew"
+        )
+
+    return property(read, write, doc=f"`{name}`, decoded from its codes on demand; read-only.")
+
+
+class FoldedLinear(Folded, nn.Linear):
+    """An `nn.Linear` on codes."""
+
+    weight = _decoding("weight")  # type: ignore[assignment]
+
+
+class FoldedEmbedding(Folded, nn.Embedding):
+    """An `nn.Embedding` on codes."""
+
+    weight = _decoding("weight")  # type: ignore[assignment]
+
+
+class FoldedConv1d(Folded, nn.Conv1d):
+    """An `nn.Conv1d` on codes."""
+
+    weight = _decoding("weight")  # type: ignore[assignment]
+
+
+class FoldedConv2d(Folded, nn.Conv2d):
+    """An `nn.Conv2d` on codes."""
+
+    weight = _decoding("weight")  # type: ignore[assignment]
+
+
+_NAMED: dict[tuple[type, tuple[str, ...]], type[Folded]] = {
+    (nn.Linear, ("weight",)): FoldedLinear,
+    (nn.Embedding, ("weight",)): FoldedEmbedding,
+    (nn.Conv1d, ("weight",)): FoldedConv1d,
+    (nn.Conv2d, ("weight",)): FoldedConv2d,
+}
+
+
+@cache
+def folded_class(original: type[nn.Module], names: tuple[str, ...]) -> type[Folded]:
+    """The class of a folded `original`: a subclass of it, with the folded parameters decoded on demand."""
+    if (original, names) in _NAMED:
+        return _NAMED[original, names]
+    members = {name: _decoding(name) for name in names}
+    return type(f"Folded{original.__name__}", (Folded, original), {"__module__": __name__, **members})
+
+
+def original_class(module: nn.Module) -> type:
+    """The class that a module had before it was folded (or sharded)."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Folded) and cls is not nn.Module)
+
+
+def fold_module(
+    module: nn.Module,
+    body: GraphModule,
+    operands: Mapping[str, Tensor],
+    weights: tuple[FoldedWeight, ...],
+    compute_dtype: torch.dtype,
+    canonical: Canonical,
+) -> None:
+    """Turn `module`, in place, into a folded one. `operands`: the body's leading inputs, by the names they take.
+
+    Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their memory
+    is free as soon as nobody else holds them.
+    """
+    names = tuple(dict.fromkeys(weight.name for weight in weights))
+    cls = folded_class(type(module), names)
+    for name in names:
+        module._parameters.pop(name, None)
+    new = {name: part for name, part in operands.items() if name not in module._parameters | module._buffers}
+    for name, part in new.items():
+        module._parameters[name] = (
+            part if isinstance(part, nn.Parameter) else nn.Parameter(part, requires_grad=False)
+        )
+    module.parts = tuple(new)  # type: ignore[assignment]
+    module.folded_weights = weights  # type: ignore[assignment]
+    module.operands = tuple(operands)  # type: ignore[assignment]
+    module.compute_dtype = compute_dtype  # type: ignore[assignment]
+    module.canonical = canonical  # type: ignore[assignment]
+    module._modules["body"] = body
+    module.__class__ = cls
+
+
+def retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
+    """Let every `dequantize` of the body that decoded to `old` decode to `new`; inner graphs too."""
+    changed = False
+    for node in body.graph.nodes:
+        if node.op == "call_module":
+            inner = body.get_submodule(str(node.target))
+            if isinstance(inner, GraphModule):
+                retype(inner, old, new)
+        elif node.target == torch.ops.bitfold.dequantize.default and node.args[3] == old:
+            node.args = (*node.args[:3], new)
+            changed = True
+    if changed:
+        body.recompile()

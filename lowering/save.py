@@ -1,0 +1,189 @@
+"""`bf.save`: a quantized model, or a lowered program, into one safetensors file.
+
+In: a model after `bf.quantize`, or a GraphModule that is folded or lowered. Out: a file with every tensor that the
+model has, codes in their canonical layout whatever target it ran on, and a header that says what they are.
+
+    bf.save(model, "model.safetensors")
+    header: {"version": 1, "kind": "module", "graphs": [...], "modules": {"layers.0.fc": {"graph": 0, ...}}, ...}
+
+The header holds graphs as data (`graph_data`), once for all layers that are alike. There is no pickle and no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
+
+from ..formats import BitfoldError, Quantized, format
+from ..passes import Stage, state
+from ..passes.stages import find_attribute
+from .folded import Canonical, Folded, FoldedWeight, original_class
+from .graph_data import dump, tensor_names
+from .install import CANONICAL, weight_parts
+from .tensor_file import VERSION, described, write
+
+Make = Tensor | Callable[[], Tensor]
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Write `model` to `path`. Raises BitfoldError if it is not quantized, or the file cannot be written.
+
+    The file appears whole or not at all; what was at `path` before stays until then.
+    """
+    contents = _Contents()
+    header = _program(model, contents) if isinstance(model, GraphModule) else _module(model, contents)
+    header = {"version": VERSION, "bitfold": _version(), **header}
+    header |= {"tensors": described(contents.kinds), "tied": contents.tied}
+    write(path, contents.tensors, header, contents.kinds, progress)
+
+
+class _Contents:
+    """The tensors of the file: each once, whatever names it has."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Make] = {}
+        self.kinds: dict[str, Kind] = {}
+        self.tied: dict[str, str] = {}
+        self._first: dict[int, str] = {}
+
+    def add(self, name: str, tensor: Tensor, made: tuple[Kind, Callable[[], Tensor]] | None = None) -> None:
+        """Put `tensor` in the file; `made` says what is written in its place."""
+        if isinstance(tensor, DTensor):
+            raise BitfoldError(f"{name} is sharded over several processes; save the model before fully_shard")
+        if tensor.is_meta:
+            raise BitfoldError(f"{name} is on the meta device and has no numbers to save")
+        if id(tensor) in self._first:
+            self.tied[name] = self._first[id(tensor)]
+            return
+        self._first[id(tensor)] = name
+        self.kinds[name], self.tensors[name] = made or ((tensor.dtype, tuple(tensor.shape)), tensor)
+
+
+def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
+    folded = {path: module for path, module in model.named_modules() if isinstance(module, Folded)}
+    if not folded:
+        raise BitfoldError(
+            f"nothing in this {type(model).__name__} is quantized; call bf.quantize first (or save it by torch's means)"
+        )
+    graphs: dict[str, int] = {}
+    modules: dict[str, Any] = {}
+    relaid: dict[str, tuple[Kind, Callable[[], Tensor]]] = {}
+    for path, module in folded.items():
+        text = json.dumps(module.canonical.graph)
+        modules[path] = _entry(module, graphs.setdefault(text, len(graphs)))
+        for weight in module.folded_weights:
+            relaid |= {join(path, weight.parts[0]): _in_canonical(module.quantized(weight), weight.canonical)}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        contents.add(name, tensor, relaid.get(name))
+    return {
+        "kind": "module",
+        "model": type(model).__name__,
+        "graphs": [json.loads(text) for text in graphs],
+        "modules": modules,
+        "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
+    }
+
+
+def _entry(module: Folded, graph: int) -> dict[str, Any]:
+    return {
+        "class": original_class(module).__name__,
+        "graph": graph,
+        "dtype": str(module.compute_dtype).removeprefix("torch."),
+        "names": module.canonical.names,
+        "weights": [_weight(weight) for weight in module.folded_weights],
+    }
+
+
+def _weight(weight: FoldedWeight) -> dict[str, Any]:
+    return {
+        "name": weight.name,
+        "shape": list(weight.shape),
+        "path": weight.path,
+        "format": weight.canonical,
+        "k": weight.k,
+        "parts": list(weight.parts),
+        "back": None if weight.back is None else [[step, list(sizes)] for step, sizes in weight.back],
+    }
+
+
+def _in_canonical(held: Quantized, canonical: str) -> tuple[Kind, Callable[[], Tensor]] | None:
+    """How the codes look in the file, and what makes them when their turn comes; None if they lie that way."""
+    if str(held.format) == canonical:
+        return None
+    layout = format(canonical).layout
+    empty = Quantized.from_parts(held.format, [part.to("meta") for part in held.parts], held.k)
+    codes = held.format.relayout(empty, layout).codes
+    return (codes.dtype, tuple(codes.shape)), lambda: held.format.relayout(held, layout).codes
+
+
+def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
+    canonical = gm.meta.get(CANONICAL)
+    if not isinstance(canonical, Canonical):
+        if state(gm).stage is not Stage.folded:
+            raise BitfoldError(
+                f"this graph is {state(gm).stage.name}; save a folded graph (after the pass `fold`), or what "
+                "bf.quantize(scope='program') returns"
+            )
+        canonical = Canonical(dump(gm), {})
+    relaid: dict[str, tuple[Kind, Callable[[], Tensor]]] = {}
+    files = {parts: text for parts, text, _ in canonical_parts(canonical.graph)}
+    for parts, text, k in weight_parts(gm):
+        held = Quantized.from_parts(format(text), [find_attribute(gm, part) for part in parts], k)
+        made = _in_canonical(held, files.get(parts, text))
+        if made is not None:
+            relaid[parts[0]] = made
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    for name in tensor_names(canonical.graph):
+        tensor = find_attribute(gm, name)
+        if not isinstance(tensor, Tensor):
+            raise BitfoldError(
+                f"the lowered graph no longer has {name!r}; save the graph before it is lowered"
+            )
+        contents.add(name, tensor, relaid.get(name))
+    names = tensor_names(canonical.graph)
+    return {
+        "kind": "program",
+        "graph": canonical.graph,
+        "parameters": [name for name in names if name in parameters],
+    }
+
+
+def canonical_parts(graph: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, int]]:
+    """`weight_parts` of a graph that is data."""
+    attributes = {node["name"]: node["target"] for node in graph["nodes"] if node["op"] == "get_attr"}
+    found = []
+    for node in graph["nodes"]:
+        if node.get("target") != "bitfold.dequantize.default":
+            continue
+        parts, text, k = node["args"][:3]
+        names = tuple(attributes.get(part["node"], "") for part in parts)
+        if all(names):
+            found.append((names, text, k))
+    return found
+
+
+def join(*parts: str) -> str:
+    """A dotted path of those parts that are not empty."""
+    return ".".join(part for part in parts if part)
+
+
+def _version() -> str:
+    from .. import __version__
+
+    return __version__
