@@ -1,7 +1,9 @@
-"""Data for `bf.quantize`: batches checked as they come, run through the model with observers beside its modules.
+"""Data for `bf.quantize`: batches checked as they come, run through the model with observers beside its
+modules.
 
-In: batches as a user gives them (a tensor, a tuple of arguments, a dict of keywords). Out: ranges in the observers of
-each module's graph, or the arguments that a module gets. The model is only run, in eval mode and without gradients.
+In: batches as a user gives them (a tensor, a tuple of arguments, a dict of keywords). Out: ranges in the
+observers of each module's graph, or the arguments that a module gets. The model is only run, in eval mode and
+without gradients.
 
     for batch in Batches(loader, None): model(*batch.args, **batch.kwargs)
 """
@@ -66,8 +68,8 @@ class Batches:
             calibration is not None and not isinstance(calibration, Iterable)
         ):
             raise BitfoldError(
-                f"calibration is a {type(calibration).__name__}; give a list (or any iterable) of batches, each a "
-                "tensor, a tuple of arguments or a dict of keywords"
+                f"calibration is a {type(calibration).__name__}; give a list (or any iterable) of batches, "
+                "each a tensor, a tuple of arguments or a dict of keywords"
             )
         self.given = calibration is not None
         self._rest = iter(()) if calibration is None else iter(calibration)
@@ -123,7 +125,7 @@ def observe_modules(
     observers: Mapping[nn.Module, Callable[..., Any]],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
-    """Run every batch, and each module's arguments through its observer (a graph) too; the number of batches."""
+    """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
         observers[module](*args, *kwargs.values())

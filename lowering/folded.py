@@ -1,12 +1,12 @@
 """Modules whose weights are folded: what `bf.quantize` makes of an `nn.Linear`, in place.
 
-In: a module, the graph of its forward with every tensor as an input, and the codes and scales. Out: the same module
-object, of a class that is still an `nn.Linear`, with `codes` and `scales` in place of `weight`.
+In: a module, the graph of its forward with every tensor as an input, and the codes and scales. Out: the same
+module object, of a class that is still an `nn.Linear`, with `codes` and `scales` in place of `weight`.
 
     nn.Linear(weight [N, K])   ->   FoldedLinear(codes [N, K/2] uint8, scales [N, K/128] bfloat16, bias, body)
 
-The body holds no tensor: parts are parameters of the module (so that FSDP2 shards them, `state_dict` saves them) and
-go into it in each call. `weight` is decoded when somebody asks for it, and is read-only.
+The body holds no tensor: parts are parameters of the module (so that FSDP2 shards them, `state_dict` saves
+them) and go into it in each call. `weight` is decoded when somebody asks for it, and is read-only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ Steps = tuple[tuple[str, tuple[int, ...]], ...]
 
 @dataclass(frozen=True)
 class Canonical:
-    """What a file says of a folded module: the folded graph as data, and the names of its attributes in the module."""
+    """What a file says of a folded module: the folded graph as data, and the names of its attributes in the
+    module.
+    """
 
     graph: dict[str, Any]
     names: dict[str, str]
@@ -42,9 +44,9 @@ class Canonical:
 class FoldedWeight:
     """One parameter that became codes.
 
-    `path` is the parameter's first path in the model, `format` that of the parts as they lie here, `canonical` the
-    same in the layout that files have. `back` leads from the decoded rows to the parameter by ("permute", dims) and
-    ("reshape", shape) steps; None if the rows are only a slice of it.
+    `path` is the parameter's first path in the model, `format` that of the parts as they lie here,
+    `canonical` the same in the layout that files have. `back` leads from the decoded rows to the parameter by
+    ("permute", dims) and ("reshape", shape) steps; None if the rows are only a slice of it.
     """
 
     name: str
@@ -68,7 +70,9 @@ class FoldedWeight:
 
 
 class ReadOnly(Tensor):
-    """A decoded weight. Writing to it would be lost, so it raises; what is computed from it is a plain tensor."""
+    """A decoded weight. Writing to it would be lost, so it raises; what is computed from it is a plain
+    tensor.
+    """
 
     @classmethod
     def __torch_function__(
@@ -80,8 +84,8 @@ class ReadOnly(Tensor):
         )
         if writes and args and isinstance(args[0], cls) and name != "requires_grad_":
             raise BitfoldError(
-                "this weight is decoded from its codes on demand and writing to it would be lost (an adapter cannot be "
-                "merged into it); keep the adapter unmerged, or merge it before bf.quantize"
+                "this weight is decoded from its codes on demand and writing to it would be lost (an adapter "
+                "cannot be merged into it); keep the adapter unmerged, or merge it before bf.quantize"
             )
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -116,7 +120,7 @@ class Folded(nn.Module):
         return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnly)
 
     def unfold(self) -> None:
-        """Be an unquantized module again, in place, without the folded parameters: for others to be loaded."""
+        """Be an unquantized module again, in place, without the folded parameters: others will be loaded."""
         for name in self.parts:
             del self._parameters[name]
         del self._modules["body"]
@@ -129,7 +133,8 @@ class Folded(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), folded) if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `.to(dtype)` is for activations: codes and scales keep their dtype, and the body computes in the new one.
+        # `.to(dtype)` is for activations: codes and scales keep their dtype, and the body computes in the new
+        # one.
         # Seen as integers they pass any conversion of floats, and still move between devices.
         parts = {id(self._parameters[name]) for name in self.parts}
 
@@ -167,13 +172,16 @@ class Folded(nn.Module):
     def _adopt_layout(
         self, state_dict: dict[str, Any], prefix: str, weight: FoldedWeight, saved: str | None
     ) -> None:
-        """Bring parts saved in another layout (by another target) into this one's; another format is an error."""
+        """Bring parts saved in another layout (by another target) into this one's; another format is an
+        error.
+        """
         if saved is None or saved == weight.format:
             return
         theirs, ours = format(saved), format(weight.format)
         if str(theirs.with_layout(ours.layout)) != str(ours):
             raise BitfoldError(
-                f"{prefix}{weight.name} is {ours} and the state dict has {theirs}; quantize with the same recipe first"
+                f"{prefix}{weight.name} is {ours} and the state dict has {theirs}; quantize with the same "
+                "recipe first"
             )
         keys = [prefix + part for part in weight.parts]
         if all(key in state_dict for key in keys):
@@ -199,25 +207,25 @@ def _decoding(name: str) -> property:
 class FoldedLinear(Folded, nn.Linear):
     """An `nn.Linear` on codes."""
 
-    weight = _decoding("weight")  # type: ignore[assignment]
+    weight = _decoding("weight")
 
 
 class FoldedEmbedding(Folded, nn.Embedding):
     """An `nn.Embedding` on codes."""
 
-    weight = _decoding("weight")  # type: ignore[assignment]
+    weight = _decoding("weight")
 
 
 class FoldedConv1d(Folded, nn.Conv1d):
     """An `nn.Conv1d` on codes."""
 
-    weight = _decoding("weight")  # type: ignore[assignment]
+    weight = _decoding("weight")
 
 
 class FoldedConv2d(Folded, nn.Conv2d):
     """An `nn.Conv2d` on codes."""
 
-    weight = _decoding("weight")  # type: ignore[assignment]
+    weight = _decoding("weight")
 
 
 _NAMED: dict[tuple[type, tuple[str, ...]], type[Folded]] = {
@@ -229,7 +237,7 @@ _NAMED: dict[tuple[type, tuple[str, ...]], type[Folded]] = {
 
 
 @cache
-def folded_class(original: type[nn.Module], names: tuple[str, ...]) -> type[Folded]:
+def folded_class(original: type, names: tuple[str, ...]) -> type[Folded]:
     """The class of a folded `original`: a subclass of it, with the folded parameters decoded on demand."""
     if (original, names) in _NAMED:
         return _NAMED[original, names]
@@ -250,10 +258,11 @@ def fold_module(
     compute_dtype: torch.dtype,
     canonical: Canonical,
 ) -> None:
-    """Turn `module`, in place, into a folded one. `operands`: the body's leading inputs, by the names they take.
+    """Turn `module`, in place, into a folded one. `operands`: the body's leading inputs, by the names they
+    take.
 
-    Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their memory
-    is free as soon as nobody else holds them.
+    Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their
+    memory is free as soon as nobody else holds them.
     """
     names = tuple(dict.fromkeys(weight.name for weight in weights))
     cls = folded_class(type(module), names)

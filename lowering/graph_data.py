@@ -1,15 +1,15 @@
 """A graph as data: what is written of a program, and of each quantized module, into a file.
 
-In: a GraphModule of operators on constants and inputs. Out: a JSON-able dict without a single weight, from which
-`load` builds the same graph around tensors that it is given, symbolic sizes included.
+In: a GraphModule of operators on constants and inputs. Out: a JSON-able dict without a single weight, from
+which `load` builds the same graph around tensors that it is given, symbolic sizes included.
 
     dump(gm)  ->  {"nodes": [{"name": "x", "op": "placeholder", "target": "x", "val": {"dtype": "float32",
                    "shape": ["s0", 64]}}, {"name": "w", "op": "get_attr", "target": "w"}, ...],
                    "symbols": {"s0": {"hint": 5, "min": 0, "max": null}}}
     load(data, {"w": tensor})  ->  GraphModule
 
-Names and values are checked by `graph_values`. A node keeps the module path that it came from, not the source line:
-that would carry the paths of the machine that saved the file.
+Names and values are checked by `graph_values`. A node keeps the module path that it came from, not the source
+line: that would carry the paths of the machine that saved the file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _OPS = ("placeholder", "get_attr", "call_function", "call_module", "output")
 
 
 def dump(gm: GraphModule) -> Data:
-    """The graph of `gm` as JSON data. Raises GraphDataError for what no file can hold (a foreign operator)."""
+    """The graph of `gm` as JSON data. Raises GraphDataError for what no file can hold."""
     symbols = Symbols()
     data = _dump_graph(gm, symbols)
     found = symbols.data()
@@ -58,7 +58,8 @@ def tensor_names(data: Data) -> list[str]:
 def load(data: Data, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> GraphModule:
     """The GraphModule that `dump` wrote, on `tensors` (by dotted name; a Parameter stays one).
 
-    Raises GraphDataError for data that is no graph, and for a tensor that the graph wants and `tensors` lacks.
+    Raises GraphDataError for data that is no graph, and for a tensor that the graph wants and `tensors`
+    lacks.
     """
     try:
         gm = _load_graph(data, tensors, device)
@@ -81,7 +82,8 @@ def _dump_graph(gm: GraphModule, symbols: Symbols) -> Data:
                 graphs[str(node.target)] = _dump_graph(held, symbols)
             elif node.op == "call_module":
                 raise GraphDataError(
-                    f"node {node.name!r} calls a {type(held).__name__}, which cannot be saved; run `fold` first"
+                    f"node {node.name!r} calls a {type(held).__name__}, which cannot be saved; run `fold` "
+                    "first"
                 )
     data: Data = {"nodes": nodes}
     if graphs:
@@ -143,6 +145,7 @@ def _load_node(
     graph: Graph, name: str, entry: Data, nodes: Mapping[str, Node], device: torch.device | None
 ) -> Node:
     op = entry["op"]
+    node: Node
     args = tuple(decode(argument, nodes, device) for argument in entry.get("args", ()))
     kwargs = {plain_name(key): decode(value, nodes, device) for key, value in entry.get("kwargs", {}).items()}
     if op == "output":

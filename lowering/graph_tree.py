@@ -1,13 +1,15 @@
 """How a program is called, as data: the names of its arguments and the nesting of what it takes and returns.
 
-In: the pytree signature that `torch.export` leaves on a graph. Out: JSON data, and for JSON data the signature.
+In: the pytree signature that `torch.export` leaves on a graph. Out: JSON data, and for JSON data the
+signature.
 
     forward(input_ids, *, mask) -> {"logits": ...}
     <-> {"args": ["input_ids", "mask"], "in": ["tuple", [["tuple", ["*"]], ["dict", ["mask"], ["*"]]]],
          "out": ["dict", ["logits"], ["*"]]}
 
-Only tuples, lists and dicts are rebuilt freely. Any other container (a transformers `ModelOutput`) is named, must be
-registered with pytree by whoever loads the file, and is never imported from here: a file must not choose imports.
+Only tuples, lists and dicts are rebuilt freely. Any other container (a transformers `ModelOutput`) is named,
+must be registered with pytree by whoever loads the file, and is never imported from here: a file must not
+choose imports.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def _load(data: Any) -> pytree.TreeSpec:
         type_ = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
         if name in _REFUSED or type_ is None:
             raise GraphDataError(
-                f"the saved program takes or returns a {name}, which is not known here; import the module that "
-                "defines it before bf.load"
+                f"the saved program takes or returns a {name}, which is not known here; import the module "
+                "that defines it before bf.load"
             )
         return pytree.TreeSpec(type_, context, [_load(child) for child in children])
     raise GraphDataError(f"the signature in this file means nothing: {data!r}")
@@ -88,8 +90,8 @@ def _registered_name(type_: Any) -> str:
     name = getattr(known, "serialized_type_name", None)
     if not isinstance(name, str) or name in _REFUSED:
         raise GraphDataError(
-            f"the program takes or returns a {type_.__module__}.{type_.__qualname__}, which cannot be saved; let the "
-            "model's forward take and return tensors, tuples, lists and dicts"
+            f"the program takes or returns a {type_.__module__}.{type_.__qualname__}, which cannot be saved; "
+            "let the model's forward take and return tensors, tuples, lists and dicts"
         )
     return name
 

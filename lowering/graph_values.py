@@ -1,8 +1,8 @@
 """A graph's operators and arguments as plain JSON data, and back: the vocabulary of a saved graph.
 
-In: what an fx node holds. Out: JSON values; and for JSON values, what they stand for. A file is data, never code: an
-operator is found by its name in tables and namespaces named here, a name must be a plain identifier (fx prints names
-into the source that it compiles), and everything else is refused with one sentence.
+In: what an fx node holds. Out: JSON values; and for JSON values, what they stand for. A file is data, never
+code: an operator is found by its name in tables and namespaces named here, a name must be a plain identifier
+(fx prints names into the source that it compiles), and everything else is refused with one sentence.
 
     torch.ops.aten.linear.default   <->  "aten.linear.default"
     (node x, torch.float32, 2.0)    <->  {"tuple": [{"node": "x"}, {"dtype": "float32"}, 2.0]}
@@ -25,9 +25,10 @@ NAMESPACES = ("aten", "bitfold", "prims")
 
 # Named in full: `operator` as a whole also holds `methodcaller` and `attrgetter`.
 _OPERATORS = (
-    "getitem add sub mul floordiv truediv mod pow neg pos abs eq ne lt le gt ge and_ or_ xor not_ lshift rshift"
-).split()
-_SYMBOLIC = "sym_max sym_min sym_not sym_ite sym_float sym_int sym_sqrt sym_sum".split()
+    *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "pos", "abs"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "xor", "not_", "lshift", "rshift"),
+)
+_SYMBOLIC = ("sym_max", "sym_min", "sym_not", "sym_ite", "sym_float", "sym_int", "sym_sqrt", "sym_sum")
 _MATH = ("ceil", "floor", "trunc", "sqrt")
 _HIGHER_ORDER = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "cond")
 
@@ -69,12 +70,12 @@ def target_name(target: Any) -> str:
         name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
         if target.namespace not in NAMESPACES:
             raise GraphDataError(
-                f"operator {name} cannot be saved: a file may use the namespaces {', '.join(NAMESPACES)} only; "
-                "save the graph before the pass that brought it in"
+                f"operator {name} cannot be saved: a file may use the namespaces {', '.join(NAMESPACES)} "
+                "only; save the graph before the pass that brought it in"
             )
         return name
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _HIGHER_ORDER:
-        return f"higher_order.{target.name()}"
+    if isinstance(target, torch._ops.HigherOrderOperator) and str(target) in _HIGHER_ORDER:
+        return f"higher_order.{target}"
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
     raise GraphDataError(f"{target!r} cannot be saved: it is no operator that a file may name")
@@ -101,8 +102,8 @@ def _overload(name: str, namespace: str, operation: str, overload: str) -> Any:
         return getattr(getattr(getattr(torch.ops, namespace), operation), overload)
     except AttributeError as error:
         raise GraphDataError(
-            f"the file's graph calls {name}, which torch {torch.__version__} does not have; import the package that "
-            "registers it, or use the version of torch that saved the file"
+            f"the file's graph calls {name}, which torch {torch.__version__} does not have; import the "
+            "package that registers it, or use the version of torch that saved the file"
         ) from error
 
 

@@ -1,10 +1,11 @@
 """From the folded graph of one module to a folded module that runs on a target: shared by quantize and load.
 
-In: a module, and its folded graph with codes and scales as attributes. Out: the module folded in place, with a body
-lowered to the target, and with the canonical graph as data, which is what `bf.save` writes.
+In: a module, and its folded graph with codes and scales as attributes. Out: the module folded in place, with
+a body lowered to the target, and with the canonical graph as data, which is what `bf.save` writes.
 
     gm: linear(x, dequantize([self.weight_codes, self.weight_scales], "int4[g128]", ...), self.bias)
-    ->  module.codes, module.scales, module.bias;  body(codes, scales, bias, x) = cpu_linear(x, [codes, scales], ...)
+    ->  module.codes, module.scales, module.bias;  body(codes, scales, bias, x) = cpu_linear(x, [codes,
+    scales], ...)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CANONICAL = "bitfold_canonical"
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter about to be folded: its shape, its first path in the model, the way back from decoded rows."""
+    """A parameter that is folded: its shape, its first path in the model, the way back from decoded rows."""
 
     shape: tuple[int, ...]
     path: str
@@ -46,7 +47,8 @@ class Installer:
     def install(
         self, module: nn.Module, gm: GraphModule, sources: Mapping[str, Source], dtype: torch.dtype
     ) -> None:
-        """Fold `module` in place: `gm` is its folded graph, `sources` its parameters that are gone from there.
+        """Fold `module` in place: `gm` is its folded graph, `sources` its parameters that are gone from
+        there.
 
         The module is written last, when nothing is left that may fail.
         """
@@ -66,7 +68,9 @@ class Installer:
     def _operand(
         self, module: nn.Module, lowered: GraphModule, name: str, keys: Mapping[str, Hashable]
     ) -> Tensor:
-        """The operand at attribute `name`: a tensor that the module has, a part that a tied weight has, or a new part."""
+        """The operand at attribute `name`: a tensor that the module has, a part that a tied weight has, or a
+        new part.
+        """
         for own in (module._parameters, module._buffers):
             found = own.get(name)
             if found is not None:
@@ -80,7 +84,9 @@ class Installer:
 
 
 def weight_parts(gm: GraphModule) -> Iterator[tuple[tuple[str, ...], str, int]]:
-    """(attributes, format, K) of every folded weight, whichever operator reads it: a list of attributes, then a format."""
+    """(attributes, format, K) of every folded weight, whichever operator reads it: a list of attributes, then
+    a format.
+    """
     seen: set[tuple[str, ...]] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -120,7 +126,9 @@ def resolve_target(name: str | None, device: torch.device) -> str:
 
 
 def lower_graph(gm: GraphModule, target: str) -> GraphModule:
-    """`gm` rewritten for `target`, regions put back into one graph; the reference runs the folded graph as it is."""
+    """`gm` rewritten for `target`, regions put back into one graph; the reference runs the folded graph as it
+    is.
+    """
     if target == "reference" or state(gm).stage >= Stage.lowered:
         return gm
     from .lower import Lower
@@ -132,7 +140,9 @@ def lower_graph(gm: GraphModule, target: str) -> GraphModule:
 
 
 def lift(gm: GraphModule, names: Mapping[str, str]) -> tuple[GraphModule, list[str]]:
-    """`gm` without a tensor: its attributes come first among the inputs. Returns it, and the attributes in order."""
+    """`gm` without a tensor: its attributes come first among the inputs. Returns it, and the attributes in
+    order.
+    """
     attributes = list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if _is_tensor(gm, n)))
     graph = Graph()
     inputs = {name: graph.placeholder(_name(names, name)) for name in attributes}
@@ -160,7 +170,7 @@ def _name(names: Mapping[str, str], attribute: str) -> str:
 
 
 def _operand_names(module: nn.Module, gm: GraphModule, weights: list[FoldedWeight]) -> dict[str, str]:
-    """What each attribute of the folded graph is called in the module: `weight_codes` is `codes` in a linear."""
+    """What each attribute of the folded graph is called in the module: `weight_codes` is `codes`."""
     gone = {weight.name for weight in weights}
     names: dict[str, str] = {}
     for node in gm.graph.nodes:
@@ -183,7 +193,7 @@ def _operand_names(module: nn.Module, gm: GraphModule, weights: list[FoldedWeigh
 def _as_held(
     weight: FoldedWeight, names: Mapping[str, str], layouts: Mapping[tuple[str, ...], str]
 ) -> FoldedWeight:
-    """The same weight, its parts by the module's names and its format with the layout that the target chose."""
+    """The same weight: parts by the module's names, format with the layout that the target chose."""
     text = layouts.get(weight.parts, weight.format)
     if format(text).parts != format(weight.format).parts:
         raise BitfoldError(f"the target made {text} of {weight.format}, which stores other parts")

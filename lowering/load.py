@@ -1,7 +1,8 @@
 """`bf.load`: a saved model into a skeleton, or a saved program alone, for any target.
 
-In: a file of `bf.save`, and for a model a skeleton of the same architecture (on `meta` if you like: only what is in
-the file is made). Out: the skeleton, quantized in place, its tensors mapped from the file; or a GraphModule.
+In: a file of `bf.save`, and for a model a skeleton of the same architecture (on `meta` if you like: only what
+is in the file is made). Out: the skeleton, quantized in place, its tensors mapped from the file; or a
+GraphModule.
 
     with torch.device("meta"): skeleton = LlamaForCausalLM(config)
     model = bf.load("model.safetensors", into=skeleton)
@@ -44,8 +45,8 @@ def load(
     target  where it shall run; by default that of the device
     device  where the tensors go; by default where the skeleton's are, or the CPU for a skeleton on meta
 
-    Returns `into`, or the program as a GraphModule. Raises BitfoldError (a sentence that names the tensor or the
-    module) for a file that is damaged, newer than this bitfold, or of another architecture.
+    Returns `into`, or the program as a GraphModule. Raises BitfoldError (a sentence that names the tensor or
+    the module) for a file that is damaged, newer than this bitfold, or of another architecture.
     """
     file = open_file(path)
     place = None if device is None else torch.device(device)
@@ -127,14 +128,15 @@ class _Plan:
             )
         if original_class(module).__name__ != entry["class"]:
             raise BitfoldError(
-                f"{path} is a {original_class(module).__name__} here and a {entry['class']} in {self.file.path}"
+                f"{path} is a {original_class(module).__name__} here and a {entry['class']} in "
+                f"{self.file.path}"
             )
         for weight in entry["weights"]:
             shape = _shape(module, weight["name"])
             if shape is not None and shape != tuple(weight["shape"]):
                 raise BitfoldError(
-                    f"{join(path, weight['name'])} has shape {list(shape)} here and {weight['shape']} in {self.file.path}; "
-                    "make the skeleton with the configuration of the saved model"
+                    f"{join(path, weight['name'])} has shape {list(shape)} here and {weight['shape']} in "
+                    f"{self.file.path}; make the skeleton with the configuration of the saved model"
                 )
             parts = tuple(join(path, part) for part in weight["parts"])
             _check_parts(
@@ -149,12 +151,13 @@ class _Plan:
             here = _tensor(self.model, name)
             if here is None:
                 raise BitfoldError(
-                    f"{self.file.path} has a tensor {name!r} that this {type(self.model).__name__} does not have"
+                    f"{self.file.path} has a tensor {name!r} that this {type(self.model).__name__} does not "
+                    "have"
                 )
             if tuple(here.shape) != self.file.shapes[first]:
                 raise BitfoldError(
-                    f"{name} has shape {list(here.shape)} here and {list(self.file.shapes[first])} in {self.file.path}; "
-                    "make the skeleton with the configuration of the saved model"
+                    f"{name} has shape {list(here.shape)} here and {list(self.file.shapes[first])} in "
+                    f"{self.file.path}; make the skeleton with the configuration of the saved model"
                 )
 
     def _check_covered(self) -> None:
@@ -216,7 +219,7 @@ def _source(weight: Mapping[str, Any]) -> Source:
 
 
 def _check_parts(file: TensorFile, weights: list[tuple[tuple[str, ...], str, int]], first: Any) -> None:
-    """Parts must be what their format makes of some rows of K numbers: nothing is decoded that does not fit."""
+    """Parts must be what their format makes of some rows of K numbers."""
     for names, text, k in weights:
         fmt = format(text)
         for name in names:
@@ -229,8 +232,8 @@ def _check_parts(file: TensorFile, weights: list[tuple[tuple[str, ...], str, int
             found = file.dtypes[first(name)], file.shapes[first(name)]
             if found != wanted:
                 raise FileError(
-                    f"{file.path}: tensor {name!r} is {found[0]}{list(found[1])} and {fmt} of {list(shape)} wants "
-                    f"{wanted[0]}{list(wanted[1])}; save the model again"
+                    f"{file.path}: tensor {name!r} is {found[0]}{list(found[1])} and {fmt} of {list(shape)} "
+                    f"wants {wanted[0]}{list(wanted[1])}; save the model again"
                 )
 
 

@@ -1,12 +1,15 @@
-"""Which modules of a model are quantized one by one, and each as an annotated graph: the plan, before any write.
+"""Which modules of a model are quantized one by one, and each as an annotated graph: the plan, before any
+write.
 
-In: a model and a recipe. Out: a `Site` for each module to fold, with its captured and annotated graph, and what was
-asked for in vain. Everything that may be the user's mistake is found here.
+In: a model and a recipe. Out: a `Site` for each module to fold, with its captured and annotated graph, and
+what was asked for in vain. Everything that may be the user's mistake is found here.
 
-    plan(LlamaForCausalLM, int4)  ->  Site("model.layers.0.self_attn.q_proj", nn.Linear, graph: linear(x, weight)), ...
+    plan(LlamaForCausalLM, int4)  ->  Site("model.layers.0.self_attn.q_proj", nn.Linear, graph: linear(x,
+    weight)), ...
 
-The module is the smallest one that owns a weight and traces alone. Kinds with known arguments (linear, convolution,
-embedding) are traced from their sizes; others with the arguments that they get when the model runs on an example.
+The module is the smallest one that owns a weight and traces alone. Kinds with known arguments (linear,
+convolution, embedding) are traced from their sizes; others with the arguments that they get when the model
+runs on an example.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from ..formats import BitfoldError, Quantized, nearest
 from ..passes import MissRecord, Pipeline, capture_module, example_for, state
@@ -111,7 +114,9 @@ def parameter_names(model: nn.Module) -> dict[int, list[str]]:
 def expanded(
     stored: Mapping[str, Quantized], model: nn.Module, names: dict[int, list[str]]
 ) -> dict[str, Quantized]:
-    """The user's codes under every path of their parameter. Raises BitfoldError for a path that is no parameter."""
+    """The user's codes under every path of their parameter. Raises BitfoldError for a path that is no
+    parameter.
+    """
     by_path = {path: paths for paths in names.values() for path in paths}
     out: dict[str, Quantized] = {}
     for path, codes in stored.items():
@@ -127,7 +132,7 @@ def expanded(
 def check_parameters(model: nn.Module) -> None:
     """Raises BitfoldError for parameters that hold no numbers yet, or not all of them."""
     for path, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise BitfoldError(
                 f"{path} is a lazy parameter without a shape; run the model once before bf.quantize"
             )
@@ -135,8 +140,8 @@ def check_parameters(model: nn.Module) -> None:
             raise BitfoldError(f"{path} is sharded already; call bf.quantize before fully_shard")
         if parameter.is_meta:
             raise BitfoldError(
-                f"{path} is on the meta device and has no numbers; load the weights before bf.quantize, or use "
-                "bf.load(path, into=model) for a model that was saved quantized"
+                f"{path} is on the meta device and has no numbers; load the weights before bf.quantize, or "
+                "use bf.load(path, into=model) for a model that was saved quantized"
             )
 
 

@@ -1,7 +1,8 @@
 """`bf.quantize`: a model in, the same model with codes in place of its weights out.
 
-In: any `nn.Module` and a recipe. Out (module scope, the default): that model, quantized in place, its float weights
-freed one by one. Out (program scope): a lowered GraphModule of the whole model, which is left as it was.
+In: any `nn.Module` and a recipe. Out (module scope, the default): that model, quantized in place, its float
+weights freed one by one. Out (program scope): a lowered GraphModule of the whole model, which is left as it
+was.
 
     q = bf.quantize(model, "int4")                                    # in place; q is model
     gm = bf.quantize(model, "int8", scope="program", example_inputs=(x,))
@@ -51,16 +52,17 @@ def quantize(
 ) -> Any:
     """Quantize `model` by `recipe` (a name such as "int4", a format, JSON, or a `Recipe`).
 
-    calibration     batches for recipes that calibrate: each a tensor, a tuple of arguments, or a dict of keywords
-    scope           "module": in place, module by module, for any model; "program": one graph of the whole model
-    target          where it shall run ("cpu", "reference", ...); by default that of the weights' device
-    stored          parameter path -> `Quantized`: codes that a checkpoint came with, taken as they are
-    example_inputs  as a batch: needed in program scope, and for modules of unknown kinds
-    dynamic         program scope: the sizes that vary, as `bf.capture` takes them
-    progress        called with (what, done, total)
+    calibration     batches for recipes that calibrate: each a tensor, a tuple of arguments, or a dict of
+    keywords scope           "module": in place, module by module, for any model; "program": one graph of the
+    whole model target          where it shall run ("cpu", "reference", ...); by default that of the weights'
+    device stored          parameter path -> `Quantized`: codes that a checkpoint came with, taken as they are
+    example_inputs  as a batch: needed in program scope, and for modules of unknown kinds dynamic
+    program scope: the sizes that vary, as `bf.capture` takes them progress        called with (what, done,
+    total)
 
-    Returns the model (module scope) or the lowered GraphModule. Raises BitfoldError, with the model as it was, for
-    anything wrong in what was given; and, naming what is folded already, if memory or disk gives out midway.
+    Returns the model (module scope) or the lowered GraphModule. Raises BitfoldError, with the model as it
+    was, for anything wrong in what was given; and, naming what is folded already, if memory or disk gives out
+    midway.
     """
     wanted = Recipe.parse(recipe)
     check_parameters(model)
@@ -169,9 +171,10 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Sour
 def _midway(site: Site, done: list[str], total: int, error: BaseException) -> str:
     so_far = f"{', '.join(done[:3])}{', ...' if len(done) > 3 else ''}" if done else "none"
     return (
-        f"folding {site.path} failed ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}) "
-        f"with {len(done)} of {total} modules folded ({so_far}); those run on codes, the others as before: "
-        "make room and call bf.quantize with the same arguments again, which goes on from there"
+        f"folding {site.path} failed ({type(error).__name__}: "
+        f"{str(error).strip().splitlines()[0] if str(error) else ''}) with {len(done)} of {total} modules "
+        f"folded ({so_far}); those run on codes, the others as before: make room and call bf.quantize with "
+        "the same arguments again, which goes on from there"
     )
 
 
@@ -213,8 +216,8 @@ def _device(model: nn.Module) -> torch.device:
 def _check_given(layer: str, batches: Batches) -> None:
     if not batches.given:
         raise BitfoldError(
-            f"layer {layer} takes activations of calibrated range; give calibration=[batches], or use a recipe whose "
-            "activations are quantized dynamically"
+            f"layer {layer} takes activations of calibrated range; give calibration=[batches], or use a "
+            "recipe whose activations are quantized dynamically"
         )
 
 

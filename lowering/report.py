@@ -31,7 +31,9 @@ ATTRIBUTE = "bitfold_misses"
 
 @dataclass(frozen=True)
 class Layer:
-    """One folded weight. `bytes_before`: as it was in the dtype that the layer computes in; a tied weight counts once."""
+    """One folded weight. `bytes_before`: as it was in the dtype that the layer computes in; a tied weight
+    counts once.
+    """
 
     path: str
     format: str
@@ -108,7 +110,8 @@ def report(model: nn.Module) -> Report:
 
 
 def _of_graph(gm: GraphModule) -> Report:
-    layers, counted = [], set()
+    layers: list[Layer] = []
+    counted: set[str] = set()
     for attributes, text, k in weight_parts(gm):
         parts = [find_attribute(gm, name) for name in attributes]
         counted.update(attributes)

@@ -1,12 +1,15 @@
 """`bf.save`: a quantized model, or a lowered program, into one safetensors file.
 
-In: a model after `bf.quantize`, or a GraphModule that is folded or lowered. Out: a file with every tensor that the
-model has, codes in their canonical layout whatever target it ran on, and a header that says what they are.
+In: a model after `bf.quantize`, or a GraphModule that is folded or lowered. Out: a file with every tensor
+that the model has, codes in their canonical layout whatever target it ran on, and a header that says what
+they are.
 
     bf.save(model, "model.safetensors")
-    header: {"version": 1, "kind": "module", "graphs": [...], "modules": {"layers.0.fc": {"graph": 0, ...}}, ...}
+    header: {"version": 1, "kind": "module", "graphs": [...], "modules": {"layers.0.fc": {"graph": 0, ...}},
+    ...}
 
-The header holds graphs as data (`graph_data`), once for all layers that are alike. There is no pickle and no code.
+The header holds graphs as data (`graph_data`), once for all layers that are alike. There is no pickle and no
+code.
 """
 
 from __future__ import annotations
@@ -76,7 +79,8 @@ def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
     folded = {path: module for path, module in model.named_modules() if isinstance(module, Folded)}
     if not folded:
         raise BitfoldError(
-            f"nothing in this {type(model).__name__} is quantized; call bf.quantize first (or save it by torch's means)"
+            f"nothing in this {type(model).__name__} is quantized; call bf.quantize first (or save it by "
+            "torch's means)"
         )
     graphs: dict[str, int] = {}
     modules: dict[str, Any] = {}
@@ -85,7 +89,9 @@ def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
         text = json.dumps(module.canonical.graph)
         modules[path] = _entry(module, graphs.setdefault(text, len(graphs)))
         for weight in module.folded_weights:
-            relaid |= {join(path, weight.parts[0]): _in_canonical(module.quantized(weight), weight.canonical)}
+            made = _in_canonical(module.quantized(weight), weight.canonical)
+            if made is not None:
+                relaid[join(path, weight.parts[0])] = made
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -123,7 +129,7 @@ def _weight(weight: FoldedWeight) -> dict[str, Any]:
 
 
 def _in_canonical(held: Quantized, canonical: str) -> tuple[Kind, Callable[[], Tensor]] | None:
-    """How the codes look in the file, and what makes them when their turn comes; None if they lie that way."""
+    """How the codes look in the file, and what makes them; None if they lie that way."""
     if str(held.format) == canonical:
         return None
     layout = format(canonical).layout

@@ -1,7 +1,7 @@
 """The way from decoded rows back to the parameter that they came from.
 
-In: how a weight's operand follows from its parameter (views, permutes, a reshape to rows). Out: the steps that undo
-it, as data, so that `module.weight` is what it was in shape and meaning.
+In: how a weight's operand follows from its parameter (views, permutes, a reshape to rows). Out: the steps
+that undo it, as data, so that `module.weight` is what it was in shape and meaning.
 
     transpose(weight [K, N], 0, 1) -> rows [N, K]      back: permute (1, 0)
     reshape(weight [O, I, 3, 3]) -> rows [O, I*9]      back: reshape (O, I, 3, 3)
@@ -19,10 +19,10 @@ aten = torch.ops.aten
 
 _RESHAPES = frozenset(
     {
-        aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
-        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        *(aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int),
+        *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
     }
-)  # fmt: skip
+)
 _SAME = frozenset({aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default})
 _PERMUTES = frozenset(
     {aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, aten.mT.default}
@@ -30,7 +30,7 @@ _PERMUTES = frozenset(
 
 
 def back_from(expression: Expression, kind: str) -> Steps | None:
-    """Steps from the decoded rows of an anchor of this kind to the parameter; None if a part of it was left out."""
+    """Steps from an anchor's decoded rows to the parameter; None if a part of it was left out."""
     value: Tensor = torch.empty_like(expression.parameter, device="meta")
     back: list[tuple[str, tuple[int, ...]]] = []
     for target, rest, kwargs in expression.steps:

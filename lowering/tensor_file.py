@@ -1,12 +1,12 @@
 """A safetensors file: written one tensor at a time beside its place and renamed, read through a memory map.
 
-In: named tensors and a header of JSON data. Out: a file that safetensors itself reads; and from a file, its header
-and its tensors, checked before one of them is touched.
+In: named tensors and a header of JSON data. Out: a file that safetensors itself reads; and from a file, its
+header and its tensors, checked before one of them is touched.
 
     write(path, {"head.codes": codes}, {"version": 1, ...});  open_file(path).header["version"]
 
-The header lies in safetensors' metadata under the key `bitfold`. Tensors go out from where they are, so writing takes
-no second copy of the model; an interrupted write leaves what was at `path` before.
+The header lies in safetensors' metadata under the key `bitfold`. Tensors go out from where they are, so
+writing takes no second copy of the model; an interrupted write leaves what was at `path` before.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ def write(
     tensors: Mapping[str, Tensor | Callable[[], Tensor]],
     header: dict[str, Any],
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Write `tensors` (or what makes each, called when its turn has come) and `header` to `path`.
 
-    `shapes` gives dtype and shape of each ahead. Raises FileError if the place cannot be written, or a dtype not held.
+    `shapes` gives dtype and shape of each ahead. Raises FileError if the place cannot be written, or a dtype
+    not held.
     """
     place = Path(path)
     for name, (dtype, _) in shapes.items():
@@ -86,7 +87,7 @@ def write(
                 given = tensors[name]
                 _write_tensor(out, given if isinstance(given, Tensor) else given(), name, shapes[name])
                 if progress is not None:
-                    progress(done + 1, len(order), f"write {name}")
+                    progress(f"write {name}", done, len(order))
             out.flush()
             os.fsync(out.fileno())
         os.replace(beside, place)
@@ -99,12 +100,14 @@ def write(
 
 
 def open_file(path: str | os.PathLike[str]) -> TensorFile:
-    """Open what `write` wrote. Raises FileError: no such file, truncated, not bitfold's, newer, a tensor missing."""
+    """Open what `write` wrote. Raises FileError: no such file, truncated, not bitfold's, newer, a tensor
+    missing.
+    """
     place = Path(path)
     if not place.is_file():
         raise FileError(f"{place} is not a file")
     try:
-        opened = safe_open(str(place), framework="pt")
+        opened: Any = safe_open(str(place), framework="pt")
         header = _header(place, opened.metadata() or {})
         names = set(opened.keys())
         slices = {name: opened.get_slice(name) for name in names}
@@ -142,8 +145,8 @@ def _header(place: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise FileError(f"{place} has a damaged bitfold header ({error}); save the model again") from error
     if version > VERSION:
         raise FileError(
-            f"{place} was saved by a newer bitfold ({header.get('bitfold', 'unknown')}, file version {version}) and "
-            f"this one reads up to version {VERSION}; upgrade bitfold"
+            f"{place} was saved by a newer bitfold ({header.get('bitfold', 'unknown')}, file version "
+            f"{version}) and this one reads up to version {VERSION}; upgrade bitfold"
         )
     missing = [key for key in ("kind", "tensors") if key not in header]
     if missing:
@@ -173,7 +176,7 @@ def _write_tensor(out: Any, tensor: Tensor, name: str, expected: tuple[torch.dty
         raise RuntimeError(f"tensor {name!r} is {tensor.dtype}{list(tensor.shape)}, expected {expected}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     if flat.numel():
-        out.write(memoryview(flat.view(torch.uint8).numpy()))
+        out.write(flat.view(torch.uint8).numpy().data)
 
 
 def _numel(shape: tuple[int, ...]) -> int:

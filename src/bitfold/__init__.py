@@ -8,8 +8,8 @@
     f = bf.format("int4[g128]"); codes = f.quantize(w)
     print(bf.report(q))
 
-Importing bitfold registers its operators with torch and nothing else: no compiler starts, and the passes, the targets
-and the tools are imported when they are first used.
+Importing bitfold registers its operators with torch and nothing else: no compiler starts, and the passes, the
+targets and the tools are imported when they are first used.
 """
 
 from __future__ import annotations
