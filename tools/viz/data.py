@@ -5,12 +5,11 @@ Comes in: a `Trace`, errors per node. Goes out: a dictionary of lists, texts and
     {"records": [{"name": "x", ...}, {"name": "linear", ...}, {"name": "linear", ...}],
      "steps":   [{"name": "captured", "ids": [0, 1], ...}, {"name": "annotate", "ids": [0, 2], ...}], ...}
 
-Two steps with the same number for a node hold the same node; the page's "changed" is read from that.
+Two steps with the same number for a node hold the same node.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,11 +30,13 @@ def page_data(trace: Trace, *, errors: Mapping[str, NodeError] | None = None, ti
     parameters = frozenset(state(trace.gm).params) if trace.gm is not None else frozenset()
     missed: set[str] = set()
     kinds: dict[str, str] = {}
+    formats: dict[str, str] = {}
     steps = []
     for step in trace.steps:
         missed.update(miss.node for miss in step.misses)
         kinds = kinds_of(step.snapshot, missed=missed, parameters=parameters, before=kinds)
-        records = _records(step.snapshot, kinds)
+        formats = _formats(step.snapshot, formats)
+        records = _records(step.snapshot, kinds, formats)
         steps.append(_step(step, [table.number(record) for record in records], _weight_bytes(records)))
     return {
         "title": title or _title(trace),
@@ -63,9 +64,8 @@ class _Table:
         return found
 
 
-def _records(graph: GraphSnapshot, kinds: Mapping[str, str]) -> list[Json]:
+def _records(graph: GraphSnapshot, kinds: Mapping[str, str], formats: Mapping[str, str]) -> list[Json]:
     groups = _groups(graph)
-    formats = _formats(graph)
     held: set[str] = set()  # a constant read under two names is held once
     records = []
     for node in graph:
@@ -102,27 +102,28 @@ def _record(node: NodeSnapshot, kind: str, group: str, format: str, weight_bytes
 
 
 def _label(node: NodeSnapshot) -> str:
-    """What a box says: the operator without its namespace and overload, or a constant's own name."""
+    """What a box says: the operator without its namespace and overload, or a constant's path."""
     if node.op in ("placeholder", "output"):
         return node.name
     if node.op == "get_attr":
-        return node.target.rpartition(".")[2]
-    if node.op == "call_module":
         return node.target
+    if node.op == "call_module":
+        return "fused" if node.format else node.target
     parts = node.target.replace("::", ".").split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-def _formats(graph: GraphSnapshot) -> dict[str, str]:
-    """Format by node: its own, or for constants the format of what reads them."""
+def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
+    """Format by node: its own; for a constant that of the operator that reads it, in the stage where one does."""
     found = {node.name: node.format for node in graph if node.format}
+    constants = {node.name for node in graph if node.op == "get_attr"}
     for node in graph:
         if node.format and node.op == "call_function":
-            for name in node.inputs:
+            for name in constants.intersection(node.inputs):
                 found.setdefault(name, node.format)
-    constants = {node.name for node in graph if node.op == "get_attr"}
-    own = {node.name for node in graph if node.format}
-    return {name: text for name, text in found.items() if name in constants or name in own}
+    for name in constants.difference(found).intersection(before):
+        found[name] = before[name]
+    return found
 
 
 def _groups(graph: GraphSnapshot) -> dict[str, str]:
@@ -162,6 +163,9 @@ def _step(step: Step, ids: list[int], weight_bytes: int) -> Json:
         "weight_bytes": weight_bytes,
         "misses": [_miss(miss) for miss in step.misses],
         "ids": ids,
+        "added": list(step.changed.added),
+        "removed": list(step.changed.removed),
+        "altered": list(step.changed.altered),
     }
 
 
@@ -195,14 +199,10 @@ def _summary(trace: Trace, steps: list[Json]) -> str:
     misses = len(trace.misses)
     return " · ".join(
         (
-            f"{len(first['ids']):,} → {len(last['ids']):,} nodes",
             f"weights {first['weight_bytes'] / 1e6:,.1f} → {last['weight_bytes'] / 1e6:,.1f} MB",
             f"{misses} missed" if misses else "nothing missed",
-            f"{trace.seconds:.2f} s in passes",
+            f"{len(first['ids']):,} → {len(last['ids']):,} nodes",
+            f"{trace.seconds:.2f} s",
         )
     )
 
-
-def finite(value: float) -> float | str:
-    """JSON has no infinity and no NaN: they go in as text."""
-    return value if math.isfinite(value) else {math.inf: "infinite", -math.inf: "−infinite"}.get(value, "NaN")

@@ -12,7 +12,7 @@ its own name, or else with the last of the captured nodes that it stands for (a 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,18 +55,18 @@ def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) 
             f"the graphs to compare take {len(taken[0])} and {len(taken[1])} inputs; "
             "capture the reference from the same model with the same inputs"
         )
-    partners = _partners(before, after)
+    order = {node.name: i for i, node in enumerate(before.graph.nodes) if node.op.startswith("call_")}
+    partners = {node.name: name for node in _calls(after) if (name := _partner(node, order))}
     wanted = set(partners.values())
     kept: dict[str, Tensor] = {}
+    found: dict[str, NodeError] = {}
 
     def keep(node: Node, value: Any) -> None:
         if node.name in wanted and _comparable(value):
             kept[node.name] = value.detach().clone()  # a later in-place write must not reach it
 
-    found: dict[str, NodeError] = {}
-
     def compare(node: Node, value: Any) -> None:
-        reference = kept.get(partners.get(node.name, ""))
+        reference = kept.get(partners.get(node.name, "")) if node.op.startswith("call_") else None
         if reference is not None and _comparable(value) and value.shape == reference.shape:
             found[node.name] = _error(reference, value, partners[node.name])
 
@@ -77,9 +77,9 @@ def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) 
 
 
 class _Watched(Interpreter):
-    """Runs a graph and shows each value as it comes."""
+    """Runs a graph, and the regions outlined in it, and shows each value as it comes."""
 
-    def __init__(self, gm: GraphModule, watch: Any) -> None:
+    def __init__(self, gm: GraphModule, watch: Callable[[Node, Any], None]) -> None:
         super().__init__(gm)
         self._watch = watch
 
@@ -88,21 +88,28 @@ class _Watched(Interpreter):
         self._watch(n, value)
         return value
 
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        region = self.fetch_attr(target)
+        if isinstance(region, GraphModule):
+            return _Watched(region, self._watch).run(*args)
+        return super().call_module(target, args, kwargs)
 
-def _partners(before: GraphModule, after: GraphModule) -> dict[str, str]:
-    """Node of `after` -> node of `before` that has the value it should have."""
-    order = {node.name: i for i, node in enumerate(before.graph.nodes) if node.op.startswith("call_")}
-    partners = {}
-    for node in after.graph.nodes:
-        if not node.op.startswith("call_"):
-            continue
-        if node.name in order:
-            partners[node.name] = node.name
-        elif node.op == "call_module":
-            origins = [name for name in node.meta.get(FROM_KEY, ()) if name in order]
-            if origins:
-                partners[node.name] = max(origins, key=order.__getitem__)
-    return partners
+
+def _calls(gm: GraphModule) -> Iterator[Node]:
+    """Every operation of the graph and of the regions outlined in it (their nodes keep their names)."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and isinstance(region := gm.get_submodule(str(node.target)), GraphModule):
+            yield from _calls(region)
+        if node.op.startswith("call_"):
+            yield node
+
+
+def _partner(node: Node, order: Mapping[str, int]) -> str | None:
+    """The node of the graph before that has the value this one should have."""
+    if node.name in order:
+        return node.name
+    origins = [name for name in node.meta.get(FROM_KEY, ()) if name in order] if node.op == "call_module" else []
+    return max(origins, key=order.__getitem__, default=None)
 
 
 def _comparable(value: Any) -> bool:
@@ -139,7 +146,3 @@ def _ratio(largest: float, top: float) -> float:
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else {math.inf: "infinite", -math.inf: "-infinite"}.get(value, "NaN")
 
-
-def worst(errors: Mapping[str, NodeError], count: int = 5) -> Iterable[tuple[str, NodeError]]:
-    """The `count` nodes with the lowest ratio of signal to noise, worst first."""
-    return sorted(errors.items(), key=lambda item: item[1].sqnr_db)[:count]

@@ -65,7 +65,7 @@ def kinds_of(
             kind = "parameter"
         if kind == "parameter" and (before or {}).get(node.name) == "weight":
             kind = "weight"
-        if kind == "untouched":
+        if kind in ("untouched", "annotated"):
             read = [kinds[name] == "dequantize" or name in views for name in node.inputs]
             if any(read) and _short(node.target) in _VIEWS:
                 views.add(node.name)
@@ -82,6 +82,8 @@ def _kind(node: NodeSnapshot, known: Mapping[str, str], by_name: Mapping[str, No
     if node.op in ("placeholder", "output"):
         return "input"
     if node.op == "get_attr":
+        if node.shape is None:
+            return "untouched"  # a graph that a higher-order operator runs, not a tensor
         return "weight" if _read_by_bitfold(node.users, by_name) else "parameter"
     if node.op == "call_module":
         return "fused" if node.format else "observe"

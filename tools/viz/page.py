@@ -15,7 +15,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-_SCRIPTS = ("model.js", "layout.js", "draw.js", "panels.js", "main.js", "input.js")
+_SCRIPTS = ("text.js", "model.js", "layout.js", "draw.js", "panels.js", "main.js", "input.js")
 
 
 def render(data: dict[str, Any]) -> str:

@@ -15,8 +15,6 @@ const Draw = (() => {
   }
 
   const text = (x, y, content, className) => svg("text", { x, y, class: className }, content);
-  const clip = (content, room) => (content.length <= room ? content : `${content.slice(0, room - 1)}…`);
-  const clipLeft = (content, room) => (content.length <= room ? content : `…${content.slice(1 - room)}`);
 
   // Points of dagre's polyline as one smooth line.
   function pathOf(points) {
@@ -42,7 +40,7 @@ const Draw = (() => {
     for (const port of laid.ports) boxes.append(portOf(port, graph));
     for (const placed of laid.items) {
       if (placed.inner) boxes.append(openGroup(placed, graph, open));
-      else if (placed.item.isGroup) boxes.append(closedGroup(placed));
+      else if (placed.item.isGroup) boxes.append(closedGroup(placed, graph));
       else boxes.append(nodeBox(placed, graph));
     }
     return svg("g", {}, edges, boxes);
@@ -62,13 +60,14 @@ const Draw = (() => {
     const group = placed.item;
     const header = svg("g", { class: "header", "data-key": Model.keyOf(group), tabindex: -1, role: "button", "aria-expanded": "true", "aria-label": `${group.path}, open, ${group.size} nodes` },
       svg("rect", { width: placed.w, height: 22, rx: 6, class: "bar" }),
-      text(9, 15, "▾", "fold"), text(22, 15, clip(group.label, Math.max(6, Math.floor(placed.w / 7.4) - 4)), "name"));
+      text(9, 15, "▾", "fold"), text(22, 15, Text.fit(group.label, placed.w - 30, "name"), "name"));
     return svg("g", { class: "group open", transform: `translate(${placed.x},${placed.y})` },
       svg("rect", { width: placed.w, height: placed.h, rx: 6, class: "frame" }), header,
       picture(placed.inner, graph, open));
   }
 
-  function closedGroup(placed) {
+  function closedGroup(placed, graph) {
+    const order = (kind) => graph.kindOrder.indexOf(kind);
     const group = placed.item;
     const formats = [...group.formats.keys()];
     const marks = changeMarks(group);
@@ -76,11 +75,11 @@ const Draw = (() => {
     const box = svg("g", { class: `group closed${group.missed ? " missed" : ""}`, transform: `translate(${placed.x},${placed.y})`, "data-key": Model.keyOf(group), tabindex: -1, role: "button", "aria-expanded": "false", "aria-label": label },
       svg("title", {}, label),
       svg("rect", { width: placed.w, height: placed.h, rx: 6, class: "frame" }),
-      text(9, 18, "▸", "fold"), text(22, 18, clipLeft(group.label, 26), "name"),
-      text(10, 36, clip(`${group.size} nodes${formats.length ? ` · ${formats.join(" ")}` : ""}`, 34), "sub"));
+      text(9, 18, "▸", "fold"), text(22, 18, Text.fit(group.label, placed.w - 30, "name", "start"), "name"),
+      text(10, 36, Text.fit([`${group.size} nodes`, ...formats].join(" · "), placed.w - 20, "sub"), "sub"));
     let x = 10;
     const room = placed.w - 20;
-    for (const [kind, n] of Object.entries(group.kinds).sort()) {
+    for (const [kind, n] of Object.entries(group.kinds).sort(([a], [b]) => order(a) - order(b))) {
       const w = (room * n) / group.size;
       box.append(svg("rect", { x, y: 46, width: Math.max(1, w - 1), height: 8, class: `kind-${kind} share` }));
       x += w;
@@ -96,7 +95,7 @@ const Draw = (() => {
   }
 
   function badge(right, y, content, className) {
-    const w = 10 + 6.4 * content.length;
+    const w = Math.max(16, 12 + Text.width(content, "badge"));
     return svg("g", { class: `badge ${className}`, transform: `translate(${right - w},${y - 8})` },
       svg("rect", { width: w, height: 16, rx: 8 }), svg("text", { x: w / 2, y: 11.5, "text-anchor": "middle" }, content));
   }
@@ -107,14 +106,15 @@ const Draw = (() => {
     const missed = graph.misses.has(node.name);
     const within = node.module && node.parent && node.module.startsWith(node.parent.path)
       ? node.module.slice(node.parent.path.length).replace(/^\./, "") : node.module;
+    const name = within && node.op !== "get_attr" ? `${node.label} · ${within}` : node.label;
     const label = `${node.name}, ${node.label}${node.format ? `, ${node.format}` : ""}, ${node.kindText}${change ? `, ${change}` : ""}${missed ? ", missed" : ""}`;
-    const sub = node.format || [node.shape, node.dtype].filter(Boolean).join(" ");
+    const sub = node.note || node.format || [node.shape, node.dtype].filter(Boolean).join(" ");
     const box = svg("g", { class: `node kind-${node.kind}${change ? ` ${change}` : ""}${missed ? " missed" : ""}`, transform: `translate(${placed.x},${placed.y})`, "data-key": node.name, tabindex: -1, role: "button", "aria-label": label },
       svg("title", {}, `${label}\n${node.module || ""}`),
       svg("rect", { width: placed.w, height: placed.h, rx: 5, class: "frame" }),
       svg("rect", { width: 5, height: placed.h, rx: 2, class: "stripe" }),
-      text(12, 16, clip(within && node.op !== "get_attr" ? `${node.label} · ${within}` : node.op === "get_attr" ? clipLeft(node.label, 25) : node.label, 26), "name"),
-      text(12, 32, clip(sub, 28), "sub"));
+      text(12, 16, Text.fit(name, placed.w - 20, "name", node.op === "get_attr" ? "start" : "end"), "name"),
+      text(12, 32, Text.fit(sub, placed.w - 20, "sub"), "sub"));
     if (change) box.append(badge(placed.w - 2, 1, { added: "+", removed: "−", changed: "~" }[change], `change ${change}`));
     if (missed) box.append(badge(placed.w - 2, placed.h, "!", "miss"));
     return box;

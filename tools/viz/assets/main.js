@@ -15,7 +15,7 @@ const Main = (() => {
   for (const record of data.records) record.kindText = data.kinds.find((k) => k.key === record.kind).text;
 
   function graphAt(step) {
-    if (!graphs.has(step)) graphs.set(step, Model.graphOf(data, step));
+    if (!graphs.has(step)) graphs.set(step, { ...Model.graphOf(data, step), kindOrder: data.kinds.map((kind) => kind.key) });
     return graphs.get(step);
   }
 
@@ -67,7 +67,7 @@ const Main = (() => {
     if (name?.startsWith("@") && center) openTo(name.slice(1));
     graph.marks = marksOf(graph);
 
-    laid = Layout.layout(graph.root, state.open);
+    laid = Layout.layout(graph.root, state.open, graph);
     const world = byId("world");
     world.replaceChildren(Draw.picture(laid, graph, state.open));
     places = new Map();
@@ -133,7 +133,7 @@ const Main = (() => {
       tab.setAttribute("aria-selected", String(mine));
       tab.setAttribute("tabindex", mine ? 0 : -1);
     }
-    byId("miss-count").textContent = now.step.misses.length ? ` ${now.step.misses.length}` : "";
+    byId("miss-count").textContent = now.misses.size ? ` ${now.misses.size}` : "";
     byId("panel").replaceChildren(tabContent(now));
     byId("panel").setAttribute("aria-labelledby", `tab-${state.tab}`);
     byId("where").textContent = state.before ? `before ${now.step.name}` : `after ${now.step.name}`;

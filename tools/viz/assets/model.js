@@ -5,11 +5,14 @@
 //
 //   steps[3].ids = [0, 1, 7]  ->  graph.nodes: Map(name -> node), graph.root: {children, edges, ins, outs}
 //
-// Equal records share one index, so "did this node change" is one comparison of integers.
+// What a step changed is the trace's own list; equal records of two steps share one index.
 
 const Model = (() => {
   const OPEN_LIMIT = 48; // boxes on the first screen; more than that is not an overview any more
   const SMALL = 40; // a graph of this many nodes is shown whole
+  const LOOSE = 30; // a module with more operations of its own than this has them put into boxes
+  const RUN = 6; // a box around fewer says nothing
+  const CHUNK = 40; // operations in such a box
 
   function graphOf(data, stepIndex) {
     const step = data.steps[stepIndex];
@@ -21,41 +24,26 @@ const Model = (() => {
     for (const node of nodes.values()) {
       for (const arg of node.args) nodes.get(arg)?.users.push(node.name);
     }
-    const graph = { step, index: stepIndex, nodes, groups: new Map(), misses: missesByNode(step) };
-    graph.diff = diffOf(data, stepIndex);
+    const misses = missesByNode(data.steps.slice(0, stepIndex + 1).flatMap((s) => s.misses));
+    const graph = { step, index: stepIndex, nodes, groups: new Map(), misses };
+    graph.diff = { added: new Set(step.added), removed: new Set(step.removed), changed: new Set(step.altered) };
     graph.root = treeOf(graph);
     simplify(graph.root);
+    bundle(graph.root, graph);
     index(graph, graph.root, null);
     countRemoved(data, graph);
     liftEdges(graph);
     return graph;
   }
 
-  function missesByNode(step) {
+  // What was missed up to a stage stays missed in it.
+  function missesByNode(misses) {
     const found = new Map();
-    for (const miss of step.misses) {
+    for (const miss of misses) {
       if (!found.has(miss.node)) found.set(miss.node, []);
       found.get(miss.node).push(miss);
     }
     return found;
-  }
-
-  // What step `index` did: names added and removed, and names whose record is another one now.
-  function diffOf(data, stepIndex) {
-    const diff = { added: new Set(), removed: new Set(), changed: new Set() };
-    if (stepIndex === 0) return diff;
-    const before = idsByName(data, stepIndex - 1);
-    const after = idsByName(data, stepIndex);
-    for (const [name, id] of after) {
-      if (!before.has(name)) diff.added.add(name);
-      else if (before.get(name) !== id) diff.changed.add(name);
-    }
-    for (const name of before.keys()) if (!after.has(name)) diff.removed.add(name);
-    return diff;
-  }
-
-  function idsByName(data, stepIndex) {
-    return new Map(data.steps[stepIndex].ids.map((id) => [data.records[id].name, id]));
   }
 
   const newGroup = (path, label) => ({ path, label, isGroup: true, children: [], subgroups: new Map() });
@@ -101,26 +89,100 @@ const Model = (() => {
     group.children = children;
   }
 
+  // Many loose operations in one module (masks and positions; or all of a model that has no modules) are put into
+  // boxes: runs of connected operations with no module between them, so that the boxes never form a cycle.
+  function bundle(group, graph) {
+    for (const child of group.children) if (child.isGroup) bundle(child, graph);
+    const loose = group.children.filter((child) => !child.isGroup && child.op !== "placeholder" && child.op !== "output");
+    if (loose.length <= LOOSE) return;
+    const runs = runsOf(group, graph, loose).filter((run) => run.length >= RUN);
+    const boxOf = new Map();
+    for (const run of runs) {
+      // Chunks in execution order: an edge never leads back.
+      const chunks = Math.ceil(run.length / CHUNK);
+      const size = Math.ceil(run.length / chunks);
+      for (let i = 0; i < run.length; i += size) {
+        const nodes = run.slice(i, i + size);
+        const box = newGroup(`${group.path}.·${nodes[0].name}`, `${nodes.length} operations from ${nodes[0].name}`);
+        Object.assign(box, { children: nodes, bundle: true });
+        for (const node of nodes) boxOf.set(node, box);
+      }
+    }
+    group.children = [...new Set(group.children.map((child) => boxOf.get(child) ?? child))];
+    if (group.children.length > 4 * CHUNK) nest(group);
+  }
+
+  // Boxes of boxes, where even the boxes are too many.
+  function nest(group) {
+    const boxes = group.children.filter((child) => child.bundle);
+    const outer = [];
+    for (let i = 0; i < boxes.length; i += CHUNK) {
+      const inner = boxes.slice(i, i + CHUNK);
+      outer.push(Object.assign(newGroup(`${inner[0].path}·`, inner[0].label.replace(/^\d+ /, "")), { children: inner, bundle: true }));
+    }
+    group.children = [...outer, ...group.children.filter((child) => !child.bundle)];
+  }
+
+  // Loose nodes, connected among themselves, with equally many modules before them on the longest way.
+  function runsOf(group, graph, loose) {
+    const mine = new Set(loose.map((node) => node.name));
+    const inside = new Set(); // everything in the group's modules
+    const collect = (child) => (child.isGroup ? child.children.forEach(collect) : inside.add(child.name));
+    group.children.filter((child) => child.isGroup).forEach(collect);
+    const level = new Map();
+    for (const node of graph.nodes.values()) {
+      let most = 0;
+      for (const arg of node.args) most = Math.max(most, (level.get(arg) ?? 0) + (inside.has(arg) && !inside.has(node.name) ? 1 : 0));
+      level.set(node.name, most);
+    }
+    const run = new Map();
+    for (const first of loose) {
+      if (run.has(first.name)) continue;
+      const members = [];
+      const open = [first.name];
+      run.set(first.name, members);
+      while (open.length > 0) {
+        const node = graph.nodes.get(open.pop());
+        members.push(node);
+        for (const other of [...node.args, ...node.users]) {
+          if (!mine.has(other) || run.has(other) || level.get(other) !== level.get(node.name)) continue;
+          run.set(other, members);
+          open.push(other);
+        }
+      }
+    }
+    const order = new Map([...graph.nodes.keys()].map((name, i) => [name, i]));
+    return [...new Set(run.values())].map((members) => members.sort((a, b) => order.get(a.name) - order.get(b.name)));
+  }
+
   function index(graph, group, parent) {
     Object.assign(group, { parent, size: 0, kinds: {}, added: 0, changed: 0, removed: 0, missed: 0 });
-    Object.assign(group, { formats: new Map(), edges: new Map(), ins: new Map(), outs: new Map() });
+    Object.assign(group, { notes: new Map(), operands: new Map(), edges: new Map(), ins: new Map(), outs: new Map() });
     graph.groups.set(group.path, group);
     for (const child of group.children) {
       if (child.isGroup) {
         index(graph, child, group);
         for (const key of ["size", "added", "changed", "missed"]) group[key] += child[key];
+        add(group.notes, child.notes);
+        add(group.operands, child.operands);
         for (const [kind, n] of Object.entries(child.kinds)) group.kinds[kind] = (group.kinds[kind] ?? 0) + n;
-        for (const [format, n] of child.formats) group.formats.set(format, (group.formats.get(format) ?? 0) + n);
         continue;
       }
       child.parent = group;
       group.size += 1;
       group.kinds[child.kind] = (group.kinds[child.kind] ?? 0) + 1;
-      if (child.format) group.formats.set(child.format, (group.formats.get(child.format) ?? 0) + 1);
+      if (child.note) add(group.notes, [[child.note, 1]]);
+      if (child.format && child.op !== "get_attr") add(group.operands, [[child.format, 1]]);
       if (graph.diff.added.has(child.name)) group.added += 1;
       if (graph.diff.changed.has(child.name)) group.changed += 1;
       if (graph.misses.has(child.name)) group.missed += 1;
     }
+    // What the recipe gave says more than the formats of single operators; a graph read from a file has only those.
+    group.formats = group.notes.size > 0 ? group.notes : group.operands;
+  }
+
+  function add(counts, more) {
+    for (const [key, n] of more) counts.set(key, (counts.get(key) ?? 0) + n);
   }
 
   // A removed node is counted on the deepest module of its path that is still there.
@@ -166,7 +228,8 @@ const Model = (() => {
     }
   }
 
-  // Open from the root downwards while the picture stays an overview; one of many like layers stays closed.
+  // Open from the root downwards while the picture stays an overview; one of many like layers stays
+  // closed, and so does a module that holds no other.
   function openByDefault(graph) {
     const open = new Set([""]);
     const whole = graph.nodes.size <= SMALL;
@@ -175,7 +238,8 @@ const Model = (() => {
     while (queue.length > 0) {
       const group = queue.shift();
       const repeated = /(^|\.)\d+$/.test(group.label);
-      if (!whole && (repeated || shown + group.children.length > OPEN_LIMIT)) continue;
+      const leaf = !group.children.some((c) => c.isGroup);
+      if (!whole && (repeated || leaf || shown + group.children.length > OPEN_LIMIT)) continue;
       open.add(group.path);
       shown += group.children.length - 1;
       queue.push(...group.children.filter((c) => c.isGroup));
@@ -189,45 +253,32 @@ const Model = (() => {
     return node ? chainOf(node).map((group) => group.path) : [];
   }
 
-  // Lines of the step's code beside the step before: [{sign: " " | "+" | "-" | "~", name, text}]. Names are unique
+  // Lines of the step's code beside the step before: [{sign: " " | "+" | "-", name, group, text}]. Names are unique
   // and keep their order, so one walk over both lists is enough.
   function codeLines(data, graph) {
     const now = graph.step.ids.map((id) => data.records[id]);
-    if (graph.index === 0) return now.map((r) => ({ sign: " ", name: r.name, text: r.code }));
+    const line = (sign, record) => ({ sign, name: record.name, group: record.group, text: record.note ? `${record.code}  # ${record.note}` : record.code });
+    if (graph.index === 0) return now.map((record) => line(" ", record));
     const old = data.steps[graph.index - 1].ids.map((id) => data.records[id]);
-    const oldByName = new Map(old.map((r) => [r.name, r]));
+    const oldByName = new Map(old.map((record) => [record.name, record]));
     const lines = [];
+    const passed = new Set();
     let next = 0;
-    const passRemoved = () => {
-      while (next < old.length && graph.diff.removed.has(old[next].name)) {
-        lines.push({ sign: "-", name: old[next].name, text: old[next].code });
-        next += 1;
+    const passOld = () => {
+      for (; next < old.length; next += 1) {
+        if (graph.diff.removed.has(old[next].name)) lines.push(line("-", old[next]));
+        else if (!passed.has(old[next].name)) return;
       }
     };
-    const passed = new Set();
     for (const record of now) {
+      passOld();
       const was = oldByName.get(record.name);
-      while (was && next < old.length && passed.has(old[next].name)) next += 1;
-      passRemoved();
-      if (!was) {
-        lines.push({ sign: "+", name: record.name, text: record.code });
-        continue;
-      }
-      if (was.code !== record.code) {
-        lines.push({ sign: "-", name: record.name, text: was.code });
-        lines.push({ sign: "+", name: record.name, text: record.code });
-      } else {
-        lines.push({ sign: graph.diff.changed.has(record.name) ? "~" : " ", name: record.name, text: record.code });
-      }
       passed.add(record.name);
-      if (old[next]?.name === record.name) next += 1;
+      if (!was) lines.push(line("+", record));
+      else if (!graph.diff.changed.has(record.name)) lines.push(line(" ", record));
+      else lines.push(line("-", was), line("+", record));
     }
-    while (next < old.length) {
-      if (graph.diff.removed.has(old[next].name)) {
-        lines.push({ sign: "-", name: old[next].name, text: old[next].code });
-      }
-      next += 1;
-    }
+    passOld();
     return lines;
   }
 

@@ -60,13 +60,13 @@ const Panels = (() => {
 
   const decibel = (value) => (typeof value === "number" ? `${value.toFixed(1)} dB` : value);
 
-  function errorRows(error) {
+  function errorRows(error, name) {
     if (!error) return [];
     return [
       ...row("signal to noise", decibel(error.sqnr_db)),
       ...row("largest error", Number(error.max_abs).toPrecision(3)),
       ...row("relative to largest value", error.max_rel === undefined ? null : Number(error.max_rel).toPrecision(3)),
-      ...row("compared with", error.reference),
+      ...row("compared with", error.reference === name ? null : error.reference),
     ];
   }
 
@@ -74,7 +74,7 @@ const Panels = (() => {
     const node = graph.nodes.get(name);
     if (!node) return gone(data, graph, name);
     const misses = graph.misses.get(name) ?? [];
-    const error = data.errors[name];
+    const error = data.errors[name] ?? Object.values(data.errors).find((e) => e.reference === name);
     return el("div", {},
       el("h2", {}, el("i", { class: `swatch kind-${node.kind}` }), node.name),
       el("p", { class: "quiet" }, node.kindText),
@@ -84,12 +84,13 @@ const Panels = (() => {
         row("module", node.module ? jump(`@${node.module}`, node.module) : null),
         row("your source", node.source), row("", node.source_text ? el("code", {}, node.source_text) : null),
         row("operation", node.target), row("format", node.format), row("annotation", node.note),
-        row("shape", node.shape), row("dtype", node.dtype), row("bytes of its value", node.bytes === null ? null : bytes(node.bytes)),
-        moduleBytes(data, graph, node), errorRows(error),
+        row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
+        moduleBytes(data, graph, node), errorRows(error, name),
         row("inputs", node.args.length ? links(graph, node.args) : null),
         row("read by", node.users.length ? links(graph, node.users) : null),
         row("made from", node.origins.length ? links(graph, node.origins) : null)),
       error === undefined && Object.keys(data.errors).length > 0 ? el("p", { class: "quiet" }, "No error figure: the unquantized graph has no value to compare this one with.") : null,
+      data.regions[node.target] ? [el("h2", {}, "Inside the region"), codeBlock(data.regions[node.target], "wrap")] : null,
       history(data, graph, name));
   }
 
@@ -105,7 +106,7 @@ const Panels = (() => {
     const now = weightBytes(data, graph.index, path);
     if (!before && !now) return [];
     const same = before === now || graph.index === 0;
-    return row("weights of the module", same ? bytes(now) : `${bytes(before)} → ${bytes(now)}`);
+    return row("module's weights", same ? bytes(now) : `${bytes(before)} → ${bytes(now)}`);
   }
 
   function weightBytes(data, stepIndex, path) {
@@ -131,7 +132,7 @@ const Panels = (() => {
     return el("details", { open: "" }, el("summary", {}, "Through the stages"),
       el("ol", { class: "history" }, entries.map(({ i, step, record }) =>
         el("li", {}, el("button", { type: "button", class: "jump", "data-step": i }, `${i} ${step.name}`),
-          record ? codeBlock(`${record.code}${record.format ? `    # ${record.format}` : ""}`, "wrap") : el("p", { class: "quiet" }, "removed")))));
+          record ? codeBlock(`${record.code}${record.note ? `    # ${record.note}` : ""}`, "wrap") : el("p", { class: "quiet" }, "removed")))));
   }
 
   function gone(data, graph, name) {
@@ -151,7 +152,9 @@ const Panels = (() => {
     const within = (name) => graph.nodes.has(name) && Model.pathsAbove(graph, name).includes(path);
     const worst = Object.entries(data.errors).filter(([name, e]) => typeof e.sqnr_db === "number" && within(name))
       .sort((a, b) => a[1].sqnr_db - b[1].sqnr_db).slice(0, 5);
-    const misses = graph.step.misses.filter((miss) => within(miss.node));
+    const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
+    const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
+    const changes = Model.codeLines(data, graph).filter(inside);
     return el("div", {},
       el("h2", {}, path || "the whole model"),
       misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), jump(miss.node), ` ${miss.reason}`)),
@@ -160,22 +163,43 @@ const Panels = (() => {
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, jump(name), ` ${decibel(e.sqnr_db)}`))) : null)));
+        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e.sqnr_db)} `), jump(name)))) : null)),
+      changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), codeOf(changes)] : null);
   }
 
+  // Lines that changed, a fold for each layer of the model; the first one is open.
   function changesTab(data, graph) {
     if (graph.index === 0) return el("p", { class: "quiet" }, "This is the graph the pipeline began with.");
-    const { added, removed, changed } = graph.diff;
-    const part = (title, className, names) => names.size === 0 ? null
-      : el("details", { open: names.size <= 60 ? "" : null, class: className }, el("summary", {}, `${names.size} ${title}`),
-        el("ul", { class: "plain" }, [...names].slice(0, 2000).map((name) => el("li", {}, jump(name)))));
-    const parts = [part("added", "added", added), part("removed", "removed", removed), part("changed", "changed", changed)];
-    return el("div", {}, el("h2", {}, `What ${graph.step.name} did`), diffOfCode(data, graph, 2),
-      parts.every((p) => p === null) ? el("p", { class: "quiet" }, "Nothing in the graph.") : parts);
+    const byLayer = new Map();
+    for (const line of Model.codeLines(data, graph)) {
+      if (line.sign === " ") continue;
+      const layer = /^(.*?\.\d+)(\.|$)/.exec(line.group)?.[1] ?? line.group;
+      if (!byLayer.has(layer)) byLayer.set(layer, []);
+      byLayer.get(layer).push(line);
+    }
+    const folds = [...byLayer].map(([layer, lines], i) => {
+      const count = (sign) => lines.filter((line) => line.sign === sign).length;
+      const head = el("summary", {}, layer || "the model itself", " ", el("span", { class: "quiet" }, `${count("+")} lines in, ${count("-")} out`));
+      return laterFold(head, () => codeOf(lines), i === 0);
+    });
+    return el("div", {}, el("h2", {}, `What ${graph.step.name} did`),
+      el("p", { class: "counts" }, counts(graph.diff)),
+      folds.length ? folds : el("p", { class: "quiet" }, "Nothing in the graph."));
+  }
+
+  // A fold whose inside is made when it is first opened.
+  function laterFold(summary, make, open) {
+    const fold = el("details", { open: open ? "" : null }, summary);
+    const fill = () => {
+      if (fold.open && fold.children.length === 1) fold.append(make());
+    };
+    fold.addEventListener("toggle", fill);
+    if (open) fill();
+    return fold;
   }
 
   function missesTab(graph) {
-    const { misses } = graph.step;
+    const misses = [...graph.misses.values()].flat();
     if (misses.length === 0) return el("p", { class: "quiet" }, "Everything that was asked for up to this stage was done.");
     return el("div", {}, el("h2", {}, "Asked for and not done"),
       el("ul", { class: "misses" }, misses.map((miss) => el("li", {}, jump(miss.node),
@@ -185,35 +209,13 @@ const Panels = (() => {
   }
 
   function codeTab(data, graph) {
-    return el("div", {}, el("h2", {}, `The graph after ${graph.step.name}`), diffOfCode(data, graph, Infinity));
+    return el("div", {}, el("h2", {}, `The graph after ${graph.step.name}`), codeOf(Model.codeLines(data, graph)));
   }
 
-  // Lines with their sign; with a finite context only what changed and that many lines around it.
-  function diffOfCode(data, graph, context) {
-    const lines = Model.codeLines(data, graph);
-    const near = new Uint8Array(lines.length);
-    lines.forEach((line, i) => {
-      if (line.sign === " ") return;
-      for (let k = Math.max(0, i - context); k <= Math.min(lines.length - 1, i + context); k += 1) near[k] = 1;
-    });
-    const block = el("pre", { class: "diff", tabindex: 0 });
-    let skipped = false;
-    const limit = Number.isFinite(context) ? 400 : Infinity;
-    let written = 0;
-    lines.forEach((line, i) => {
-      if (Number.isFinite(context) && !near[i]) {
-        skipped = true;
-        return;
-      }
-      if (written >= limit) return;
-      if (skipped && written) block.append(el("span", { class: "gap" }, "⋯\n"));
-      skipped = false;
-      written += 1;
-      const className = { "+": "added", "-": "removed", "~": "changed", " ": "same" }[line.sign];
-      block.append(el("span", { class: `row ${className}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`));
-    });
-    if (written >= limit) block.append(el("span", { class: "gap" }, "⋯ the rest is in the tab Code\n"));
-    return written ? block : null;
+  function codeOf(lines) {
+    const className = { "+": "added", "-": "removed", " ": "same" };
+    return el("pre", { class: "diff", tabindex: 0 }, lines.map((line) =>
+      el("span", { class: `row ${className[line.sign]}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`)));
   }
 
   return { el, stages, legend, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
