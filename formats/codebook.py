@@ -9,8 +9,10 @@ In: floats in units of the scale. Out: the index of the nearest value; a tie goe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,8 +21,8 @@ from torch import Tensor
 from .element import Element
 from .errors import FormatError
 
-# Up to this many values a code is found by counting boundaries below x: compares and adds, which vectorize.
-_COUNTING = 16
+# Up to this many values a code is found by comparing x with every boundary, which vectorizes.
+_COMPARED = 16
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,25 @@ class Codebook(Element):
     def encode(self, x: Tensor) -> Tensor:
         x = x.to(torch.float32)
         order, bounds = _boundaries(self.table)
-        if len(bounds) >= _COUNTING:
-            rank = torch.bucketize(x, torch.tensor(bounds, dtype=torch.float32, device=x.device))
-        else:
-            rank = torch.zeros_like(x, dtype=torch.int32)
-            for bound in bounds:
-                rank = rank + (x > bound)
-        if order == tuple(range(len(order))):
-            return rank.to(torch.uint8)
-        return torch.tensor(order, dtype=torch.uint8, device=x.device)[rank]
+        if len(order) > _COMPARED:
+            rank = torch.bucketize(x, _constant(bounds, x), out_int32=True)
+            return _constant(order, x).to(torch.uint8)[rank]
+        # Each boundary below x adds the step to the next code, modulo 256.
+        code = torch.full_like(x, order[0], dtype=torch.uint8)
+        for bound, (below, above) in zip(bounds, pairwise(order), strict=True):
+            passed = (x > bound).view(torch.uint8)
+            code = code + (passed if above - below == 1 else passed * ((above - below) % 256))
+        return code
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        table = torch.tensor(self.values(), dtype=dtype, device=codes.device)
-        return table[codes.to(torch.int32)]
+        # An unused code is never stored; it decodes to NaN so that a damaged file shows.
+        return _constant(self.values(), codes).to(dtype)[codes.to(torch.int32)]
+
+
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """A float32 table on `like`'s device, made by operators: a tensor constant would be lifted out of the graph
+    when an exported program is decomposed, and torch 2.13 then fails to verify it."""
+    return torch.cat([torch.full((1,), v, dtype=torch.float32, device=like.device) for v in values])
 
 
 @lru_cache(maxsize=64)
@@ -74,7 +82,7 @@ def _boundaries(table: tuple[float, ...]) -> tuple[tuple[int, ...], tuple[float,
     """
     order = tuple(sorted(range(len(table)), key=table.__getitem__))
     bounds = []
-    for lower, upper in zip(order, order[1:], strict=False):
+    for lower, upper in pairwise(order):
         middle = (table[lower] + table[upper]) / 2
         bound = np.float32(middle)
         if float(bound) > middle:

@@ -94,50 +94,53 @@ class Float(Element):
         return _values(self.exponent, self.mantissa_bits, self.bits, self.bias, self.ending)
 
     def encode(self, x: Tensor) -> Tensor:
-        x = x.to(torch.float32).clamp(self.low, self.high)  # keeps NaN
+        x = x.to(torch.float32)
         if self.torch_dtype is not None:
-            return x.to(self.torch_dtype).view(torch.uint8)
-        m, e = self.mantissa_bits, self.exponent
-        raw = x.view(torch.int32)
+            return x.clamp(self.low, self.high).to(self.torch_dtype).view(torch.uint8)  # clamp keeps NaN
+        m, top = self.mantissa_bits, self.bits - 1
+        # Without a NaN of its own a float takes the largest value for one, as the satfinite conversions of
+        # GPUs do.
+        raw = x.nan_to_num(nan=self.high, posinf=self.high, neginf=self.low).clamp(self.low, self.high)
+        raw = raw.view(torch.int32)
         magnitude = raw & 0x7FFFFFFF
-        # Below the smallest normal, adding 2**(23 + exponent of the last bit) makes the adder round to
-        # nearest even at that bit; the low bits of the sum are then the code.
-        magic = 2.0 ** (23 + 1 - self.bias - m)
-        magic_bits = (127 + 23 + 1 - self.bias - m) << 23
-        subnormal = (magnitude.view(torch.float32) + magic).view(torch.int32) - magic_bits
+        # Two roundings to nearest even, one below the smallest normal and one above, each held at it outside
+        # its own half, so that their sum counts both (torch.where is ten times slower than a clamp on a CPU).
+        exponent = 127 + 1 - self.bias
+        smallest = exponent << 23
+        # Below: adding 2**(23 + exponent of the last bit) makes the adder round at that bit.
+        magic = (exponent + 23 - m) << 23
+        below = magnitude.clamp(max=smallest).view(torch.float32) + math.ldexp(1.0, 23 + 1 - self.bias - m)
+        below = below.view(torch.int32) - magic
+        above = magnitude.clamp(min=smallest)
         shift = 23 - m
-        rounded = magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)
-        normal = (rounded >> shift) - ((127 - self.bias) << m)
-        smallest_normal = (127 + 1 - self.bias) << 23
-        code = torch.where(magnitude < smallest_normal, subnormal, normal)
-        code = code | ((raw >> 31) & 1) << (e + m)
+        above = (above + ((above >> shift) & 1) + ((1 << (shift - 1)) - 1)) >> shift
+        code = below + above - (exponent << m)
+        code = code | ((raw >> (31 - top)) & (1 << top))
         if self.ending == "fnuz":
-            code = torch.where(code == 1 << (e + m), 0, code)  # there is no -0
-        code = torch.where(magnitude > 0x7F800000, self._nan_code, code)
+            code = torch.where(code == 1 << top, 0, code)  # there is no -0
+        if self.bits == 8:
+            code = torch.where(x.isnan(), self._nan_code, code)
         return code.to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.torch_dtype is not None:
             return codes.view(self.torch_dtype).to(dtype)
-        m, e = self.mantissa_bits, self.exponent
+        m, top = self.mantissa_bits, self.bits - 1
         wide = codes.to(torch.int32)
-        exponent = (wide >> m) & ((1 << e) - 1)
-        fraction = wide & ((1 << m) - 1)
-        # fraction * 2**(exponent - bias - m), with the hidden one: no float32 subnormal on the way, so a
-        # processor that flushes them agrees.
-        hidden = (exponent > 0).to(torch.int32) << m
+        exponent = (wide >> m) & ((1 << self.exponent) - 1)
+        # (fraction + hidden one) * 2**(exponent - bias - m): no float32 subnormal on the way, so a processor
+        # that flushes them agrees.
+        digits = (wide & ((1 << m) - 1)) + (exponent.clamp(max=1) << m)
         unit = ((exponent.clamp(min=1) + (127 - self.bias - m)) << 23).view(torch.float32)
-        value = (fraction + hidden).to(torch.float32) * unit
-        value = torch.where((wide >> (e + m)) & 1 == 1, -value, value)
+        value = digits.to(torch.float32) * unit
+        value = (value.view(torch.int32) | ((wide >> top) << 31)).view(torch.float32)
         if self.bits == 8:
             value = self._special(wide, value)
         return value.to(dtype)
 
     @property
     def _nan_code(self) -> int:
-        """The code of NaN; without one, the largest value, as the satfinite conversions of GPUs have it."""
-        if self.bits < 8:
-            return (1 << (self.bits - 1)) - 1
+        """The code of NaN, for 8 bits."""
         if self.ending == "fnuz":
             return 0x80
         if self.ending == "fn":

@@ -25,6 +25,7 @@ from .element import Element
 from .errors import FormatError
 from .granularity import Granularity
 from .layout import Layout, default
+from .pieces import by_rows
 from .scale import Scale
 from .sparsity import Dense, Sparsity
 
@@ -77,6 +78,10 @@ class Format:
         whole = self.scale.granularity if self.scale is not None else Granularity()
         return self.sparsity.narrowed(whole)
 
+    @property
+    def _rows(self) -> int | None:
+        return self._granularity.rows
+
     def check(self, shape: Sequence[int]) -> None:
         """Raises FormatError, one sentence, if a tensor of this shape cannot take the format."""
         (self.scale.granularity if self.scale is not None else Granularity()).check(shape)
@@ -103,21 +108,22 @@ class Format:
         self.check(x.shape)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
-        codes = self.layout.pack(self._encode(kept, params), self.element.bits, self.run)
+        codes = by_rows(lambda x, p: self.pack(self._encode(x, p)), kept, params, self._rows)
         present = [codes, *params] + ([] if indices is None else [indices])
         return Quantized.from_parts(self, present, x.shape[-1])
 
     def dequantize(self, q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., K] of q: computed in float32, rounded to `dtype` once."""
-        codes = self.layout.unpack(q.codes, self.sparsity.kept(q.k), self.element.bits, self.run)
-        return self.sparsity.expand(self._decode(codes, q.params, dtype), q.indices)
+        values = by_rows(lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows)
+        return self.sparsity.expand(values, q.indices)
 
     def fake_quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Tensor:
         """dequantize(quantize(x)) in x's dtype, bit for bit, without packing. No gradient: see `ops.py`."""
         self.check(x.shape)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
-        return self.sparsity.expand(self._decode(self._encode(kept, params), params, x.dtype), indices)
+        values = by_rows(lambda x, p: self._decode(self._encode(x, p), p, x.dtype), kept, params, self._rows)
+        return self.sparsity.expand(values, indices)
 
     def _params(self, kept: Tensor, params: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if params is None:
