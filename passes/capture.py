@@ -1,7 +1,8 @@
 """Program scope: a model and example inputs to one graph of operators, by `torch.export`.
 
-Comes in: an `nn.Module` and its inputs. Goes out: a `GraphModule` at stage `captured`, normalized: pre-dispatch
-ATen operators, parameters as `get_attr`, fake values with symbolic sizes, the origin of each node.
+Comes in: an `nn.Module` and its inputs. Goes out: a `GraphModule` at stage `captured`, normalized:
+pre-dispatch ATen operators, parameters as `get_attr`, fake values with symbolic sizes, the origin of each
+node.
 
     gm = capture(model, (tokens,), dynamic="batch")
     gm.graph:  linear: f32[s0, 32] = aten.linear.default(x, fc_weight, fc_bias)
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ShapesCollection
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -46,19 +47,20 @@ def capture(
 ) -> GraphModule:
     """The whole of `model` as one normalized graph that shares the model's parameters.
 
-    `inputs`: a tensor, a tuple of arguments, or a mapping of keyword arguments. `dynamic`: which sizes may vary:
-    "batch" (dimension 0 of every tensor), "sequence" (dimension 1), "batch+sequence", or anything that
-    `torch.export` takes as `dynamic_shapes`. The model is captured in the mode it is in (`train_mode` flips it).
+    `inputs`: a tensor, a tuple of arguments, or a mapping of keyword arguments. `dynamic`: which sizes may
+    vary: "batch" (dimension 0 of every tensor), "sequence" (dimension 1), "batch+sequence", or anything that
+    `torch.export` takes as `dynamic_shapes`. The model is captured in the mode it is in (`train_mode` flips
+    it).
 
     Raises CaptureError (a BitfoldError) when the model cannot be captured, BitfoldError for a wrong argument.
     """
     if scope != "program":
         raise BitfoldError(
-            f"capture() takes scope='program', not '{scope}'; the frame scope is torch.compile(backend='bitfold') "
-            "and the module scope is bf.quantize"
+            f"capture() takes scope='program', not '{scope}'; the frame scope is "
+            "torch.compile(backend='bitfold') and the module scope is bf.quantize"
         )
     args, named = _arguments(inputs, kwargs)
-    shapes, args, named = _dynamic(dynamic, args, named)
+    shapes, args, named = _dynamic(model, dynamic, args, named)
     gm = _export(model, args, named, shapes)
     gm.meta.pop("bitfold", None)
     gm.meta["bitfold"] = State("program")
@@ -77,41 +79,35 @@ def _arguments(inputs: Inputs, kwargs: Mapping[str, Any] | None) -> tuple[tuple[
         return (), {**inputs, **named}
     if isinstance(inputs, Sequence) and not isinstance(inputs, str):
         return tuple(inputs), named
-    raise BitfoldError(f"inputs is a {type(inputs).__name__}; give a tensor, a tuple of them, or a dict of keywords")
+    raise BitfoldError(
+        f"inputs is a {type(inputs).__name__}; give a tensor, a tuple of them, or a dict of keywords"
+    )
 
 
-def _dynamic(dynamic: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _dynamic(
+    model: nn.Module, dynamic: Any, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """What `torch.export` wants to know of sizes that vary, and inputs that it can learn it from."""
-    if dynamic is None or not isinstance(dynamic, str):
+    if not isinstance(dynamic, str):
         return dynamic, args, named
     if dynamic not in _CONVENIENCE:
         raise BitfoldError(
-            f"dynamic is '{dynamic}'; it may be {', '.join(map(repr, _CONVENIENCE))} or dynamic_shapes of torch.export"
+            f"dynamic is '{dynamic}'; it may be {', '.join(map(repr, _CONVENIENCE))}, "
+            "or dynamic_shapes as torch.export takes them"
         )
     dims = _CONVENIENCE[dynamic]
     args, named = pytree.tree_map_only(Tensor, lambda given: _widened(given, dims), (args, named))
-    shapes = pytree.tree_map(lambda given: _dims(given, dims), (args, named))
-    # A model with *args or **kwargs wants its shapes by position and by name, as they were given.
-    return (list(shapes[0]) if not named else {**_positional(args, shapes[0]), **shapes[1]}), args, named
-
-
-def _positional(args: tuple[Any, ...], shapes: Sequence[Any]) -> dict[str, Any]:
-    if args:
-        raise BitfoldError(
-            "with both positional and keyword inputs, dynamic has to be written as torch.export's dynamic_shapes; "
-            "or give all inputs by keyword"
-        )
-    return {}
-
-
-def _dims(given: Any, dims: tuple[int, ...]) -> Any:
-    if not isinstance(given, Tensor):
-        return None
-    return {dim: Dim.DYNAMIC for dim in dims if dim < given.dim()}
+    # DYNAMIC, not AUTO: a size that the model fixes is an error then, not a quiet specialization.
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    for given in pytree.tree_leaves((args, named)):
+        if isinstance(given, Tensor):
+            shapes[given] = {dim: Dim.DYNAMIC for dim in dims if dim < given.dim()}
+    return shapes.dynamic_shapes(model, args, named), args, named  # type: ignore[no-untyped-call]
 
 
 def _widened(given: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The same data with size 2 where a varying size is 1: `torch.export` takes a size of 1 for a constant."""
+    """The same data with size 2 where a varying size is 1: `torch.export` takes a size of 1 for a
+    constant."""
     for dim in dims:
         if dim < given.dim() and given.shape[dim] == 1:
             given = given.repeat_interleave(2, dim)

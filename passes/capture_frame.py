@@ -1,8 +1,8 @@
 """Frame scope: the graph that Dynamo hands to a `torch.compile` backend, as pre-dispatch ATen.
 
-Comes in: Dynamo's graph of Python functions, and the real tensors it will be called with. Goes out: a graph of
-operators with the same placeholders in the same order, whose `State.params` says which placeholders are the
-user's parameters and what they hold.
+Comes in: Dynamo's graph of Python functions, and the real tensors it will be called with. Goes out: a graph
+of operators with the same placeholders in the same order, whose `State.params` says which placeholders are
+the user's parameters and what they hold.
 
     l_x_, l_self_fc_weight : F.linear(l_x_, l_self_fc_weight)
     ->  aten.linear.default(l_x_, l_self_fc_weight), params = {'l_self_fc_weight': Parameter}
@@ -44,7 +44,8 @@ def is_training_graph(inputs: Sequence[Any]) -> bool:
 def capture_frame(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     """Dynamo's graph as a normalized graph at stage `captured`, same placeholders, same order.
 
-    `example_inputs` are what the backend was given: real parameters and buffers, real or fake inputs, SymInts.
+    `example_inputs` are what the backend was given: real parameters and buffers, real or fake inputs,
+    SymInts.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = [_example(node, given) for node, given in zip(placeholders, example_inputs, strict=True)]
@@ -74,7 +75,9 @@ def retrace(gm: GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> Gra
 
     # Tensors made in the frame (torch.ones(3)) must be fake too, hence the mode around it all.
     with preserve_node_meta(), mode, _quiet_guards(mode):
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(*values, *fakes)
+        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(
+            *values, *fakes
+        )
     _as_attributes(traced, list(held.items()), len(values))
     return traced
 
@@ -167,13 +170,16 @@ def _parameters(
 
 
 def _parameter_path(node: Node) -> str | None:
-    """`fc.weight` for a placeholder that Dynamo made from a module's parameter or buffer; None for an input."""
+    """`fc.weight` for a placeholder that Dynamo made from a module's parameter or buffer; None for an
+    input."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     name = name() if callable(name) else name
     if not isinstance(name, str):
         return None
-    found = _HELD.search(name) or (_ATTRIBUTE.search(name) if isinstance(node.meta.get("example_value"), nn.Parameter) else None)
+    found = _HELD.search(name) or (
+        _ATTRIBUTE.search(name) if isinstance(node.meta.get("example_value"), nn.Parameter) else None
+    )
     if found is None:
         return None
     owner = module_path(name[: found.start()])

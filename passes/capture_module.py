@@ -1,13 +1,14 @@
 """Module scope: one module alone, as a graph, whatever the model around it does.
 
-Comes in: a module that owns parameters, example arguments, and its path in the model. Goes out: a graph at stage
+Comes in: a module that owns parameters, example arguments, and its path in the model. Goes out: a graph at
+stage
 `captured` that shares the module's parameters, with symbolic leading sizes.
 
     capture_module(model.fc, (torch.empty(2, 16),), path="fc")
     ->  x: f32[s0, 16];  linear = aten.linear.default(x, weight, bias)
 
-A model has hundreds of layers and few kinds of them: with `cache` (a dict that the caller keeps for the length of
-one model) each kind is traced once and copied after that.
+A model has hundreds of layers and few kinds of them: with `cache` (a dict that the caller keeps for the
+length of one model) each kind is traced once and copied after that.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functional_call
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    SymbolicContext,
+)
 from torch.utils import _pytree as pytree
 
 from ..formats.errors import BitfoldError
@@ -65,8 +71,9 @@ def capture_module(
 ) -> GraphModule:
     """One module as a normalized graph; its parameters are shared, not copied.
 
-    With `dynamic_batch`, every size of a floating input but the last is symbolic (for a convolution: all but the
-    channels), and every size of an integer one. Raises BitfoldError, naming `path`, when it cannot be traced.
+    With `dynamic_batch`, every size of a floating input but the last is symbolic (for a convolution: all but
+    the channels), and every size of an integer one. Raises BitfoldError, naming `path`, when it cannot be
+    traced.
     """
     key = _signature(module, example_args, dynamic_batch) if cache is not None else None
     known = cache.get(key) if cache is not None and key is not None else None
@@ -84,7 +91,11 @@ def capture_module(
 def _signature(module: nn.Module, args: Sequence[Any], dynamic_batch: bool) -> Any:
     """What decides the graph of a stock module; None for a module that has to be traced each time."""
     stock = next((cls for cls in _STOCK if isinstance(module, cls)), None)
-    if stock is None or type(module).forward is not stock.forward or not all(isinstance(a, Tensor) for a in args):
+    if (
+        stock is None
+        or type(module).forward is not stock.forward
+        or not all(isinstance(a, Tensor) for a in args)
+    ):
         return None
     held = [*module.named_parameters(), *module.named_buffers()]
     return (
@@ -190,7 +201,7 @@ def _symbolic(mode: FakeTensorMode, module: nn.Module, value: Any, dynamic_batch
         return value
     fixed = _fixed_dims(module, value) if dynamic_batch else set(range(value.dim()))
     sizes = [DimDynamic.STATIC if dim in fixed else DimDynamic.DYNAMIC for dim in range(value.dim())]
-    context = StatelessSymbolicContext(dynamic_sizes=sizes)
+    context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(value, symbolic_context=context)
 
 

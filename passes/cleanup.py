@@ -42,7 +42,7 @@ class FoldConstants(Pass):
             raise BitfoldError(f"fold_constants{{limit}} is {self.limit}; it counts numbers, 0 or more")
 
     def apply(self, gm: GraphModule) -> int:
-        constants = constant_nodes(gm)
+        constants = _fixed(constant_nodes(gm))
         found = [node for node in gm.graph.nodes if self._worth_folding(gm, node, constants)]
         values: dict[Node, Any] = {}
         for node in found:
@@ -54,14 +54,32 @@ class FoldConstants(Pass):
         return len(found)
 
     def _worth_folding(self, gm: GraphModule, node: Node, constants: set[Node]) -> bool:
-        """A constant result that something not constant uses, small enough, and more than a view of a weight."""
-        if node.op != "call_function" or node not in constants or all(user in constants for user in node.users):
+        """A constant result that something not constant uses, small enough, and more than a view of a
+        weight."""
+        if (
+            node.op != "call_function"
+            or node not in constants
+            or all(user in constants for user in node.users)
+        ):
             return False
-        # The reference form of a folded weight is a constant, too: dequantizing it here would undo the folding.
+        # The reference form of a folded weight is a constant, too: dequantizing it here would undo the
+        # folding.
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() > self.limit or _holds_codes(node):
             return False
         return not is_parameter_expr(gm, node)
+
+
+def _fixed(constants: set[Node]) -> set[Node]:
+    """The constants that no later call can find changed: those that no placeholder (a parameter of the
+    user's, in the frame scope) goes into."""
+    loose = {node for node in constants if node.op == "placeholder"}
+    stack = list(loose)
+    while stack:
+        fresh = [user for user in stack.pop().users if user in constants and user not in loose]
+        loose.update(fresh)
+        stack.extend(fresh)
+    return constants - loose
 
 
 def _holds_codes(node: Node) -> bool:

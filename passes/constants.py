@@ -6,7 +6,8 @@ Comes in: a node. Goes out: its tensor, the parameter behind it, or None.
                                               expression() -> Expression('fc.weight', 't.to(bfloat16)')
 
 A parameter is a `get_attr` in the program and module scopes, and in the frame scope a placeholder whose real
-tensor is in `State.params`. What the graph writes to (running statistics in training, a cache) is no constant.
+tensor is in `State.params`. What the graph writes to (running statistics in training, a cache) is no
+constant.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = [
     "erase_dead_constants",
     "expression",
     "fake_mode",
+    "find_attribute",
     "is_parameter_expr",
     "mutated",
     "source_parameter",
@@ -134,7 +136,8 @@ def source_parameter(gm: GraphModule, node: Node) -> tuple[str, Tensor] | None:
 
 
 def constant(gm: GraphModule, node: Node) -> Tensor | None:
-    """The value of a constant subgraph: attributes, frame parameters, and pure operators on those; else None."""
+    """The value of a constant subgraph: attributes, frame parameters, and pure operators on those; else
+    None."""
     here = state(gm)
     below = list(_below(node))
     if not all(_may_be_constant(gm, here, step) for step in below):
@@ -144,7 +147,8 @@ def constant(gm: GraphModule, node: Node) -> Tensor | None:
 
 
 def value_of(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
-    """The value of a node known to be constant; `values` keeps what was computed on the way, for the next one."""
+    """The value of a node known to be constant; `values` keeps what was computed on the way, for the next
+    one."""
     here = state(gm)
     for step in _below(node, values):
         values[step] = _evaluate(gm, here, step, values)
@@ -152,7 +156,11 @@ def value_of(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
 
 
 def constant_nodes(gm: GraphModule) -> set[Node]:
-    """Every node that can be computed before the call, in one walk over the graph."""
+    """Every node that can be computed before the call, in one walk over the graph.
+
+    In the frame scope this counts the user's parameters, which hold still during a call but not between
+    calls.
+    """
     here = state(gm)
     found: set[Node] = set()
     for node in gm.graph.nodes:
@@ -288,7 +296,8 @@ def add_constant(gm: GraphModule, name: str, tensor: Tensor, like: Node) -> Node
 
 
 def erase_dead_constants(gm: GraphModule) -> int:
-    """Delete the parameters, buffers and submodules that no node names any more; return how many tensors went."""
+    """Delete the parameters, buffers and submodules that no node names any more; return how many tensors
+    went."""
     used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
     kept = used | {path.rsplit(".", count)[0] for path in used for count in range(1, path.count(".") + 1)}
     erased = 0

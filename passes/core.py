@@ -9,7 +9,8 @@ Comes in: nothing but `torch.fx`. Goes out: the vocabulary in which passes are w
             ...
 
 A rewrite that does not apply returns `Miss("its weight is not constant")`, which is false; when a recipe had
-asked for that rewrite, the pass says so with `report(gm, node, miss, asked="int4[g128]")` and the trace prints it.
+asked for that rewrite, the pass says so with `report(gm, node, miss, asked="int4[g128]")` and the trace
+prints it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from .provenance import origin
 from .stages import Stage
 
 if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from ..formats.format import Quantized
 
 Scope = Literal["program", "frame", "module"]
@@ -68,7 +71,8 @@ class WeightStore(Protocol):
     def folded(
         self, parameter: Tensor, expression: str, format: str, make: Callable[[Tensor], Quantized]
     ) -> Quantized:
-        """The codes kept for this parameter, expression of it and format; `make(parameter)` when there are none.
+        """The codes kept for this parameter, expression of it and format; `make(parameter)` when there are
+        none.
 
         `make` may be called again later, with the same parameter, when the parameter has changed.
         """
@@ -101,7 +105,7 @@ class State:
         self.path_prefix = path_prefix
         """Module scope: where the captured module sits in the model; "" elsewhere."""
         self.misses: list[MissRecord] = []
-        self.fake_mode: Any = None
+        self.fake_mode: FakeTensorMode | None = None
         self.mutated: frozenset[str] | None = None
         """Attributes and placeholders that the graph writes to: never constants. None: not looked at yet."""
         self._owner: weakref.ref[GraphModule] | None = None
@@ -129,8 +133,14 @@ class State:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled graph is a graph at rest: weak references, fake modes and the user's live tensors stay behind.
-        return {"scope": self.scope, "stage": self.stage, "path_prefix": self.path_prefix, "misses": self.misses}
+        # A pickled graph is a graph at rest: weak references, fake modes and the user's live tensors stay
+        # behind.
+        return {
+            "scope": self.scope,
+            "stage": self.stage,
+            "path_prefix": self.path_prefix,
+            "misses": self.misses,
+        }
 
     def __setstate__(self, data: dict[str, Any]) -> None:
         self.__init__(data["scope"], data["stage"], path_prefix=data["path_prefix"])  # type: ignore[misc]

@@ -20,16 +20,16 @@ from torch.fx.node import map_arg
 
 from .core import state
 from .provenance import inherit
+from .stages import operator_name
 
 
 def fake_mode(gm: GraphModule) -> FakeTensorMode:
     """The fake mode in which the graph's values were made (a new one for a graph that has none)."""
     here = state(gm)
     if here.fake_mode is None:
-        found = next((mode for node in gm.graph.nodes if (mode := _mode_of(node)) is not None), None)
+        found = next((known for node in gm.graph.nodes if (known := _mode_of(node)) is not None), None)
         here.fake_mode = found or FakeTensorMode(shape_env=ShapeEnv())
-    mode: FakeTensorMode = here.fake_mode
-    return mode
+    return here.fake_mode
 
 
 def _mode_of(node: Node) -> FakeTensorMode | None:
@@ -67,9 +67,27 @@ def call(
         raise ValueError("call() inserts either before a node or after one: give exactly one of the two")
     place = gm.graph.inserting_before(before) if before is not None else gm.graph.inserting_after(after)
     with place:
-        node = gm.graph.call_function(target, args, kwargs or {})
+        node = gm.graph.create_node("call_function", target, args, kwargs or {}, name=_short_name(target))
     node.meta["val"] = fake_value(gm, target, args, kwargs or {})
     return inherit(node, [origin_from] if isinstance(origin_from, Node) else origin_from)
+
+
+def _short_name(target: Callable[..., Any]) -> str | None:
+    """`linear` for `aten.linear.default`: what fx calls it when it captures."""
+    name = operator_name(target)
+    return name.rpartition("::")[2] or None
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """The argument called `name` of a node that calls an operator, wherever it stands; `default` if not
+    given."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    schema = getattr(node.target, "_schema", None)
+    for index, parameter in enumerate(schema.arguments if schema is not None else ()):
+        if parameter.name == name and index < len(node.args):
+            return node.args[index]
+    return default
 
 
 def replace(old: Node, new: Node) -> None:

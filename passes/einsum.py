@@ -1,7 +1,7 @@
 """An einsum with one constant operand as `aten.linear`.
 
-Comes in: an `aten.einsum` node, its equation and operands. Goes out: the last of the nodes that compute the same
-with `linear`, or a `Miss`.
+Comes in: an `aten.einsum` node, its equation and operands. Goes out: the last of the nodes that compute the
+same with `linear`, or a `Miss`.
 
     einsum('bsd,dhk->bshk', x, w)  ->  unflatten(linear(x, flatten(permute(w, [1, 2, 0]), 0, 1)), -1, [h, k])
 
@@ -88,7 +88,9 @@ def _obstacle(equation: str, of_x: str, of_w: str, out: str) -> str:
         return f"the einsum '{equation}' contracts no index: it is an outer product"
     batch = [index for index in shared if index in out]
     if batch:
-        return f"the einsum '{equation}' has the index '{batch[0]}' in both operands and the result: a batch of weights"
+        return (
+            f"the einsum '{equation}' has a batch of weights: '{batch[0]}' is in both operands and the result"
+        )
     lost = [index for index in of_x + of_w if index not in out and index not in shared]
     if lost:
         return f"the einsum '{equation}' sums over '{lost[0]}', which only one operand has"

@@ -1,31 +1,34 @@
 """Normalize: a linear layer in all its dresses becomes one node, `aten.linear(x, w, b)`.
 
 Comes in: a captured graph. Goes out: the same function, where every product of an activation with a constant
-matrix is `aten.linear.default` with `w` an expression of the parameter, [N, K]; nodes that do nothing are gone.
+matrix is `aten.linear.default` with `w` an expression of the parameter, [N, K]; nodes that do nothing are
+gone.
 
     x @ w                      ->  linear(x, t(w))
     addmm(b, x, t(w))          ->  linear(x, w, b)
     einsum('bij,kj->bik', x, w) -> linear(x, w)
 
-A `bmm` with a constant weight stays what it is: its weight has a batch. What has a constant weight and could not
-be brought to `linear` is reported with the reason.
+A `bmm` with a constant weight stays what it is: its weight has a batch. What has a constant weight and could
+not be brought to `linear` is reported with the reason.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .cleanup import erase_dead_nodes
-from .constants import constant_nodes
+from .constants import constant_nodes, expression
 from .core import Miss, Pass, report
-from .edit import call, replace
+from .edit import argument, call, replace
 from .einsum import einsum_as_linear
+from .flatten import inline_no_grad
 from .stages import Stage
 
 aten = torch.ops.aten
@@ -40,10 +43,11 @@ class Normalize(Pass):
     produces: ClassVar[Stage | None] = None
 
     def apply(self, gm: GraphModule) -> int:
+        rewrites = inline_no_grad(gm)
         constants = constant_nodes(gm)
-        # A model that trains may stop a gradient with detach(); one that cannot train has no gradient to stop.
+        # A model that trains may stop a gradient with detach(); one that cannot train has no gradient to
+        # stop.
         trains = any(p.requires_grad for p in gm.parameters())
-        rewrites = 0
         for node in list(gm.graph.nodes):
             if _does_nothing(node, trains):
                 rewrites += _drop(node)
@@ -55,10 +59,16 @@ class Normalize(Pass):
             if isinstance(result, Node):
                 replace(node, result)
                 rewrites += 1
-            elif result is not None:
+            elif result is not None and _is_about_weights(gm, node, constants):
                 report(gm, node, result, asked="aten.linear")
         erase_dead_nodes(gm)
         return rewrites
+
+
+def _is_about_weights(gm: GraphModule, node: Node, constants: set[Node]) -> bool:
+    """Whether a parameter goes into the product; a table of frequencies or a mask is nothing to report."""
+    found = [expression(gm, source) for source in node.all_input_nodes if source in constants]
+    return any(known is not None and isinstance(known.parameter, nn.Parameter) for known in found)
 
 
 def _does_nothing(node: Node, trains: bool) -> bool:
@@ -68,16 +78,24 @@ def _does_nothing(node: Node, trains: bool) -> bool:
         return True
     if node.target is aten.detach.default:
         return not trains
-    if node.target is aten.to.dtype or node.target is aten.to.dtype_layout:
-        return _casts_to_itself(node)
-    return False
+    if node.target is aten.slice.Tensor:
+        return _takes_all(node)
+    return node.target in _CASTS and _casts_to_itself(node)
+
+
+def _takes_all(node: Node) -> bool:
+    """`x[:]` from 0 to the largest index in steps of 1: what `x[:, None]` leaves behind for the first part."""
+    start, end = argument(node, "start", 0), argument(node, "end")
+    return start in (0, None) and (end is None or end == sys.maxsize) and argument(node, "step", 1) == 1
+
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default)
 
 
 def _casts_to_itself(node: Node) -> bool:
     """`x.to(dtype)` without copy where x has that dtype and device already returns x itself."""
     source = node.args[0]
-    copies = len(node.args) > 3 or node.kwargs.get("copy") or node.kwargs.get("memory_format") is not None
-    if copies or not isinstance(source, Node):
+    if argument(node, "copy") or argument(node, "memory_format") is not None or not isinstance(source, Node):
         return False
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
@@ -110,7 +128,10 @@ def _is_transpose(node: Node) -> bool:
     if node.target is aten.transpose.int:
         first, second = (int(dim) % 2 for dim in node.args[1:3])  # type: ignore[arg-type]
         return first != second
-    return node.target is aten.permute.default and [dim % 2 for dim in node.args[1]] == [1, 0]  # type: ignore[union-attr,operator,misc]
+    if node.target is not aten.permute.default:
+        return False
+    order: Any = node.args[1]
+    return [int(dim) % 2 for dim in order] == [1, 0]
 
 
 def rank(node: Node) -> int:
@@ -124,7 +145,11 @@ Result = Node | Miss | None
 
 def _matmul(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
     left, right = node.args[:2]
-    if not isinstance(left, Node) or not isinstance(right, Node) or (left in constants) == (right in constants):
+    if (
+        not isinstance(left, Node)
+        or not isinstance(right, Node)
+        or (left in constants) == (right in constants)
+    ):
         return None
     if right in constants:
         return _times_constant(gm, node, left, right)
@@ -162,7 +187,9 @@ def _addmm(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
         return None
     beta, alpha = node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
     w = transposed(gm, weight, node)
-    whole = beta == 1 and alpha == 1 and rank(bias) == 1 and bias.meta["val"].shape[0] == w.meta["val"].shape[0]
+    whole = (
+        beta == 1 and alpha == 1 and rank(bias) == 1 and bias.meta["val"].shape[0] == w.meta["val"].shape[0]
+    )
     args: tuple[Any, ...] = (x, w, bias) if whole else (x, w)
     product = call(gm, aten.linear.default, args, before=node, origin_from=node)
     if whole:
@@ -177,8 +204,8 @@ def _addmm(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
 
 
 def _einsum(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
-    equation, operands = node.args[:2]
-    if not isinstance(operands, (list, tuple)) or not any(operand in constants for operand in operands):
+    equation, operands = node.args[0], cast(list[Node], node.args[1])
+    if not any(operand in constants for operand in operands):
         return None
     return einsum_as_linear(gm, node, str(equation), list(operands), constants)
 

@@ -52,7 +52,9 @@ def _parse_pass(text: str, find: Callable[[str], type[Pass]]) -> Pass:
             raise BitfoldError(f"'{part.strip()}' in '{text}' is not an option; write {name}{{option=value}}")
         if key not in fields:
             known = ", ".join(fields) or "none"
-            raise BitfoldError(f"the pass '{name}' has no option '{key}'{nearest(key, fields)} (it has: {known})")
+            raise BitfoldError(
+                f"the pass '{name}' has no option '{key}'{nearest(key, fields)} (it has: {known})"
+            )
         if key in given:
             raise BitfoldError(f"the option '{key}' of '{name}' is given twice")
         given[key] = _read(_unquote(value.strip()), hints[key], f"{name}{{{key}}}")
@@ -102,7 +104,9 @@ def split_top(text: str, mark: str = ",") -> Iterator[str]:
             start = at + 1
     if depth != 0 or quoted:
         what = "quotes" if quoted else "brackets"
-        raise BitfoldError(f"the {what} in '{text}' do not match; put a value that holds them in double quotes")
+        raise BitfoldError(
+            f"the {what} in '{text}' do not match; put a value that holds them in double quotes"
+        )
     yield text[start:]
 
 

@@ -6,8 +6,8 @@ place, verified after every pass, and a `Trace`.
     Pipeline.parse("annotate{recipe=int4},fold")  ->  Pipeline((Annotate(recipe='int4'), Fold()))
     str(...)                                      ->  annotate{recipe=int4},fold
 
-A pass's options are its dataclass fields; those at their default are not printed. A value that holds a comma or
-a brace outside brackets, a quote or a blank at its ends is written in double quotes, as in JSON.
+A pass's options are its dataclass fields; those at their default are not printed. A value that holds a comma
+or a brace outside brackets, a quote or a blank at its ends is written in double quotes, as in JSON.
 """
 
 from __future__ import annotations
@@ -39,11 +39,14 @@ class Pipeline:
         object.__setattr__(self, "passes", tuple(passes))
         for given in self.passes:
             if not isinstance(given, Pass):
-                raise TypeError(f"a pipeline holds passes, not {given!r}; write it as text for Pipeline.parse")
+                raise TypeError(
+                    f"a pipeline holds passes, not {given!r}; write it as text for Pipeline.parse"
+                )
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """The pipeline that `text` says. BitfoldError for an unknown pass or option, with the nearest names."""
+        """The pipeline that `text` says. BitfoldError for an unknown pass or option, with the nearest
+        names."""
         return cls(parse_passes(text, find_pass))
 
     def __str__(self) -> str:
@@ -57,7 +60,8 @@ class Pipeline:
         trace.follow(gm)
         if verify:
             _verify(gm, "capture")
-        trace.steps.append(recorder.step(gm, "captured"))
+        # What capture could not bring into normal form was found before the first pass.
+        trace.steps.append(recorder.step(gm, "captured", misses=tuple(state(gm).misses)))
         for done, step in enumerate(self.passes):
             if progress is not None:
                 progress(print_pass(step), done, len(self.passes))
@@ -115,11 +119,9 @@ def refuse(step: Pass, here: State) -> None:
         if here.stage in needs:
             return
         wanted = "a graph that is " + " or ".join(stage.name for stage in needs)
-    raise BitfoldError(
-        f"the pass '{step.name}' takes {wanted}, and this one is {here.stage.name}; put the missing pass before it"
-        if all(here.stage < stage for stage in ([needs] if isinstance(needs, Stage) else needs))
-        else f"the pass '{step.name}' takes {wanted}, and this one is {here.stage.name} already"
-    )
+    early = all(here.stage < stage for stage in ([needs] if isinstance(needs, Stage) else needs))
+    hint = "; put the missing pass before it" if early else " already"
+    raise BitfoldError(f"the pass '{step.name}' takes {wanted}, and this one is {here.stage.name}{hint}")
 
 
 __all__ = ["Pipeline", "Progress", "VerificationError", "refuse"]

@@ -1,7 +1,7 @@
 """Where a node comes from: the module path and the source line of the user's model.
 
-Comes in: what `torch.export` or Dynamo left in a node's meta. Goes out: an `Origin`, and on new nodes the same
-meta, copied from the nodes they replace.
+Comes in: what `torch.export` or Dynamo left in a node's meta. Goes out: an `Origin`, and on new nodes the
+same meta, copied from the nodes they replace.
 
     nn_module_stack {'L__self__fc': ('fc', Linear)}, stack_trace 'File "model.py", line 9 ...'
     -> Origin('fc', 'model.py', 9, 'h = self.fc(x)')

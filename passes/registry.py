@@ -7,8 +7,8 @@ Comes in: a name. Goes out: the `Pass` class.
     class DropDropout(Pass): name: ClassVar[str] = "drop_dropout"; ...
     find_pass("drop_dropout")  ->  DropDropout
 
-A package offers its passes by the entry-point group `bitfold.passes` (name -> class), looked at when a name is
-not known otherwise.
+A package offers its passes by the entry-point group `bitfold.passes` (name -> class), looked at when a name
+is not known otherwise.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The stages of a graph, what each promises, and `verify`, which holds a graph to it.
 
-Comes in: a graph and the stage it claims. Goes out: nothing, or a `VerificationError` that names the node, the
-line of the user's model, and the pass that was running.
+Comes in: a graph and the stage it claims. Goes out: nothing, or a `VerificationError` that names the node,
+the line of the user's model, and the pass that was running.
 
     verify(gm, Stage.folded, after="fold")
-    -> VerificationError: after fold: node 'quant_3' (block.2.fc at model.py:41): an observer is left in a folded graph
+    -> VerificationError: after fold: node 'quant_3' (block.2.fc at model.py:41): an observer is left in a
+    folded graph
 
 One walk over the nodes: the cost is linear, also for a constant with thousands of users.
 """
@@ -51,13 +52,14 @@ class Stage(Enum):
 
 
 class VerificationError(RuntimeError):
-    """A pass left a graph that breaks its stage's specification: a bug in the pass, never the user's mistake."""
+    """A pass left a graph that breaks its stage's specification: a bug in the pass, never the user's
+    mistake."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a graph at one stage may hold. `modules`: what a called module may be; `gone`: operators that may not
-    be left, with the reason."""
+    """What a graph at one stage may hold. `modules`: what a called module may be; `gone`: operators that may
+    not be left, with the reason."""
 
     modules: Callable[[nn.Module], bool]
     modules_say: str
@@ -105,7 +107,7 @@ def operator_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target._schema.name)
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order::{target.name()}"
+        return f"higher_order::{target._name}"
     return ""
 
 
@@ -200,7 +202,9 @@ def _attribute_fault(gm: GraphModule, node: Node, attributes: set[str]) -> str |
         if not isinstance(value, Tensor):
             return None
         fake = node.meta.get("val")
-        if isinstance(fake, Tensor) and (fake.dtype != value.dtype or tuple(fake.shape) != tuple(value.shape)):
+        if isinstance(fake, Tensor) and (
+            fake.dtype != value.dtype or tuple(fake.shape) != tuple(value.shape)
+        ):
             return f"its meta['val'] says {_kind(fake)} but the constant {target!r} is {_kind(value)}"
         if fake is None:
             return "it has no meta['val']"

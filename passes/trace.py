@@ -1,7 +1,7 @@
 """What a pipeline did: per pass the options, the graph as plain data, the rewrites, the time, and the misses.
 
-Comes in: the graph after each pass. Goes out: a `Trace` that prints as a table, and `GraphSnapshot`s, which hold
-names, shapes and texts but never a tensor, for tests and for the viewer.
+Comes in: the graph after each pass. Goes out: a `Trace` that prints as a table, and `GraphSnapshot`s, which
+hold names, shapes and texts but never a tensor, for tests and for the viewer.
 
     print(trace)
     pass                      rewrites  nodes  +new -gone ~changed    time
@@ -27,7 +27,8 @@ from .stages import find_attribute, operator_name
 
 @dataclass(frozen=True)
 class NodeSnapshot:
-    """One node as plain data. `shape` holds ints, and text for symbolic sizes; `bytes` is None when unknown."""
+    """One node as plain data. `shape` holds ints, and text for symbolic sizes; `bytes` is None when
+    unknown."""
 
     name: str
     op: str
@@ -143,14 +144,13 @@ class Trace:
     def __str__(self) -> str:
         names = [str(step) for step in self.steps]
         width = max([len("pass"), *(len(name) for name in names)])
-        lines = [
-            f"{'pass':{width}}  {'rewrites':>8}  {'nodes':>6}  {'new':>6}  {'gone':>6}  {'altered':>7}  {'time':>8}"
-        ]
+        heads = ("rewrites", "nodes", "new", "gone", "altered", "time")
+        lines = [f"{'pass':{width}}  " + "  ".join(f"{head:>8}" for head in heads)]
         for name, step in zip(names, self.steps, strict=True):
             change = step.changed
             lines.append(
-                f"{name:{width}}  {step.rewrites:>8}  {len(step.snapshot):>6}  {len(change.added):>6}  "
-                f"{len(change.removed):>6}  {len(change.altered):>7}  {step.seconds:>6.3f} s"
+                f"{name:{width}}  {step.rewrites:>8}  {len(step.snapshot):>8}  {len(change.added):>8}  "
+                f"{len(change.removed):>8}  {len(change.altered):>8}  {step.seconds:>6.3f} s"
             )
         if self.misses:
             lines.append("")
@@ -160,7 +160,8 @@ class Trace:
 
 
 class Recorder:
-    """Takes snapshots of one graph as it goes through a pipeline, redoing only what depends on changed values."""
+    """Takes snapshots of one graph as it goes through a pipeline, redoing only what depends on changed
+    values."""
 
     def __init__(self) -> None:
         self._kinds: dict[Node, tuple[Any, _Kind]] = {}
@@ -228,7 +229,9 @@ def short_dtype(dtype: torch.dtype) -> str:
 
 def _kind(value: Any) -> _Kind:
     if not isinstance(value, Tensor):
-        return _Kind(dtype=str(value) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else "")
+        return _Kind(
+            dtype=str(value) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else ""
+        )
     shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
     count: int | None = 1
     for size in shape:
@@ -319,5 +322,3 @@ def _compare(before: GraphSnapshot, now: GraphSnapshot) -> Change:
 def _core(node: NodeSnapshot) -> tuple[Any, ...]:
     """What makes a node the same node; who uses it does not."""
     return node.op, node.target, node.args, node.shape, node.dtype, node.note
-
-
