@@ -42,9 +42,9 @@ class Element(ABC):
         """uint8 codes -> values in `dtype`."""
 
     @property
-    def largest(self) -> float:
-        """The largest finite magnitude: what the largest magnitude of a block is scaled to."""
-        return max(-self.low, self.high)
+    def reach(self) -> float:
+        """The largest magnitude that both signs can have: 7 for int4, 448 for float8_e4m3fn."""
+        return min(-self.low, self.high) if self.low < 0 else self.high
 
     @property
     def emax(self) -> int:
@@ -64,7 +64,7 @@ class Element(ABC):
     @property
     def steps(self) -> float:
         """What the largest magnitude of a block is divided by under the rule `absmax`."""
-        return self.largest
+        return max(-self.low, self.high)
 
     def __str__(self) -> str:
         return self.name

@@ -45,7 +45,7 @@ RULES: dict[str, Rule] = {
     "floor": Rule("2**(floor(log2 amax) - emax)", power=True),
     "ceil": Rule("2**(ceil(log2 amax) - emax)", power=True),
     "even": Rule("floor, with amax first rounded half up to the element's mantissa", power=True),
-    "rceil": Rule("2**ceil(log2(amax / largest))", power=True),
+    "rceil": Rule("2**ceil(log2(amax / largest)), so nothing clips", power=True),
 }
 
 
@@ -142,9 +142,9 @@ def _from_amax(element: Element, scale: Scale, amax: Tensor) -> tuple[Tensor, ..
     if scale.two_level:
         return _two_levels(element, scale, amax)
     if scale.rule == "narrow":
-        return (_stored(scale, amax / element.high),)
+        return (_stored(scale, amax / element.reach),)
     if scale.rule == "pow2":
-        return (_stored(scale, _next_power(amax / element.largest)),)
+        return (_stored(scale, _next_power(amax / element.reach)),)
     return (_stored(scale, amax / element.steps),)
 
 
@@ -180,20 +180,20 @@ def _two_levels(element: Element, scale: Scale, amax: Tensor) -> tuple[Tensor, .
     """NVFP4: one float32 a tensor brings the largest block scale to 448, the top of e4m3."""
     ndim = max(amax.ndim, 1)
     top = amax.amax() if amax.numel() else amax.new_zeros(())
-    tensor_scale = (top / (LARGEST["e4m3"] * element.largest)).reshape((1,) * ndim)
+    tensor_scale = (top / (LARGEST["e4m3"] * element.reach)).reshape((1,) * ndim)
     return block_scales(element, scale, amax, tensor_scale), tensor_scale
 
 
 def block_scales(element: Element, scale: Scale, amax: Tensor, tensor_scale: Tensor) -> Tensor:
     """e4m3 block scales under a given tensor scale; an all-zero tensor has tensor scale 0 and gets the smallest."""
-    quotient = amax / element.largest / torch.where(tensor_scale == 0, 1.0, tensor_scale)
+    quotient = amax / element.reach / torch.where(tensor_scale == 0, 1.0, tensor_scale)
     return scale.store(quotient)
 
 
 def _power_of_two(element: Element, rule: str, amax: Tensor) -> Tensor:
     """The E8M0 byte of each block, by integer arithmetic on the float32 exponent, so it is exact everywhere."""
     if rule == "rceil":
-        exponent = _ceil_log2(amax / element.largest)
+        exponent = _ceil_log2(amax / element.reach)
     else:
         raw = amax.view(torch.int32)
         if rule == "even":
