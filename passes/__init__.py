@@ -5,6 +5,8 @@ Comes in: a model (`capture`) and a pipeline's text. Goes out: the rewritten gra
     gm = capture(model, inputs); trace = Pipeline.parse("annotate{recipe=int4},fold").run(gm)
 """
 
+from .annotate import Annotate
+from .calibrate import calibrate
 from .capture import CaptureError, capture, capture_frame, capture_module, example_for, is_training_graph
 from .constants import (
     Expression,
@@ -17,24 +19,49 @@ from .constants import (
     source_parameter,
 )
 from .core import Miss, MissRecord, Pass, State, WeightStore, report, state
-from .edit import call, fake_mode, replace
+from .edit import argument, arguments, call, fake_mode, replace
+from .fake_quantize import FakeQuantize
+from .fold import Fold, FoldError
+from .fuse import Fuse, Region, inline, region_of
+from .note import Note, annotated, note
+from .observe import Observe
+from .observers import Observer, observer
+from .pattern import Match, Pattern, rewrite
 from .pipeline import Pipeline
 from .provenance import Origin, inherit, origin
+from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
+from .rules import Rule, Site
+from .sparsify import Sparsify
 from .stages import Stage, VerificationError, verify
 from .trace import Change, GraphSnapshot, NodeSnapshot, Step, Trace, snapshot
 
 __all__ = [
+    "Annotate",
     "CaptureError",
     "Change",
     "Expression",
+    "FakeQuantize",
+    "Fold",
+    "FoldError",
+    "Fuse",
     "GraphSnapshot",
+    "Match",
     "Miss",
     "MissRecord",
     "NodeSnapshot",
+    "Note",
+    "Observe",
+    "Observer",
     "Origin",
     "Pass",
+    "Pattern",
     "Pipeline",
+    "Recipe",
+    "Region",
+    "Rule",
+    "Site",
+    "Sparsify",
     "Stage",
     "State",
     "Step",
@@ -42,6 +69,10 @@ __all__ = [
     "VerificationError",
     "WeightStore",
     "add_constant",
+    "argument",
+    "arguments",
+    "annotated",
+    "calibrate",
     "call",
     "capture",
     "capture_frame",
@@ -54,13 +85,19 @@ __all__ = [
     "fake_mode",
     "find_pass",
     "inherit",
+    "inline",
+    "is_head",
     "is_parameter_expr",
     "is_training_graph",
+    "note",
+    "observer",
     "origin",
     "pass_names",
+    "region_of",
     "register_pass",
     "replace",
     "report",
+    "rewrite",
     "snapshot",
     "source_parameter",
     "state",

@@ -1,13 +1,15 @@
 """Anchors: the nodes whose weight can take a format, found in one walk over the graph.
 
-In: a captured (normalized) graph.  Out: an `Anchor` for each matmul, convolution or embedding with a constant weight,
-whichever module or expression it came from, with the names it goes by and the weight's operand.
+In: a captured (normalized) graph. Out: an `Anchor` for each matmul, convolution or embedding with a
+constant weight, whichever module or expression it came from, with the names it goes by and the weight's
+operand.
 
-    %w = get_attr[lm_head.weight]; %y = aten.linear(%x, %w)   ->   Anchor(%y, "linear", op="head", layer="lm_head")
+    %w = get_attr[lm_head.weight]; %y = aten.linear(%x, %w)
+    ->  Anchor(%y, "linear", op="head", layer="lm_head")
 
-A format counts along the last dimension, the one that the anchor reduces over, so an operand is brought to that form
-before it is quantized (`to_rows`) and back afterwards (`from_rows`): a convolution's weight is reshaped to
-[O, I*kh*kw], the right-hand side of a bmm is transposed.
+A format counts along the last dimension, the one that the anchor reduces over, so an operand is brought to
+that form before it is quantized (`to_rows`) and back afterwards (`from_rows`): a convolution's weight is
+reshaped to [O, I*kh*kw], the right-hand side of a bmm is transposed.
 """
 
 from __future__ import annotations
@@ -43,12 +45,15 @@ TARGETS: dict[object, tuple[str, int, int]] = {
     aten.matmul.default: ("bmm", 0, 1),
 }
 
+# Kind of anchor -> what rules call it.
+OPS = {"linear": "linear", "bmm": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}
+
 # What has a weight that a recipe could mean, and is not quantized yet: reported, never passed over.
 UNTAKEN: dict[object, tuple[str, int, str]] = {
     aten.conv3d.default: ("conv", 1, "a convolution over three dimensions is not quantized"),
     aten.conv_transpose1d.default: ("conv", 1, "a transposed convolution is not quantized"),
     aten.conv_transpose2d.input: ("conv", 1, "a transposed convolution is not quantized"),
-    aten.embedding_bag.default: ("embedding", 0, "an embedding bag is not quantized"),
+    aten.embedding_bag.padding_idx: ("embedding", 0, "an embedding bag is not quantized"),
     aten.addmm.default: ("linear", 2, "the matmul was not brought to aten.linear"),
     aten.mm.default: ("linear", 1, "the matmul was not brought to aten.linear"),
 }
@@ -109,14 +114,27 @@ def anchors(gm: GraphModule, heads: Iterable[str] = ()) -> list[Anchor]:
     return [_with_head(anchor, tables, known) for anchor in found]
 
 
-def untaken(gm: GraphModule) -> Iterator[tuple[Node, str, Miss]]:
-    """Nodes with a constant weight that no anchor describes: the node, its op kind, the reason."""
+def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
+    """Nodes with a weight that no anchor describes: the node, how rules see it, the reason."""
     for node in gm.graph.nodes:
         if node.target in UNTAKEN:
             op, index, reason = UNTAKEN[node.target]
             operand = node.args[index] if len(node.args) > index else None
             if isinstance(operand, Node) and is_parameter_expr(gm, operand):
-                yield node, op, Miss(reason)
+                yield node, _site(gm, node, op, operand), Miss(reason)
+        elif node.target in TARGETS and _anchor(gm, node) is None:
+            kind, _, index = TARGETS[node.target]
+            operand = node.args[index]
+            # The bmm of an attention has no weight at all; the other kinds always do.
+            if kind != "bmm" and isinstance(operand, Node):
+                reason = "its weight is computed in each call, so there is nothing to store"
+                yield node, _site(gm, node, OPS[kind], operand), Miss(reason)
+
+
+def _site(gm: GraphModule, node: Node, op: str, weight: Node) -> Site:
+    layer, paths = names_of(gm, node, "")
+    n, *rest = (int(size) for size in weight.meta["val"].shape)
+    return Site(paths or (layer,), op, n=n, k=math.prod(rest), numel=n * math.prod(rest))
 
 
 def identity(tensor: Tensor) -> Hashable:
@@ -127,8 +145,8 @@ def identity(tensor: Tensor) -> Hashable:
 def names_of(gm: GraphModule, node: Node, parameter: str) -> tuple[str, tuple[str, ...]]:
     """What to call the layer at `node`, and every path by which a rule may name it.
 
-    A layer goes by its parameter's path less `.weight`, unless the parameter belongs to another module than the one
-    that uses it (tied weights): then by the path of the module that uses it.
+    A layer goes by its parameter's path less `.weight`, unless the parameter belongs to another module than
+    the one that uses it (tied weights): then by the path of the module that uses it.
     """
     user = state(gm).path(origin(node).module_path)
     owner = parameter.removesuffix(".weight")
@@ -147,8 +165,7 @@ def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
     if source is None or (kind == "bmm" and operand.meta["val"].ndim < 3):
         return None
     layer, paths = names_of(gm, node, source.path)
-    op = {"conv1d": "conv", "conv2d": "conv", "bmm": "linear"}.get(kind, kind)
-    return Anchor(node, kind, op, layer, paths, source, input_index, weight_index)
+    return Anchor(node, kind, OPS[kind], layer, paths, source, input_index, weight_index)
 
 
 def _with_head(anchor: Anchor, tables: set[Hashable], heads: frozenset[str]) -> Anchor:

@@ -1,7 +1,8 @@
 """Annotate: write on every anchor which format each of its edges takes, and by which rule.
 
-In: a captured graph and a recipe.  Out: the same graph with a `Note` at `node.meta["bitfold"]` of each anchor that the
-recipe means. Everything that could fail later is checked here, before the first note is written.
+In: a captured graph and a recipe. Out: the same graph with a `Note` at `node.meta["bitfold"]` of each
+anchor that the recipe means. Everything that could fail later is checked here, before the first note is
+written.
 
     %y = aten.linear(%x, %w)    ->    %y = aten.linear(%x, %w)    # int4[g128] weight
 """
@@ -18,12 +19,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, FormatError, format
-from .anchors import Anchor, anchors, identity, names_of, untaken
-from .constants import is_parameter_expr
+from .anchors import Anchor, anchors, identity, untaken
 from .core import Miss, Pass, report, state
 from .note import KEY, Note
 from .recipes import Recipe
-from .rules import STORED, Rule, Site
+from .rules import STORED, Rule
 from .stages import Stage
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -45,7 +45,7 @@ class Annotate(Pass):
         object.__setattr__(self, "recipe", str(Recipe.parse(self.recipe)))
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of anchors annotated. Raises BitfoldError, with nothing written, for a layer that cannot comply."""
+        """Number of anchors annotated. Raises BitfoldError, before writing, if a layer cannot comply."""
         recipe = Recipe.parse(self.recipe)
         plan = _Plan(gm)
         for anchor in anchors(gm, self.heads.split()):
@@ -120,10 +120,14 @@ class _Plan:
         if key in self.finite:
             return
         if tensor.is_meta:
-            raise _Misfit("its weight is on the meta device and has no numbers; load the weights before quantizing")
+            raise _Misfit(
+                "its weight is on the meta device and has no numbers; load the weights before quantizing"
+            )
         # aminmax reads the weight once and carries NaN and infinity through; isfinite would write a mask.
         if tensor.numel() and not all(math.isfinite(end) for end in _ends(tensor)):
-            raise _Misfit("its weight has NaN or infinity in it; repair the checkpoint, or leave the layer out by a rule with skip")
+            raise _Misfit(
+                "its weight has NaN or infinity in it; repair it, or leave the layer out by a skip rule"
+            )
         self.finite.add(key)
 
     def check_sharing(self) -> None:
@@ -157,7 +161,7 @@ def _ends(tensor: Tensor) -> tuple[float, float]:
 
 
 def _stored(gm: GraphModule, anchor: Anchor) -> tuple[str, str] | None:
-    """Where the user's own codes for this weight are kept, and their format; None if there are none that fit."""
+    """Where the user's own codes for this weight are kept, and their format; None if there are none."""
     known = state(gm).stored
     paths = (anchor.source.path, *(f"{path}.weight" for path in anchor.paths))
     path = next((path for path in paths if path in known), None)
@@ -165,7 +169,9 @@ def _stored(gm: GraphModule, anchor: Anchor) -> tuple[str, str] | None:
         return None
     if tuple(known[path].shape) != anchor.shape:
         given, wanted = list(known[path].shape), list(anchor.shape)
-        raise BitfoldError(f"layer {anchor.layer}: the codes given for it have shape {given}, its weight {wanted}")
+        raise BitfoldError(
+            f"layer {anchor.layer}: the codes given for it have shape {given}, its weight {wanted}"
+        )
     return path, str(known[path].format)
 
 
@@ -180,19 +186,27 @@ def _check_weight(anchor: Anchor, fmt: Format) -> None:
 
 
 def _check_activation(anchor: Anchor, fmt: Format, value: Tensor, edge: str, *, observed: bool) -> None:
-    per_tensor = fmt.scale is None or (fmt.scale.granularity.rows is None and fmt.scale.granularity.cols is None)
+    per_tensor = fmt.scale is None or (
+        fmt.scale.granularity.rows is None and fmt.scale.granularity.cols is None
+    )
     if not value.dtype.is_floating_point:
         raise _Misfit(f"its {edge} is {value.dtype}, which takes no format")
     if observed and not per_tensor:
-        raise _Misfit(f"a calibrated {edge} takes one scale a tensor, not {fmt}; write {fmt.element.name}[tensor]")
+        raise _Misfit(
+            f"a calibrated {edge} takes one scale a tensor, not {fmt}; write {fmt.element.name}[tensor]"
+        )
     if anchor.kind.startswith("conv") and not per_tensor:
         # Channels are not the last dimension here, so a row would be one line of an image.
-        raise _Misfit(f"the {edge} of a convolution takes one scale a tensor, not {fmt}; write {fmt.element.name}[tensor]")
+        raise _Misfit(
+            f"a convolution's {edge} takes one scale a tensor, not {fmt}; write {fmt.element.name}[tensor]"
+        )
     if per_tensor:
         return
     k = value.shape[-1]
     if not isinstance(k, int):
-        raise _Misfit(f"its {edge} has a last dimension that varies ({k}), so {fmt} cannot be checked; use a [tensor] format")
+        raise _Misfit(
+            f"its {edge} has a last dimension that varies ({k}), not for {fmt}; use a [tensor] format"
+        )
     try:
         fmt.check((1, k))
     except FormatError as error:
@@ -201,8 +215,7 @@ def _check_activation(anchor: Anchor, fmt: Format, value: Tensor, edge: str, *, 
 
 def _report_untaken(gm: GraphModule, recipe: Recipe) -> None:
     """Layers that a rule means and that no anchor describes."""
-    for node, op, miss in untaken(gm):
-        layer, paths = names_of(gm, node, "")
-        rule = recipe.rule(Site(paths or (layer,), op, n=0, k=0, numel=0))
+    for node, site, miss in untaken(gm):
+        rule = recipe.rule(site)
         if rule is not None and not rule.skip:
             report(gm, node, miss, str(rule))

@@ -62,7 +62,8 @@ def split_activations(gm: GraphModule, make: MakeNode, *, observed_only: bool = 
 
 
 def epochs(gm: GraphModule) -> dict[Node, int]:
-    """For each node, how many nodes before it write to a tensor or switch a mode: what lies in one epoch may move."""
+    """For each node, how many nodes before it write to a tensor or switch a mode: what lies in one epoch may
+    move."""
     count, found = 0, {}
     for node in gm.graph.nodes:
         count += _writes(node)

@@ -1,12 +1,12 @@
-"""Fake quantize: round every annotated edge to its format while it stays a float, with a gradient: QAT's form.
+"""Fake quantize: round every annotated edge to its format while it stays a float with a gradient (QAT).
 
-In: an annotated or observed graph.  Out: a `bitfold.fake_quantize` on each annotated edge, weights included, that
-gives the values the folded graph will have, bit for bit, and lets the gradient straight through.
+In: an annotated or observed graph. Out: a `bitfold.fake_quantize` on each annotated edge, weights included,
+that gives the values the folded graph will have, bit for bit, and lets the gradient straight through.
 
     %y = aten.linear(%x, %w)    ->    %f = bitfold.fake_quantize(%w, "int4[g128]"); %y = aten.linear(%x, %f)
 
-An observer becomes scales and goes. A weight that `sparsify` marked is multiplied by its mask first, so that pruned
-weights stay pruned in training. `fold` begins with the same step, which is why the two agree.
+An observer becomes scales and goes. A weight that `sparsify` marked is multiplied by its mask first, so
+that pruned weights stay pruned in training. `fold` begins with the same step, which is why the two agree.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import Argument
 
 from ..formats import BitfoldError, format
 from .anchors import TARGETS, from_rows, to_rows
@@ -30,6 +31,8 @@ from .stages import Stage, find_attribute
 
 aten = torch.ops.aten
 FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
+ROUNDED = "_rounded"
+"""How the name of a fake-quantize node ends: `fc_weight_rounded`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def check_observers(gm: GraphModule) -> None:
         on, observer = edge(node), _observer_at(gm, node)
         if on is not None and observer is not None and observer.seen == 0:
             raise BitfoldError(
-                f"the {on.which} of layer {on.layer} has an observer that saw no data; run calibrate(gm, batches) first"
+                f"the observer at the {on.which} of layer {on.layer} saw no data; "
+                "run calibrate(gm, batches) first"
             )
     for node, note in annotated(gm):
         if note.observer and not _has_ranges(node, note):
@@ -134,8 +138,10 @@ def _mark_weight(gm: GraphModule, node: Node, note: Note, shared: dict[tuple[Nod
 def _fake_quantize(
     gm: GraphModule, on: Edge, value: Node, before: Node, params: list[Node] | None = None
 ) -> Node:
+    name = f"{on.layer.replace('.', '_')}_{on.which}{ROUNDED}"
+    args: tuple[Argument, ...] = (value, on.format, *([params] if params else []))
     with gm.graph.inserting_before(before):
-        node = gm.graph.call_function(FAKE_QUANTIZE, (value, on.format, *([params] if params else [])))
+        node = gm.graph.create_node("call_function", FAKE_QUANTIZE, args, name=name)
     # The same shape and dtype: computing it through the decomposition would cost a hundred fake operators.
     node.meta["val"] = value.meta["val"]
     return inherit(node, [value if on.which == "output" else before])

@@ -1,8 +1,9 @@
 """Fold: floats become codes and scales.
 
-In: an annotated, calibrated or fake-quantized graph.  Out: the backend-neutral reference form. Weights are constants
-in one canonical layout (`fc_weight_codes`, `fc_weight_scales`, ..) behind a `dequantize`, once for tied weights;
-activations go through `quantize` and `dequantize`. The values are those of the fake-quantized graph, bit for bit.
+In: an annotated, calibrated or fake-quantized graph. Out: the backend-neutral reference form. Weights are
+constants in one canonical layout (`fc_weight_codes`, `fc_weight_scales`, ..) behind a `dequantize`, once
+for tied weights; activations go through `quantize` and `dequantize`. The values are those of the
+fake-quantized graph, bit for bit.
 
     %f = bitfold.fake_quantize(%fc_weight, "int8")
     ->  %w = bitfold.dequantize([%fc_weight_codes, %fc_weight_scales], "int8", 64, f32)
@@ -10,8 +11,8 @@ activations go through `quantize` and `dequantize`. The values are those of the 
     %f = bitfold.fake_quantize(%x, "int8")
     ->  %q = bitfold.quantize(%x, "int8"); %w = bitfold.dequantize([%q[0], %q[1]], "int8", 64, f32)
 
-A float weight that nothing else uses is dropped from the graph's module as soon as its codes are there, so that at no
-time more than one layer is held twice. In the frame scope the user's parameters are only read.
+A float weight that nothing else uses is dropped from the graph's module as soon as its codes are there, so
+that at no time more than one layer is held twice. In the frame scope the user's parameters are only read.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Quantized, format
 from .anchors import identity
-from .constants import Expression, add_constant, constant, erase_dead_constants, expression, fake_mode, is_pure
+from .constants import (
+    Expression,
+    add_constant,
+    constant,
+    erase_dead_constants,
+    expression,
+    fake_mode,
+    is_pure,
+)
 from .core import Pass, state
 from .edges import EDGE, Edge, edge
-from .fake_quantize import FAKE_QUANTIZE, check_observers, mark_edges
+from .fake_quantize import FAKE_QUANTIZE, ROUNDED, check_observers, mark_edges
 from .provenance import inherit
 from .stages import Stage
 
@@ -40,7 +49,7 @@ QUANTIZE = torch.ops.bitfold.quantize.default
 DEQUANTIZE = torch.ops.bitfold.dequantize.default
 
 
-class FoldError(BitfoldError):
+class FoldError(BitfoldError, RuntimeError):
     """Folding stopped midway; the message says at which layer, what is folded, and how to go on."""
 
 
@@ -57,7 +66,7 @@ class Fold(Pass):
     produces: ClassVar[Stage | None] = Stage.folded
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of edges folded. Raises BitfoldError for an observer that saw no data, before anything is written."""
+        """Number of edges folded. Raises BitfoldError, with nothing written, for an observer without data."""
         check_observers(gm)
         erase_dead_constants(gm)
         mark_edges(gm)
@@ -69,15 +78,16 @@ class Fold(Pass):
                 folder.fold(node, on)
             except (MemoryError, RuntimeError, OSError) as error:
                 raise FoldError(
-                    f"folding stopped at the {on.which} of layer {on.layer} after {done} of {len(marked)} edges: {error}; "
-                    "what is before it holds codes, the rest is float and whole, and running fold again goes on from there"
+                    f"folding stopped at the {on.which} of layer {on.layer} after {done} of {len(marked)} "
+                    f"edges: {error}; what is before it holds codes, the rest is float and whole, "
+                    "and running fold again goes on from there"
                 ) from error
         erase_dead_constants(gm)
         return len(marked)
 
 
 class _Folder:
-    """What is shared while one graph is folded: the constants made so far, and who still uses the old ones."""
+    """What is shared while one graph is folded: the constants made so far, and who uses the old ones."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
@@ -142,10 +152,16 @@ class _Folder:
         """`quantize`, its parts, and `dequantize`: the values move as codes between the two."""
         graph, text = self.gm.graph, str(node.args[1])
         value = source.meta["val"]
+        name = node.name.removesuffix(ROUNDED)
         with graph.inserting_before(node):
-            quantize = graph.call_function(QUANTIZE, (source, *node.args[1:]))
+            quantize = graph.create_node(
+                "call_function", QUANTIZE, (source, *node.args[1:]), name=f"{name}_quantized"
+            )
             quantize.meta["val"] = self.parts_of(value, text)
-            parts = [graph.call_function(operator.getitem, (quantize, i)) for i in range(len(quantize.meta["val"]))]
+            parts = [
+                graph.create_node("call_function", operator.getitem, (quantize, i), name=f"{name}_{part}")
+                for i, part in enumerate(format(text).parts)
+            ]
         for part, fake in zip(parts, quantize.meta["val"], strict=True):
             part.meta["val"] = fake
         for new in (quantize, *parts):
@@ -154,14 +170,17 @@ class _Folder:
 
     def dequantize(self, node: Node, parts: list[Node], text: str, k: int | Node) -> Node:
         value = node.meta["val"]
+        name = f"{node.name.removesuffix(ROUNDED)}_dequantized"
         with self.gm.graph.inserting_before(node):
-            new = self.gm.graph.call_function(DEQUANTIZE, (parts, text, k, value.dtype))
+            new = self.gm.graph.create_node(
+                "call_function", DEQUANTIZE, (parts, text, k, value.dtype), name=name
+            )
         with fake_mode(self.gm):
             new.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return inherit(new, [node])
 
     def parts_of(self, value: Tensor, text: str) -> list[Tensor]:
-        """Fake parts of a fake activation; alike activations share them, since each costs a hundred fake operators."""
+        """Fake parts of a fake activation; alike ones share them, since each costs a hundred operators."""
         key = (tuple(str(size) for size in value.shape), value.dtype, value.device, text)
         if key not in self.fakes:
             with fake_mode(self.gm), torch.no_grad():

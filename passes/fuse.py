@@ -1,15 +1,16 @@
 """Fuse: outline each quantized matmul, convolution, attention or embedding with what belongs around it.
 
-In: a folded graph.  Out: the same graph in which each anchor, the `dequantize` of its operands, the `quantize` of an
-activation that only it reads (prologue) and the pointwise operations that only its result goes through (epilogue) are
-one `call_module` of a small GraphModule. A target lowers such a region as a whole. Constants come in as inputs.
+In: a folded graph. Out: the same graph in which each anchor, the `dequantize` of its operands, the
+`quantize` of an activation that only it reads (prologue) and the pointwise operations that only its result
+goes through (epilogue) are one `call_module` of a small GraphModule. A target lowers such a region as a
+whole. Constants come in as inputs.
 
     %w = dequantize([%c, %s], ..); %y = linear(%x, %w, %b); %z = relu(%y); %o = add(%z, %x)
     ->  %o = call_module[fused_fc](%x, %c, %s, %b)
 
-A region is convex without a search: every node of it but the last is read inside it only, so no path can leave it and
-come back. The last node's place is the region's: all inputs stand before it, all readers after it, and nothing in
-between writes to a tensor.
+A region is convex without a search: every node of it but the last is read inside it only, so no path can
+leave it and come back. The last node's place is the region's: all inputs stand before it, all readers after
+it, and nothing in between writes to a tensor.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from .anchors import TARGETS
-from .constants import find_attribute
 from .core import Pass
 from .edges import epochs
 from .fold import DEQUANTIZE, QUANTIZE
 from .note import KEY, note
 from .observe import free_name
 from .provenance import inherit
-from .stages import Stage
+from .stages import Stage, find_attribute
 
 aten = torch.ops.aten
 REGION = "bitfold_region"
@@ -78,7 +78,7 @@ EPILOGUE = frozenset(
 
 @dataclass(frozen=True)
 class Region:
-    """What an outlined region holds: the anchor's kind, the formats of its operands, the ops around the anchor."""
+    """What a region holds: the anchor's kind, the formats of its operands, the ops around the anchor."""
 
     anchor: str
     formats: tuple[str, ...]
@@ -126,7 +126,7 @@ def inline(gm: GraphModule) -> int:
             continue
         values = dict(zip(body.graph.find_nodes(op="placeholder"), call.args, strict=True))
         with gm.graph.inserting_before(call):
-            result = gm.graph.graph_copy(body.graph, values)  # type: ignore[arg-type]  # a region takes nodes only
+            result = gm.graph.graph_copy(body.graph, values)
         assert isinstance(result, Node)
         call.replace_all_uses_with(result)
         gm.graph.erase_node(call)
@@ -178,7 +178,12 @@ def _epilogue(anchor: Node, taken: set[Node], since: dict[Node, int]) -> Iterato
     last = anchor
     while len(last.users) == 1:
         (user,) = last.users
-        if user in taken or user.target not in EPILOGUE or since[user] != since[anchor] or not _same_shape(user, last):
+        if (
+            user in taken
+            or user.target not in EPILOGUE
+            or since[user] != since[anchor]
+            or not _same_shape(user, last)
+        ):
             return
         yield user
         last = user
@@ -192,7 +197,9 @@ def _same_shape(user: Node, last: Node) -> bool:
 def _outline(gm: GraphModule, anchor: Node, inside: list[Node], tail: list[Node]) -> None:
     """Move `inside` into a GraphModule and call it where its last node stood."""
     members, last = set(inside), (tail or [anchor])[-1]
-    inputs = list(dict.fromkeys(source for part in inside for source in part.all_input_nodes if source not in members))
+    inputs = list(
+        dict.fromkeys(source for part in inside for source in part.all_input_nodes if source not in members)
+    )
     graph = Graph()
     copies: dict[Node, Node] = {}
     for source in inputs:
@@ -220,7 +227,10 @@ def _outline(gm: GraphModule, anchor: Node, inside: list[Node], tail: list[Node]
 
 
 def _carried(source: Node) -> dict[str, object]:
-    return {"val": source.meta["val"], **({"tensor_meta": m} if (m := source.meta.get("tensor_meta")) else {})}
+    return {
+        "val": source.meta["val"],
+        **({"tensor_meta": m} if (m := source.meta.get("tensor_meta")) else {}),
+    }
 
 
 def _region(anchor: Node, inside: list[Node], tail: list[Node]) -> Region:

@@ -1,4 +1,4 @@
-"""What a layer is to become: the record that `annotate` leaves at `node.meta["bitfold"]` and later passes read.
+"""What a layer is to become: the record that `annotate` leaves at `node.meta["bitfold"]`.
 
 In: a node of the graph.  Out: its `Note`, or None where the recipe wants nothing of it.
 
@@ -25,7 +25,9 @@ class Note:
     weight: str | None = None
     input: str | None = None
     output: str | None = None
-    observer: str | None = None  # how static ranges of input and output are found; None: chosen anew in each call
+    observer: str | None = (
+        None  # how static ranges of input and output are found; None: chosen anew in each call
+    )
     sparsity: str | None = None
     stored: str = ""  # the path under which the checkpoint's own codes are kept, if those are to be taken
 

@@ -1,7 +1,7 @@
 """Observe: put observers on the activations whose range a recipe wants calibrated.
 
-In: an annotated graph.  Out: the same graph with an observer, a small module that returns its input and remembers the
-range, on each such edge; layers that read the same activation in the same format share one.
+In: an annotated graph. Out: the same graph with an observer, a small module that returns its input and
+remembers the range, on each such edge; layers that read the same activation in the same format share one.
 
     %y = aten.linear(%x, %w)  # int8[tensor] input, observed by minmax
     ->  %fc_input_observer = call_module[fc_input_observer](%x); %y = aten.linear(%fc_input_observer, %w)

@@ -75,8 +75,9 @@ class Average(Observer):
 class Percentile(Observer):
     """The range that leaves out the same small share of numbers at either end.
 
-    Counts fall into bins over [-reach, reach]; when a number lies outside, the reach doubles and each two bins become
-    one, so that no batch is kept and their order hardly matters. Exact to one bin: reach / 1024.
+    Counts fall into bins over [-reach, reach]; when a number lies outside, the reach doubles and each two
+    bins become one, so that no batch is kept and their order hardly matters. Exact to one bin: reach /
+    1024.
     """
 
     BINS = 2048
@@ -84,7 +85,9 @@ class Percentile(Observer):
     def __init__(self, percent: float = 99.9) -> None:
         super().__init__()
         if not 50 < percent <= 100:
-            raise BitfoldError(f"a percentile observer keeps more than 50 and at most 100 percent, not {percent}")
+            raise BitfoldError(
+                f"a percentile observer keeps more than 50 and at most 100 percent, not {percent}"
+            )
         self.percent = percent
         self.reach = 0.0
         self.counts = torch.zeros(self.BINS, dtype=torch.float64)
@@ -92,12 +95,14 @@ class Percentile(Observer):
     def note(self, x: Tensor) -> None:
         numbers = x.float().flatten().cpu()
         largest = float(numbers.abs().max())
+        if largest == 0.0:
+            # Zero is the lower edge of the middle bin, whatever the reach.
+            self.counts[self.BINS // 2] += numbers.numel()
+            return
         if self.reach == 0.0:
             self.reach = largest
         while largest > self.reach:
             self._double()
-        if self.reach == 0.0:
-            return
         self.counts += torch.histc(numbers, self.BINS, -self.reach, self.reach)
 
     def _double(self) -> None:
@@ -125,7 +130,9 @@ def observer(text: str) -> Observer:
     """The observer that `text` names. Raises BitfoldError with the nearest names for an unknown one."""
     name, _, option = text.partition(":")
     if name not in _KINDS:
-        raise BitfoldError(f"unknown observer {name!r}{nearest(name, _KINDS)}; observers are {', '.join(_KINDS)}")
+        raise BitfoldError(
+            f"unknown observer {name!r}{nearest(name, _KINDS)}; observers are {', '.join(_KINDS)}"
+        )
     if not option:
         return _KINDS[name]()
     if name != "percentile":

@@ -1,16 +1,17 @@
 """Recipes: named, exact statements of which layers take which formats.
 
-In: a name (`int4`), a bare format (`int4[g64]`), JSON text or the path of a JSON file.  Out: a `Recipe`, an ordered
-list of rules of which **the last one that matches a layer decides** (as in a .gitignore), so that exceptions are
-written after what they are exceptions from.
+In: a name (`int4`), a bare format (`int4[g64]`), JSON text or the path of a JSON file. Out: a `Recipe`, an
+ordered list of rules of which **the last one that matches a layer decides** (as in a .gitignore), so that
+exceptions are written after what they are exceptions from.
 
     Recipe.parse("int4")  ->  linear *: weight int4[g128]
     Recipe.parse("int4").but(Rule("*.layers.0.*", skip="the first layer is sensitive"))
 
-Op kinds. *linear* is every matmul with a constant weight, whichever way it was written, heads excepted. A *head* is a
-linear whose weight is also an embedding's, or whose module path ends in one of `HEAD_NAMES` and has no number in it
-(`lm_head`, `model.classifier`, not `layers.0.head`): the same answer whatever part of the model a graph shows.
-*conv* is a convolution of one or two dimensions, *embedding* a table that is indexed.
+Op kinds. *linear* is every matmul with a constant weight, whichever way it was written, heads excepted. A
+*head* is a linear whose weight is also an embedding's, or whose module path ends in one of `HEAD_NAMES` and
+has no number in it (`lm_head`, `model.classifier`, not `layers.0.head`): the same answer whatever part of
+the model a graph shows. *conv* is a convolution of one or two dimensions, *embedding* a table that is
+indexed.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Recipe:
         known = ("name", "base", "rules", "about")
         for key in data:
             if key not in known:
-                raise BitfoldError(f"unknown key {key!r} in a recipe{nearest(str(key), known)}; keys are {', '.join(known)}")
+                raise BitfoldError(
+                    f"unknown key {key!r} in a recipe{nearest(str(key), known)}; keys are {', '.join(known)}"
+                )
         rules = data.get("rules", ())
         if not isinstance(rules, list | tuple):
             raise BitfoldError(f"a recipe's rules are a list, not {rules!r}")
@@ -81,10 +84,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """A recipe from a name, a format's text, JSON text or a JSON file's path; a Recipe is returned as it is.
+        """A recipe from a name, a format's text, JSON text or a JSON file's path; a Recipe as it is.
 
-        A name goes before a format of the same spelling: `int4` is the recipe with groups of 128, `int4[row]` the
-        format with one scale a row. Raises BitfoldError with the nearest names for anything else.
+        A name goes before a format of the same spelling: `int4` is the recipe with groups of 128,
+        `int4[row]` the format with one scale a row. Raises BitfoldError with the nearest names for anything
+        else.
         """
         if isinstance(text, Recipe):
             return text
@@ -154,7 +158,9 @@ def _weights(linear: str, about: str) -> tuple[tuple[dict[str, str], ...], str]:
     return ({"weight": linear},), about
 
 
-def _both(linear: str, activation: str, about: str, observer: str = "") -> tuple[tuple[dict[str, str], ...], str]:
+def _both(
+    linear: str, activation: str, about: str, observer: str = ""
+) -> tuple[tuple[dict[str, str], ...], str]:
     return ({"weight": linear, "input": activation, "observer": observer},), about
 
 
@@ -167,16 +173,30 @@ _NAMED: dict[str, tuple[tuple[dict[str, str], ...], str]] = {
     "none": ((), "nothing is quantized"),
     "int8": _weights("int8", "linears int8, one scale a row"),
     "int8_all": _all("int8", "int8", "int8, and head and embedding int8 too"),
-    "int8_conv": (({"op": "linear|conv", "weight": "int8"},), "linears and convolutions int8, one scale a row"),
-    "int8_dynamic": _both("int8", "int8", "linears int8 with int8 activations, one scale a token chosen in each call"),
-    "int8_static": _both("int8", "int8[tensor]", "linears int8 with int8 activations of calibrated range", "minmax"),
+    "int8_conv": (
+        ({"op": "linear|conv", "weight": "int8"},),
+        "linears and convolutions int8, one scale a row",
+    ),
+    "int8_dynamic": _both(
+        "int8", "int8", "linears int8 with int8 activations, one scale a token chosen in each call"
+    ),
+    "int8_static": _both(
+        "int8", "int8[tensor]", "linears int8 with int8 activations of calibrated range", "minmax"
+    ),
     "int4": _weights("int4[g128]", "linears int4, symmetric, a bf16 scale for each 128"),
     "int4_all": _all("int4[g128]", "int8", "linears int4[g128]; head and embedding int8"),
-    "int4_dynamic": _both("int4[g128]", "int8", "linears int4[g128] with int8 activations, one scale a token"),
+    "int4_dynamic": _both(
+        "int4[g128]", "int8", "linears int4[g128] with int8 activations, one scale a token"
+    ),
     "fp8": _weights("float8_e4m3fn", "linears float8_e4m3fn, one scale a row"),
-    "fp8_dynamic": _both("float8_e4m3fn", "float8_e4m3fn", "linears float8_e4m3fn with such activations, one scale a token"),
+    "fp8_dynamic": _both(
+        "float8_e4m3fn", "float8_e4m3fn", "linears float8_e4m3fn with such activations, one scale a token"
+    ),
     "fp8_static": _both(
-        "float8_e4m3fn", "float8_e4m3fn[tensor]", "linears float8_e4m3fn with activations of calibrated range", "minmax"
+        "float8_e4m3fn",
+        "float8_e4m3fn[tensor]",
+        "linears float8_e4m3fn with activations of calibrated range",
+        "minmax",
     ),
     "mxfp8": _weights("mxfp8", "linears in OCP MX, 8-bit e4m3, a power-of-two scale for each 32"),
     "mxfp8_dynamic": _both("mxfp8", "mxfp8", "linears and their activations in mxfp8"),

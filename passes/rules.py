@@ -17,10 +17,10 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..formats import BitfoldError, format, nearest
+from .observers import observer
 
 OPS = ("linear", "head", "conv", "embedding")
 MISFITS = ("error", "report")
-OBSERVERS = ("minmax", "average", "percentile")
 STORED = "stored"
 
 _BINARY: dict[type, Callable[[int, int], int]] = {
@@ -58,7 +58,7 @@ class Rule:
 
     match     a glob on the module path (`*` crosses dots), or `re:` and a regular expression (full match)
     op        linear, head, conv, embedding, several with `|`, or `*`; a head is not a linear
-    where     a predicate on N (rows, output features), K (the reduced size) and numel: "K >= 256 and N % 16 == 0"
+    where     a predicate on N (rows), K (the reduced size) and numel: "K >= 256 and N % 16 == 0"
     weight    format of the weight, or "stored": the codes of a checkpoint that came quantized, as they are
     input     format of the input activation; output: of the result
     observer  minmax, average or percentile: ranges of activations are found by calibration. "": in each call
@@ -84,11 +84,13 @@ class Rule:
         _choose("op", self.op.split("|"), (*OPS, "*"))
         _choose("on_misfit", [self.on_misfit], MISFITS)
         if self.observer:
-            _choose("observer", [self.observer], OBSERVERS)
+            observer(self.observer)
         if self.skip and (self.weight or self.input or self.output):
             raise BitfoldError(f"rule {self.match!r} has both a skip reason and formats; give one of them")
         if not (self.skip or self.weight or self.input or self.output):
-            raise BitfoldError(f"rule {self.match!r} says nothing; give weight, input or output a format, or a skip reason")
+            raise BitfoldError(
+                f"rule {self.match!r} says nothing; give weight, input or output a format, or a skip reason"
+            )
         for edge in ("weight", "input", "output"):
             text = getattr(self, edge)
             if text and not (edge == "weight" and text == STORED):
@@ -105,7 +107,7 @@ class Rule:
         return _predicate(self.where)({"N": site.n, "K": site.k, "numel": site.numel})
 
     def to_dict(self) -> dict[str, str]:
-        """Plain data; what is at its default is left out, but `match` and `op` always say whom it concerns."""
+        """Plain data; defaults are left out, but `match` and `op` always say whom it concerns."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         defaults = {field.name: field.default for field in fields(self)}
         return {k: v for k, v in given.items() if v != defaults[k] or k in ("match", "op")}
@@ -114,25 +116,33 @@ class Rule:
     def from_dict(cls, data: Mapping[str, object]) -> Rule:
         """The rule that `to_dict` wrote. Raises BitfoldError for an unknown key."""
         if not isinstance(data, Mapping):
-            raise BitfoldError(f"a rule is an object such as {{'op': 'linear', 'weight': 'int8'}}, not {data!r}")
+            raise BitfoldError(
+                f"a rule is an object such as {{'op': 'linear', 'weight': 'int8'}}, not {data!r}"
+            )
         known = [field.name for field in fields(cls)]
         for key in data:
             if key not in known:
-                raise BitfoldError(f"unknown key {key!r} in a rule{nearest(str(key), known)}; keys are {', '.join(known)}")
+                raise BitfoldError(
+                    f"unknown key {key!r} in a rule{nearest(str(key), known)}; keys are {', '.join(known)}"
+                )
         return cls(**data)  # type: ignore[arg-type]  # each value is checked to be text in __post_init__
 
     def __str__(self) -> str:
         whom = f"{self.op} {self.match}" + (f" where {self.where}" if self.where else "")
         if self.skip:
             return f"{whom}: left alone ({self.skip})"
-        what = [f"{edge} {getattr(self, edge)}" for edge in ("weight", "input", "output") if getattr(self, edge)]
+        what = [
+            f"{edge} {getattr(self, edge)}" for edge in ("weight", "input", "output") if getattr(self, edge)
+        ]
         return f"{whom}: {', '.join(what)}" + (f", observed by {self.observer}" if self.observer else "")
 
 
 def _choose(what: str, given: list[str], allowed: tuple[str, ...]) -> None:
     for one in given:
         if one not in allowed:
-            raise BitfoldError(f"unknown {what} {one!r}{nearest(one, allowed)}; allowed: {', '.join(allowed)}")
+            raise BitfoldError(
+                f"unknown {what} {one!r}{nearest(one, allowed)}; allowed: {', '.join(allowed)}"
+            )
 
 
 @lru_cache(maxsize=1024)
@@ -155,8 +165,11 @@ def _predicate(text: str) -> Callable[[Mapping[str, int]], bool]:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError as error:
-        raise BitfoldError(f"where={text!r} cannot be read; write something like 'K >= 256 and N % 16 == 0'") from error
-    _evaluate(tree, text, dict.fromkeys(_NAMES, 1))
+        raise BitfoldError(
+            f"where={text!r} cannot be read; write something like 'K >= 256 and N % 16 == 0'"
+        ) from error
+    # Large sizes for a trial, so that a harmless K - 1 does not divide by zero here.
+    _evaluate(tree, text, dict.fromkeys(_NAMES, 1 << 20))
     return lambda sizes: bool(_evaluate(tree, text, sizes))
 
 
@@ -184,8 +197,8 @@ def _evaluate(node: ast.expr, text: str, sizes: Mapping[str, int]) -> int:
             terms = [value(part) for part in (left, *others)]
             return all(_COMPARE[type(op)](a, b) for op, a, b in zip(ops, terms, terms[1:], strict=False))
     raise BitfoldError(
-        f"where={text!r}: {ast.unparse(node)!r} is not allowed; use the names {', '.join(_NAMES)}, whole numbers, "
-        "+ - * // %, comparisons, and, or, not"
+        f"where={text!r}: {ast.unparse(node)!r} is not allowed; use the names {', '.join(_NAMES)}, whole "
+        "numbers, + - * // %, comparisons, and, or, not"
     )
 
 

@@ -1,11 +1,12 @@
 """Sparsify: prune annotated weights to n of every m by magnitude.
 
-In: an annotated graph.  Out: the same graph, the sparsity written into the format of each weight that can take it;
-`fake_quantize` then trains under the mask, and `fold` stores only what is kept, with its indices.
+In: an annotated graph. Out: the same graph, the sparsity written into the format of each weight that can
+take it; `fake_quantize` then trains under the mask, and `fold` stores only what is kept, with its indices.
 
     %y = aten.linear(%x, %w)  # int4[g128] weight   ->   # int4[g128,2:4] weight
 
-A sparsity is part of a format, so a layer whose weight has no format is reported, and so is one whose sizes do not fit.
+A sparsity is part of a format, so a layer whose weight has no format is reported, and so is one whose sizes
+do not fit.
 """
 
 from __future__ import annotations
@@ -67,4 +68,3 @@ class Sparsify(Pass):
         except FormatError as error:
             return Miss(str(error))
         return sparse
-
