@@ -34,6 +34,7 @@ class Canonical:
 
     graph: dict[str, Any]
     names: dict[str, str]
+    ranks: tuple[int, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Canonical:
         # Never written to, and as large for each copy as the graph's text.
@@ -102,6 +103,8 @@ class Folded(nn.Module):
     canonical: Canonical
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.canonical.ranks is not None:
+            _check_ranks(self, self.canonical.ranks, args)
         return self.body(*[getattr(self, name) for name in self.operands], *args, **kwargs)
 
     def quantized(self, weight: FoldedWeight) -> Quantized:
@@ -187,6 +190,15 @@ class Folded(nn.Module):
         if all(key in state_dict for key in keys):
             quantized = Quantized.from_parts(theirs, [state_dict[key] for key in keys], weight.k)
             state_dict.update(zip(keys, theirs.relayout(quantized, ours.layout).parts, strict=True))
+
+
+def _check_ranks(module: Folded, ranks: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    found = tuple(value.ndim if isinstance(value, Tensor) else -1 for value in args)
+    if found != ranks:
+        raise BitfoldError(
+            f"this {type(module).__name__} was traced with inputs of {list(ranks)} dimensions and is called "
+            f"with {list(found)}; quantize the model with example_inputs of the rank that it will get"
+        )
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

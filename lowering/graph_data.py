@@ -34,12 +34,15 @@ _OPS = ("placeholder", "get_attr", "call_function", "call_module", "output")
 
 def dump(gm: GraphModule) -> Data:
     """The graph of `gm` as JSON data. Raises GraphDataError for what no file can hold."""
-    symbols = Symbols()
-    data = _dump_graph(gm, symbols)
+    symbols, here = Symbols(), state(gm)
+    # A module's nodes are named without its place in the model, so that layers that are alike give the same
+    # data.
+    prefix = here.path_prefix.replace(".", "_") + "_" if here.path_prefix else ""
+    data = _dump_graph(gm, symbols, prefix)
     found = symbols.data()
     if found:
         data["symbols"] = found
-    data["scope"] = state(gm).scope
+    data["scope"] = here.scope
     return data
 
 
@@ -71,15 +74,16 @@ def load(data: Data, tensors: Mapping[str, Tensor], device: torch.device | None 
     return gm
 
 
-def _dump_graph(gm: GraphModule, symbols: Symbols) -> Data:
+def _dump_graph(gm: GraphModule, symbols: Symbols, prefix: str) -> Data:
     nodes: list[Data] = []
     graphs: dict[str, Data] = {}
+    names = _names(gm, prefix)
     for node in gm.graph.nodes:
-        nodes.append(_dump_node(node, symbols))
+        nodes.append(_dump_node(node, symbols, names))
         if node.op in ("call_module", "get_attr"):
             held = _attribute(gm, str(node.target))
             if isinstance(held, GraphModule):
-                graphs[str(node.target)] = _dump_graph(held, symbols)
+                graphs[str(node.target)] = _dump_graph(held, symbols, prefix)
             elif node.op == "call_module":
                 raise GraphDataError(
                     f"node {node.name!r} calls a {type(held).__name__}, which cannot be saved; run `fold` "
@@ -94,21 +98,32 @@ def _dump_graph(gm: GraphModule, symbols: Symbols) -> Data:
     return data
 
 
-def _dump_node(node: Node, symbols: Symbols) -> Data:
+def _names(gm: GraphModule, prefix: str) -> dict[Node, str]:
+    """What each node is called in the data: its name, less the prefix where it has it."""
+    taken = {node.name for node in gm.graph.nodes}
+    names: dict[Node, str] = {}
+    for node in gm.graph.nodes:
+        short = node.name.removeprefix(prefix) if prefix else node.name
+        names[node] = short if short.isidentifier() and short not in taken else node.name
+        taken.add(names[node])
+    return names
+
+
+def _dump_node(node: Node, symbols: Symbols, names: Mapping[Node, str]) -> Data:
     if node.op not in _OPS:
         raise GraphDataError(f"node {node.name!r} is a {node.op}, which cannot be saved")
-    data: Data = {"name": node.name, "op": node.op}
+    data: Data = {"name": names[node], "op": node.op}
     try:
         if node.op != "output":
             data["target"] = target_name(node.target) if node.op == "call_function" else str(node.target)
         if node.args and node.op != "placeholder":
-            data["args"] = [encode(argument) for argument in node.args]
+            data["args"] = [encode(argument, names.__getitem__) for argument in node.args]
         if node.kwargs:
-            data["kwargs"] = {name: encode(value) for name, value in node.kwargs.items()}
+            data["kwargs"] = {name: encode(value, names.__getitem__) for name, value in node.kwargs.items()}
         if node.op == "placeholder":
             data["val"] = symbols.value(node.meta.get("val"))
             if node.args:
-                data["default"] = encode(node.args[0])
+                data["default"] = encode(node.args[0], names.__getitem__)
     except GraphDataError as error:
         path = origin(node).module_path
         raise GraphDataError(f"node {node.name!r}" + (f" of {path}" if path else "") + f": {error}") from None

@@ -107,24 +107,28 @@ def _overload(name: str, namespace: str, operation: str, overload: str) -> Any:
         ) from error
 
 
-def encode(value: Any) -> Any:
-    """One argument of a node as JSON data; nodes by name."""
+def encode(value: Any, name: Callable[[Node], str]) -> Any:
+    """One argument of a node as JSON data; nodes by the `name` that they are given."""
+
+    def inner(part: Any) -> Any:
+        return encode(part, name)
+
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, Node):
-        return {"node": value.name}
+        return {"node": name(value)}
     if isinstance(value, int) and not isinstance(value, torch.SymInt):
         return int(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, tuple):
-        return {"tuple": [encode(part) for part in value]}
+        return {"tuple": [inner(part) for part in value]}
     if isinstance(value, list):
-        return [encode(part) for part in value]
+        return [inner(part) for part in value]
     if isinstance(value, dict):
-        return {"dict": [[encode(key), encode(part)] for key, part in value.items()]}
+        return {"dict": [[inner(key), inner(part)] for key, part in value.items()]}
     if isinstance(value, slice):
-        return {"slice": [encode(value.start), encode(value.stop), encode(value.step)]}
+        return {"slice": [inner(value.start), inner(value.stop), inner(value.step)]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, torch.device):

@@ -45,7 +45,12 @@ class Installer:
     shared: dict[Hashable, nn.Parameter] = field(default_factory=dict)
 
     def install(
-        self, module: nn.Module, gm: GraphModule, sources: Mapping[str, Source], dtype: torch.dtype
+        self,
+        module: nn.Module,
+        gm: GraphModule,
+        sources: Mapping[str, Source],
+        dtype: torch.dtype,
+        ranks: tuple[int, ...] | None = None,
     ) -> None:
         """Fold `module` in place: `gm` is its folded graph, `sources` its parameters that are gone from
         there.
@@ -63,7 +68,7 @@ class Installer:
         for weight, here in zip(weights, held, strict=True):
             keys |= {part: (weight.path, weight.back, here.format, part) for part in weight.parts}
         operands = {_name(names, name): self._operand(module, lowered, name, keys) for name in attributes}
-        fold_module(module, body, operands, tuple(held), dtype, Canonical(canonical, names))
+        fold_module(module, body, operands, tuple(held), dtype, Canonical(canonical, names, ranks))
 
     def _operand(
         self, module: nn.Module, lowered: GraphModule, name: str, keys: Mapping[str, Hashable]

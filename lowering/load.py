@@ -210,7 +210,8 @@ class _Plan:
         tensors = {attribute: tensor(join(path, name)) for attribute, name in entry["names"].items()}
         gm = load_graph(self.file.header["graphs"][entry["graph"]], tensors, device)
         sources = {weight["name"]: _source(weight) for weight in entry["weights"]}
-        installer.install(module, gm, sources, enum_value("dtype", entry["dtype"]))
+        ranks = None if entry["ranks"] is None else tuple(entry["ranks"])
+        installer.install(module, gm, sources, enum_value("dtype", entry["dtype"]), ranks)
 
 
 def _source(weight: Mapping[str, Any]) -> Source:

@@ -1,11 +1,9 @@
-"""Which modules of a model are quantized one by one, and each as an annotated graph: the plan, before any
-write.
+"""Which modules of a model are quantized one by one, each as an annotated graph: the plan, before any write.
 
 In: a model and a recipe. Out: a `Site` for each module to fold, with its captured and annotated graph, and
 what was asked for in vain. Everything that may be the user's mistake is found here.
 
-    plan(LlamaForCausalLM, int4)  ->  Site("model.layers.0.self_attn.q_proj", nn.Linear, graph: linear(x,
-    weight)), ...
+    plan(llama, int4)  ->  Site("model.layers.0.self_attn.q_proj", nn.Linear, graph: linear(x, weight)), ...
 
 The module is the smallest one that owns a weight and traces alone. Kinds with known arguments (linear,
 convolution, embedding) are traced from their sizes; others with the arguments that they get when the model
@@ -15,25 +13,29 @@ runs on an example.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
-from torch.nn.parameter import UninitializedParameter
 
-from ..formats import BitfoldError, Quantized, nearest
-from ..passes import MissRecord, Pipeline, capture_module, example_for, state
+from ..formats import BitfoldError, Quantized
+from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, state
 from ..passes.annotate import Annotate
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
 from .folded import Folded
+from .parameters import with_all_names
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Positional and keyword arguments of a call."""
+
+Record = Callable[[Iterable[nn.Module]], Mapping[nn.Module, Call]]
+"""Runs the model on example data: the calls that the given modules got."""
 
 Step = Callable[[str, int, int], None]
 """Called with what is being done, how many are done, and how many there are."""
@@ -41,11 +43,15 @@ Step = Callable[[str, int, int], None]
 
 @dataclass
 class Site:
-    """One module that will be folded, and its graph."""
+    """One module that will be folded, and its graph.
+
+    `ranks`: the number of dimensions of each input that the graph holds for; None if it holds for any.
+    """
 
     path: str
     module: nn.Module
     gm: GraphModule
+    ranks: tuple[int, ...] | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -71,78 +77,93 @@ def plan(
     recipe: Recipe,
     *,
     stored: Mapping[str, Quantized],
-    record: Callable[[Iterable[nn.Module]], Mapping[nn.Module, Call]] | None = None,
+    record: Record | None = None,
     progress: Step | None = None,
 ) -> Plan:
-    """Capture and annotate each module that the recipe means. Raises BitfoldError with nothing written.
-
-    `record` runs the model on example data and returns the arguments that the given modules got.
-    """
-    names = parameter_names(model)
-    known = expanded(stored, model, names)
-    check_parameters(model)
+    """Capture and annotate each module that the recipe means. Raises BitfoldError with nothing written."""
+    codes = with_all_names(stored, model)
     owners = {path: module for path, module in model.named_modules() if _owns_weight(module)}
     unknown = [module for module in owners.values() if example_for(module) is None]
     recorded = record(unknown) if record is not None and unknown else {}
-    heads = " ".join(_tied_heads(owners))
-    found, cache = Plan(), {}  # type: ignore[var-annotated]
+    tracer = _Tracer(recorded)
+    annotate = Pipeline([Annotate(recipe=str(recipe), heads=" ".join(_tied_heads(owners)))])
+    found = Plan()
     for done, (path, module) in enumerate(owners.items()):
         if progress is not None:
             progress(f"check {path}", done, len(owners))
-        args = example_for(module) or _plain_call(module, recorded)
-        if args is None:
-            found.misses += _not_tried(path, module, recipe, recorded)
+        site = tracer.site(path, module)
+        if isinstance(site, Miss):
+            if recipe.rules:
+                found.misses.append(MissRecord(path, path, "", recipe.name, site.reason))
             continue
-        gm = capture_module(module, args, path=path, cache=cache)
-        state(gm).stored = known
-        trace = Pipeline([Annotate(recipe=str(recipe), heads=heads)]).run(gm)
-        found.misses += trace.misses
-        if any(True for _ in annotated(gm)):
-            found.sites.append(Site(path, module, gm))
+        state(site.gm).stored = codes
+        found.misses += annotate.run(site.gm).misses
+        if any(True for _ in annotated(site.gm)):
+            found.sites.append(site)
     found.misses += _split_ties(found.sites)
     return found
 
 
-def parameter_names(model: nn.Module) -> dict[int, list[str]]:
-    """Every path of every parameter, by the parameter's identity: more than one if it is tied."""
-    names: dict[int, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(path)
-    return names
+class _Tracer:
+    """Traces modules alone, each kind once."""
 
+    def __init__(self, recorded: Mapping[nn.Module, Call]) -> None:
+        self.recorded = recorded
+        self.cache: dict[Any, Any] = {}
 
-def expanded(
-    stored: Mapping[str, Quantized], model: nn.Module, names: dict[int, list[str]]
-) -> dict[str, Quantized]:
-    """The user's codes under every path of their parameter. Raises BitfoldError for a path that is no
-    parameter.
-    """
-    by_path = {path: paths for paths in names.values() for path in paths}
-    out: dict[str, Quantized] = {}
-    for path, codes in stored.items():
-        if path not in by_path:
-            raise BitfoldError(
-                f"stored has codes for {path!r}, which is no parameter of this {type(model).__name__}"
-                f"{nearest(path, by_path)}"
+    def site(self, path: str, module: nn.Module) -> Site | Miss:
+        args = example_for(module)
+        if args is not None:
+            if not isinstance(module._parameters.get("weight"), nn.Parameter):
+                return Miss(
+                    "its weight is computed by a hook in each call; remove the reparametrization first"
+                )
+            with _without_hooks(module):
+                return Site(path, module, capture_module(module, args, path=path, cache=self.cache))
+        args = self._arguments(module)
+        if isinstance(args, Miss):
+            return args
+        try:
+            with _without_hooks(module):
+                gm = capture_module(module, args, path=path)
+        except BitfoldError as error:
+            return Miss(str(error))
+        guards = state(gm).fake_mode.shape_env.guards
+        if guards:
+            return Miss(f"its forward goes another way for other sizes of its input (here {guards[0].expr})")
+        return Site(path, module, gm, tuple(value.ndim for value in args))
+
+    def _arguments(self, module: nn.Module) -> tuple[Tensor, ...] | Miss:
+        """What a module of an unknown kind is called with, if that is tensors in a fixed order."""
+        held = ", ".join(name for name, parameter in module._parameters.items() if _is_weight(parameter))
+        what = f"a {type(module).__name__} that owns {held}"
+        if any(next(child.parameters(), None) is not None for child in module.children()):
+            return Miss(f"{what} beside modules with weights of their own: scope='program' can quantize it")
+        if module not in self.recorded:
+            why = (
+                "the example data does not reach it"
+                if self.recorded
+                else "give example_inputs or calibration"
             )
-        out.update(dict.fromkeys(by_path[path], codes))
-    return out
+            return Miss(f"{what} is traced with the arguments that it gets in the model: {why}")
+        args, kwargs = self.recorded[module]
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        if bound.kwargs or not all(isinstance(value, Tensor) for value in bound.args):
+            return Miss(f"{what} is called with more than tensors in order: scope='program' can quantize it")
+        return bound.args
 
 
-def check_parameters(model: nn.Module) -> None:
-    """Raises BitfoldError for parameters that hold no numbers yet, or not all of them."""
-    for path, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise BitfoldError(
-                f"{path} is a lazy parameter without a shape; run the model once before bf.quantize"
-            )
-        if isinstance(parameter, DTensor):
-            raise BitfoldError(f"{path} is sharded already; call bf.quantize before fully_shard")
-        if parameter.is_meta:
-            raise BitfoldError(
-                f"{path} is on the meta device and has no numbers; load the weights before bf.quantize, or "
-                "use bf.load(path, into=model) for a model that was saved quantized"
-            )
+@contextmanager
+def _without_hooks(module: nn.Module) -> Iterator[None]:
+    """The user's hooks run around the folded forward as before, so the graph must not hold them too."""
+    kept = [(inner, inner._forward_hooks, inner._forward_pre_hooks) for inner in module.modules()]
+    try:
+        for inner, _, _ in kept:
+            inner._forward_hooks, inner._forward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for inner, after, before in kept:
+            inner._forward_hooks, inner._forward_pre_hooks = after, before
 
 
 def _owns_weight(module: nn.Module) -> bool:
@@ -163,47 +184,15 @@ def _tied_heads(owners: Mapping[str, nn.Module]) -> Iterator[str]:
             yield path
 
 
-def _plain_call(module: nn.Module, recorded: Mapping[nn.Module, Call]) -> tuple[Any, ...] | None:
-    """The recorded arguments of a module that owns all its tensors, if all are tensors in a fixed order."""
-    if module not in recorded or any(
-        next(child.parameters(), None) is not None for child in module.children()
-    ):
-        return None
-    args, kwargs = recorded[module]
-    bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    plain = not bound.kwargs and all(isinstance(value, Tensor) for value in bound.args)
-    return bound.args if plain else None
-
-
-def _not_tried(
-    path: str, module: nn.Module, recipe: Recipe, recorded: Mapping[nn.Module, Call]
-) -> list[MissRecord]:
-    """A module that cannot be traced alone: reported if the recipe could mean it."""
-    if not recipe.rules:
-        return []
-    weights = ", ".join(name for name, parameter in module._parameters.items() if _is_weight(parameter))
-    why = "give example_inputs or calibration data, from which the arguments that it gets are taken"
-    if module in recorded:
-        why = "it has modules with weights inside, or is called with more than tensors; try scope='program'"
-    elif recorded:
-        why = "the example data does not reach it"
-    reason = f"a {type(module).__name__} that owns {weights} cannot be traced from its sizes alone: {why}"
-    return [MissRecord(path, path, "", str(recipe), reason)]
-
-
-def _split_ties(sites: list[Site]) -> list[MissRecord]:
+def _split_ties(sites: list[Site]) -> Iterator[MissRecord]:
     """Tied weights that are asked for in different formats are stored once for each; that is said."""
     formats: dict[int, tuple[str, str]] = {}
-    out = []
     for site in sites:
-        parameter = getattr(site.module, "weight", None)
+        parameter = site.module._parameters.get("weight")
         for node, note in annotated(site.gm):
-            layer, text = (
-                formats.setdefault(id(parameter), (site.path, note.weight or ""))
-                if parameter is not None
-                else ("", "")
-            )
-            if parameter is not None and note.weight and text and note.weight != text:
+            if parameter is None or not note.weight:
+                continue
+            layer, text = formats.setdefault(id(parameter), (site.path, note.weight))
+            if note.weight != text:
                 reason = f"the weight is tied to {layer}, which takes {text}, so it is stored in both formats"
-                out.append(MissRecord(node.name, site.path, "", f"weight {note.weight}", reason))
-    return out
+                yield MissRecord(node.name, site.path, "", f"weight {note.weight}", reason)

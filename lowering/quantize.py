@@ -23,6 +23,7 @@ from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, expression, state
 from ..passes.anchors import TARGETS
 from ..passes.annotate import Annotate
+from ..passes.calibrate import calibrate
 from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
@@ -31,7 +32,8 @@ from .calibration import Batches, observe_modules, record_arguments
 from .folded import Canonical, Folded, Steps
 from .graph_data import dump
 from .install import CANONICAL, Installer, Source, lower_graph, resolve_target
-from .module_scope import Plan, Site, Step, check_parameters, expanded, parameter_names, plan
+from .module_scope import Plan, Site, Step, plan
+from .parameters import check_parameters, parameter_names, with_all_names
 from .report import ATTRIBUTE
 from .steps_back import back_from
 
@@ -149,7 +151,7 @@ def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, install
     sources, dtype = _sources(site, names)
     state(site.gm).store = store
     Pipeline([Fold()]).run(site.gm)
-    installer.install(site.module, site.gm, sources, dtype)
+    installer.install(site.module, site.gm, sources, dtype, site.ranks)
 
 
 def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Source], torch.dtype]:
@@ -193,14 +195,12 @@ def _program(
             "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
         )
     gm = capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
-    state(gm).stored = expanded(stored, model, parameter_names(model))
+    state(gm).stored = with_all_names(stored, model)
     notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
     if notes == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:
-        from ..passes.calibrate import calibrate
-
         _check_given(observed, batches)
         Pipeline([Observe()]).run(gm, progress=progress)
         _check_some(calibrate(gm, batches.raw()))

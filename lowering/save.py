@@ -112,6 +112,7 @@ def _entry(module: Folded, graph: int) -> dict[str, Any]:
         "graph": graph,
         "dtype": str(module.compute_dtype).removeprefix("torch."),
         "names": module.canonical.names,
+        "ranks": module.canonical.ranks,
         "weights": [_weight(weight) for weight in module.folded_weights],
     }
 
