@@ -1,14 +1,16 @@
 """From a folded graph to something that runs: targets, the torch.compile backend, quantize, save and load.
 
-    quantize(model, "int4"); save(model, path); load(path, into=skeleton); report(model)
+quantize(model, "int4"); save(model, path); load(path, into=skeleton); report(model)
 """
 
 from ..passes import Pipeline
 from .folded import Folded, FoldedConv1d, FoldedConv2d, FoldedEmbedding, FoldedLinear
 from .load import load
+from .lower import Lower
 from .quantize import quantize
 from .report import Report, report
 from .save import save
+from .target import Target, default_target, get_target, register_target, target_names
 
 __all__ = [
     "Folded",
@@ -16,10 +18,16 @@ __all__ = [
     "FoldedConv2d",
     "FoldedEmbedding",
     "FoldedLinear",
+    "Lower",
     "Pipeline",
     "Report",
+    "Target",
+    "default_target",
+    "get_target",
     "load",
     "quantize",
+    "register_target",
     "report",
     "save",
+    "target_names",
 ]

@@ -1,0 +1,161 @@
+"""The CPU target: folded regions as torch that Inductor's C++ runs at the speed of the codes' bytes.
+
+In: a region around a matmul or an embedding, its weight behind a `dequantize`. Out: the region on two
+operators that this file registers, plain torch below, so that any `torch.compile` (not only
+backend="bitfold") fuses through them.
+
+    %w = dequantize([%c, %s], "int4[g64]", 576, f32); %y = linear(%x, %w, %b)
+    ->  %y = bitfold.cpu_linear(%x, [%c, %s], "int4[g64,planar]", 576, %b)
+
+    %w = dequantize([%c, %s], "int8", 576, f32); %y = embedding(%w, %i)
+    ->  %r = bitfold.rows([%c, %s], "int8", 576, %i); %y = dequantize([%r[0], %r[1]], "int8", 576, f32)
+
+A convolution or an attention keeps its dequantize: Inductor decodes into memory ahead of the library call.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..formats import Format, Layout, format
+from ..passes import inherit
+from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
+from .inductor import InductorTarget, dequantized
+
+aten = torch.ops.aten
+
+_library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("cpu_linear(Tensor x, Tensor[] parts, str format, SymInt k, Tensor? bias=None) -> Tensor")
+_library.define("rows(Tensor[] parts, str format, SymInt k, Tensor indices) -> Tensor[]")
+
+
+def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tensor | None = None) -> Tensor:
+    """x [..., k] times the weight [N, k] of these parts, transposed, plus bias [N]: [..., N] in x's dtype.
+
+    Compiled for a fixed number of rows up to MOST_ROWS, the codes are read once and no float weight is
+    written; the sum is float32, rounded to x's dtype once. Otherwise, and run eagerly, the weight is decoded
+    and multiplied by the library. The choice adds no guard, so a varying number of rows stays one graph.
+    """
+    fmt = format(text)
+    walk = plan(fmt, k) if _is_traced(x) and isinstance(k, int) else None
+    count = x.numel() // k if k else 0
+    if (
+        not isinstance(walk, Plan)
+        or not statically_known_true(count <= MOST_ROWS)
+        or not statically_known_true(count > 0)
+    ):
+        weight = torch.ops.bitfold.dequantize(parts, text, k, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    y = gemv(x.reshape(int(count), k), parts, fmt, walk)
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a compiler is looking: run eagerly, the fused form would write what it is made not to write."""
+    return isinstance(x, FakeTensor | FunctionalTensor)
+
+
+def rows(parts: Sequence[Tensor], text: str, k: int, indices: Tensor) -> list[Tensor]:
+    """The parts of the rows of a weight [N, k] that `indices` name, any shape: parts of [*indices.shape,
+    k].
+    """
+    found = []
+    for part in parts:
+        if part.shape[0] == 1 and part.numel() == 1:  # one for the whole tensor
+            found.append(part.reshape((1,) * (indices.dim() + 1)))
+        else:
+            taken = part.index_select(0, indices.reshape(-1))
+            found.append(taken.reshape(*indices.shape, *part.shape[1:]))
+    return found
+
+
+for _function in (cpu_linear, rows):
+    _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+
+
+class CpuTarget(InductorTarget):
+    """The processor that torch runs on."""
+
+    name: ClassVar[str] = "cpu"
+    device: ClassVar[str] = "cpu"
+
+    def layout(self, format: Format, k: int) -> Layout:
+        return vector_layout(format, k) or format.layout
+
+    def lower(self, region: GraphModule) -> GraphModule:
+        for node in list(region.graph.nodes):
+            if node.target in (aten.linear.default, aten.embedding.default):
+                weight = dequantized(node.args[1 if node.target is aten.linear.default else 0])
+                new = None if weight is None else _lowered(node, weight)
+                if new is not None:
+                    node.replace_all_uses_with(new)
+                    region.graph.erase_node(node)
+        region.graph.eliminate_dead_code()
+        region.recompile()
+        return region
+
+    def missing(self) -> str | None:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "there is no C++ compiler (install g++, or set CXX to one)"
+        return None
+
+
+def _lowered(node: Node, weight: Node) -> Node | None:
+    if node.target is aten.linear.default:
+        return _linear(node, weight)
+    return _embedding(node, weight)
+
+
+def _linear(node: Node, weight: Node) -> Node | None:
+    parts, text, k, _ = weight.args
+    bias = node.args[2] if len(node.args) > 2 else None
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(
+            torch.ops.bitfold.cpu_linear.default, (node.args[0], parts, text, k, bias)
+        )
+    new.meta["val"] = node.meta["val"]
+    return inherit(new, [node, weight])
+
+
+def _embedding(node: Node, weight: Node) -> Node | None:
+    """Gather rows of codes, then decode only those; bitwise what the lookup in the decoded table gives."""
+    parts, text, k, dtype = weight.args
+    fmt = format(str(text))
+    if fmt.scale is not None and fmt.scale.granularity.is_block:
+        return None  # neighbouring rows share a scale, so a row alone is no tensor of this format
+    graph = node.graph
+    with graph.inserting_before(node):
+        taken = graph.call_function(torch.ops.bitfold.rows.default, (parts, text, k, node.args[1]))
+        indices: Any = node.args[1]
+        taken.meta["val"] = _fake_rows(parts, str(text), k, indices)
+        pieces = [graph.call_function(operator.getitem, (taken, i)) for i in range(len(fmt.parts))]
+        for piece, value in zip(pieces, taken.meta["val"], strict=True):
+            piece.meta["val"] = value
+        new = graph.call_function(torch.ops.bitfold.dequantize.default, (pieces, text, k, dtype))
+    new.meta["val"] = node.meta["val"]
+    for made in (taken, *pieces, new):
+        inherit(made, [node, weight])
+    return new
+
+
+def _fake_rows(parts: Any, text: str, k: Any, indices: Node) -> list[Tensor]:
+    fakes = [part.meta["val"] for part in parts]
+    length = k.meta["val"] if isinstance(k, Node) else k
+    with indices.meta["val"].fake_mode, torch.no_grad():
+        return rows(fakes, text, length, indices.meta["val"])
