@@ -206,7 +206,8 @@ def _aliases() -> list[tuple[str, Format]]:
 def _same_family(base: Format, f: Format) -> bool:
     if base.element != f.element or base.scale is None or f.scale is None:
         return base.element == f.element and base.scale is f.scale
-    scale = f.scale
-    if scale.dtype in ("e8m0", "e4m3"):  # block floats: a rounding of the scale is no other format
-        scale = replace(scale, rule=base.scale.rule, two_level=base.scale.two_level)
-    return base.scale == scale
+    scale = base.scale
+    if f.scale.dtype == scale.dtype and scale.dtype in ("e8m0", "e4m3"):
+        # block floats: another rounding of the scale does not make another format
+        scale = replace(scale, rule=f.scale.rule, two_level=f.scale.two_level)
+    return scale == f.scale

@@ -1,0 +1,149 @@
+"""Layouts: the index map, the bytes it makes, and the way back; every width, run and awkward length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, format
+from bitfold.formats.mover import K, evaluate, k
+from hypothesis import given
+from hypothesis import strategies as st
+
+LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24)]
+LENGTHS = [0, 1, 2, 3, 5, 7, 8, 9, 31, 32, 33, 64, 96, 130]
+
+
+def codes_of(bits: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, 1 << bits, shape, dtype=torch.uint8)
+
+
+def packed_by_the_map(layout: Layout, codes: torch.Tensor, bits: int, run: int | None) -> np.ndarray:
+    """One bit at a time, straight from the sympy expressions: what pack must produce."""
+    length = codes.shape[-1]
+    out = np.zeros((codes.shape[0], layout.row_bytes(bits, run, length)), dtype=np.uint8)
+    for field in layout.fields(bits, run):
+        for place in range(length):
+            at = {k: place, K: length}
+            byte, bit = int(field.byte.subs(at)), int(field.bit.subs(at))
+            value = (codes[:, place].numpy() >> field.low) & ((1 << field.width) - 1)
+            assert (out[:, byte] & (((1 << field.width) - 1) << bit) == 0).all(), "two codes in one place"
+            out[:, byte] |= (value << bit).astype(np.uint8)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_round_trip(layout: Layout, bits: int) -> None:
+    for length in LENGTHS:
+        runs = [None] + [g for g in (1, 3, 16, 32) if length and length % g == 0]
+        for run in runs:
+            codes = codes_of(bits, 3, length)
+            packed = layout.pack(codes, bits, run)
+            assert packed.dtype == torch.uint8
+            assert packed.shape == (3, layout.row_bytes(bits, run, length)), (length, run)
+            assert torch.equal(layout.unpack(packed, length, bits, run), codes), (length, run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_pack_is_the_map(layout: Layout, bits: int) -> None:
+    for length, run in [(1, None), (13, None), (32, 16), (9, 3)]:
+        codes = codes_of(bits, 1, length)
+        got = layout.pack(codes, bits, run).numpy()
+        np.testing.assert_array_equal(got, packed_by_the_map(layout, codes, bits, run), f"{length} {run}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("run", [None, 8, 32])
+def test_the_map_repeats_after_a_period(layout: Layout, bits: int, run: int | None) -> None:
+    """What makes checking one period a proof for all lengths."""
+    codes, size = layout.period(bits, run, 40)
+    whole_row = run is None and isinstance(layout, Planar) and layout.span is None
+    if whole_row:
+        return  # the period is the row itself
+    byte, bit, _ = evaluate(layout, bits, run, 4 * codes)
+    np.testing.assert_array_equal(byte[:, codes:], byte[:, :-codes] + size)
+    np.testing.assert_array_equal(bit[:, codes:], bit[:, :-codes])
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_packed_is_a_little_endian_bit_stream(bits: int) -> None:
+    codes = codes_of(bits, 1, 29)
+    stream = "".join(format_bits(c, bits)[::-1] for c in codes[0].tolist())
+    stream += "0" * (-len(stream) % 8)
+    want = [int(stream[i : i + 8][::-1], 2) for i in range(0, len(stream), 8)]
+    assert Packed().pack(codes, bits).tolist() == [want]
+
+
+def format_bits(code: int, bits: int) -> str:
+    return f"{code:0{bits}b}"
+
+
+def test_planar_by_hand() -> None:
+    codes = torch.arange(8, dtype=torch.uint8)[None]
+    assert Planar().pack(codes, 4).tolist() == [[0x40, 0x51, 0x62, 0x73]]
+    assert Planar().pack(codes, 4, 4).tolist() == [[0x20, 0x31, 0x64, 0x75]]
+    # 2 bits: byte j holds codes j, j + 2, j + 4, j + 6; 3 bits: that, then one byte of top bits
+    assert Planar().pack(codes & 3, 2).tolist() == [[0b10_00_10_00, 0b11_01_11_01]]
+    assert Planar().pack(codes, 3).tolist() == [[0b10_00_10_00, 0b11_01_11_01, 0b11110000]]
+
+
+def test_even_element_in_the_low_nibble() -> None:
+    assert Packed().pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
+
+
+@given(
+    bits=st.integers(1, 8),
+    groups=st.integers(0, 5),
+    run=st.integers(1, 40),
+    rows=st.lists(st.integers(0, 3), max_size=2),
+    layout=st.sampled_from([Packed(), Planar(), Planar(16)]),
+)
+def test_any_shape(bits: int, groups: int, run: int, rows: list[int], layout: Layout) -> None:
+    length = groups * run
+    codes = codes_of(bits, *rows, length)
+    packed = layout.pack(codes, bits, run)
+    assert packed.shape == (*rows, layout.row_bytes(bits, run, length))
+    assert torch.equal(layout.unpack(packed, length, bits, run), codes)
+
+
+@pytest.mark.parametrize("text", ["int4[g32]", "int3[g64]", "float6_e2m3", "nf4[g16]", "mxfp4", "int4[g32,2:4]", "int8"])
+def test_relayout_keeps_every_value(text: str) -> None:
+    f = format(text)
+    x = torch.randn(5, 192)
+    q = f.quantize(x)
+    for layout in ("planar", "bytes", "planar64", "packed"):
+        moved = f.relayout(q, layout)
+        assert torch.equal(moved.dequantize(), q.dequantize())
+        assert torch.equal(moved.codes, f.with_layout(layout).quantize(x).codes)
+        back = moved.format.relayout(moved, f.layout)
+        assert torch.equal(back.codes, q.codes) and back.format == f
+
+
+def test_a_layout_that_puts_two_codes_in_one_place_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Clash(Packed):
+        name: str = "clash"
+
+        def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+            return (Field(0, bits, sympy.floor(k / 2), sympy.Integer(0)),)
+
+    with pytest.raises(FormatError, match="two bits in one place"):
+        Clash().pack(codes_of(4, 1, 8), 4)
+
+
+def test_a_layout_that_forgets_bits_is_refused() -> None:
+    @dataclass(frozen=True)
+    class Forgetful(Packed):
+        name: str = "forgetful"
+
+        def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+            return (Field(0, bits - 1, k, sympy.Integer(0)),)
+
+    with pytest.raises(FormatError, match="places bits"):
+        Forgetful().pack(codes_of(4, 1, 8), 4)
