@@ -1,18 +1,18 @@
 """A headless Chromium for the tests of pages: the devtools protocol over a pipe, no other library.
 
-    page = browser.open(path, width=1280, height=720)
-    page.evaluate("document.title"); page.click("#fit"); page.key("]"); page.screenshot(out)
+page = browser.open(path, width=1280, height=720)
+page.evaluate("document.title"); page.click("#fit"); page.key("]"); page.screenshot(out)
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,8 @@ import pytest
 
 _FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
+    "--remote-debugging-pipe"
 )
 _WAIT = 60.0  # seconds for one answer: two cores are shared with the other tests
 
@@ -31,15 +32,21 @@ class Browser:
     """One Chromium process; every page is a tab of it."""
 
     def __init__(self, program: str, profile: Path) -> None:
-        to_child, self._write = os.pipe()
-        self._read, from_child = os.pipe()
-        # Chromium reads commands from descriptor 3 and answers on 4; the shell puts the pipes there.
-        line = f'exec "$0" {_FLAGS} --user-data-dir="$1" about:blank 3<&{to_child} 4>&{from_child}'
-        self._process = subprocess.Popen(
-            ["sh", "-c", line, program, str(profile)],
-            pass_fds=(to_child, from_child), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+        # Chromium reads commands from descriptor 3 and answers on 4. The ends that go there must not be 3 or
+        # 4 themselves, hence the copies above 10.
+        read_end, self._write = os.pipe()
+        self._read, write_end = os.pipe()
+        to_child, from_child = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (read_end, write_end))
+        os.close(read_end)
+        os.close(write_end)
+        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        self._pid = os.posix_spawn(
+            program,
+            [program, *_FLAGS.split(), f"--user-data-dir={profile}", "about:blank"],
+            os.environ,
+            file_actions=[*quiet, (os.POSIX_SPAWN_DUP2, to_child, 3), (os.POSIX_SPAWN_DUP2, from_child, 4)],
+            setsid=True,
+        )
         os.close(to_child)
         os.close(from_child)
         self._buffer = b""
@@ -89,11 +96,12 @@ class Browser:
         """End the process and those that it started (a session of their own)."""
         os.close(self._write)
         os.close(self._read)
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        for _ in range(100):
+            if os.waitpid(self._pid, os.WNOHANG)[0]:
+                return
+            time.sleep(0.05)
+        os.killpg(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
 
 
 class Page:
@@ -122,29 +130,45 @@ class Page:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")
 
     def resize(self, width: int, height: int) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+
+    def box(self, selector: str) -> list[float]:
+        """Left, top, width and height of an element in the window."""
+        found = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
+        return self.evaluate(f"(r => [r.x, r.y, r.width, r.height])({found})")
 
     def click(self, selector: str, at: tuple[int, int] | None = None) -> None:
         """A real click of the mouse in the middle of the element (or `at` pixels from its corner)."""
-        box = self.evaluate(
-            f"(r => [r.x, r.y, r.width, r.height])(document.querySelector({json.dumps(selector)}).getBoundingClientRect())"
-        )
+        box = self.box(selector)
         dx, dy = at or (box[2] / 2, box[3] / 2)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0] + dx, y=box[1] + dy, button="left", clickCount=1)
+            self.call(
+                "Input.dispatchMouseEvent",
+                type=kind,
+                x=box[0] + dx,
+                y=box[1] + dy,
+                button="left",
+                clickCount=1,
+            )
 
     def drag(self, start: tuple[int, int], by: tuple[int, int], steps: int = 10) -> None:
         """Press, move, release."""
-        send = lambda kind, x, y: self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1)  # noqa: E731
-        send("mousePressed", *start)
-        for i in range(1, steps + 1):
-            send("mouseMoved", start[0] + by[0] * i / steps, start[1] + by[1] * i / steps)
-        send("mouseReleased", start[0] + by[0], start[1] + by[1])
+        (x, y), (dx, dy) = start, by
+        moves = [("mouseMoved", x + dx * i / steps, y + dy * i / steps) for i in range(1, steps + 1)]
+        for kind, at_x, at_y in (("mousePressed", x, y), *moves, ("mouseReleased", x + dx, y + dy)):
+            self.call("Input.dispatchMouseEvent", type=kind, x=at_x, y=at_y, button="left", buttons=1)
 
     def key(self, key: str) -> None:
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
-        self.call("Input.dispatchKeyEvent", type="keyDown", key=key, text=text)
-        self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
+        code = {"Escape": 27, "Enter": 13, "Tab": 9}.get(key, 0)  # the browser's own keys go by their code
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text, windowsVirtualKeyCode=code)
 
     def type(self, text: str) -> None:
         self.call("Input.insertText", text=text)
@@ -166,7 +190,9 @@ class Page:
                 found.append(str(params["args"]))
             elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
                 found.append(params["entry"]["text"])
-            elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
+            elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
+                ("file:", "data:")
+            ):
                 found.append(f"asked the network for {params['request']['url']}")
         return found
 
@@ -179,7 +205,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """Chromium, or a loud skip where there is none (Debian: `apt-get install chromium`)."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        pytest.skip("NO CHROMIUM on this machine: the page of tools/viz is not tested (apt-get install chromium)")
+        pytest.skip(
+            "NO CHROMIUM on this machine: the page of tools/viz is not tested (apt-get install chromium)"
+        )
     started = Browser(program, tmp_path_factory.mktemp("chromium"))
     yield started
     started.close()

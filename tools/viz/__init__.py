@@ -1,4 +1,4 @@
-"""The trace of a pipeline as one HTML page: each stage's graph, what each pass changed, what was missed and why.
+"""The trace of a pipeline as one HTML page: each stage's graph, what each pass changed, what was missed, why.
 
 Comes in: a `Trace`, and if wished the error of each node. Goes out: one file that opens from disk.
 
@@ -34,12 +34,15 @@ def viz(
     """
     if not isinstance(trace, Trace):
         raise BitfoldError(
-            f"viz() draws a Trace, not a {type(trace).__name__}; Pipeline.run returns one: viz(pipeline.run(gm), path)"
+            f"viz() draws a Trace, not a {type(trace).__name__}; "
+            "Pipeline.run returns one: viz(pipeline.run(gm), path)"
         )
     if not trace.steps:
         raise BitfoldError("the trace is empty: run a pipeline first, then pass what Pipeline.run returned")
     target = Path(path)
     if not target.parent.is_dir():
-        raise BitfoldError(f"the folder {str(target.parent)!r} does not exist; make it first or choose another path")
+        raise BitfoldError(
+            f"the folder {str(target.parent)!r} does not exist; make it first or choose another path"
+        )
     target.write_text(render(page_data(trace, errors=errors, title=title)), encoding="utf-8")
     return target

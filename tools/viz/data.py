@@ -24,7 +24,9 @@ from .kinds import KINDS, kinds_of
 Json = dict[str, Any]
 
 
-def page_data(trace: Trace, *, errors: Mapping[str, NodeError] | None = None, title: str | None = None) -> Json:
+def page_data(
+    trace: Trace, *, errors: Mapping[str, NodeError] | None = None, title: str | None = None
+) -> Json:
     """All that the page shows. Linear in the nodes of all steps."""
     table = _Table()
     parameters = frozenset(state(trace.gm).params) if trace.gm is not None else frozenset()
@@ -114,7 +116,7 @@ def _label(node: NodeSnapshot) -> str:
 
 
 def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
-    """Format by node: its own; for a constant that of the operator that reads it, in the stage where one does."""
+    """Format by node: its own; for a constant that of its reader, in the last stage that had one."""
     found = {node.name: node.format for node in graph if node.format}
     constants = {node.name for node in graph if node.op == "get_attr"}
     for node in graph:
@@ -127,7 +129,7 @@ def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
 
 
 def _groups(graph: GraphSnapshot) -> dict[str, str]:
-    """The module in whose box each node is drawn. A constant without a place of its own goes to its readers."""
+    """The module in whose box each node is drawn; a constant without a place goes to its readers."""
     groups = {node.name: node.module_path for node in graph}
     for node in reversed(graph.nodes):
         if node.op != "get_attr" and (node.module_path or node.op in ("placeholder", "output")):
@@ -185,7 +187,9 @@ def _regions(gm: GraphModule | None) -> dict[str, str]:
         return {}
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     modules = {name: gm.get_submodule(name) for name in sorted(called)}
-    return {name: str(snapshot(module)) for name, module in modules.items() if isinstance(module, GraphModule)}
+    return {
+        name: str(snapshot(module)) for name, module in modules.items() if isinstance(module, GraphModule)
+    }
 
 
 def _title(trace: Trace) -> str:
@@ -205,4 +209,3 @@ def _summary(trace: Trace, steps: list[Json]) -> str:
             f"{trace.seconds:.2f} s",
         )
     )
-

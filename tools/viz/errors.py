@@ -1,12 +1,13 @@
-"""The error that quantization brought to each value: the captured and the rewritten graph run on the same input.
+"""The error that quantization brought to each value: the captured and the rewritten graph on the same input.
 
 Comes in: the graph before, the graph after, and the inputs of both. Goes out: node name -> `NodeError`.
 
-    reference = capture(model, inputs); gm = capture(model, inputs); Pipeline.parse("annotate{recipe=int4},fold").run(gm)
+    reference, gm = capture(model, inputs), capture(model, inputs)
+    Pipeline.parse("annotate{recipe=int4},fold").run(gm)
     node_errors(reference, gm, inputs)["linear_5"].sqnr_db  ->  24.8
 
-Errors are cumulative: a node is fed what the quantized graph computed so far. A node is compared with the node of
-its own name, or else with the last of the captured nodes that it stands for (a fused region has its tail's value).
+Errors are cumulative: a node is fed what the quantized graph computed so far. It is compared with the node of
+its own name, or else with the last of the captured nodes that it stands for (a fused region has its tail's).
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from ...passes.provenance import FROM_KEY
 class NodeError:
     """How far one value is from the unquantized model's.
 
-    `sqnr_db`: 10 log10(sum of squares of the reference / sum of squares of the difference), infinite when equal.
-    `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute value.
+    `sqnr_db`: 10 log10(sum of squares of the reference / that of the difference); infinite when equal.
+    `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute
+    value. `reference`: the node of the unquantized graph.
     """
 
     sqnr_db: float
@@ -46,8 +48,8 @@ class NodeError:
 def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> dict[str, NodeError]:
     """Run both graphs on `inputs` and compare every floating-point value that both of them have.
 
-    Holds the compared values of `before` in memory for one run. Raises BitfoldError if the two graphs do not take
-    the same inputs.
+    Holds the compared values of `before` in memory for one run. Raises BitfoldError if the two graphs do not
+    take the same inputs.
     """
     taken = [[node.name for node in gm.graph.nodes if node.op == "placeholder"] for gm in (before, after)]
     if len(taken[0]) != len(taken[1]):
@@ -108,7 +110,9 @@ def _partner(node: Node, order: Mapping[str, int]) -> str | None:
     """The node of the graph before that has the value this one should have."""
     if node.name in order:
         return node.name
-    origins = [name for name in node.meta.get(FROM_KEY, ()) if name in order] if node.op == "call_module" else []
+    origins = (
+        [name for name in node.meta.get(FROM_KEY, ()) if name in order] if node.op == "call_module" else []
+    )
     return max(origins, key=order.__getitem__, default=None)
 
 
@@ -145,4 +149,3 @@ def _ratio(largest: float, top: float) -> float:
 
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else {math.inf: "infinite", -math.inf: "-infinite"}.get(value, "NaN")
-

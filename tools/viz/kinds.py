@@ -2,7 +2,7 @@
 
 Comes in: a step's snapshot. Goes out: node name -> kind.
 
-    w_codes = self.w_codes; w_deq = bitfold.dequantize(w_codes, w_scales, "int4[g128]"); linear = aten.linear(x, w_deq)
+    w_deq = bitfold.dequantize([w_codes, w_scales], "int4[g128]"); linear = aten.linear(x, w_deq)
     ->  {"w_codes": "weight", "w_scales": "weight", "w_deq": "dequantize", "linear": "compute"}
 """
 
@@ -39,10 +39,10 @@ KINDS = (
 
 # These move values and leave them as they are, so what they read is still dequantized data.
 _VIEWS = frozenset(
-    f"aten.{name}"
-    for name in (
-        "alias", "clone", "contiguous", "detach", "expand", "permute", "reshape", "select", "slice", "squeeze", "t",
-        "to", "transpose", "unsqueeze", "view",
+    (
+        "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.expand", "aten.permute",
+        "aten.reshape", "aten.select", "aten.slice", "aten.squeeze", "aten.t", "aten.to", "aten.transpose",
+        "aten.unsqueeze", "aten.view",
     )
 )  # fmt: skip
 
@@ -54,8 +54,8 @@ def kinds_of(
     parameters: Collection[str] = (),
     before: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """The kind of every node. `parameters`: placeholders that are weights (frame scope). `before`: kinds in the
-    stage before, so that codes stay known as such once a region hides the operator that reads them."""
+    """The kind of every node. `parameters`: placeholders that are weights (frame scope). `before`: kinds in
+    the stage before, so that codes stay known as such once a region hides the operator that reads them."""
     by_name = {node.name: node for node in snapshot}
     kinds: dict[str, str] = {}
     views: set[str] = set()  # nodes that hand on dequantized values unchanged

@@ -1,11 +1,11 @@
-"""One self-contained HTML file: data, drawing, layout library and colours in it, nothing loaded from anywhere.
+"""One self-contained HTML file: data, drawing, layout library and colours in it, none of it loaded.
 
 Comes in: the page's data as plain JSON. Goes out: the text of the page.
 
     render({"title": "fold", ...})  ->  "<!doctype html>..."
 
-The JSON sits in a script element, so every `<` in it is escaped: a module called `</script>` ends nothing. The page
-puts names into the document only as text, and its policy forbids it to load anything.
+The JSON sits in a script element, so every `<` in it is escaped: a module called `</script>` ends nothing.
+The page puts names into the document only as text, and its policy forbids it to load anything.
 """
 
 from __future__ import annotations

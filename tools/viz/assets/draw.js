@@ -1,6 +1,6 @@
 "use strict";
 // In:  a layout (layout.js), the graph it is of (model.js) and what is marked (selection, search hits).
-// Out: SVG elements. Every text goes in as text, never as markup, so a module may be called <script>.
+// Out: SVG elements. Every text goes in as text, never as markup, whatever a module is called.
 
 const Draw = (() => {
   const NS = "http://www.w3.org/2000/svg";
@@ -27,6 +27,12 @@ const Draw = (() => {
       d += `Q${rest[i].map((v) => v.toFixed(1))} ${mid.map((v) => v.toFixed(1))}`;
     }
     return d;
+  }
+
+  function arrow() {
+    const head = svg("marker", { id: "arrow", viewBox: "0 0 8 8", refX: 7.5, refY: 4, markerWidth: 8, markerHeight: 8, markerUnits: "userSpaceOnUse", orient: "auto" });
+    head.append(svg("path", { d: "M0,0.8L8,4L0,7.2z" }));
+    return svg("defs", {}, head);
   }
 
   function picture(laid, graph, open) {
@@ -120,5 +126,5 @@ const Draw = (() => {
     return box;
   }
 
-  return { picture, svg };
+  return { arrow, picture };
 })();

@@ -10,6 +10,7 @@ const Main = (() => {
   const camera = { x: 0, y: 0, k: 1 };
   let graph = null;
   let laid = null;
+  let drawn = null; // what the picture shows
   let places = new Map(); // key -> {x, y, w, h} in the picture
 
   for (const record of data.records) record.kindText = data.kinds.find((k) => k.key === record.kind).text;
@@ -65,13 +66,10 @@ const Main = (() => {
     const name = state.selected;
     if (name && center) for (const path of Model.pathsAbove(graph, name)) state.open.add(path);
     if (name?.startsWith("@") && center) openTo(name.slice(1));
-    graph.marks = marksOf(graph);
-
-    laid = Layout.layout(graph.root, state.open, graph);
-    const world = byId("world");
-    world.replaceChildren(Draw.picture(laid, graph, state.open));
-    places = new Map();
-    findPlaces(laid, 0, 0);
+    // Drawing is the dear part: it is done for another stage or other open boxes, not for another selection.
+    const wanted = `${state.step} ${state.before} ${[...state.open].sort().join("\n")}`;
+    if (wanted !== drawn) draw();
+    drawn = wanted;
     drawMarks();
     drawPanels();
     document.documentElement.dataset.theme = state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -82,6 +80,17 @@ const Main = (() => {
     if (center && state.selected) centerOn(visibleKey(state.selected));
     move();
     writeHash();
+  }
+
+  function draw() {
+    graph.marks = marksOf(graph);
+    laid = Layout.layout(graph.root, state.open, graph);
+    const world = byId("world");
+    world.replaceChildren(Draw.arrow(), Draw.picture(laid, graph, state.open));
+    world.setAttribute("width", laid.w);
+    world.setAttribute("height", laid.h);
+    places = new Map();
+    findPlaces(laid, 0, 0);
   }
 
   function openTo(path) {
@@ -109,17 +118,20 @@ const Main = (() => {
   }
 
   function drawMarks() {
+    const world = byId("world");
     const key = state.selected && visibleKey(state.selected);
-    for (const box of byId("world").querySelectorAll("[data-key]")) {
-      const mine = box.dataset.key === key;
-      box.classList.toggle("selected", mine);
-      box.setAttribute("tabindex", mine ? 0 : -1);
-      if (box.classList.contains("node")) box.classList.toggle("faded", Boolean(state.kind) && !box.classList.contains(`kind-${state.kind}`));
+    for (const old of world.querySelectorAll(".selected, .near, [tabindex='0']")) {
+      old.classList.remove("selected", "near");
+      if (old.dataset.key) old.setAttribute("tabindex", -1);
     }
-    for (const edge of byId("world").querySelectorAll(".edge")) {
-      edge.classList.toggle("near", Boolean(key) && (edge.dataset.from === key || edge.dataset.to === key));
+    const box = key ? world.querySelector(`[data-key="${CSS.escape(key)}"]`) : null;
+    box?.classList.add("selected");
+    (box ?? world.querySelector("[data-key]"))?.setAttribute("tabindex", 0);
+    if (box) {
+      const at = CSS.escape(key);
+      for (const edge of world.querySelectorAll(`[data-from="${at}"], [data-to="${at}"]`)) edge.classList.add("near");
     }
-    if (!key) byId("world").querySelector("[data-key]")?.setAttribute("tabindex", 0);
+    world.setAttribute("class", state.kind ? `only-${state.kind}` : "");
   }
 
   function drawPanels() {
@@ -153,7 +165,8 @@ const Main = (() => {
   // ---- the camera
 
   function move() {
-    byId("world").setAttribute("transform", `translate(${camera.x},${camera.y}) scale(${camera.k})`);
+    // A transform of the whole element costs no layout; one inside the SVG would lay out every text again.
+    byId("world").style.transform = `translate(${camera.x}px,${camera.y}px) scale(${camera.k})`;
     byId("zoom").textContent = `${Math.round(100 * camera.k)}%`;
   }
 

@@ -86,16 +86,16 @@ const Panels = (() => {
         row("operation", node.target), row("format", node.format), row("annotation", node.note),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
         moduleBytes(data, graph, node), errorRows(error, name),
-        row("inputs", node.args.length ? links(graph, node.args) : null),
-        row("read by", node.users.length ? links(graph, node.users) : null),
-        row("made from", node.origins.length ? links(graph, node.origins) : null)),
+        row("inputs", node.args.length ? links(node.args) : null),
+        row("read by", node.users.length ? links(node.users) : null),
+        row("made from", node.origins.length ? links(node.origins) : null)),
       error === undefined && Object.keys(data.errors).length > 0 ? el("p", { class: "quiet" }, "No error figure: the unquantized graph has no value to compare this one with.") : null,
       data.regions[node.target] ? [el("h2", {}, "Inside the region"), codeBlock(data.regions[node.target], "wrap")] : null,
       history(data, graph, name));
   }
 
-  function links(graph, names) {
-    const shown = names.slice(0, 40).map((name) => (graph.nodes.has(name) ? jump(name) : el("span", { class: "quiet" }, name)));
+  function links(names) {
+    const shown = names.slice(0, 40).map((name) => jump(name));
     return el("span", { class: "links" }, shown, names.length > 40 ? `and ${names.length - 40} more` : null);
   }
 

@@ -1,0 +1,87 @@
+"""Errors per node: known noise gives the known figure, an unchanged graph gives none, regions too."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitfold.formats.errors import BitfoldError
+from bitfold.passes.annotate import Annotate
+from bitfold.passes.capture import capture
+from bitfold.passes.pipeline import Pipeline
+from bitfold.tools.viz import NodeError, node_errors
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 64)
+        self.down = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.up(x))
+        masked = hidden.masked_fill(hidden < 0.1, -torch.inf)
+        return self.down(hidden) + torch.softmax(masked, -1)[:, :32]
+
+
+X = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)),)
+
+
+def test_equal_graphs_have_no_error_anywhere() -> None:
+    gm = capture(Net().eval(), X)
+    errors = node_errors(gm, copy.deepcopy(gm), X)
+    assert {"linear", "relu", "masked_fill", "softmax", "linear_1"} <= set(errors)
+    for name, error in errors.items():
+        assert error == NodeError(math.inf, 0.0, 0.0, name), "infinities that are equal are no error"
+
+
+def test_a_known_change_gives_the_known_figure() -> None:
+    before = capture(nn.Linear(64, 64, bias=False).eval(), X)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.weight.mul_(1.01)  # every value is 1% too large: 20 log10(100) = 40 dB
+    error = node_errors(before, after, X)["linear"]
+    assert error.sqnr_db == pytest.approx(40.0, abs=1e-3)  # float32 rounds 1.01 x to 6e-8: 5e-5 dB
+    assert error.max_rel == pytest.approx(0.01, rel=1e-4)
+
+
+def test_finer_formats_have_smaller_errors() -> None:
+    before = capture(Net().eval(), X)
+    figures = {}
+    for recipe in ("int4[g32]", "int8"):
+        after = copy.deepcopy(before)
+        Pipeline((Annotate(recipe=recipe), *Pipeline.parse("fold").passes)).run(after)
+        figures[recipe] = node_errors(before, after, X)["linear"].sqnr_db
+    assert 12 < figures["int4[g32]"] < figures["int8"] - 15, (
+        figures
+    )  # 4 bits more are 24 dB, less for coarser groups
+
+
+def test_a_region_is_compared_by_its_last_value_and_inside() -> None:
+    before = capture(Net().eval(), X)
+    after = copy.deepcopy(before)
+    Pipeline.parse("annotate{recipe=int8},fold,fuse").run(after)
+    errors = node_errors(before, after, X)
+    assert errors["fused_up"].reference == "relu" and errors["fused_up"].sqnr_db > 25
+    assert errors["linear"].reference == "linear", "the operation inside the region"
+
+
+def test_not_a_number_is_said() -> None:
+    before = capture(nn.Linear(64, 64, bias=False).eval(), X)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.weight.fill_(torch.nan)
+    assert node_errors(before, after, X)["linear"].as_json()["sqnr_db"] == "NaN"
+
+
+def test_graphs_of_different_models_are_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    with pytest.raises(BitfoldError, match="take 1 and 2 inputs; capture the reference from the same model"):
+        node_errors(capture(Net().eval(), X), capture(Two(), (X[0], X[0])), X)
