@@ -90,6 +90,17 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default
 
 
+def arguments(node: Node) -> list[Any]:
+    """Every argument of a node that calls an operator, in the order of its schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return [*node.args, *node.kwargs.values()]
+    given = list(node.args)
+    for parameter in schema.arguments[len(given) :]:
+        given.append(node.kwargs.get(parameter.name, parameter.default_value))
+    return given
+
+
 def replace(old: Node, new: Node) -> None:
     """Let every user of `old` use `new`, then erase `old`."""
     old.replace_all_uses_with(new)

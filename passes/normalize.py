@@ -84,7 +84,8 @@ def _does_nothing(node: Node, trains: bool) -> bool:
 
 
 def _takes_all(node: Node) -> bool:
-    """`x[:]` from 0 to the largest index in steps of 1: what `x[:, None]` leaves behind for the first part."""
+    """`x[:]` from 0 to the largest index in steps of 1: what `x[:, None]` leaves behind for the first
+    part."""
     start, end = argument(node, "start", 0), argument(node, "end")
     return start in (0, None) and (end is None or end == sys.maxsize) and argument(node, "step", 1) == 1
 
@@ -95,7 +96,8 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, at
 def _casts_to_itself(node: Node) -> bool:
     """`x.to(dtype)` without copy where x has that dtype and device already returns x itself."""
     source = node.args[0]
-    if argument(node, "copy") or argument(node, "memory_format") is not None or not isinstance(source, Node):
+    copies = argument(node, "copy") or argument(node, "memory_format") is not None
+    if copies or not isinstance(source, Node):
         return False
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
