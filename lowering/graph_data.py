@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..formats import BitfoldError
 from ..passes import origin, state
+from ..passes.provenance import FROM_KEY
 from .graph_shapes import Symbols, restore_values
 from .graph_tree import dump_signature, set_signature
 from .graph_values import GraphDataError, decode, encode, plain_name, plain_path, target_name, target_of
@@ -174,6 +175,7 @@ def _load_node(
         node = graph.create_node(op, plain_path(entry["target"]), args, kwargs, name=name)
     else:
         raise GraphDataError(f"the graph in this file has a node of kind {op!r}, which means nothing")
+    node.meta[FROM_KEY] = (name,)
     path = entry.get("module")
     if path:
         node.meta["nn_module_stack"] = {str(path): (str(path), "")}

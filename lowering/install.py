@@ -1,31 +1,40 @@
 """From the folded graph of one module to a folded module that runs on a target: shared by quantize and load.
 
-In: a module, and its folded graph with codes and scales as attributes. Out: the module folded in place, with
-a body lowered to the target, and with the canonical graph as data, which is what `bf.save` writes.
+In: a module, and its folded graph as data with codes and scales by name. Out: the module folded in place,
+with a body lowered to the target, and with that canonical graph, which is what `bf.save` writes.
 
-    gm: linear(x, dequantize([self.weight_codes, self.weight_scales], "int4[g128]", ...), self.bias)
-    ->  module.codes, module.scales, module.bias;  body(codes, scales, bias, x) = cpu_linear(x, [codes,
-    scales], ...)
+    graph: linear(x, dequantize([weight_codes, weight_scales], "int4[g128]", ...), bias)
+    ->  module.codes, module.scales, module.bias
+        body(codes, scales, bias, x) = cpu_linear(x, [codes, scales], "int4[g128,planar]", ...)
+
+A model has hundreds of layers and few kinds of them: each kind is lowered once.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from ..formats import BitfoldError, format
+from ..formats import BitfoldError, Quantized, format
 from ..passes import Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
 from .folded import Canonical, FoldedWeight, Steps, fold_module
-from .graph_data import dump
+from .graph_data import Data, tensor_names
+from .graph_data import load as load_graph
+from .target import default_target, get_target
 
 CANONICAL = "bitfold_canonical"
 """In the meta of a lowered program: its folded graph as data, which is what a file says of it."""
+
+Parts = tuple[str, ...]
+Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,81 +46,142 @@ class Source:
     back: Steps | None
 
 
+@dataclass(frozen=True)
+class _Lowered:
+    """What a target made of one kind of module.
+
+    `attributes`: the body's leading inputs. `layouts`: format by parts. `tensors`: the constants themselves
+    if the target made others than the canonical ones in another layout, so that they hold for one module
+    only.
+    """
+
+    body: GraphModule
+    attributes: list[str]
+    layouts: dict[Parts, str]
+    tensors: dict[str, Tensor] | None
+
+
 @dataclass
 class Installer:
     """Folds modules of one model for one target; holds the parameters that tied weights share."""
 
     target: str
     shared: dict[Hashable, nn.Parameter] = field(default_factory=dict)
+    kinds: dict[Hashable, _Lowered] = field(default_factory=dict)
 
     def install(
         self,
         module: nn.Module,
-        gm: GraphModule,
+        graph: Data,
+        tensors: Mapping[str, Tensor],
         sources: Mapping[str, Source],
         dtype: torch.dtype,
+        *,
         ranks: tuple[int, ...] | None = None,
+        gm: GraphModule | None = None,
     ) -> None:
-        """Fold `module` in place: `gm` is its folded graph, `sources` its parameters that are gone from
-        there.
+        """Fold `module` in place. `graph` and `tensors`: its folded graph; `sources`: what is folded in it.
 
-        The module is written last, when nothing is left that may fail.
+        `gm` is that graph if it is there already. The module is written last, when nothing can fail any more.
         """
-        canonical = dump(gm)
-        weights = folded_weights(gm, sources)
-        names = _operand_names(module, gm, weights)
-        lowered = lower_graph(gm, self.target)
-        layouts = {parts: text for parts, text, _ in weight_parts(lowered)}
-        body, attributes = lift(lowered, names)
-        held = [_as_held(weight, names, layouts) for weight in weights]
-        keys: dict[str, Hashable] = {}
+        weights = folded_weights(graph, sources)
+        names = _operand_names(module, graph, weights)
+        lowered = self._lower(graph, tensors, gm)
+        held = [_as_held(weight, names, lowered.layouts) for weight in weights]
+        parts: dict[str, nn.Parameter] = {}
         for weight, here in zip(weights, held, strict=True):
-            keys |= {part: (weight.path, weight.back, here.format, part) for part in weight.parts}
-        operands = {_name(names, name): self._operand(module, lowered, name, keys) for name in attributes}
-        fold_module(module, body, operands, tuple(held), dtype, Canonical(canonical, names, ranks))
+            parts |= self._parts(weight, here, tensors, lowered)
+        operands: dict[str, Tensor] = {}
+        for name in lowered.attributes:
+            own = module._parameters.get(name)
+            own = module._buffers.get(name) if own is None else own
+            tensor = (lowered.tensors or tensors)[name] if own is None and name not in parts else own
+            operands[names.get(name, name)] = parts[name] if tensor is None else tensor
+        canonical = Canonical(graph, names, ranks)
+        fold_module(module, _copied(lowered.body, names), operands, tuple(held), dtype, canonical)
 
-    def _operand(
-        self, module: nn.Module, lowered: GraphModule, name: str, keys: Mapping[str, Hashable]
-    ) -> Tensor:
-        """The operand at attribute `name`: a tensor that the module has, a part that a tied weight has, or a
-        new part.
-        """
-        for own in (module._parameters, module._buffers):
-            found = own.get(name)
-            if found is not None:
+    def _lower(self, graph: Data, tensors: Mapping[str, Tensor], gm: GraphModule | None) -> _Lowered:
+        about = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in sorted(tensors.items()))
+        key = (json.dumps(graph), about)
+        if key not in self.kinds:
+            device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+            made = lower_graph(gm if gm is not None else load_graph(graph, tensors, device), self.target)
+            found = _lowered(made, graph, tensors)
+            if found.tensors is not None:
                 return found
-        tensor = find_attribute(lowered, name)
-        if name not in keys:
-            return nn.Parameter(tensor.detach(), requires_grad=False)
-        if keys[name] not in self.shared:
-            self.shared[keys[name]] = nn.Parameter(tensor.detach(), requires_grad=False)
-        return self.shared[keys[name]]
+            self.kinds[key] = found
+        return self.kinds[key]
+
+    def _parts(
+        self, weight: FoldedWeight, here: FoldedWeight, tensors: Mapping[str, Tensor], lowered: _Lowered
+    ) -> dict[str, nn.Parameter]:
+        """The parts of one weight in the target's layout, by attribute; the same ones for a tied weight."""
+        keys = {part: (weight.path, weight.back, here.format, part) for part in weight.parts}
+        if not all(key in self.shared for key in keys.values()):
+            own = lowered.tensors or _laid_out(weight, here.format, tensors)
+            for part, key in keys.items():
+                self.shared[key] = nn.Parameter(own[part].detach(), requires_grad=False)
+        return {part: self.shared[key] for part, key in keys.items()}
 
 
-def weight_parts(gm: GraphModule) -> Iterator[tuple[tuple[str, ...], str, int]]:
-    """(attributes, format, K) of every folded weight, whichever operator reads it: a list of attributes, then
-    a format.
-    """
-    seen: set[tuple[str, ...]] = set()
+def _laid_out(weight: FoldedWeight, text: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    parts = [tensors[part] for part in weight.parts]
+    if text != weight.format:
+        canonical = Quantized.from_parts(format(weight.format), parts, weight.k)
+        parts = format(weight.format).relayout(canonical, format(text).layout).parts
+    return dict(zip(weight.parts, parts, strict=True))
+
+
+def _lowered(made: GraphModule, graph: Data, tensors: Mapping[str, Tensor]) -> _Lowered:
+    """What a target made, and whether its constants are the canonical ones in the layouts that it says."""
+    layouts = {parts: text for parts, text, _ in weight_parts(made)}
+    body, attributes = _lift(made)
+    expected = dict(tensors)
+    for parts, text, k in canonical_parts(graph):
+        if parts in layouts and format(layouts[parts]).parts == format(text).parts:
+            weight = FoldedWeight("", (), "", text, text, k, parts)
+            expected |= _laid_out(weight, layouts[parts], tensors)
+    own = {name: find_attribute(made, name) for name in attributes}
+    same = all(name in expected and torch.equal(tensor, expected[name]) for name, tensor in own.items())
+    return _Lowered(body, attributes, layouts, None if same else own)
+
+
+def weight_parts(gm: GraphModule) -> Iterator[tuple[Parts, str, int]]:
+    """(attributes, format, K) of every folded weight, whichever operator reads it: attributes, format, K."""
+    seen: set[Parts] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         for parts, text, k in zip(node.args, node.args[1:], node.args[2:], strict=False):
             if not isinstance(parts, list | tuple) or not isinstance(text, str) or not isinstance(k, int):
                 continue
-            names = tuple(
-                str(part.target) for part in parts if isinstance(part, Node) and part.op == "get_attr"
-            )
+            held = [part for part in parts if isinstance(part, Node) and part.op == "get_attr"]
+            names = tuple(str(part.target) for part in held)
             if names and len(names) == len(parts) and names not in seen:
                 seen.add(names)
                 yield names, text, k
 
 
-def folded_weights(gm: GraphModule, sources: Mapping[str, Source]) -> list[FoldedWeight]:
-    """The weights of a canonical folded graph, their parts by attribute name."""
+def canonical_parts(graph: Data) -> list[tuple[Parts, str, int]]:
+    """`weight_parts` of a folded graph that is data."""
+    attributes = {node["name"]: node["target"] for node in graph["nodes"] if node["op"] == "get_attr"}
+    found: dict[Parts, tuple[Parts, str, int]] = {}
+    for node in graph["nodes"]:
+        if node.get("target") != "bitfold.dequantize.default":
+            continue
+        parts, text, k = node["args"][:3]
+        names = tuple(attributes.get(part["node"], "") for part in parts)
+        if all(names):
+            found.setdefault(names, (names, text, k))
+    return list(found.values())
+
+
+def folded_weights(graph: Data, sources: Mapping[str, Source]) -> list[FoldedWeight]:
+    """The weights of a folded graph, their parts by attribute name."""
     found = []
-    for parts, text, k in weight_parts(gm):
+    for parts, text, k in canonical_parts(graph):
         stem = parts[0].removesuffix("_codes")
+        # A parameter in two formats has a number at the end of the second one's parts.
         name = next((one for one in sources if stem == one.replace(".", "_")), None)
         if name is None:
             name = next(one for one in sources if stem.startswith(one.replace(".", "_")))
@@ -120,20 +190,24 @@ def folded_weights(gm: GraphModule, sources: Mapping[str, Source]) -> list[Folde
     return found
 
 
+@lru_cache(maxsize=1024)
+def part_kinds(text: str, shape: tuple[int, ...]) -> list[Kind]:
+    """Dtype and shape of each part of a tensor of this shape in a format."""
+    parts = format(text).quantize(torch.empty(shape, device="meta")).parts
+    return [(part.dtype, tuple(part.shape)) for part in parts]
+
+
 def resolve_target(name: str | None, device: torch.device) -> str:
     """The target's name, checked; None is the default for tensors on `device`."""
-    from .target import default_target, get_target
-
     if name is None:
         return default_target(device)
-    get_target(name)
+    for one in name.split(","):
+        get_target(one.strip())
     return name
 
 
 def lower_graph(gm: GraphModule, target: str) -> GraphModule:
-    """`gm` rewritten for `target`, regions put back into one graph; the reference runs the folded graph as it
-    is.
-    """
+    """`gm` for `target`, regions put back into one graph; the reference runs the folded graph as it is."""
     if target == "reference" or state(gm).stage >= Stage.lowered:
         return gm
     from .lower import Lower
@@ -144,13 +218,11 @@ def lower_graph(gm: GraphModule, target: str) -> GraphModule:
     return gm
 
 
-def lift(gm: GraphModule, names: Mapping[str, str]) -> tuple[GraphModule, list[str]]:
-    """`gm` without a tensor: its attributes come first among the inputs. Returns it, and the attributes in
-    order.
-    """
+def _lift(gm: GraphModule) -> tuple[GraphModule, list[str]]:
+    """`gm` without a tensor: its attributes come first among the inputs. Returns it, and them in order."""
     attributes = list(dict.fromkeys(str(n.target) for n in gm.graph.nodes if _is_tensor(gm, n)))
     graph = Graph()
-    inputs = {name: graph.placeholder(_name(names, name)) for name in attributes}
+    inputs = {name: graph.placeholder(name.replace(".", "_")) for name in attributes}
     moved: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         if _is_tensor(gm, node):
@@ -166,22 +238,26 @@ def lift(gm: GraphModule, names: Mapping[str, str]) -> tuple[GraphModule, list[s
     return GraphModule(root, graph), attributes
 
 
+def _copied(body: GraphModule, names: Mapping[str, str]) -> GraphModule:
+    """A body of its own for one module, its inputs by the module's names."""
+    graph, moved = Graph(), dict[Node, Node]()
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            moved[node] = graph.placeholder(names.get(str(node.target), str(node.target)))
+        else:
+            moved[node] = graph.node_copy(node, moved.__getitem__)
+    return GraphModule(body, graph)
+
+
 def _is_tensor(gm: GraphModule, node: Node) -> bool:
     return node.op == "get_attr" and isinstance(find_attribute(gm, str(node.target)), Tensor)
 
 
-def _name(names: Mapping[str, str], attribute: str) -> str:
-    return names.get(attribute, attribute)
-
-
-def _operand_names(module: nn.Module, gm: GraphModule, weights: list[FoldedWeight]) -> dict[str, str]:
+def _operand_names(module: nn.Module, graph: Data, weights: list[FoldedWeight]) -> dict[str, str]:
     """What each attribute of the folded graph is called in the module: `weight_codes` is `codes`."""
     gone = {weight.name for weight in weights}
     names: dict[str, str] = {}
-    for node in gm.graph.nodes:
-        if not _is_tensor(gm, node) or str(node.target) in names:
-            continue
-        attribute = str(node.target)
+    for attribute in tensor_names(graph):
         if attribute in module._parameters or attribute in module._buffers:
             names[attribute] = attribute
             continue
@@ -195,11 +271,9 @@ def _operand_names(module: nn.Module, gm: GraphModule, weights: list[FoldedWeigh
     return names
 
 
-def _as_held(
-    weight: FoldedWeight, names: Mapping[str, str], layouts: Mapping[tuple[str, ...], str]
-) -> FoldedWeight:
+def _as_held(weight: FoldedWeight, names: Mapping[str, str], layouts: Mapping[Parts, str]) -> FoldedWeight:
     """The same weight: parts by the module's names, format with the layout that the target chose."""
     text = layouts.get(weight.parts, weight.format)
     if format(text).parts != format(weight.format).parts:
         raise BitfoldError(f"the target made {text} of {weight.format}, which stores other parts")
-    return replace(weight, format=text, parts=tuple(_name(names, part) for part in weight.parts))
+    return replace(weight, format=text, parts=tuple(names.get(part, part) for part in weight.parts))

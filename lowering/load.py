@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,8 +26,8 @@ from .folded import Canonical, Folded, original_class
 from .graph_data import load as load_graph
 from .graph_data import tensor_names
 from .graph_values import enum_value
-from .install import CANONICAL, Installer, Source, lower_graph, resolve_target
-from .save import canonical_parts, join
+from .install import CANONICAL, Installer, Source, canonical_parts, lower_graph, part_kinds, resolve_target
+from .save import join
 from .tensor_file import FileError, TensorFile, open_file
 
 
@@ -208,10 +207,11 @@ class _Plan:
         if isinstance(module, Folded):
             module.unfold()
         tensors = {attribute: tensor(join(path, name)) for attribute, name in entry["names"].items()}
-        gm = load_graph(self.file.header["graphs"][entry["graph"]], tensors, device)
+        graph = self.file.header["graphs"][entry["graph"]]
         sources = {weight["name"]: _source(weight) for weight in entry["weights"]}
         ranks = None if entry["ranks"] is None else tuple(entry["ranks"])
-        installer.install(module, gm, sources, enum_value("dtype", entry["dtype"]), ranks)
+        dtype = enum_value("dtype", entry["dtype"])
+        installer.install(module, graph, tensors, sources, dtype, ranks=ranks)
 
 
 def _source(weight: Mapping[str, Any]) -> Source:
@@ -229,20 +229,13 @@ def _check_parts(file: TensorFile, weights: list[tuple[tuple[str, ...], str, int
                     f"{file.path} lacks the tensor {name!r} of a weight in {fmt}; save the model again"
                 )
         shape = (*file.shapes[first(names[0])][:-1], k)
-        for name, wanted in zip(names, _kinds(text, shape), strict=True):
+        for name, wanted in zip(names, part_kinds(text, shape), strict=True):
             found = file.dtypes[first(name)], file.shapes[first(name)]
             if found != wanted:
                 raise FileError(
                     f"{file.path}: tensor {name!r} is {found[0]}{list(found[1])} and {fmt} of {list(shape)} "
                     f"wants {wanted[0]}{list(wanted[1])}; save the model again"
                 )
-
-
-@lru_cache(maxsize=1024)
-def _kinds(text: str, shape: tuple[int, ...]) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each part of a tensor of this shape in a format."""
-    parts = format(text).quantize(torch.empty(shape, device="meta")).parts
-    return [(part.dtype, tuple(part.shape)) for part in parts]
 
 
 def _existing(model: nn.Module, path: str) -> set[str]:

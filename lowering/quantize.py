@@ -28,9 +28,10 @@ from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
+from ..passes.stages import find_attribute
 from .calibration import Batches, observe_modules, record_arguments
 from .folded import Canonical, Folded, Steps
-from .graph_data import dump
+from .graph_data import dump, tensor_names
 from .install import CANONICAL, Installer, Source, lower_graph, resolve_target
 from .module_scope import Plan, Site, Step, plan
 from .parameters import check_parameters, parameter_names, with_all_names
@@ -151,7 +152,9 @@ def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, install
     sources, dtype = _sources(site, names)
     state(site.gm).store = store
     Pipeline([Fold()]).run(site.gm)
-    installer.install(site.module, site.gm, sources, dtype, site.ranks)
+    graph = dump(site.gm)
+    tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}
+    installer.install(site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
 
 
 def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Source], torch.dtype]:

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
@@ -29,11 +28,10 @@ from ..passes import Stage, state
 from ..passes.stages import find_attribute
 from .folded import Canonical, Folded, FoldedWeight, original_class
 from .graph_data import dump, tensor_names
-from .install import CANONICAL, weight_parts
+from .install import CANONICAL, Kind, canonical_parts, part_kinds, weight_parts
 from .tensor_file import VERSION, described, write
 
 Make = Tensor | Callable[[], Tensor]
-Kind = tuple[torch.dtype, tuple[int, ...]]
 
 
 def save(
@@ -134,9 +132,8 @@ def _in_canonical(held: Quantized, canonical: str) -> tuple[Kind, Callable[[], T
     if str(held.format) == canonical:
         return None
     layout = format(canonical).layout
-    empty = Quantized.from_parts(held.format, [part.to("meta") for part in held.parts], held.k)
-    codes = held.format.relayout(empty, layout).codes
-    return (codes.dtype, tuple(codes.shape)), lambda: held.format.relayout(held, layout).codes
+    kind = part_kinds(canonical, (*held.codes.shape[:-1], held.k))[0]
+    return kind, lambda: held.format.relayout(held, layout).codes
 
 
 def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
@@ -169,20 +166,6 @@ def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
         "graph": canonical.graph,
         "parameters": [name for name in names if name in parameters],
     }
-
-
-def canonical_parts(graph: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str, int]]:
-    """`weight_parts` of a graph that is data."""
-    attributes = {node["name"]: node["target"] for node in graph["nodes"] if node["op"] == "get_attr"}
-    found = []
-    for node in graph["nodes"]:
-        if node.get("target") != "bitfold.dequantize.default":
-            continue
-        parts, text, k = node["args"][:3]
-        names = tuple(attributes.get(part["node"], "") for part in parts)
-        if all(names):
-            found.append((names, text, k))
-    return found
 
 
 def join(*parts: str) -> str:
