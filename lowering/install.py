@@ -142,8 +142,19 @@ def _lowered(made: GraphModule, graph: Data, tensors: Mapping[str, Tensor]) -> _
             weight = FoldedWeight("", (), "", text, text, k, parts)
             expected |= _laid_out(weight, layouts[parts], tensors)
     own = {name: find_attribute(made, name) for name in attributes}
-    same = all(name in expected and torch.equal(tensor, expected[name]) for name, tensor in own.items())
+    same = all(name in expected and _same_bits(tensor, expected[name]) for name, tensor in own.items())
     return _Lowered(body, attributes, layouts, None if same else own)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    # As bytes: equality is not implemented for all the dtypes that scales have, and NaN is not equal to
+    # itself.
+    one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)
 
 
 def weight_parts(gm: GraphModule) -> Iterator[tuple[Parts, str, int]]:

@@ -1,0 +1,225 @@
+"""Folded modules in the world: copies, dtypes, state dicts, generate, adapters, sharding, torch.compile."""
+
+import copy
+import io
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.lowering import FoldedLinear
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.up = nn.Linear(64, 128)
+        self.down = nn.Linear(128, 64, bias=False)
+        self.lm_head = nn.Linear(64, 50, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.lm_head(x + self.down(torch.relu(self.up(x))))
+
+
+TOKENS = torch.arange(10).reshape(2, 5)
+
+
+def quantized(recipe: str = "int8_all", target: str = "reference") -> Small:
+    torch.manual_seed(0)
+    return bf.quantize(Small(), recipe, target=target)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config).eval()  # type: ignore[no-any-return]
+
+
+def fake_quantized(model: nn.Module, text: str) -> nn.Module:
+    """A copy whose linears, heads excepted, hold rounded floats."""
+    twin, fmt = copy.deepcopy(model), bf.format(text)
+    for path, module in twin.named_modules():
+        if isinstance(module, nn.Linear) and "head" not in path:
+            with torch.no_grad():
+                module.weight.copy_(fmt.dequantize(fmt.quantize(module.weight)))
+    return twin
+
+
+def test_deepcopy_is_independent_and_keeps_ties() -> None:
+    model = quantized()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(TOKENS), model(TOKENS))
+    assert twin.lm_head.codes is twin.embed.codes and twin.up.codes is not model.up.codes
+    with torch.no_grad():
+        twin.up.codes.zero_()
+    assert not torch.equal(twin(TOKENS), model(TOKENS))
+    assert twin.up.body is not model.up.body
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.mark.parametrize("recipe", ["int8_all", "int4[g32]", "nvfp4", "mxfp8"])
+def test_scales_keep_their_dtype_through_to(recipe: str, target: str) -> None:
+    model = quantized(recipe, target)
+    before = {name: p.clone() for name, p in model.up.named_parameters() if name in model.up.parts}
+    model.to(torch.bfloat16)
+    for name, part in before.items():
+        now = getattr(model.up, name)
+        assert now.dtype == part.dtype and now.view(torch.uint8).equal(part.view(torch.uint8)), name
+    assert model.up.bias.dtype == torch.bfloat16 and model.up.weight.dtype == torch.bfloat16
+    out = model(TOKENS)
+    assert out.dtype == torch.bfloat16 and bool(torch.isfinite(out).all())
+    weight = model.up.weight
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    # bf16 carries 8 bits: one rounding of each of two sums, and of the weight on the way that decodes in
+    # float32
+    torch.testing.assert_close(
+        model.up(x), nn.functional.linear(x, weight, model.up.bias), rtol=2**-6, atol=2**-4
+    )
+    model.float()
+    assert model.up.weight.dtype == torch.float32 and model(TOKENS).dtype == torch.float32
+
+
+def test_to_empty_and_meta_move_everything() -> None:
+    model = quantized("int4[g32]").to("meta")
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    assert model.up.codes.dtype == torch.uint8 and model.up.scales.dtype == torch.bfloat16
+
+
+def test_state_dict_round_trip() -> None:
+    model = quantized()
+    other = bf.quantize(Small(), "int8_all", target="reference")
+    assert not torch.equal(other(TOKENS), model(TOKENS))
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("cpu", "reference"), ("reference", "cpu")])
+def test_a_state_dict_of_another_target_is_laid_out_anew(theirs: str, ours: str) -> None:
+    model, other = quantized("int4[g32]", theirs), bf.quantize(Small(), "int4[g32]", target=ours)
+    assert model.up.folded_weights[0].format != other.up.folded_weights[0].format
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.up.weight, model.up.weight)
+    assert torch.equal(other.down.weight, model.down.weight)
+
+
+def test_a_state_dict_in_another_format_is_refused() -> None:
+    with pytest.raises(
+        (bf.BitfoldError, RuntimeError), match=r"up\.weight is int8 and the state dict has uint8\[zero\]"
+    ):
+        quantized("int8").load_state_dict(quantized("uint8[zero]").state_dict())
+
+
+def test_the_decoded_weight_is_read_only() -> None:
+    model = quantized()
+    with pytest.raises(bf.BitfoldError, match="adapter cannot be merged"):
+        model.up.weight.data += 1
+    with pytest.raises(bf.BitfoldError, match="adapter cannot be merged"):
+        model.up.weight.add_(1)
+    with pytest.raises(bf.BitfoldError, match="cannot be replaced"):
+        model.up.weight = torch.zeros(3)
+    assert type(model.up.weight + 1) is Tensor
+
+
+def test_generate(llama: nn.Module) -> None:
+    expected = fake_quantized(llama, "int4[g32]")
+    model = bf.quantize(copy.deepcopy(llama), "int4[g32]", target="reference")
+    prompt = torch.tensor([[1, 5, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    ours = model.generate(prompt, **options)
+    assert torch.equal(ours, expected.generate(prompt, **options)) and ours.shape == (1, 11)
+    assert torch.equal(model(prompt).logits, expected(prompt).logits)
+
+
+def test_a_lora_adapter_trains_on_top(llama: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    base = bf.quantize(copy.deepcopy(llama), "int8", target="reference")
+    codes = base.model.layers[0].self_attn.q_proj.codes.clone()
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, config)
+    prompt = torch.tensor([[1, 5, 7, 9]])
+    assert torch.equal(model(prompt).logits, base(prompt).logits)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    losses = []
+    for _ in range(3):
+        loss = model(prompt, labels=prompt).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[2] < losses[0]
+    layer = (
+        base.model.model.layers[0].self_attn.q_proj
+        if hasattr(base.model, "model")
+        else base.model.layers[0].self_attn.q_proj
+    )
+    assert isinstance(layer.base_layer, FoldedLinear) and torch.equal(layer.base_layer.codes, codes)
+    assert model.generate(input_ids=prompt, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 6)
+    with pytest.raises(bf.BitfoldError, match="merge it before"):
+        model.merge_adapter()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_fully_shard(process_group: None, target: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = quantized("int4[g32]", target)
+    expected = model(TOKENS)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model.up, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model.up.codes, DTensor) and model.up.codes.dtype == torch.uint8
+    out = model(TOKENS)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert model.up.bias.grad is not None and model.up.codes.grad is None
+    model.to(torch.bfloat16)
+    assert model.up.scales.dtype == torch.bfloat16 and model.down.scales.dtype == torch.bfloat16
+    with pytest.raises(bf.BitfoldError, match="sharded"):
+        bf.save(model, "never.safetensors")
+
+
+def test_plain_compile_has_no_graph_break() -> None:
+    model = quantized("int8_all", "cpu")
+    graphs: list[str] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(gm.code)
+        return gm.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        assert torch.equal(compiled(TOKENS), model(TOKENS))
+        compiled(TOKENS[:1])
+    # The bodies are inlined: the operators are there to be fused, and parts are inputs.
+    assert "bitfold.cpu_linear" in graphs[0] and len(graphs) <= 2
