@@ -91,10 +91,11 @@ class Scale:
         return e8m0_value(scales) if self.dtype == "e8m0" else scales.to(torch.float32)
 
     def store(self, scales: Tensor) -> Tensor:
-        """float32 scales -> stored ones, never 0 and never infinite. Not for e8m0, see `rules.py`.
+        """Scales in any float dtype -> stored ones, never 0 and never infinite. Not for e8m0, see `rules.py`.
 
         A NaN stays NaN, so that a block with a NaN in it decodes to NaN.
         """
+        scales = scales.to(torch.float32)
         bounded = torch.where(
             scales < 0,
             scales.clamp(-LARGEST[self.dtype], -SMALLEST[self.dtype]),

@@ -9,6 +9,7 @@ The canonical form keeps the largest magnitudes of each run of m; of equals, the
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -130,7 +131,7 @@ class NofM(Sparsity):
         return self._mask(runs).reshape(x.shape)
 
     def _mask(self, runs: Tensor) -> Tensor:
-        size = runs.abs()
+        size = runs.abs().nan_to_num(nan=math.inf, posinf=math.inf)  # a NaN must be kept, to be seen
         # rank = how many are larger, or equal and earlier: m compares, no sort, same on every device
         columns = []
         for i in range(self.m):
