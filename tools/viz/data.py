@@ -67,7 +67,7 @@ class _Table:
 
 
 def _records(graph: GraphSnapshot, kinds: Mapping[str, str], formats: Mapping[str, str]) -> list[Json]:
-    groups = _groups(graph)
+    groups = _groups(graph, kinds)
     held: set[str] = set()  # a constant read under two names is held once
     records = []
     for node in graph:
@@ -128,9 +128,10 @@ def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _groups(graph: GraphSnapshot) -> dict[str, str]:
-    """The module in whose box each node is drawn; a constant without a place goes to its readers."""
-    groups = {node.name: node.module_path for node in graph}
+def _groups(graph: GraphSnapshot, kinds: Mapping[str, str]) -> dict[str, str]:
+    """The module in whose box each node is drawn. What the model takes and returns is outside of all; a constant
+    without a place of its own goes to its readers."""
+    groups = {node.name: "" if kinds[node.name] == "input" else node.module_path for node in graph}
     for node in reversed(graph.nodes):
         if node.op != "get_attr" and (node.module_path or node.op in ("placeholder", "output")):
             continue

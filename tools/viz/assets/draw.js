@@ -66,7 +66,7 @@ const Draw = (() => {
     const group = placed.item;
     const header = svg("g", { class: "header", "data-key": Model.keyOf(group), tabindex: -1, role: "button", "aria-expanded": "true", "aria-label": `${group.path}, open, ${group.size} nodes` },
       svg("rect", { width: placed.w, height: 22, rx: 6, class: "bar" }),
-      text(9, 15, "▾", "fold"), text(22, 15, Text.fit(group.label, placed.w - 30, "name"), "name"));
+      svg("text", { x: placed.w / 2, y: 15, class: "name", "text-anchor": "middle" }, `▾ ${Text.fit(group.label, placed.w - 40, "name")}`));
     return svg("g", { class: "group open", transform: `translate(${placed.x},${placed.y})` },
       svg("rect", { width: placed.w, height: placed.h, rx: 6, class: "frame" }), header,
       picture(placed.inner, graph, open));
@@ -112,7 +112,7 @@ const Draw = (() => {
     const missed = graph.misses.has(node.name);
     const within = node.module && node.parent && node.module.startsWith(node.parent.path)
       ? node.module.slice(node.parent.path.length).replace(/^\./, "") : node.module;
-    const name = within && node.op !== "get_attr" ? `${node.label} · ${within}` : node.label;
+    const name = within && node.op.startsWith("call_") ? `${node.label} · ${within}` : node.label;
     const label = `${node.name}, ${node.label}${node.format ? `, ${node.format}` : ""}, ${node.kindText}${change ? `, ${change}` : ""}${missed ? ", missed" : ""}`;
     const sub = node.note || node.format || [node.shape, node.dtype].filter(Boolean).join(" ");
     const box = svg("g", { class: `node kind-${node.kind}${change ? ` ${change}` : ""}${missed ? " missed" : ""}`, transform: `translate(${placed.x},${placed.y})`, "data-key": node.name, tabindex: -1, role: "button", "aria-label": label },

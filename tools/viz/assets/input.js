@@ -134,10 +134,13 @@
     }
     for (const node of Main.graph().nodes.values()) {
       if (has(`${node.name} ${node.target} ${node.module} ${node.format} ${node.kindText} ${node.source}`)) {
-        found.push({ key: node.name, text: node.name, sub: [node.label, node.format].filter(Boolean).join(" · ") });
+        found.push({ key: node.name, text: node.name, sub: [node.module, node.kindText, node.format].filter(Boolean).join(" · ") });
       }
     }
-    return found;
+    // "layers.2" means layer 2 before it means layer 20.
+    const whole = words.map((word) => new RegExp(`(^|[^a-z0-9])${word.replace(/[^a-z0-9]/g, "[^a-z0-9]")}($|[^a-z0-9])`));
+    const rank = ({ text, sub }) => (whole.every((word) => word.test(`${text} ${sub}`.toLowerCase())) ? 0 : 1);
+    return found.map((hit) => ({ ...hit, rank: rank(hit) })).sort((a, b) => a.rank - b.rank);
   }
 
   function search() {

@@ -58,7 +58,9 @@ const Main = (() => {
 
   function show(change = {}, { anchor = null, center = false } = {}) {
     const pinned = anchor && places.get(anchor);
-    const at = pinned ? { x: pinned.x * camera.k + camera.x, y: pinned.y * camera.k + camera.y } : null;
+    // What is opened or closed keeps the middle of its upper edge where it was.
+    const top = ({ x, y, w }) => ({ x: (x + w / 2) * camera.k, y: y * camera.k });
+    const at = pinned ? { x: top(pinned).x + camera.x, y: top(pinned).y + camera.y } : null;
     Object.assign(state, change);
     if (state.step === 0) state.before = false;
     graph = graphAt(state.before ? state.step - 1 : state.step);
@@ -74,8 +76,8 @@ const Main = (() => {
     drawPanels();
     document.documentElement.dataset.theme = state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
     if (at && places.has(anchor)) {
-      camera.x = at.x - places.get(anchor).x * camera.k;
-      camera.y = at.y - places.get(anchor).y * camera.k;
+      camera.x = at.x - top(places.get(anchor)).x;
+      camera.y = at.y - top(places.get(anchor)).y;
     }
     if (center && state.selected) centerOn(visibleKey(state.selected));
     move();
