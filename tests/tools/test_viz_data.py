@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from bitfold.formats.errors import BitfoldError
 from bitfold.passes.annotate import Annotate
 from bitfold.passes.capture import capture
+from bitfold.passes.core import state
 from bitfold.passes.pipeline import Pipeline
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
@@ -74,6 +75,14 @@ def test_observers_and_fake_quantize_are_seen() -> None:
     gm = capture(Net().eval(), (torch.randn(4, 64),))
     data = page_data(Pipeline.parse("annotate{recipe=int8_dynamic},fake_quantize").run(gm))
     assert re.search(r"fake_quantize\w*: observe", became(data, 2))
+
+
+def test_in_the_frame_scope_a_placeholder_that_is_a_parameter_is_a_weight() -> None:
+    gm = capture(Net().eval(), (torch.randn(4, 64),))
+    state(gm).params["x"] = torch.zeros(4, 64)
+    data = page_data(Pipeline(()).run(gm))
+    assert "x: parameter" in became(data, 0)
+    assert data["steps"][0]["weight_bytes"] == (4 * 64 + 64 * 64 + 64 * 32) * 4
 
 
 def test_a_node_left_alone_is_written_once() -> None:

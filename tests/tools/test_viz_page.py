@@ -312,6 +312,9 @@ def test_hostile_names_are_text(browser, tmp_path) -> None:
     assert page.complaints() == []
 
 
+SIZES = [(30, 50, False), (30, 50, True), pytest.param(100, 50, False, marks=pytest.mark.slow)]
+
+
 def layered(layers: int, each: int, *, flat: bool = False) -> list[NodeSnapshot]:
     """A chain with skips: `layers` modules of `each` operations, and a value that all of them read."""
     nodes = [
@@ -330,7 +333,7 @@ def layered(layers: int, each: int, *, flat: bool = False) -> list[NodeSnapshot]
     return [*nodes, snap("output", op="output", target="output", inputs=(last,))]
 
 
-@pytest.mark.parametrize(("layers", "each", "flat"), [(30, 50, False), (30, 50, True), (100, 50, False)])
+@pytest.mark.parametrize(("layers", "each", "flat"), SIZES)
 def test_large_graphs_open_at_once_and_stay_responsive(browser, tmp_path, layers, each, flat) -> None:
     """1,500 nodes in modules, the same without any module, and 5,000. Limits are several times what two idle
     cores take (0.4 s to open, 0.7 s for all boxes of 1,500 nodes, 26 ms a frame): other tests share them."""

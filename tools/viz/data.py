@@ -129,8 +129,8 @@ def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
 
 
 def _groups(graph: GraphSnapshot, kinds: Mapping[str, str]) -> dict[str, str]:
-    """The module in whose box each node is drawn. What the model takes and returns is outside of all; a constant
-    without a place of its own goes to its readers."""
+    """The module in whose box each node is drawn. What the model takes and returns is outside of all; a
+    constant without a place of its own goes to its readers."""
     groups = {node.name: "" if kinds[node.name] == "input" else node.module_path for node in graph}
     for node in reversed(graph.nodes):
         if node.op != "get_attr" and (node.module_path or node.op in ("placeholder", "output")):
