@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized, format
+from .graph_data import retyped
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -154,6 +155,8 @@ class Folded(nn.Module):
         if dtype == self.compute_dtype or not dtype.is_floating_point:
             return
         retype(self.body, self.compute_dtype, dtype)
+        graph = retyped(self.canonical.graph, self.compute_dtype, dtype)
+        self.canonical = replace(self.canonical, graph=graph)
         self.compute_dtype = dtype
 
     def get_extra_state(self) -> Tensor:

@@ -67,12 +67,26 @@ def load(data: Data, tensors: Mapping[str, Tensor], device: torch.device | None 
     """
     try:
         gm = _load_graph(data, tensors, device)
-        restore_values(gm, data)
+        restore_values(gm, data, device)
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         if isinstance(error, BitfoldError):
             raise
         raise GraphDataError(f"the graph in this file is damaged: {type(error).__name__}: {error}") from error
     return gm
+
+
+def retyped(data: Data, old: torch.dtype, new: torch.dtype) -> Data:
+    """The same graph for inputs and decoded weights of dtype `new` where they were `old`."""
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in (old, new)}
+
+    def changed(node: Data) -> Data:
+        if node["op"] == "placeholder" and node["val"].get("dtype") == names[old]:
+            return {**node, "val": {**node["val"], "dtype": names[new]}}
+        if node.get("target") == "bitfold.dequantize.default" and node["args"][3] == {"dtype": names[old]}:
+            return {**node, "args": [*node["args"][:3], {"dtype": names[new]}, *node["args"][4:]]}
+        return node
+
+    return {**data, "nodes": [changed(node) for node in data["nodes"]]}
 
 
 def _dump_graph(gm: GraphModule, symbols: Symbols, prefix: str) -> Data:

@@ -68,8 +68,11 @@ class Symbols:
         return text
 
 
-def restore_values(gm: GraphModule, data: dict[str, Any]) -> None:
-    """Give every node of `gm` its `meta["val"]`, on fresh symbols, and the graph its State."""
+def restore_values(gm: GraphModule, data: dict[str, Any], device: torch.device | None = None) -> None:
+    """Give every node of `gm` its `meta["val"]`, on fresh symbols, and the graph its State.
+
+    `device` takes the place of the inputs' own.
+    """
     environment = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     sizes = {text: _symbol(environment, text, about) for text, about in data.get("symbols", {}).items()}
@@ -78,7 +81,7 @@ def restore_values(gm: GraphModule, data: dict[str, Any]) -> None:
     inputs: list[Any] = []
     for node, name in zip(gm.graph.nodes, names, strict=True):
         if node.op == "placeholder":
-            inputs.append(_fake_input(mode, saved[name], sizes))
+            inputs.append(_fake_input(mode, saved[name], sizes, device))
     with torch.no_grad():
         _Propagate(gm, mode).run(*inputs)
     here = state(gm)
@@ -122,7 +125,7 @@ def _symbol(environment: ShapeEnv, text: str, about: dict[str, Any]) -> Any:
     return size
 
 
-def _fake_input(mode: FakeTensorMode, saved: Any, sizes: dict[str, Any]) -> Any:
+def _fake_input(mode: FakeTensorMode, saved: Any, sizes: dict[str, Any], device: torch.device | None) -> Any:
     if not isinstance(saved, dict):
         raise GraphDataError("the graph in this file does not say what its inputs are")
     if "constant" in saved:
@@ -131,7 +134,7 @@ def _fake_input(mode: FakeTensorMode, saved: Any, sizes: dict[str, Any]) -> Any:
         return _size_of(saved["size"], sizes)
     shape = [_size_of(size, sizes) for size in saved["shape"]]
     with mode:
-        return torch.empty(shape, dtype=enum_value("dtype", saved["dtype"]), device=saved["device"])
+        return torch.empty(shape, dtype=enum_value("dtype", saved["dtype"]), device=device or saved["device"])
 
 
 def _size_of(size: int | str, sizes: dict[str, Any]) -> Any:

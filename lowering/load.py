@@ -60,10 +60,21 @@ def load(
             f"{file.path} holds the weights of a {file.header.get('model', 'model')}; give its skeleton: "
             "bf.load(path, into=model)"
         )
-    plan = _Plan(file, into, place)
-    plan.check()
+    plan = _checked(file, into, place)
     plan.write(resolve_target(target, plan.device))
     return into
+
+
+def _checked(file: TensorFile, model: nn.Module, device: torch.device | None) -> _Plan:
+    try:
+        plan = _Plan(file, model, device)
+        plan.check()
+    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+        raise FileError(
+            f"{file.path} has a damaged bitfold header ({type(error).__name__}: {error}); save the model "
+            "again"
+        ) from error
+    return plan
 
 
 def _load_program(file: TensorFile, device: torch.device, target: str | None) -> Any:
@@ -118,6 +129,7 @@ class _Plan:
             self._check_module(path, entry)
         self._check_plain()
         self._check_covered()
+        self._check_graphs()
 
     def _check_module(self, path: str, entry: Mapping[str, Any]) -> None:
         module = _submodule(self.model, path)
@@ -172,6 +184,17 @@ class _Plan:
                     f"{self.file.path} has no tensor for {name!r} of this {type(self.model).__name__}; "
                     "make the skeleton with the configuration of the saved model"
                 )
+
+    def _check_graphs(self) -> None:
+        """Each graph is built once on tensors without numbers, from which nothing can run."""
+        first = {entry["graph"]: path for path, entry in reversed(self.entries.items())}
+        for index, path in first.items():
+            tensors: dict[str, Tensor] = {}
+            for attribute, name in self.entries[path]["names"].items():
+                held = self.tied.get(join(path, name), join(path, name))
+                shape, dtype = self.file.shapes[held], self.file.dtypes[held]
+                tensors[attribute] = torch.empty(shape, dtype=dtype, device="meta")
+            load_graph(self.file.header["graphs"][index], tensors, torch.device("meta"))
 
     def write(self, target: str) -> None:
         """Put everything in its place."""

@@ -174,12 +174,13 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Sour
 
 
 def _midway(site: Site, done: list[str], total: int, error: BaseException) -> str:
+    cause = error.__cause__ or error
+    why = ": ".join(part for part in (type(cause).__name__, str(cause).strip().split("\n")[0]) if part)
     so_far = f"{', '.join(done[:3])}{', ...' if len(done) > 3 else ''}" if done else "none"
     return (
-        f"folding {site.path} failed ({type(error).__name__}: "
-        f"{str(error).strip().splitlines()[0] if str(error) else ''}) with {len(done)} of {total} modules "
-        f"folded ({so_far}); those run on codes, the others as before: make room and call bf.quantize with "
-        "the same arguments again, which goes on from there"
+        f"folding {site.path} failed ({why}) with {len(done)} of {total} modules folded ({so_far}); those "
+        "run on codes, the others as before: remove the cause and call bf.quantize with the same arguments "
+        "again, which goes on from there"
     )
 
 
