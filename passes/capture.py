@@ -24,6 +24,7 @@ from .capture_frame import capture_frame, is_training_graph
 from .capture_module import capture_module, example_for
 from .core import State, state
 from .normalize import Normalize
+from .provenance import breaking_point
 from .stages import verify
 
 __all__ = ["CaptureError", "capture", "capture_frame", "capture_module", "example_for", "is_training_graph"]
@@ -118,9 +119,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any], shap
     try:
         program = torch.export.export(model, args, named, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        first = str(error).strip().split("\n")[0]
         raise CaptureError(
-            f"{type(model).__name__} cannot be captured as one program, it breaks at: {first} "
+            f"{type(model).__name__} cannot be captured as one program, it breaks at {breaking_point(error)} "
             "(bf.quantize with scope='module' needs no whole graph)"
         ) from error
     return program.module(check_guards=False)

@@ -27,7 +27,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from .core import State, state
 from .normalize import Normalize
-from .provenance import module_path
+from .provenance import has_provenance, inherit, module_path
 from .stages import verify
 
 _HELD = re.compile(r"\._(?:parameters|buffers)\['([^']*)'\]$")
@@ -48,13 +48,21 @@ def capture_frame(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule
     SymInts.
     """
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    values = [_example(node, given) for node, given in zip(placeholders, example_inputs, strict=True)]
+    values = [
+        node.meta.get("example_value", given)
+        for node, given in zip(placeholders, example_inputs, strict=True)
+    ]
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     mode = mode or FakeTensorMode(shape_env=ShapeEnv())
+    values = [mode.from_tensor(value) if _is_real(value) else value for value in values]
     traced = retrace(gm, values, mode)
     inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
     for new, old in zip(inputs, placeholders, strict=True):
         _rename(new, old)
+    for node in traced.graph.nodes:
+        # A graph that was not made by Dynamo may say nothing of its nodes: they come from themselves then.
+        if node.op == "call_function" and not has_provenance(node):
+            inherit(node, [node])
     params, paths = _parameters(placeholders, inputs, example_inputs)
     traced.meta["bitfold"] = State("frame", params=params, param_paths=paths)
     state(traced).fake_mode = mode
@@ -141,8 +149,8 @@ def _quiet_guards(mode: FakeTensorMode) -> Iterator[None]:
         yield
 
 
-def _example(node: Node, given: Any) -> Any:
-    return node.meta.get("example_value", given)
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
 
 
 def _rename(new: Node, old: Node) -> None:

@@ -13,7 +13,8 @@ length of one model) each kind is traced once and copied after that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,12 +29,13 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
     SymbolicContext,
 )
+from torch.fx.traceback import preserve_node_meta, set_current_meta
 from torch.utils import _pytree as pytree
 
 from ..formats.errors import BitfoldError
 from .core import State, state
 from .normalize import Normalize
-from .provenance import inherit
+from .provenance import breaking_point, inherit, inside_module
 from .stages import verify
 
 Cache = dict[Any, tuple[Graph, FakeTensorMode]]
@@ -99,13 +101,18 @@ def _signature(module: nn.Module, args: Sequence[Any], dynamic_batch: bool) -> A
         return None
     held = [*module.named_parameters(), *module.named_buffers()]
     return (
-        stock,
+        type(module).forward,
         module.extra_repr(),
         module.training,
         dynamic_batch,
         tuple((name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in held),
         tuple((tuple(a.shape), a.dtype, a.device) for a in args),
     )
+
+
+def _is_stock(module: nn.Module) -> bool:
+    """Whether the module runs torch's own code for its kind, whatever its class adds."""
+    return any(isinstance(module, cls) and type(module).forward is cls.forward for cls in _STOCK)
 
 
 def _copy(graph: Graph) -> Graph:
@@ -138,31 +145,80 @@ def _owner(holder: nn.Module, path: str) -> tuple[nn.Module, str]:
 def _trace(
     module: nn.Module, args: Sequence[Any], path: str, dynamic_batch: bool
 ) -> tuple[GraphModule, FakeTensorMode]:
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False)
     held: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
-    fakes = {name: mode.from_tensor(tensor, static_shapes=True) for name, tensor in held.items()}
     flat, spec = pytree.tree_flatten(tuple(args))
+    wide = [_widened(value) if dynamic_batch else value for value in flat]
+    try:
+        traced, mode = _run(module, held, wide, spec, dynamic_batch)
+    except Exception:
+        # A module that reads a size of 1 as a constant is traced with it.
+        try:
+            traced, mode = _run(module, held, flat, spec, dynamic_batch)
+        except Exception as error:
+            kind, reason = type(module).__name__, breaking_point(error)
+            raise BitfoldError(
+                f"the module '{path}' ({kind}) cannot be traced alone: {reason} "
+                "(let a rule of the recipe skip it)"
+            ) from error
+    return _finish(traced, module, list(held), len(flat)), mode
+
+
+def _run(
+    module: nn.Module, held: dict[str, Tensor], flat: list[Any], spec: Any, dynamic_batch: bool
+) -> tuple[GraphModule, FakeTensorMode]:
+    # Without duck shaping two sizes that are equal in the example are still two sizes.
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=False)
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()]
     inputs = [_symbolic(mode, module, value, dynamic_batch) for value in flat]
 
     def run(*given: Any) -> Any:
         named = dict(zip(held, given[len(flat) :], strict=True))
         return functional_call(module, named, pytree.tree_unflatten(list(given[: len(flat)]), spec))
 
+    stock = _is_stock(module)
+    with mode, preserve_node_meta(), _paths_recorded(module):
+        trace = make_fx(run, pre_dispatch=True, tracing_mode="real", record_stack_traces=not stock)
+        return trace(*inputs, *fakes), mode
+
+
+def _widened(value: Any) -> Any:
+    """The same shape with a batch of 2 for a batch of 1, which a tracer takes for a constant."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] != 1:
+        return value
+    return value.repeat_interleave(2, 0)
+
+
+@contextlib.contextmanager
+def _paths_recorded(module: nn.Module) -> Iterator[None]:
+    """Lets each node that is traced inside a child module say so, the way Dynamo and export do."""
+    entered: list[contextlib.AbstractContextManager[None]] = []
+    hooks = []
+
+    def enter(path: str, child: nn.Module) -> Any:
+        here = Graph().placeholder("here")
+        here.meta["nn_module_stack"] = {path: (path, type(child))}
+
+        def hook(*_: Any) -> None:
+            entered.append(set_current_meta(here))
+            entered[-1].__enter__()
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    for path, child in module.named_modules():
+        if path:
+            hooks.append(child.register_forward_pre_hook(enter(path, child)))
+            hooks.append(child.register_forward_hook(leave, always_call=True))
     try:
-        with mode:
-            traced = make_fx(run, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(
-                *inputs, *fakes.values()
-            )
-    except Exception as error:
-        first = str(error).strip().split("\n")[0]
-        raise BitfoldError(
-            f"the module '{path}' ({type(module).__name__}) cannot be traced alone: {first} "
-            "(let a rule of the recipe skip it)"
-        ) from error
-    return _finish(traced, module, list(held), len(flat)), mode
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _finish(traced: GraphModule, module: nn.Module, held: list[str], inputs: int) -> GraphModule:
@@ -180,6 +236,9 @@ def _finish(traced: GraphModule, module: nn.Module, held: list[str], inputs: int
             node.replace_all_uses_with(attribute)
         graph.erase_node(node)
     for node in graph.nodes:
+        if "stack_trace" in node.meta:
+            node.meta["stack_trace"] = inside_module(node.meta["stack_trace"])
+        node.meta.pop("from_node", None)
         if node.op in ("call_function", "get_attr"):
             inherit(node, [node])
     gm = GraphModule(_holder(module), graph)

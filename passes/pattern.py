@@ -6,8 +6,8 @@ Comes in: a graph and patterns. Goes out: the graph with every match replaced, a
     rewrite(gm, [SILU])      s = sigmoid(h);  m = mul(h, s)   ->   m = silu(h)
 
 The two functions are traced once, on the example inputs, to the operators that a capture holds. A tensor
-input matches any node; a number input matches any number (give an example value that appears nowhere else in the
-function); every other number has to be equal. Addition and multiplication match in either order. `where`
+input matches any node; a number input matches any number (give an example value that appears nowhere else in
+the function); every other number has to be equal. Addition and multiplication match in either order. `where`
 sees the match and may refuse it with a `Miss`, which is reported.
 
 A pattern is tried only at nodes that call its last operator, and looks back as many nodes as it has: the

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,6 +90,28 @@ def module_path(spelled: str) -> str:
     path = _ROOT.sub("", path)
     path = _INDEX.sub(lambda found: "." + found.group(1).strip("'"), path)
     return path.strip(".")
+
+
+def inside_module(stack_trace: str) -> str:
+    """The frames of a recorded stack from the traced module on, without those that led to the tracing."""
+    _, found, inside = stack_trace.rpartition("functional_call")
+    frames = inside[inside.find("File ") :] if found and "File " in inside else ""
+    return frames if found else stack_trace
+
+
+def breaking_point(error: BaseException) -> str:
+    """What went wrong while a model was traced, on one line: the model's own line, then the reason."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not _WRAPPERS.search(frame.filename)
+        and os.path.dirname(frame.filename) != os.path.dirname(__file__)
+    ]
+    if not frames:
+        return reason
+    last = frames[-1]
+    return f"{os.path.basename(last.filename)}:{last.lineno} `{last.line}`: {reason}"
 
 
 def inherit(new: Node, sources: Iterable[Node]) -> Node:
