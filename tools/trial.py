@@ -76,9 +76,11 @@ class Bench:
     compiling: Mapping[str, Any]
 
     @classmethod
-    def of(cls, loaded: SmolLM2, text: Tensor, device: torch.device) -> Bench:
-        """`loaded` on the device, in the dtype that suits it: bfloat16 on a GPU, float32 on a CPU."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def of(
+        cls, loaded: SmolLM2, text: Tensor, device: torch.device, *, dtype: torch.dtype | None = None
+    ) -> Bench:
+        """`loaded` on the device, by default in the dtype that suits it: bfloat16 on a GPU, else float32."""
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         stored = {path: moved(codes, device) for path, codes in loaded.stored.items()}
         # A GPU decodes one token of this model in less time than Python takes to launch its kernels.
         compiling = {"mode": "reduce-overhead"} if device.type == "cuda" else {}

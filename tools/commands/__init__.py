@@ -1,0 +1,16 @@
+"""One file a command: `ABOUT` in a line, `add_arguments(parser)`, and `run(arguments, console)`. A file's
+docstring is the command's help.
+"""
+
+from . import bench_command, demo_command, formats_command, inspect_command, quantize_command, run_command
+
+COMMANDS = (
+    formats_command,
+    quantize_command,
+    inspect_command,
+    run_command,
+    bench_command,
+    demo_command,
+)
+
+__all__ = ["COMMANDS"]
