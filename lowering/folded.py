@@ -280,7 +280,8 @@ def fold_module(
     memory is free as soon as nobody else holds them.
     """
     names = tuple(dict.fromkeys(weight.name for weight in weights))
-    cls = folded_class(type(module), names)
+    original: type = type(module)
+    cls = folded_class(original, names)
     for name in names:
         module._parameters.pop(name, None)
     new = {name: part for name, part in operands.items() if name not in module._parameters | module._buffers}

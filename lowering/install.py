@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from ..formats import BitfoldError, Quantized, format
-from ..passes import Pipeline, Stage, state
+from ..passes import MissRecord, Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
 from .folded import Canonical, FoldedWeight, Steps, fold_module
@@ -59,18 +59,24 @@ class _Lowered:
     attributes: list[str]
     layouts: dict[Parts, str]
     tensors: dict[str, Tensor] | None
+    misses: list[MissRecord]
 
 
 @dataclass
 class Installer:
-    """Folds modules of one model for one target; holds the parameters that tied weights share."""
+    """Folds modules of one model for one target; holds the parameters that tied weights share.
+
+    `misses`: what the target did not take, by the module's path.
+    """
 
     target: str
     shared: dict[Hashable, nn.Parameter] = field(default_factory=dict)
     kinds: dict[Hashable, _Lowered] = field(default_factory=dict)
+    misses: list[MissRecord] = field(default_factory=list)
 
     def install(
         self,
+        path: str,
         module: nn.Module,
         graph: Data,
         tensors: Mapping[str, Tensor],
@@ -80,7 +86,8 @@ class Installer:
         ranks: tuple[int, ...] | None = None,
         gm: GraphModule | None = None,
     ) -> None:
-        """Fold `module` in place. `graph` and `tensors`: its folded graph; `sources`: what is folded in it.
+        """Fold `module`, which is at `path`, in place. `graph` and `tensors`: its folded graph; `sources`:
+        what is folded in it.
 
         `gm` is that graph if it is there already. The module is written last, when nothing can fail any more.
         """
@@ -93,10 +100,10 @@ class Installer:
             parts |= self._parts(weight, here, tensors, lowered)
         operands: dict[str, Tensor] = {}
         for name in lowered.attributes:
-            own = module._parameters.get(name)
-            own = module._buffers.get(name) if own is None else own
-            tensor = (lowered.tensors or tensors)[name] if own is None and name not in parts else own
-            operands[names.get(name, name)] = parts[name] if tensor is None else tensor
+            known = (module._parameters.get(name), module._buffers.get(name), parts.get(name))
+            tensor = next((one for one in known if one is not None), None)
+            operands[names.get(name, name)] = (lowered.tensors or tensors)[name] if tensor is None else tensor
+        self.misses += [replace(miss, module_path=path) for miss in lowered.misses]
         canonical = Canonical(graph, names, ranks)
         fold_module(module, _copied(lowered.body, names), operands, tuple(held), dtype, canonical)
 
@@ -105,8 +112,10 @@ class Installer:
         key = (json.dumps(graph), about)
         if key not in self.kinds:
             device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-            made = lower_graph(gm if gm is not None else load_graph(graph, tensors, device), self.target)
-            found = _lowered(made, graph, tensors)
+            gm = gm if gm is not None else load_graph(graph, tensors, device)
+            known = len(state(gm).misses)
+            made = lower_graph(gm, self.target)
+            found = _lowered(made, graph, tensors, state(made).misses[known:])
             if found.tensors is not None:
                 return found
             self.kinds[key] = found
@@ -132,7 +141,9 @@ def _laid_out(weight: FoldedWeight, text: str, tensors: Mapping[str, Tensor]) ->
     return dict(zip(weight.parts, parts, strict=True))
 
 
-def _lowered(made: GraphModule, graph: Data, tensors: Mapping[str, Tensor]) -> _Lowered:
+def _lowered(
+    made: GraphModule, graph: Data, tensors: Mapping[str, Tensor], misses: list[MissRecord]
+) -> _Lowered:
     """What a target made, and whether its constants are the canonical ones in the layouts that it says."""
     layouts = {parts: text for parts, text, _ in weight_parts(made)}
     body, attributes = _lift(made)
@@ -143,7 +154,7 @@ def _lowered(made: GraphModule, graph: Data, tensors: Mapping[str, Tensor]) -> _
             expected |= _laid_out(weight, layouts[parts], tensors)
     own = {name: find_attribute(made, name) for name in attributes}
     same = all(name in expected and _same_bits(tensor, expected[name]) for name, tensor in own.items())
-    return _Lowered(body, attributes, layouts, None if same else own)
+    return _Lowered(body, attributes, layouts, None if same else own, misses)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

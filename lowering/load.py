@@ -27,6 +27,7 @@ from .graph_data import load as load_graph
 from .graph_data import tensor_names
 from .graph_values import enum_value
 from .install import CANONICAL, Installer, Source, canonical_parts, lower_graph, part_kinds, resolve_target
+from .report import ATTRIBUTE
 from .save import join
 from .tensor_file import FileError, TensorFile, open_file
 
@@ -222,6 +223,7 @@ class _Plan:
         installer = Installer(target)
         for path, entry in self.entries.items():
             self._install(installer, path, entry, tensor, device)
+        self.model.__dict__[ATTRIBUTE] = tuple(installer.misses)
 
     def _install(
         self, installer: Installer, path: str, entry: Mapping[str, Any], tensor: Any, device: torch.device
@@ -234,7 +236,7 @@ class _Plan:
         sources = {weight["name"]: _source(weight) for weight in entry["weights"]}
         ranks = None if entry["ranks"] is None else tuple(entry["ranks"])
         dtype = enum_value("dtype", entry["dtype"])
-        installer.install(module, graph, tensors, sources, dtype, ranks=ranks)
+        installer.install(path, module, graph, tensors, sources, dtype, ranks=ranks)
 
 
 def _source(weight: Mapping[str, Any]) -> Source:

@@ -120,18 +120,20 @@ class _Tracer:
                 )
             with _without_hooks(module):
                 return Site(path, module, capture_module(module, args, path=path, cache=self.cache))
-        args = self._arguments(module)
-        if isinstance(args, Miss):
-            return args
+        given = self._arguments(module)
+        if isinstance(given, Miss):
+            return given
         try:
             with _without_hooks(module):
-                gm = capture_module(module, args, path=path)
+                gm = capture_module(module, given, path=path)
         except BitfoldError as error:
             return Miss(str(error))
-        guards = state(gm).fake_mode.shape_env.guards
+        mode = state(gm).fake_mode
+        assert mode is not None and mode.shape_env is not None
+        guards = mode.shape_env.guards
         if guards:
             return Miss(f"its forward goes another way for other sizes of its input (here {guards[0].expr})")
-        return Site(path, module, gm, tuple(value.ndim for value in args))
+        return Site(path, module, gm, tuple(value.ndim for value in given))
 
     def _arguments(self, module: nn.Module) -> tuple[Tensor, ...] | Miss:
         """What a module of an unknown kind is called with, if that is tensors in a fixed order."""

@@ -134,7 +134,8 @@ def _fold(model: nn.Module, found: Plan, target: str, progress: Step | None) -> 
     installer = Installer(target)
     done: list[str] = []
     sites, total = found.sites, len(found.sites)
-    model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+    known = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+    model.__dict__[ATTRIBUTE] = known
     while sites:
         site = sites.pop(0)
         if progress is not None:
@@ -144,6 +145,7 @@ def _fold(model: nn.Module, found: Plan, target: str, progress: Step | None) -> 
         except (MemoryError, RuntimeError, OSError) as error:
             raise BitfoldError(_midway(site, done, total, error)) from error
         done.append(site.path)
+        model.__dict__[ATTRIBUTE] = (*known, *installer.misses)
     if progress is not None:
         progress("folded", total, total)
 
@@ -154,7 +156,7 @@ def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, install
     Pipeline([Fold()]).run(site.gm)
     graph = dump(site.gm)
     tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}
-    installer.install(site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
+    installer.install(site.path, site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
 
 
 def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Source], torch.dtype]:
