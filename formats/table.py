@@ -80,5 +80,6 @@ def _rule(f: Format) -> str:
         "float": "(max - min) / steps, float zero at the middle",
     }
     zero["min"] = "(max - min) / steps, the minimum added"
-    rule = zero.get(f.scale.zero, RULES[f.scale.rule].about)
+    own = f"amax / {f.element.steps:g}" if f.scale.rule == "absmax" else RULES[f.scale.rule].about
+    rule = zero.get(f.scale.zero, own)
     return rule + (", one float32 a tensor above" if f.scale.two_level else "")

@@ -1,0 +1,121 @@
+"""The parts of the documents that are made, not written: the table of formats and the README's tables.
+
+In: the formats themselves, and the raw output of the demo in `benchmarks/results/`. Out: `docs/formats.md`,
+and README.md with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
+
+    python docs/make.py            write them
+    python docs/make.py --check    exit 1 and say so if one of them is stale (a test does this)
+
+Speeds are ratios to the float model in the same run; a time in seconds is quoted for a named GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitfold.formats.table import describe
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+HEADER = """# Formats
+
+Made by `python docs/make.py` from the formats themselves; do not edit. Bits are per number, scales included.
+Every element also takes the other granularities (`tensor`, `row`, `g32`, `128x128`), scale dtypes (`f32`,
+`bf16`, `f16`, `e8m0`, `e4m3`), zero points (`zero`, `zero:float`, `zero:min`; integers only), rules, layouts
+and 2:4 sparsity where they make sense: `int3[g64]`, `uint4[g32,f16,zero:min]`, `float7_e3m3[g32]`,
+`int8[2:4]`. `bitfold formats` lists the recipes too.
+
+"""
+
+
+def formats_page() -> str:
+    """docs/formats.md."""
+    rows = [
+        (f"`{r.name}`", f"`{r.stands_for}`", f"{r.bits:.3g}", r.range, r.rule, r.source) for r in describe()
+    ]
+    return HEADER + _table(("name", "stands for", "bits", "range of a code", "scale", "source"), rows)
+
+
+def demo_table() -> str:
+    """One table for each run of the demo that is committed."""
+    found = []
+    for path in sorted(RESULTS.glob("demo-*.json")):
+        found.append(_demo(json.loads(path.read_text(encoding="utf-8")), path))
+    return "\n\n".join(found)
+
+
+def _demo(record: dict[str, Any], path: Path) -> str:
+    where, trials = record["where"], record["trials"]
+    base = trials[0]
+    batches = list(base["speeds"])
+    head = ["recipe", "weights", "perplexity", "change"]
+    head += [f"speed, batch {n}" for n in batches] + ["compile time"]
+    rows = [_trial(trial, base, batches) for trial in trials]
+    device = f"{where['device']}, {where['threads']} threads"
+    return (
+        f"{device}, torch {where['torch']} "
+        f"([raw output]({path.relative_to(ROOT).as_posix()}); speeds and compile times relative to "
+        f"`{base['recipe']}`):\n\n" + _table(head, rows)
+    )
+
+
+def _trial(trial: dict[str, Any], base: dict[str, Any], batches: Sequence[str]) -> Sequence[str]:
+    def compiled(t: dict[str, Any]) -> float:
+        return sum(t["speeds"][n]["compile_seconds"] for n in batches)
+
+    def faster(n: str) -> str:
+        ratio = trial["speeds"][n]["tokens_per_second"] / base["speeds"][n]["tokens_per_second"]
+        return f"{ratio:.2f}x"
+
+    change = "" if trial is base else f"{trial['perplexity'] / base['perplexity'] - 1:+.2%}"
+    return (
+        f"`{trial['recipe']}`",
+        f"{trial['bytes'] / 2**20:.0f} MiB",
+        f"{trial['perplexity']:.3f}",
+        change,
+        *(faster(n) for n in batches),
+        f"{compiled(trial) / compiled(base):.2f}x",
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def made() -> dict[Path, str]:
+    """Every made document and its whole text."""
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"(<!-- table: demo -->\n).*?(<!-- end -->)",
+        lambda m: m[1] + demo_table() + m[2],
+        readme.read_text(encoding="utf-8"),
+        flags=re.DOTALL,
+    )
+    return {ROOT / "docs" / "formats.md": formats_page(), readme: text}
+
+
+def main() -> int:
+    """Write the documents, or check them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is stale")
+    check = parser.parse_args().check
+    stale = [p for p, text in made().items() if not p.exists() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.relative_to(ROOT)} is stale: run `python docs/make.py`")
+        else:
+            path.write_text(made()[path], encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
