@@ -137,6 +137,13 @@ def _site(gm: GraphModule, node: Node, op: str, weight: Node) -> Site:
     return Site(paths or (layer,), op, n=n, k=math.prod(rest), numel=n * math.prod(rest))
 
 
+def fixed_size(size: int | torch.SymInt) -> int | None:
+    """The size as a number, or None if it varies from call to call. Puts no guard on it."""
+    if isinstance(size, int):
+        return size
+    return int(size) if size.node.expr.is_number else None
+
+
 def identity(tensor: Tensor) -> Hashable:
     """Equal for two tensors that are the same numbers in the same memory: how tied weights are known."""
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, FormatError, format
-from .anchors import Anchor, anchors, identity, untaken
+from .anchors import Anchor, anchors, fixed_size, identity, untaken
 from .core import Miss, Pass, report, state
 from .note import KEY, Note
 from .recipes import Recipe
@@ -202,11 +202,9 @@ def _check_activation(anchor: Anchor, fmt: Format, value: Tensor, edge: str, *, 
         )
     if per_tensor:
         return
-    k = value.shape[-1]
-    if not isinstance(k, int):
-        raise _Misfit(
-            f"its {edge} has a last dimension that varies ({k}), not for {fmt}; use a [tensor] format"
-        )
+    k = fixed_size(value.shape[-1])
+    if k is None:
+        raise _Misfit(f"its {edge} has a last dimension that varies, not for {fmt}; use a [tensor] format")
     try:
         fmt.check((1, k))
     except FormatError as error:

@@ -138,13 +138,30 @@ def _mark_weight(gm: GraphModule, node: Node, note: Note, shared: dict[tuple[Nod
 def _fake_quantize(
     gm: GraphModule, on: Edge, value: Node, before: Node, params: list[Node] | None = None
 ) -> Node:
-    name = f"{on.layer.replace('.', '_')}_{on.which}{ROUNDED}"
+    layer = on.layer.replace(".", "_").removesuffix(f"{on.which}")
+    name = f"{layer.rstrip('_')}_{on.which}{ROUNDED}".lstrip("_")
+    value = _contiguous(gm, value, before)
     args: tuple[Argument, ...] = (value, on.format, *([params] if params else []))
     with gm.graph.inserting_before(before):
         node = gm.graph.create_node("call_function", FAKE_QUANTIZE, args, name=name)
     # The same shape and dtype: computing it through the decomposition would cost a hundred fake operators.
     node.meta["val"] = value.meta["val"]
     return inherit(node, [value if on.which == "output" else before])
+
+
+def _contiguous(gm: GraphModule, value: Node, before: Node) -> Node:
+    """`value` with its last dimension innermost in memory, as codes are.
+
+    A matmul adds in another order for other strides, and trained and folded outputs agree in every bit.
+    """
+    fake = value.meta["val"]
+    dense = [1]
+    for size in reversed(fake.shape[1:]):
+        dense.append(dense[-1] * size)
+    # Compared as text: asking a symbolic size for equality would put a guard on it.
+    if [str(step) for step in reversed(fake.stride())] == [str(step) for step in dense[: fake.ndim]]:
+        return value
+    return call(gm, aten.contiguous.default, (value,), before=before, origin_from=before)
 
 
 def _mask_weights(gm: GraphModule) -> int:

@@ -21,14 +21,14 @@ import operator
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Quantized, format
-from .anchors import identity
+from .anchors import fixed_size, identity
 from .constants import (
     Expression,
     add_constant,
@@ -175,8 +175,7 @@ class _Folder:
             new = self.gm.graph.create_node(
                 "call_function", DEQUANTIZE, (parts, text, k, value.dtype), name=name
             )
-        with fake_mode(self.gm):
-            new.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        new.meta["val"] = value
         return inherit(new, [node])
 
     def parts_of(self, value: Tensor, text: str) -> list[Tensor]:
@@ -189,12 +188,12 @@ class _Folder:
 
     def length(self, value: Tensor, source: Node, before: Node) -> int | Node:
         """The last dimension of an activation, as a node where it varies."""
-        k: Any = value.shape[-1]
-        if isinstance(k, int):
+        k = fixed_size(value.shape[-1])
+        if k is not None:
             return k
         with self.gm.graph.inserting_before(before):
             node = self.gm.graph.call_function(aten.sym_size.int, (source, value.ndim - 1))
-        node.meta["val"] = k
+        node.meta["val"] = value.shape[-1]
         return inherit(node, [before])
 
     def release(self, node: Node) -> None:

@@ -52,6 +52,11 @@ VIEWS = frozenset(
         aten.transpose.int,
         aten.permute.default,
         aten.t.default,
+        aten.unflatten.int,
+        aten.flatten.using_ints,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.contiguous.default,
         aten.to.dtype,
     }
 )
@@ -196,10 +201,8 @@ def _same_shape(user: Node, last: Node) -> bool:
 
 def _outline(gm: GraphModule, anchor: Node, inside: list[Node], tail: list[Node]) -> None:
     """Move `inside` into a GraphModule and call it where its last node stood."""
-    members, last = set(inside), (tail or [anchor])[-1]
-    inputs = list(
-        dict.fromkeys(source for part in inside for source in part.all_input_nodes if source not in members)
-    )
+    last = (tail or [anchor])[-1]
+    inputs = _inputs([anchor, *tail], set(inside))
     graph = Graph()
     copies: dict[Node, Node] = {}
     for source in inputs:
@@ -224,6 +227,24 @@ def _outline(gm: GraphModule, anchor: Node, inside: list[Node], tail: list[Node]
         # An operand that another anchor reads too was copied, and stays for that one.
         if not part.users:
             gm.graph.erase_node(part)
+
+
+def _inputs(outer: list[Node], inside: set[Node]) -> list[Node]:
+    """What a region reads from outside, in the order of the anchor's arguments, then of the epilogue's."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        for source in node.all_input_nodes:
+            if source not in inside:
+                found.setdefault(source)
+            elif source not in seen:
+                seen.add(source)
+                visit(source)
+
+    for node in outer:
+        visit(node)
+    return list(found)
 
 
 def _carried(source: Node) -> dict[str, object]:

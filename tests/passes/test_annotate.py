@@ -1,4 +1,4 @@
-"""Annotate: every dress of a layer is found, what cannot be done is said, and nothing is written on an error."""
+"""Annotate: every dress of a layer is found, what cannot be done is said, an error writes nothing."""
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_what_a_recipe_means_and_no_pass_takes_is_reported() -> None:
 
 
 MISFITS = {
-    "int4[g24]": "layer fc: its weight of shape [16, 16] cannot take int4[g24]: a group of 24 does not divide",
+    "int4[g24]": "layer fc: its weight of shape [16, 16] cannot take int4[g24]: a group of 24 does not",
     "int4[5x16]": "5 rows a block do not divide the 16 rows",
 }
 
@@ -183,8 +183,8 @@ def test_a_misfit_is_reported_if_the_rule_says_so() -> None:
     trace = Pipeline([Annotate(recipe)]).run(gm)
     assert {note.layer for _, note in annotated(gm)} == {"right"}
     assert [miss.reason for miss in trace.misses] == [
-        "its weight of shape [16, 16] cannot take int4[g24]: a group of 24 does not divide the last dimension 16 of "
-        "shape (16, 16); these do: 16"
+        "its weight of shape [16, 16] cannot take int4[g24]: a group of 24 does not divide the last "
+        "dimension 16 of shape (16, 16); these do: 16"
     ]
 
 

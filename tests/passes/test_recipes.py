@@ -1,4 +1,4 @@
-"""Recipes and rules: names are exact, text and JSON round trip, the last match decides, mistakes get a sentence."""
+"""Recipes and rules: exact names, text and JSON both ways, the last match decides, one sentence a mistake."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_the_last_rule_that_matches_decides() -> None:
         (
             Rule(weight="int4[g64]"),
             Rule("*.mlp.*", weight="int8"),
-            Rule("re:model\\.layers\\.(0|1)\\..*", skip="the first layers are sensitive"),
+            Rule("re:model\\.layers\\.(0|1)\\..*", skip="sensitive"),
         ),
     )
     chosen = {
@@ -64,7 +64,7 @@ def test_the_last_rule_that_matches_decides() -> None:
     assert chosen == {
         "model.layers.3.self_attn.q_proj": "linear *: weight int4[g64]",
         "model.layers.3.mlp.up_proj": "linear *.mlp.*: weight int8",
-        "model.layers.1.mlp.up_proj": "linear re:model\\.layers\\.(0|1)\\..*: left alone (the first layers are sensitive)",
+        "model.layers.1.mlp.up_proj": "linear re:model\\.layers\\.(0|1)\\..*: left alone (sensitive)",
     }
     assert recipe.rule(site(op="head")) is None
 
