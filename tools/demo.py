@@ -24,10 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..passes.recipes import Recipe
 from .page import write_page
@@ -76,7 +79,7 @@ def demo(
         trials = []
         for recipe in recipes:
             trials.append(_one(bench, recipe, batches, steps, show, now))
-            console.print(Panel(trials[-1].text, title=recipe, title_align="left"))
+            console.print(Panel(Text(trials[-1].text), title=escape(recipe), title_align="left"))
             show.advance(steps_done)
         page = _page(bench, trials, folder / "demo.html", show, now)
         show.advance(steps_done)
@@ -89,29 +92,28 @@ def demo(
         console.print(line, style="dim", highlight=False)
     for trial in trials:
         for miss in trial.misses:
-            console.print(f"{trial.recipe}: {miss}", style="yellow", highlight=False)
+            console.print(f"{trial.recipe}: {miss}", style="yellow", highlight=False, markup=False)
     console.print(f"[bold]{page}[/] shows what the passes did; {data} holds the table. Took {seconds:.0f} s.")
     return trials
 
 
 def table(trials: Sequence[Trial], batches: Sequence[int]) -> Table:
     """The trials side by side; differences are against the first."""
-    out = Table(title="SmolLM2-135M-Instruct", title_justify="left")
-    out.add_column("recipe")
-    for head in ("weights", "perplexity", "change", *(f"tokens/s, batch {n}" for n in batches)):
+    out = Table(box=SIMPLE_HEAD, pad_edge=False)
+    out.add_column("recipe", no_wrap=True)
+    speeds = (f"tok/s, batch {n}" for n in batches)
+    for head in ("weights", "perplexity", "change", *speeds, "quantize", "compile"):
         out.add_column(head, justify="right")
-    out.add_column("quantize", justify="right")
-    out.add_column("compile", justify="right")
     base = trials[0]
     for trial in trials:
         change = trial.perplexity / base.perplexity - 1
-        speeds = (f"{trial.speeds[n].tokens_per_second:.1f}" for n in batches)
+        rates = (f"{trial.speeds[n].tokens_per_second:.1f}" for n in batches)
         out.add_row(
-            trial.recipe,
+            escape(trial.recipe),
             f"{trial.bytes / 2**20:.1f} MiB",
             f"{trial.perplexity:.4f}",
             "" if trial is base else f"{change:+.2%}",
-            *speeds,
+            *rates,
             f"{trial.quantize_seconds:.1f} s" if trial.quantize_seconds else "",
             f"{trial.compile_seconds:.0f} s",
         )
@@ -173,8 +175,8 @@ def _processor() -> str:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as show:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as show:
         yield show
 
 

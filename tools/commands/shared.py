@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..models import HELP, Loaded, load_model
@@ -52,7 +53,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 def plain(text: str) -> str:
     """A table's cell: brackets are no markup."""
-    return text.replace("[", r"\[")
+    return escape(text)
 
 
 def size(count: int) -> str:
@@ -63,8 +64,8 @@ def size(count: int) -> str:
 @contextmanager
 def waiting(console: Console, what: str) -> Iterator[Report]:
     """A progress bar that is gone when the wait is over."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as show:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as show:
         task = show.add_task(what, total=None)
         yield lambda step, done, total: show.update(
             task, description=step, completed=done, total=total or None
