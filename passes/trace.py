@@ -13,7 +13,8 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -160,24 +161,37 @@ class Trace:
 
 
 class Recorder:
-    """Takes snapshots of one graph as it goes through a pipeline, redoing only what depends on changed
-    values."""
+    """Takes snapshots of one graph as it goes through a pipeline, redoing only the nodes that changed."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Node, tuple[Any, _Kind]] = {}
+        self._known: dict[Node, tuple[tuple[Any, ...], NodeSnapshot]] = {}
 
     def snapshot(self, gm: GraphModule) -> GraphSnapshot:
         """The graph as it is now."""
-        kinds: dict[Node, tuple[Any, _Kind]] = {}
-        nodes = []
+        known: dict[Node, tuple[tuple[Any, ...], NodeSnapshot]] = {}
         for node in gm.graph.nodes:
-            value = node.meta.get("val")
-            known = self._kinds.get(node)
-            kind = known[1] if known is not None and known[0] is value else _kind(value)
-            kinds[node] = (value, kind)
-            nodes.append(_node(gm, node, kind))
-        self._kinds = kinds
-        return GraphSnapshot(tuple(nodes))
+            # fx puts new argument tuples in place when an argument changes, so identity tells.
+            state_of_node = (
+                node.name,
+                node.target,
+                node.args,
+                node.kwargs,
+                node.meta.get("val"),
+                node.meta.get(META_KEY),
+                tuple(node.users),
+            )
+            before = self._known.get(node)
+            if before is None or any(
+                old is not new for old, new in zip(before[0][:-1], state_of_node, strict=False)
+            ):
+                shown = _node(gm, node)
+            elif before[0][-1] != state_of_node[-1]:
+                shown = replace(before[1], users=tuple(user.name for user in node.users))
+            else:
+                shown = before[1]
+            known[node] = (state_of_node, shown)
+        self._known = known
+        return GraphSnapshot(tuple(shown for _, shown in known.values()))
 
     def step(
         self,
@@ -239,8 +253,8 @@ def _kind(value: Any) -> _Kind:
     return _Kind(shape, short_dtype(value.dtype), None if count is None else count * value.element_size())
 
 
-def _node(gm: GraphModule, node: Node, kind: _Kind) -> NodeSnapshot:
-    at = origin(node)
+def _node(gm: GraphModule, node: Node) -> NodeSnapshot:
+    at, kind = origin(node), _kind(node.meta.get("val"))
     note = node.meta.get(META_KEY)
     return NodeSnapshot(
         name=node.name,
@@ -261,6 +275,7 @@ def _node(gm: GraphModule, node: Node, kind: _Kind) -> NodeSnapshot:
     )
 
 
+@lru_cache(maxsize=4096)
 def target_text(target: Any) -> str:
     """`aten.linear.default`, `getitem`, an attribute's path."""
     if isinstance(target, str):
