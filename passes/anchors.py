@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from .constants import Expression, expression, is_parameter_expr
@@ -123,12 +123,38 @@ def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
             if isinstance(operand, Node) and is_parameter_expr(gm, operand):
                 yield node, _site(gm, node, op, operand), Miss(reason)
         elif node.target in TARGETS and _anchor(gm, node) is None:
-            kind, _, index = TARGETS[node.target]
-            operand = node.args[index]
-            # The bmm of an attention has no weight at all; the other kinds always do.
-            if kind != "bmm" and isinstance(operand, Node):
-                reason = "its weight is computed in each call, so there is nothing to store"
-                yield node, _site(gm, node, OPS[kind], operand), Miss(reason)
+            found = _why_no_anchor(gm, node)
+            if found is not None:
+                operand, reason = found
+                yield node, _site(gm, node, OPS[TARGETS[node.target][0]], operand), Miss(reason)
+
+
+def _why_no_anchor(gm: GraphModule, node: Node) -> tuple[Node, str] | None:
+    """The operand that a person would call the weight, and why it is not taken; None if there is none."""
+    kind, input_index, weight_index = TARGETS[node.target]
+    left, right = node.args[input_index], node.args[weight_index]
+    if kind == "bmm":
+        # The products inside an attention have no weight at all.
+        if isinstance(left, Node) and _is_parameter(gm, left):
+            return left, "its weight is the left operand; write it as linear, or on the right"
+        return None
+    if not isinstance(right, Node) or _holds_codes(right):
+        return None
+    if expression(gm, right) is not None:
+        return right, "its weight is a buffer, and only parameters are quantized"
+    return right, "its weight is computed in each call, so there is nothing to store"
+
+
+def _is_parameter(gm: GraphModule, node: Node) -> bool:
+    source = expression(gm, node)
+    return source is not None and isinstance(source.parameter, nn.Parameter)
+
+
+def _holds_codes(node: Node) -> bool:
+    """Whether `node` is a weight that is folded already, as in a model that `bf.quantize` went over."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node.target is torch.ops.bitfold.dequantize.default
 
 
 def _site(gm: GraphModule, node: Node, op: str, weight: Node) -> Site:
@@ -170,6 +196,9 @@ def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
         return None
     source = expression(gm, operand)
     if source is None or (kind == "bmm" and operand.meta["val"].ndim < 3):
+        return None
+    # A buffer is a table of the model's own (rotary frequencies, a window), not a weight.
+    if not isinstance(source.parameter, nn.Parameter):
         return None
     layer, paths = names_of(gm, node, source.path)
     return Anchor(node, kind, OPS[kind], layer, paths, source, input_index, weight_index)

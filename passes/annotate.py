@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..formats import BitfoldError, Format, FormatError, format
+from ..formats import BitfoldError, Format, FormatError, format, nearest
 from .anchors import Anchor, anchors, fixed_size, identity, untaken
-from .core import Miss, Pass, report, state
+from .core import Miss, MissRecord, Pass, report, state
 from .note import KEY, Note
 from .recipes import Recipe
-from .rules import STORED, Rule
+from .rules import STORED, Rule, Site
 from .stages import Stage
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,13 +48,16 @@ class Annotate(Pass):
         """Number of anchors annotated. Raises BitfoldError, before writing, if a layer cannot comply."""
         recipe = Recipe.parse(self.recipe)
         plan = _Plan(gm)
-        for anchor in anchors(gm, self.heads.split()):
+        found = anchors(gm, self.heads.split())
+        for anchor in found:
             rule = recipe.rule(anchor.site)
             if rule is not None:
                 plan.consider(anchor, rule)
         plan.check_sharing()
         plan.write()
         _report_untaken(gm, recipe)
+        if state(gm).scope == "program":
+            _report_unmatched(gm, recipe, [anchor.site for anchor in found])
         return len(plan.notes)
 
 
@@ -217,3 +220,11 @@ def _report_untaken(gm: GraphModule, recipe: Recipe) -> None:
         rule = recipe.rule(site)
         if rule is not None and not rule.skip:
             report(gm, node, miss, str(rule))
+
+
+def _report_unmatched(gm: GraphModule, recipe: Recipe, sites: list[Site]) -> None:
+    """Rules that name a layer which the whole model does not have: a slip of the pen."""
+    for rule in recipe.unmatched(sites):
+        hint = nearest(rule.match, [path for site in sites for path in site.paths])
+        reason = f"no layer matches this rule{hint}"
+        state(gm).misses.append(MissRecord("", "", "", str(rule), reason))

@@ -17,7 +17,7 @@ indexed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,12 @@ class Recipe:
     def rule(self, site: Site) -> Rule | None:
         """The last rule that matches, or None: the recipe does not speak of this layer."""
         return next((rule for rule in reversed(self.rules) if rule.matches(site)), None)
+
+    def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
+        """Rules that name layers, none of which is among `sites` (all of a model's)."""
+        known = list(sites)
+        named = [rule for rule in self.rules if rule.match != "*"]
+        return [rule for rule in named if not any(rule.matches(site) for site in known)]
 
     def but(self, *rules: Rule, name: str = "") -> Recipe:
         """This recipe with further rules, which win where they match."""

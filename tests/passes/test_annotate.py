@@ -132,6 +132,16 @@ def test_a_skip_is_reported_with_its_reason() -> None:
     ]
 
 
+def test_a_rule_that_names_no_layer_is_reported() -> None:
+    gm = graph(nn.Sequential(nn.Linear(8, 4)), torch.zeros(2, 8))
+    recipe = Recipe.parse("int8").but(Rule("1", weight="int4"), Rule("0", op="conv", weight="int4"))
+    trace = Pipeline([Annotate(recipe)]).run(gm)
+    assert [(miss.asked, miss.reason) for miss in trace.misses] == [
+        ("linear 1: weight int4", "no layer matches this rule"),
+        ("conv 0: weight int4", "no layer matches this rule; did you mean '0'?"),
+    ]
+
+
 class Computed(nn.Module):
     """Layers that the passes do not take."""
 
@@ -140,8 +150,11 @@ class Computed(nn.Module):
         self.up = nn.ConvTranspose1d(8, 8, 2)
         self.bag = nn.EmbeddingBag(10, 8)
         self.a, self.b = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+        self.left = nn.Parameter(torch.randn(2, 5, 4))
+        self.register_buffer("window", torch.randn(8, 8))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        x = F.linear(x, self.window) + torch.bmm(self.left, x)[:, :4]
         return (
             F.linear(self.up(x.transpose(1, 2)).transpose(1, 2), self.a @ self.b) + self.bag(tokens)[:, None]
         )
@@ -154,7 +167,10 @@ def test_what_a_recipe_means_and_no_pass_takes_is_reported() -> None:
         ("up", "a transposed convolution is not quantized"),
         ("bag", "an embedding bag is not quantized"),
         ("", "its weight is computed in each call, so there is nothing to store"),
+        ("", "its weight is a buffer, and only parameters are quantized"),
+        ("", "its weight is the left operand; write it as linear, or on the right"),
     }
+    assert notes(gm) == []
 
 
 MISFITS = {

@@ -362,8 +362,8 @@ def test_a_failure_midway_says_how_far_it_came_and_can_go_on(monkeypatch: pytest
         with pytest.raises(BitfoldError) as caught:
             Pipeline.parse("fold").run(gm)
     assert str(caught.value) == (
-        "folding stopped at the weight of layer 1 after 3 of 6 edges: no room; what is before it holds codes, "
-        "the rest is float and whole, and running fold again "
+        "folding stopped at the weight of layer 1 after 3 of 6 edges: no room; what is before it holds "
+        "codes, the rest is float and whole, and running fold again "
         "goes on from there"
     )
     Pipeline.parse("fold").run(gm)
@@ -433,7 +433,7 @@ def stack(layers: int) -> GraphModule:
     x.meta["val"] = mode.from_tensor(torch.zeros(2, 8), static_shapes=True)
     out = gm.graph.output((x,))
     for i in range(layers):
-        weight = add_constant(gm, f"w{i}", torch.randn(8, 8), like=out)
+        weight = add_constant(gm, f"w{i}", nn.Parameter(torch.randn(8, 8)), like=out)
         x = call(gm, torch.ops.aten.linear.default, (x, weight), before=out, origin_from=weight)
         x = call(gm, torch.ops.aten.relu.default, (x,), before=out, origin_from=weight)
     out.args = ((x,),)
