@@ -123,6 +123,15 @@ class Folded(nn.Module):
             value = weight.restore(rows)
         return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnly)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made by `folded_class` has no name to be found by, so it is made again from what it was made
+        # of.
+        names = tuple(dict.fromkeys(weight.name for weight in self.folded_weights))
+        original = original_class(self)
+        if type(self) is not folded_class(original, names):
+            return super().__reduce_ex__(protocol)
+        return _blank, (original, names), self.__dict__
+
     def unfold(self) -> None:
         """Be an unquantized module again, in place, without the folded parameters: others will be loaded."""
         for name in self.parts:
@@ -263,6 +272,12 @@ def folded_class(original: type, names: tuple[str, ...]) -> type[Folded]:
 def original_class(module: nn.Module) -> type:
     """The class that a module had before it was folded (or sharded)."""
     return next(cls for cls in type(module).__mro__ if not issubclass(cls, Folded) and cls is not nn.Module)
+
+
+def _blank(original: type, names: tuple[str, ...]) -> Folded:
+    """A folded module without any state yet, for copies and pickles."""
+    cls = folded_class(original, names)
+    return cls.__new__(cls)
 
 
 def fold_module(

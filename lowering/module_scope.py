@@ -83,7 +83,7 @@ def plan(
     """Capture and annotate each module that the recipe means. Raises BitfoldError with nothing written."""
     codes = with_all_names(stored, model)
     owners = {path: module for path, module in model.named_modules() if _owns_weight(module)}
-    unknown = [module for module in owners.values() if example_for(module) is None]
+    unknown = [module for module in owners.values() if not is_stock(module)]
     recorded = record(unknown) if record is not None and unknown else {}
     tracer = _Tracer(recorded)
     annotate = Pipeline([Annotate(recipe=str(recipe), heads=" ".join(_tied_heads(owners)))])
@@ -113,19 +113,24 @@ class _Tracer:
 
     def site(self, path: str, module: nn.Module) -> Site | Miss:
         args = example_for(module)
-        if args is not None:
-            if not isinstance(module._parameters.get("weight"), nn.Parameter):
-                return Miss(
-                    "its weight is computed by a hook in each call; remove the reparametrization first"
-                )
+        if args is not None and not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return Miss("its weight is computed by a hook in each call; remove the reparametrization first")
+        if args is not None and is_stock(module):
             with _without_hooks(module):
                 return Site(path, module, capture_module(module, args, path=path, cache=self.cache))
         given = self._arguments(module)
-        if isinstance(given, Miss):
+        if not isinstance(given, Miss):
+            return self._traced(path, module, given)
+        if args is None:
             return given
+        site = self._traced(path, module, args)
+        # Without data, the rank that the module will get is not known.
+        return given if isinstance(site, Site) and site.ranks is not None else site
+
+    def _traced(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> Site | Miss:
+        """A module with a forward of its own: a graph that holds for what it does, or the reason why not."""
         try:
-            with _without_hooks(module):
-                gm = capture_module(module, given, path=path)
+            gm = self._capture(path, module, args)
         except BitfoldError as error:
             return Miss(str(error))
         mode = state(gm).fake_mode
@@ -133,7 +138,16 @@ class _Tracer:
         guards = mode.shape_env.guards
         if guards:
             return Miss(f"its forward goes another way for other sizes of its input (here {guards[0].expr})")
-        return Site(path, module, gm, tuple(value.ndim for value in given))
+        try:
+            wider = self._capture(path, module, tuple(value.unsqueeze(0) for value in args))
+            any_rank = str(wider.code) == str(gm.code)
+        except BitfoldError:
+            any_rank = False
+        return Site(path, module, gm, None if any_rank else tuple(value.ndim for value in args))
+
+    def _capture(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> GraphModule:
+        with _without_hooks(module):
+            return capture_module(module, args, path=path)
 
     def _arguments(self, module: nn.Module) -> tuple[Tensor, ...] | Miss:
         """What a module of an unknown kind is called with, if that is tensors in a fixed order."""
@@ -153,6 +167,14 @@ class _Tracer:
         if bound.kwargs or not all(isinstance(value, Tensor) for value in bound.args):
             return Miss(f"{what} is called with more than tensors in order: scope='program' can quantize it")
         return bound.args
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether the module does what torch's own class does, so that its graph holds for any rank of input."""
+    return any(
+        isinstance(module, cls) and type(module).forward is cls.forward
+        for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+    )
 
 
 @contextmanager

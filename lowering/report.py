@@ -79,7 +79,7 @@ def report(model: nn.Module) -> Report:
     if isinstance(model, GraphModule):
         return _of_graph(model)
     folded = [(path, module) for path, module in model.named_modules() if isinstance(module, Folded)]
-    misses = tuple(getattr(model, ATTRIBUTE, ()))
+    misses = tuple(miss for module in model.modules() for miss in module.__dict__.get(ATTRIBUTE, ()))
     if not folded and not misses:
         raise BitfoldError(
             f"nothing in this {type(model).__name__} is folded; call bf.quantize(model, recipe) first"

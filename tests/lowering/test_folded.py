@@ -130,6 +130,22 @@ def test_a_state_dict_in_another_format_is_refused() -> None:
         quantized("int8").load_state_dict(quantized("uint8[zero]").state_dict())
 
 
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def test_copies_and_pickles_of_a_class_made_on_the_way() -> None:
+    model = bf.quantize(Doubled(8, 4), "int8", target="reference")
+    x = torch.randn(3, 8)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert isinstance(twin, Doubled) and type(twin).__name__ == "FoldedDoubled"
+        assert torch.equal(twin(x), model(x))
+
+
 def test_the_decoded_weight_is_read_only() -> None:
     model = quantized()
     with pytest.raises(bf.BitfoldError, match="adapter cannot be merged"):

@@ -220,6 +220,43 @@ def test_unknown_kinds_without_data_are_reported() -> None:
     assert miss.module_path == "0" and "give example_inputs" in miss.reason
 
 
+class Scaled(nn.Embedding):
+    """A kind that is known, with a forward of its own."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 3
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class Flat(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(x.shape[0], -1))
+
+
+class Odd(nn.Linear):
+    def forward(self, x: Tensor, times: int) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * times
+
+
+def test_known_kinds_with_a_forward_of_their_own() -> None:
+    kinds = {"table": Scaled(50, 64), "double": Doubled(64, 8), "odd": Odd(64, 8), "flat": Flat(64, 8)}
+    model = nn.ModuleDict(kinds)
+    expected = fake_quantized(model, {"table": "int8", "double": "int8"})
+    bf.quantize(model, "int8_all", target="reference")
+    tokens = torch.randint(0, 50, (2, 5))
+    assert torch.equal(model["table"](tokens), expected["table"](tokens))
+    for shape in ((64,), (3, 64), (2, 3, 64)):
+        x = torch.randn(shape)
+        assert torch.equal(model["double"](x), expected["double"](x))
+    odd, flat = bf.report(model).misses
+    assert odd.module_path == "odd" and type(model["odd"]) is Odd
+    assert flat.module_path == "flat" and "give example_inputs" in flat.reason
+
+
 class Branching(Table):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 1 if x.shape[0] > 5 else x)
