@@ -243,15 +243,15 @@ class Odd(nn.Linear):
 
 
 def test_known_kinds_with_a_forward_of_their_own() -> None:
-    kinds = {"table": Scaled(50, 64), "double": Doubled(64, 8), "odd": Odd(64, 8), "flat": Flat(64, 8)}
+    kinds = {"table": Scaled(50, 64), "twofold": Doubled(64, 8), "odd": Odd(64, 8), "flat": Flat(64, 8)}
     model = nn.ModuleDict(kinds)
-    expected = fake_quantized(model, {"table": "int8", "double": "int8"})
+    expected = fake_quantized(model, {"table": "int8", "twofold": "int8"})
     bf.quantize(model, "int8_all", target="reference")
     tokens = torch.randint(0, 50, (2, 5))
     assert torch.equal(model["table"](tokens), expected["table"](tokens))
     for shape in ((64,), (3, 64), (2, 3, 64)):
         x = torch.randn(shape)
-        assert torch.equal(model["double"](x), expected["double"](x))
+        assert torch.equal(model["twofold"](x), expected["twofold"](x))
     odd, flat = bf.report(model).misses
     assert odd.module_path == "odd" and type(model["odd"]) is Odd
     assert flat.module_path == "flat" and "give example_inputs" in flat.reason
