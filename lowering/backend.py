@@ -83,7 +83,7 @@ def _refuse_autocast(gm: GraphModule) -> None:
     )
     if region or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise BitfoldError(
-            "bitfold does not compile under torch.autocast; cast the model instead, model.to(torch.bfloat16), "
+            "bitfold does not compile under torch.autocast; cast the model, model.to(torch.bfloat16), "
             "and call it outside of autocast"
         )
 
@@ -193,8 +193,8 @@ class _Watched:
     def check(self, given: Tensor) -> None:
         if stamp(given) != self.seen:
             raise BitfoldError(
-                f"the parameter {self.name} has changed since its graph was compiled, and this pipeline keeps "
-                "a constant made of it; call torch.compiler.reset() and compile again"
+                f"the parameter {self.name} has changed since its graph was compiled, and this pipeline "
+                "keeps a constant made of it; call torch.compiler.reset() and compile again"
             )
 
 

@@ -30,7 +30,7 @@ DEFAULT_RECIPE = "int8"
 
 @dataclass(frozen=True)
 class Options:
-    """recipe      a name ("int4"), a format, JSON or a `Recipe`; "int8" if neither recipe nor pipeline is given
+    """recipe      a name ("int4"), a format, JSON or a `Recipe`; "int8" if there is neither it nor a pipeline
     target      a target's name, or several with commas, best first; by default that of the weights' device
     pipeline    the text of a pipeline that replaces the default one (and the recipe, which it names itself)
     trace       receives the `Trace` of each graph: a function, a list, or the path of a text file
