@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..formats import Format, Layout, format
+from ..formats import Format, Layout, cache_tag, format
 from ..passes import inherit
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
 from .inductor import InductorTarget, dequantized
@@ -82,6 +83,10 @@ def rows(parts: Sequence[Tensor], text: str, k: int, indices: Tensor) -> list[Te
 
 for _function in (cpu_linear, rows):
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+
+# Torch's compile caches know the operators by name only; see `formats/cache_tag.py`.
+for _name in ("cpu.py", "cpu_forms.py", "cpu_values.py"):
+    cache_tag.add(Path(__file__).with_name(_name).read_text(encoding="utf-8"))
 
 
 class CpuTarget(InductorTarget):
