@@ -82,13 +82,10 @@ class Integer(Element):
     def encode(self, x: Tensor) -> Tensor:
         if self.fraction:
             x = x * float(1 << self.fraction)
-        # A cast of NaN to an integer is undefined behaviour in C++; a NaN becomes 0 on every target
-        # (the block's scale is NaN too, so the block still decodes to NaN).
-        rounded = torch.round(x).clamp(self.first, self.last).nan_to_num(nan=0.0)
-        if not self.signed:
-            return rounded.to(torch.uint8)
-        codes = rounded.to(torch.int8).view(torch.uint8)
-        return codes if self.bits == 8 else codes & ((1 << self.bits) - 1)
+        # By way of int32 a NaN becomes 0 on x86 (its low byte), Arm and GPUs alike; the block's scale is NaN
+        # then, so the block still decodes to NaN. int32 to uint8 keeps the low byte: two's complement.
+        codes = torch.round(x).clamp(self.first, self.last).to(torch.int32).to(torch.uint8)
+        return codes if self.bits == 8 or not self.signed else codes & ((1 << self.bits) - 1)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.signed:

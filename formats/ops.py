@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import cache_tag
 from .format import Quantized
 from .text import format
 
@@ -69,3 +70,5 @@ def choose(x: Tensor, text: str) -> list[Tensor]:
 for _function in (quantize, dequantize, fake_quantize, pack, unpack, choose):
     _library.define(_function.__name__ + SCHEMAS[_function.__name__])
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+
+cache_tag.add(cache_tag.sources())

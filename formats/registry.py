@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from importlib.metadata import entry_points
 
+from . import cache_tag
 from .catalog import ELEMENTS
 from .element import Element
 from .errors import FormatError, nearest
@@ -42,6 +43,7 @@ def register(name: str, what: Registered) -> None:
     if not isinstance(what, Format) and what.name != name:
         raise FormatError(f"{what.name!r} must be registered under its own name, not {name!r}")
     _registered[name] = what
+    cache_tag.add(f"{name} {what!r}")
 
 
 def find(name: str, discover: bool = True) -> Element | Format | Layout | None:

@@ -159,7 +159,7 @@ def _integer_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> 
     scales = _stored(scale, (high - low) / float(element.last - element.first))
     used = scales.to(low.dtype)
     zeros = (element.first - torch.round(low / used)).clamp(element.first, element.last)
-    return scales, zeros.nan_to_num(nan=0.0).to(torch.int8 if element.signed else torch.uint8)
+    return scales, zeros.to(torch.int32).to(torch.int8 if element.signed else torch.uint8)  # a NaN is 0
 
 
 def _float_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:

@@ -102,7 +102,26 @@ class Scale:
             scales.clamp(SMALLEST[self.dtype], LARGEST[self.dtype]),
         )
         # An infinite magnitude must poison its block rather than turn it into a finite one.
-        return torch.where(scales.isinf(), math.nan, bounded).to(self.stored)
+        return torch.where(scales.isinf(), math.nan, _rounded(bounded, self.dtype)).to(self.stored)
+
+
+def _rounded(x: Tensor, dtype: str) -> Tensor:
+    """float32 numbers rounded to nearest even at the precision of a half-precision dtype, still as float32.
+
+    Inductor drops the rounding of a cast to bfloat16 or float16 and back inside a fused kernel; codes would then
+    be computed from another scale than the one that is stored. After this the cast has nothing left to round.
+    """
+    if dtype not in ("bf16", "f16"):
+        return x
+    raw = x.view(torch.int32)
+    cut = 16 if dtype == "bf16" else 13
+    rounded = (raw + ((1 << (cut - 1)) - 1) + ((raw >> cut) & 1)) & -(1 << cut)
+    normal = torch.where(x.isnan(), x, rounded.view(torch.float32))
+    if dtype == "bf16":
+        return normal
+    # Subnormal in float16: adding 0.5 makes the adder round at 2**-24.
+    subnormal = torch.where(x < 0, (x - 0.5) + 0.5, (x + 0.5) - 0.5)
+    return torch.where(x.abs() < 2.0**-14, subnormal, normal)
 
 
 def e8m0_value(stored: Tensor) -> Tensor:
