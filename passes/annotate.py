@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, FormatError, format, nearest
@@ -122,7 +123,7 @@ class _Plan:
         tensor, key = anchor.tensor, identity(anchor.tensor)
         if key in self.finite:
             return
-        if tensor.is_meta:
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
             raise _Misfit(
                 "its weight is on the meta device and has no numbers; load the weights before quantizing"
             )

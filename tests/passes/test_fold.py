@@ -425,6 +425,49 @@ def test_random_stacks_fold_to_what_rounding_by_hand_gives(sizes, bias, fmt, act
     assert torch.equal(gm(x), expected)
 
 
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(
+    kinds=st.lists(st.sampled_from(["linear", "bare", "gelu", "norm", "conv"]), min_size=1, max_size=4),
+    fmt=st.sampled_from(
+        ["int8", "int4[g16]", "uint5[g32,zero]", "mxfp6_e2m3", "nvfp4", "float7_e3m3", "ternary"]
+    ),
+    activation=st.sampled_from(["", "int8[tensor]", "float8_e5m2[tensor]"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_random_modules_are_equal_in_all_three_scopes(kinds, fmt, activation, dtype) -> None:
+    def made(kind: str) -> nn.Module:
+        match kind:
+            case "linear" | "bare":
+                return nn.Linear(32, 32, bias=kind == "linear")
+            case "conv":
+                return nn.Conv1d(8, 8, 4, padding="same")
+            case "norm":
+                return nn.LayerNorm(32)
+        return nn.GELU()
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Embedding(16, 32), *map(made, kinds)).to(dtype)
+    tokens, recipe = torch.randint(0, 16, (3, 8)), everything(fmt, input=activation)
+    program, frame = in_program(model, tokens, recipe), in_frame(model, tokens, recipe)
+    codes, value = {}, tokens
+    for path, layer in model.named_children():
+        example = example_for(layer)
+        if example is None:
+            value = layer(value)
+            continue
+        gm = capture_module(layer, example, path=path)
+        Pipeline([Annotate(recipe), find_pass("fold")()]).run(gm)
+        codes.update(constants(gm, f"{path}_"))
+        result = gm(value)
+        value = result[0] if isinstance(result, tuple | list) else result
+    assert set(program[0]) == set(frame[0]) == set(codes)
+    for name, held in program[0].items():
+        assert torch.equal(held.view(torch.uint8), frame[0][name].view(torch.uint8))
+        assert torch.equal(held.view(torch.uint8), codes[name].view(torch.uint8))
+    assert torch.equal(program[1], frame[1]) and torch.equal(program[1], value)
+
+
 def stack(layers: int) -> GraphModule:
     """linear, relu, linear, relu, ..., built node by node: capturing thousands of them takes minutes."""
     gm = GraphModule(nn.Module(), Graph())
