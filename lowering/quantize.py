@@ -33,6 +33,7 @@ from .calibration import Batches, observe_modules, record_arguments
 from .folded import Canonical, Folded, Steps
 from .graph_data import dump, tensor_names
 from .install import CANONICAL, Installer, Source, lower_graph, resolve_target
+from .memory import release
 from .module_scope import Plan, Site, Step, plan
 from .parameters import check_parameters, parameter_names, with_all_names
 from .report import ATTRIBUTE
@@ -67,6 +68,22 @@ def quantize(
     was, for anything wrong in what was given; and, naming what is folded already, if memory or disk gives out
     midway.
     """
+    with torch.inference_mode(False):
+        # Codes made in inference mode could never stand beside an adapter that trains.
+        return _quantize(model, recipe, calibration, scope, target, stored, example_inputs, dynamic, progress)
+
+
+def _quantize(
+    model: nn.Module,
+    recipe: str | Recipe,
+    calibration: Iterable[Any] | None,
+    scope: Scope,
+    target: str | None,
+    stored: Mapping[str, Quantized] | None,
+    example_inputs: Any,
+    dynamic: Any,
+    progress: Step | None,
+) -> Any:
     wanted = Recipe.parse(recipe)
     check_parameters(model)
     on = resolve_target(target, _device(model))
@@ -80,6 +97,7 @@ def quantize(
     if found.calibrated:
         _calibrate(model, found, batches, progress)
     _fold(model, found, on, progress)
+    release()
     return model
 
 

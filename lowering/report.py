@@ -97,7 +97,7 @@ def report(model: nn.Module) -> Report:
             layers.append(
                 Layer(
                     name or "(the model)",
-                    weight.format,
+                    weight.canonical,
                     weight.shape,
                     before * once,
                     after * once,

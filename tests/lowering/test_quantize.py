@@ -92,6 +92,31 @@ def test_all_recipes_fold_head_and_embedding_once() -> None:
     assert report.bytes_after == sum(p.nbytes for p in model.parameters())
 
 
+def test_a_half_precision_model() -> None:
+    model = Block().bfloat16()
+    weight, fmt = model.up.weight.detach().clone(), bf.format("int4[g32]")
+    bf.quantize(model, "int4[g32]", target="reference")
+    assert torch.equal(model.up.codes, fmt.quantize(weight).codes) and model.up.weight.dtype == torch.bfloat16
+    assert model(torch.zeros(1, 2, dtype=torch.long)).dtype == torch.bfloat16
+
+
+def test_only_the_input_of_a_layer() -> None:
+    model = Block()
+    expected = copy.deepcopy(model)
+    bf.quantize(model, bf.Recipe("in", (Rule("up", input="int8"),)), target="reference")
+    fmt, x = bf.format("int8"), torch.randn(3, 64)
+    assert isinstance(model.up.weight, nn.Parameter) and model.up.weight.requires_grad
+    assert torch.equal(model.up(x), expected.up(fmt.fake_quantize(x)))
+
+
+def test_codes_made_in_inference_mode_train_with_an_adapter() -> None:
+    with torch.inference_mode():
+        model = bf.quantize(Block(), "int8", target="reference")
+    x = torch.randn(2, 64, requires_grad=True)
+    model.up(x).sum().backward()
+    assert x.grad is not None
+
+
 def test_ties_in_two_formats_are_kept_twice_and_said() -> None:
     model = Block()
     recipe = bf.Recipe("mixed", (Rule(op="head", weight="int4[g32]"), Rule(op="embedding", weight="int8")))

@@ -122,6 +122,19 @@ def test_codes_and_outputs_are_equal_in_all_scopes(recipe: str) -> None:
     assert not torch.equal(module[0], model(TOKENS))
 
 
+def test_calibrated_ranges_are_equal_too() -> None:
+    torch.manual_seed(1)
+    model = Model().eval()
+    batches = [TOKENS, TOKENS + 20]
+    options = {"calibration": batches, "target": "reference"}
+    with torch.no_grad():
+        gm = bf.quantize(
+            copy.deepcopy(model), "int8_static", scope="program", example_inputs=(TOKENS,), **options
+        )
+        bf.quantize(model, "int8_static", **options)
+        assert torch.equal(gm(TOKENS + 9), model(TOKENS + 9))
+
+
 FORMATS = st.sampled_from(
     ["int8", "int4[g32]", "int3[g16]", "uint5[g32,zero]", "float6_e3m2[g32]", "mxfp8", "nf4[g16]"]
 )
