@@ -33,8 +33,9 @@ from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
 from .sparsify import Sparsify
-from .stages import Stage, VerificationError, verify
+from .stages import Stage, VerificationError
 from .trace import Change, GraphSnapshot, NodeSnapshot, Step, Trace, snapshot
+from .verify import verify
 
 __all__ = [
     "Annotate",

@@ -25,7 +25,7 @@ from .capture_module import capture_module, example_for
 from .core import State, state
 from .normalize import Normalize
 from .provenance import breaking_point
-from .stages import verify
+from .verify import verify
 
 __all__ = ["CaptureError", "capture", "capture_frame", "capture_module", "example_for", "is_training_graph"]
 

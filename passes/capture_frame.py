@@ -28,7 +28,7 @@ from torch.fx.traceback import preserve_node_meta
 from .core import State, state
 from .normalize import Normalize
 from .provenance import has_provenance, inherit, module_path
-from .stages import verify
+from .verify import verify
 
 _HELD = re.compile(r"\._(?:parameters|buffers)\['([^']*)'\]$")
 _ATTRIBUTE = re.compile(r"\.([A-Za-z_]\w*)$")

@@ -36,7 +36,7 @@ from ..formats.errors import BitfoldError
 from .core import State, state
 from .normalize import Normalize
 from .provenance import breaking_point, inherit, inside_module
-from .stages import verify
+from .verify import verify
 
 Cache = dict[Any, tuple[Graph, FakeTensorMode]]
 

@@ -46,7 +46,7 @@ __all__ = [
 aten = torch.ops.aten
 
 # Operators that only look at a tensor differently or cast it: through these a weight stays that weight.
-_VIEWS = frozenset(
+VIEWS = frozenset(
     {
         aten.t.default,
         aten.transpose.int,
@@ -105,7 +105,7 @@ def expression(gm: GraphModule, node: Node) -> Expression | None:
     here = state(gm)
     steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     while node.op == "call_function":
-        if node.target not in _VIEWS or not node.args or not isinstance(node.args[0], Node):
+        if node.target not in VIEWS or not node.args or not isinstance(node.args[0], Node):
             return None
         rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
         if _has_node(rest) or _has_node(kwargs):
@@ -300,7 +300,8 @@ def add_constant(gm: GraphModule, name: str, tensor: Tensor, like: Node) -> Node
 
 
 def _fake_of(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
-    """A fake of fixed size, made directly: 0.05 ms, where from_tensor() and an empty() in the mode take 2 to 4."""
+    """A fake of fixed size, made directly: 0.05 ms, where from_tensor() and an empty() in the mode take 2 to
+    4."""
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return FakeTensor(mode, meta, tensor.device)
 

@@ -22,8 +22,9 @@ from ..formats.errors import BitfoldError
 from .core import Pass, State, state
 from .options import parse_passes, print_pass, split_options
 from .registry import find_pass
-from .stages import Stage, VerificationError, verify
+from .stages import Stage, VerificationError
 from .trace import Recorder, Trace
+from .verify import verify
 
 Progress = Callable[[str, int, int], None]
 """Called before each pass with its text, how many passes are done, and how many there are."""

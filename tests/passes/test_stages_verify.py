@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from bitfold.passes import Stage, VerificationError, capture, verify
+from bitfold.passes import Pipeline, Stage, VerificationError, capture, verify
 
 aten = torch.ops.aten
 
@@ -148,6 +148,28 @@ def test_broken(breaks: Callable[[GraphModule], None], stage: Stage, says: str) 
     breaks(gm)
     with pytest.raises(VerificationError, match=says):
         verify(gm, stage)
+
+
+def folded() -> GraphModule:
+    gm = captured()
+    Pipeline.parse("annotate{recipe=int8},fold").run(gm)
+    return gm
+
+
+def test_an_annotated_weight_has_to_be_gone_once_folded() -> None:
+    gm = folded()
+    linear, bias = node(gm, "linear"), node(gm, "fc_bias")
+    linear.update_arg(1, bias)
+    with pytest.raises(VerificationError, match=r"was to become int8, but it still reads 'fc.bias'"):
+        verify(gm, Stage.folded)
+
+
+def test_a_dequantize_has_all_its_parts() -> None:
+    gm = folded()
+    (dequantize,) = gm.graph.find_nodes(op="call_function", target=torch.ops.bitfold.dequantize.default)
+    dequantize.update_arg(0, dequantize.args[0][:1])
+    with pytest.raises(VerificationError, match="int8 has the parts codes, scales, and it was given 1"):
+        verify(gm, Stage.folded)
 
 
 @pytest.mark.parametrize(("edit", "stage"), KEPT)
