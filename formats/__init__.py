@@ -1,7 +1,7 @@
 """Numbers, scales, layouts, sparsity: all that is known of how a tensor is stored, said once.
 
-A format is an element (what the bits of one number mean), a scale (how many numbers share it, how it is chosen
-and stored), a layout (where the bits lie) and a sparsity (what is stored at all). It has a text form.
+A format is an element (what the bits of one number mean), a scale (how many numbers share it, how it is
+chosen and stored), a layout (where the bits lie) and a sparsity (what is stored at all). It has a text form.
 
     f = format("int4[g128]")        Format; also "mxfp4", "float8_e4m3fn[row]", "uint4[g32,f16,zero:min]"
     q = f.quantize(w)               Quantized: q.codes, q.scales, q.zeros, q.parts, q.nbytes

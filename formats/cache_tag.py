@@ -3,8 +3,9 @@
 In: the sources of this folder, and every registered format. Out: a tag in the key of torch's compile caches.
 
 AOTAutograd's on-disk cache knows an operator by its name and arguments, not by what it computes. After an
-upgrade of this package, or with another table registered under the same name, it would serve yesterday's kernel
-and yesterday's numbers. `torch.compiler.config.cache_key_tag` is part of every key, so the tag goes there.
+upgrade of this package, or with another table registered under the same name, it would serve yesterday's
+kernel and yesterday's numbers. `torch.compiler.config.cache_key_tag` is part of every key, so the tag goes
+there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The formats that have a name of their own: elements that are tables, and aliases of longer texts.
 
-In: nothing; this is data. Out: ELEMENTS (name -> element) and FORMATS (name -> text, and where it comes from).
+In: nothing; this is data. Out: ELEMENTS (name -> element) and FORMATS (name -> text, and where it comes
+from).
 
     mxfp4  =  float4_e2m1[g32,e8m0]
 """
@@ -22,8 +23,8 @@ NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 
-# int1 is the sign bit; the mean magnitude is the scale with the least squared error (XNOR-Net, arXiv 1603.05279).
-# Code 0 of ternary is 0, so padding decodes to nothing.
+# int1 is the sign bit; the mean magnitude is the scale with the least squared error (XNOR-Net, arXiv
+# 1603.05279). Code 0 of ternary is 0, so padding decodes to nothing.
 ELEMENTS: dict[str, Element] = {
     "nf4": Codebook("nf4", NF4),
     "ternary": Codebook("ternary", (0.0, 1.0, -1.0), rule="absmean"),

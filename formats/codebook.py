@@ -69,8 +69,8 @@ class Codebook(Element):
 
 
 def _constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """A float32 table on `like`'s device, made by operators: a tensor constant would be lifted out of the graph
-    when an exported program is decomposed, and torch 2.13 then fails to verify it."""
+    """A float32 table on `like`'s device, made by operators: a tensor constant would be lifted out of the
+    graph when an exported program is decomposed, and torch 2.13 then fails to verify it."""
     return torch.cat([torch.full((1,), v, dtype=torch.float32, device=like.device) for v in values])
 
 

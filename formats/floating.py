@@ -30,7 +30,8 @@ _NAME = re.compile(r"float([2-8])_e(\d)m(\d)(?:b(\d+))?(fnuz|fn)?")
 
 @dataclass(frozen=True)
 class Float(Element):
-    """One sign bit, `exponent` bits, `mantissa_bits` bits; `ending` is '', 'fn' or 'fnuz' and counts at 8 bits."""
+    """A sign bit, `exponent` bits and `mantissa_bits` bits; `ending`, '', 'fn' or 'fnuz', counts at 8
+    bits."""
 
     exponent: int
     mantissa_bits: int
@@ -46,8 +47,8 @@ class Float(Element):
         bits = 1 + e + m
         if e < 1 or m < 0 or bits > 8:
             raise FormatError(
-                f"a float element is a sign, 1 or more exponent bits and 0 or more mantissa bits, at most 8 bits"
-                f" together, not e{e}m{m}"
+                "a float element is a sign, 1 or more exponent bits and 0 or more mantissa bits, at most"
+                f" 8 bits together, not e{e}m{m}"
             )
         if ending not in ("", "fn", "fnuz"):
             raise FormatError(f"a float's ending is '', 'fn' or 'fnuz', not {ending!r}")
@@ -77,8 +78,10 @@ class Float(Element):
         bits, e, m, bias, ending = found.groups()
         if 1 + int(e) + int(m) != int(bits):
             raise FormatError(
-                f"{name!r} does not add up: 1 sign + {e} exponent + {m} mantissa bits are {1 + int(e) + int(m)},"
-                f" not {bits}"
+                f"{name!r} does not add up: 1 sign + {e} exponent + {m} mantissa bits are {
+                    1 + int(e) + int(m)
+                }"
+                f", not {bits}"
             )
         return cls(int(e), int(m), ending or "", -1 if bias is None else int(bias))
 
@@ -100,8 +103,8 @@ class Float(Element):
             return x.clamp(self.low, self.high).to(self.torch_dtype).view(torch.uint8)  # clamp keeps NaN
         m, top = self.mantissa_bits, self.bits - 1
         raw = x.view(torch.int32)
-        # Saturation, as integers: NaN is above infinity. Without a NaN of its own a float takes the largest value
-        # for one, as the satfinite conversions of GPUs do.
+        # Saturation, as integers: NaN is above infinity. Without a NaN of its own a float takes the largest
+        # value for one, as the satfinite conversions of GPUs do.
         magnitude = (raw & 0x7FFFFFFF).clamp(max=_float32_bits(self.high))
         # Two roundings to nearest even, one below the smallest normal and one above, each held at it outside
         # its own half, so that their sum counts both (torch.where is ten times slower than a clamp on a CPU).

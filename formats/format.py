@@ -114,7 +114,9 @@ class Format:
 
     def dequantize(self, q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., K] of q: computed in float32, rounded to `dtype` once."""
-        values = by_rows(lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows)
+        values = by_rows(
+            lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows
+        )
         return self.sparsity.expand(values, q.indices)
 
     def fake_quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Tensor:
@@ -166,7 +168,7 @@ class Format:
         return replace(q, format=target, codes=codes)
 
     def bits_per_element(self, shape: Sequence[int] | None = None) -> float:
-        """Bits of storage a number costs, scales and metadata included: exact for a shape, else for a large one."""
+        """Bits that a number costs, scales and metadata included: exact for a shape, else for a large one."""
         if shape is not None:
             count = math.prod(shape)
             return self._stored_bits(shape) / count if count else 0.0
@@ -196,7 +198,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Quantized:
-    """A tensor in a format: `k` is the length of the decoded last dimension; the rest are the stored parts."""
+    """A tensor in a format: `k` is the length of the decoded last dimension, the rest the stored parts."""
 
     format: Format
     k: int

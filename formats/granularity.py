@@ -1,6 +1,6 @@
 """Which numbers share a scale: tensor, row, group of a row, or 2-D block.
 
-In: a tensor [..., K]. Out: a view of it with the sharing numbers on their own axes, and scales that broadcast.
+In: a tensor [..., K]. Out: a view with the sharing numbers on their own axes, and scales that broadcast.
 
     Granularity(1, 32):  x [N, K] -> split: [N, K/32, 32], scales [N, K/32], spread: [N, K/32, 1]
 
@@ -75,8 +75,8 @@ class Granularity:
             )
         if self.cols is not None and shape[-1] % self.cols != 0:
             raise FormatError(
-                f"a group of {self.cols} does not divide the last dimension {shape[-1]} of shape {tuple(shape)};"
-                f" these do: {_divisors(shape[-1])}"
+                f"a group of {self.cols} does not divide the last dimension {shape[-1]} of shape"
+                f" {tuple(shape)}; these do: {_divisors(shape[-1])}"
             )
 
     def narrowed(self, kept: int, of: int) -> Granularity:

@@ -7,8 +7,8 @@ by itself.
     planar, 4 bits, groups of 4: a b c d   ->  bytes  c<<4|a  d<<4|b            (byte k%2,  bit 4*(k // 2))
 
 A `Field` says for some bits of every code at which byte and bit they lie, as expressions in k (the position
-in the row) and K (the row's length). The map repeats: `period` codes fill a whole number of bytes and the next
-period starts behind them. Kernels print the same expressions; `mover.py` turns them into slices.
+in the row) and K (the row's length). The map repeats: `period` codes fill a whole number of bytes and the
+next period starts behind them. Kernels print the same expressions; `mover.py` turns them into slices.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .mover import Field, K, k
 
 
 class Layout(ABC):
-    """A layout is a frozen dataclass with a `name`; `bits` is the width of a code, `run` the length of a group
-    (None: the whole row)."""
+    """A layout is a frozen dataclass with a `name`; `bits` is the width of a code, `run` the length of a
+    group (None: the whole row)."""
 
     name: str
 

@@ -3,7 +3,8 @@
 In: a layout's fields, its period, unpacked codes. Out: moves (a run of codes <-> a run of bytes, one shift),
 and the bytes they make.
 
-    packed, 4 bits, 2 codes a period:  Move(code 0, bits 0-3 <-> byte 0, bit 0), Move(code 1, ... byte 0, bit 4)
+    packed, 4 bits, 2 codes a period:  Move(code 0, bits 0-3 <-> byte 0, bit 0), Move(code 1, .. byte 0, bit
+    4)
 
 The map is evaluated once per (layout, bits, run, period); neighbouring codes that lie in neighbouring bytes
 become one move, so a planar group of 128 four-bit codes is two moves of 64.
@@ -11,6 +12,7 @@ become one move, so a planar group of 128 four-bit codes is two moves of 64.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,7 +47,8 @@ class Mapped(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class Move:
-    """`width` bits of `count` codes from `code` on, at bit `low`, are in `count` bytes from `byte` on, at `bit`."""
+    """Bits `low` .. of `count` codes from `code` on are in `count` bytes from `byte` on, at `bit`; `width`
+    bits."""
 
     code: int
     byte: int
@@ -86,7 +89,7 @@ def moves(layout: Mapped, bits: int, run: int | None, codes: int, size: int) -> 
 def evaluate(
     layout: Mapped, bits: int, run: int | None, codes: int
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """(byte, bit) [bits, codes] of every single bit of the first `codes` codes, and the bit's place in the code."""
+    """(byte, bit) [bits, codes] of every bit of the first `codes` codes, and each bit's place in its code."""
     position = np.arange(codes, dtype=np.int64)
     bytes_, bits_, low = [], [], []
     for f in layout.fields(bits, run):
@@ -102,12 +105,12 @@ def evaluate(
 
 
 def _runs(byte: np.ndarray, bit: np.ndarray, low: list[int]) -> list[Move]:
-    """Single bits merged along codes (bytes advance by one, same bit), then across bits (same run, next bit)."""
+    """Bits merged along codes (bytes advance by one, same bit), then across bits (same run, next bit)."""
     single: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for row, place in enumerate(low):
         codes = byte.shape[1]
         starts = [0, *(np.flatnonzero((np.diff(byte[row]) != 1) | (np.diff(bit[row]) != 0)) + 1), codes]
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             if b > a:
                 key = (int(a), int(byte[row, a]), int(b - a))
                 single.setdefault(key, []).append((place, int(bit[row, a])))
@@ -125,11 +128,11 @@ def _runs(byte: np.ndarray, bit: np.ndarray, low: list[int]) -> list[Move]:
 
 
 def _cut(found: list[Move], starts: list[int], total: int) -> tuple[tuple[Move, ...], ...]:
-    """Moves cut at every boundary of codes (or bytes) and gathered by the interval they fill; a hole is empty."""
+    """Moves cut at every boundary of codes (or bytes), gathered by the interval they fill."""
     ends = [s + m.count for s, m in zip(starts, found, strict=True)]
     edges = sorted({0, total, *starts, *ends})
     pieces: dict[int, list[Move]] = {a: [] for a in edges[:-1]}
-    sizes = {a: b - a for a, b in zip(edges, edges[1:], strict=False)}
+    sizes = {a: b - a for a, b in itertools.pairwise(edges)}
     for start, end, m in zip(starts, ends, found, strict=True):
         for a in (e for e in edges if start <= e < end):
             ahead = a - start

@@ -5,13 +5,15 @@ In: tensors and the text of a format. Out: tensors; a `Quantized` travels as the
     torch.ops.bitfold.quantize(w, "int4[g128]")               -> [codes, scales]
     torch.ops.bitfold.dequantize([codes, scales], "int4[g128]", k, torch.float32)  -> w'
 
-They are CompositeImplicitAutograd: one node in a pre-dispatch graph (export's training IR, make_fx), and plain
-torch below it, which fakes, autograd and Inductor take apart by themselves. Nothing in them looks at data.
+They are CompositeImplicitAutograd: one node in a pre-dispatch graph (export's training IR, make_fx), and
+plain torch below it, which fakes, autograd and Inductor take apart by themselves. Nothing in them looks at
+data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ from . import cache_tag
 from .format import Quantized
 from .text import format
 
-_library = torch.library.Library("bitfold", "FRAGMENT")
+# torch.library is untyped.
+_library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 SCHEMAS = {
     "quantize": "(Tensor x, str format, Tensor[]? params=None) -> Tensor[]",

@@ -1,7 +1,8 @@
 """How scales and zero points are chosen from data: every rule by name, in one table.
 
 In: the extremes (or the mean magnitude) of each block. Out: (scales, [zeros], [tensor_scale]) as stored.
-Scales are rounded to their stored dtype first; zero points and codes are then computed from the rounded scale.
+Scales are rounded to their stored dtype first; zero points and codes are then computed from the rounded
+scale.
 
     int4, amax 15:  absmax 15 / 7.5 = 2;  noclip 15 / 7;  narrow 15 / 7
     mxfp4, amax 7:  floor 2**(2 - 2);  ceil and rceil 2**1
@@ -185,13 +186,13 @@ def _two_levels(element: Element, scale: Scale, amax: Tensor) -> tuple[Tensor, .
 
 
 def block_scales(element: Element, scale: Scale, amax: Tensor, tensor_scale: Tensor) -> Tensor:
-    """e4m3 block scales under a given tensor scale; an all-zero tensor has tensor scale 0 and gets the smallest."""
+    """e4m3 block scales under a given tensor scale; a tensor scale of 0 (all zeros) gives the smallest."""
     quotient = amax / element.reach / torch.where(tensor_scale == 0, 1.0, tensor_scale)
     return scale.store(quotient)
 
 
 def _power_of_two(element: Element, rule: str, amax: Tensor) -> Tensor:
-    """The E8M0 byte of each block, by integer arithmetic on the float32 exponent, so it is exact everywhere."""
+    """The E8M0 byte of each block, by integer arithmetic on the float32 exponent: exact everywhere."""
     if rule == "rceil":
         exponent = _ceil_log2(amax / element.reach)
     else:

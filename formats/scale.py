@@ -108,8 +108,9 @@ class Scale:
 def _rounded(x: Tensor, dtype: str) -> Tensor:
     """float32 numbers rounded to nearest even at the precision of a half-precision dtype, still as float32.
 
-    Inductor drops the rounding of a cast to bfloat16 or float16 and back inside a fused kernel; codes would then
-    be computed from another scale than the one that is stored. After this the cast has nothing left to round.
+    Inductor drops the rounding of a cast to bfloat16 or float16 and back inside a fused kernel; codes would
+    then be computed from another scale than the one that is stored. After this the cast has nothing left to
+    round.
     """
     if dtype not in ("bf16", "f16"):
         return x

@@ -2,7 +2,7 @@
 
 In: nothing, or the texts to describe. Out: one row a format.
 
-    describe(["mxfp4"])  ->  [Row(name="mxfp4", bits=4.25, range="-6 .. 6", rule="2**(floor(log2 amax) - emax)", ...)]
+    describe(["mxfp4"])  ->  [Row(name="mxfp4", bits=4.25, range="-6 .. 6", rule=..., source=...)]
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ _WORDS = {
     "zero:none": ("zero", "none"),
 }
 
-_SPELLED = {
+_SPELLED: dict[str, dict[Any, str]] = {
     "scaled": {False: "unscaled"},
     "zero": {"int": "zero", "float": "zero:float", "min": "zero:min", "none": "zero:none"},
     "native": {True: "native"},

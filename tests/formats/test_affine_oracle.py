@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bitfold.formats import format
 from torch import Tensor
+
+from bitfold.formats import format
 
 primitives = pytest.importorskip("torchao.quantization.quant_primitives")
 MAPPING = primitives.MappingType
@@ -97,11 +98,17 @@ def test_tinygemm(kind: str, granularity: str, bits: int) -> None:
 @pytest.mark.parametrize("kind", ["normal", "skewed", "outlier", "zeros"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mapping", ["absmax", "noclip", "zero"])
-def test_native_arithmetic_is_torchaos_for_half_precision(kind: str, dtype: torch.dtype, mapping: str) -> None:
+def test_native_arithmetic_is_torchaos_for_half_precision(
+    kind: str, dtype: torch.dtype, mapping: str
+) -> None:
     """`native` computes in the input's dtype; the scale is kept in that dtype."""
     x, block = INPUTS[kind]().to(dtype), GRANULARITIES["g32"]
     short = "bf16" if dtype is torch.bfloat16 else "f16"
-    kinds = {"absmax": MAPPING.SYMMETRIC, "noclip": MAPPING.SYMMETRIC_NO_CLIPPING_ERR, "zero": MAPPING.ASYMMETRIC}
+    kinds = {
+        "absmax": MAPPING.SYMMETRIC,
+        "noclip": MAPPING.SYMMETRIC_NO_CLIPPING_ERR,
+        "zero": MAPPING.ASYMMETRIC,
+    }
     scale, zero = primitives.choose_qparams_affine(x, kinds[mapping], block, torch.int8, -8, 7)
     want = primitives.quantize_affine(x, block, scale, zero, torch.int8, -8, 7)
     text = f"int4[g32,{short},{mapping},native]"
@@ -165,7 +172,7 @@ def test_int1_symmetric_is_a_sign_bit_and_the_public_one_can_be_had() -> None:
 
 
 def test_unsigned_symmetric_spans_zero_to_the_maximum() -> None:
-    """torchao's symmetric uint4 is int4 with codes moved by 8; here unsigned means there is nothing below 0."""
+    """torchao's symmetric uint4 is int4 with codes moved by 8; here nothing is below 0."""
     x = torch.rand(SHAPE)
     got, (scales,) = codes_and_params("uint4[g32,f32]", x)
     blocks = x.view(6, 6, 32)
@@ -189,13 +196,20 @@ def test_the_other_rules(bits: int) -> None:
     assert torch.equal(power, torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(-1) / high))))
 
 
-@pytest.mark.parametrize("text", ["int4[g32]", "int8", "uint4[g32,zero]", "uint8[tensor,zero]", "q4_0", "q4_1", "q8_0"])
-@pytest.mark.parametrize("more", ["uint4[3x64,zero:float]", "mxfp4[even]", "nvfp4", "float8_e4m3fn", "uint6[g32]"])
+@pytest.mark.parametrize(
+    "text", ["int4[g32]", "int8", "uint4[g32,zero]", "uint8[tensor,zero]", "q4_0", "q4_1", "q8_0"]
+)
+@pytest.mark.parametrize(
+    "more", ["uint4[3x64,zero:float]", "mxfp4[even]", "nvfp4", "float8_e4m3fn", "uint6[g32]"]
+)
 def test_a_range_gives_what_the_data_gives(text: str, more: str) -> None:
     for f in (format(text), format(more)):
         x = torch.randn(SHAPE)
         low, high = f._granularity.extremes(x)
         chosen, ranged = f.choose(x), f.from_range(low, high)
         assert len(chosen) == len(ranged)
-        assert all(torch.equal(a.float(), b.float()) and a.dtype == b.dtype for a, b in zip(chosen, ranged, strict=True))
+        assert all(
+            torch.equal(a.float(), b.float()) and a.dtype == b.dtype
+            for a, b in zip(chosen, ranged, strict=True)
+        )
         assert torch.equal(f.quantize(x, ranged).codes, f.quantize(x).codes)

@@ -11,12 +11,32 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from bitfold.formats import Codebook, Element, Float, FormatError, Integer, format
 
-INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 9)] + ["int1_twos", "int8f6", "uint4f2"]
+INTEGERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 9)] + [
+    "int1_twos",
+    "int8f6",
+    "uint4f2",
+]
 OCP = ["float8_e4m3fn", "float8_e5m2", "float6_e3m2", "float6_e2m3", "float4_e2m1"]
-ODD = ["float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e4m3", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e2m5fn"]
-ODD += ["float8_e6m1", "float8_e7m0fn", "float7_e3m3", "float7_e2m4", "float5_e2m2", "float5_e3m1", "float4_e1m2"]
+ODD = [
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e4m3",
+    "float8_e3m4",
+    "float8_e4m3b11fnuz",
+    "float8_e2m5fn",
+]
+ODD += [
+    "float8_e6m1",
+    "float8_e7m0fn",
+    "float7_e3m3",
+    "float7_e2m4",
+    "float5_e2m2",
+    "float5_e3m1",
+    "float4_e1m2",
+]
 ODD += ["float4_e3m0", "float3_e1m1", "float2_e1m0", "float6_e4m1"]
 BOOKS = ["nf4", "ternary", "binary", "int1"]
 ALL = INTEGERS + OCP + ODD + BOOKS
@@ -184,10 +204,14 @@ def test_impossible_elements_say_why(make: object, message: str) -> None:
 
 
 def test_codebooks_of_many_values() -> None:
-    table = tuple(float(v) for v in np.random.default_rng(1).permutation(np.linspace(-1, 1, 200, dtype=np.float32)))
+    table = tuple(
+        float(v) for v in np.random.default_rng(1).permutation(np.linspace(-1, 1, 200, dtype=np.float32))
+    )
     e = Codebook("many", table)
     assert e.bits == 8
     codes = torch.arange(200, dtype=torch.uint8)
     assert torch.equal(e.encode(e.decode(codes)), codes)
     x = probes(e)
-    np.testing.assert_array_equal(e.decode(e.encode(x)).double().numpy(), nearest_by_brute_force(e, x.numpy()))
+    np.testing.assert_array_equal(
+        e.decode(e.encode(x)).double().numpy(), nearest_by_brute_force(e, x.numpy())
+    )

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, format
-from bitfold.formats.mover import K, evaluate, k
 from hypothesis import given
 from hypothesis import strategies as st
+
+from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, format
+from bitfold.formats.mover import K, evaluate, k
 
 LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24)]
 LENGTHS = [0, 1, 2, 3, 5, 7, 8, 9, 31, 32, 33, 64, 96, 130]
@@ -112,7 +113,9 @@ def test_any_shape(bits: int, groups: int, run: int, rows: list[int], layout: La
     assert torch.equal(layout.unpack(packed, length, bits, run), codes)
 
 
-@pytest.mark.parametrize("text", ["int4[g32]", "int3[g64]", "float6_e2m3", "nf4[g16]", "mxfp4", "int4[g32,2:4]", "int8"])
+@pytest.mark.parametrize(
+    "text", ["int4[g32]", "int3[g64]", "float6_e2m3", "nf4[g16]", "mxfp4", "int4[g32,2:4]", "int8"]
+)
 def test_relayout_keeps_every_value(text: str) -> None:
     f = format(text)
     x = torch.randn(5, 192)

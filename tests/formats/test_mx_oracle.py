@@ -1,7 +1,8 @@
-"""MX and NVFP4 blocks, bit for bit against torchao's mx_formats; where that departs from OCP MX 1.0, the spec.
+"""MX and NVFP4 blocks, bit for bit against torchao's mx_formats; where they part, OCP MX 1.0.
 
-Departures, each with a test here: a block with an infinity (torchao 247 or 254, the spec's scale NaN), the scale
-byte 0 (torchao decodes 2**-126, the spec 2**-127), and rceil through a float32 log2 that misses the last bits.
+Departures, each with a test here: a block with an infinity (torchao 247 or 254, the spec's scale NaN), the
+scale byte 0 (torchao decodes 2**-126, the spec 2**-127), and rceil through a float32 log2 that misses the
+last bits.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from bitfold.formats import Format, format
 from torch import Tensor
+
+from bitfold.formats import Format, format
 
 mx = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
 nv = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
@@ -31,7 +33,9 @@ RULES = ["floor", "ceil", "even", "rceil"]
 def spread_out() -> Tensor:
     """Blocks of all magnitudes that a float32 block scale can have without bytes 0 and 255, and zeros."""
     x = torch.randn(400, 32) * torch.logspace(-34, 36, 400)[:, None]
-    edges = torch.tensor([2.0, 1.9999999, 1.75, 1.5, 1.25, 6.0, 7.0, 7.5, 448.0, 480.0, 1.0000001, 31.0, 57344.0, 61440.0])
+    edges = torch.tensor(
+        [2.0, 1.9999999, 1.75, 1.5, 1.25, 6.0, 7.0, 7.5, 448.0, 480.0, 1.0000001, 31.0, 57344.0, 61440.0]
+    )
     return torch.cat([x, edges[:, None].expand(-1, 32) * torch.linspace(-1, 1, 32)])
 
 
@@ -127,7 +131,9 @@ def test_scale_exponents_against_exact_arithmetic(rule: str) -> None:
     for name in [*ELEMENTS, "mxint8"]:
         e = format(name).element
         got = format(f"{name}[{rule}]").from_range(torch.from_numpy(-amax), torch.from_numpy(amax))[0].numpy()
-        mantissa, exponent = np.frexp(amax.astype(np.float64))  # amax = mantissa * 2**exponent, 0.5 <= mantissa < 1
+        mantissa, exponent = np.frexp(
+            amax.astype(np.float64)
+        )  # amax = mantissa * 2**exponent, 0.5 <= mantissa < 1
         if rule == "rceil":
             quotient, power = np.frexp((amax / np.float32(e.reach)).astype(np.float64))
             want = power - (quotient == 0.5)

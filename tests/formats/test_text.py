@@ -7,11 +7,23 @@ import pickle
 
 import pytest
 import torch
+
 from bitfold.formats import FormatError, describe, format
 from bitfold.formats.catalog import ELEMENTS, FORMATS
 from bitfold.formats.rules import RULES
 
-NAMES = ["int8", "int4", "uint3", "uint8", "int1", "float8_e4m3fn", "float6_e2m3", "float5_e2m2", "nf4", "ternary"]
+NAMES = [
+    "int8",
+    "int4",
+    "uint3",
+    "uint8",
+    "int1",
+    "float8_e4m3fn",
+    "float6_e2m3",
+    "float5_e2m2",
+    "nf4",
+    "ternary",
+]
 NAMES += ["mxfp4", "mxint8", "nvfp4", "q4_0", "q4_1", "tinygemm", "int8f6"]
 GRANULARITIES = ["", "tensor", "row", "g32", "g48", "16x32"]
 DTYPES = ["", "f32", "bf16", "f16", "e8m0", "e4m3"]
@@ -35,7 +47,12 @@ def pairwise_cover(axes: list[list[str]]) -> list[tuple[str, ...]]:
         row[i], row[j] = a, b
         for n, axis in enumerate(axes):
             if row[n] is None:
-                row[n] = max(axis, key=lambda v: sum(_pair(n, v, m, w) in missing for m, w in enumerate(row) if w is not None))
+                row[n] = max(
+                    axis,
+                    key=lambda v: sum(
+                        _pair(n, v, m, w) in missing for m, w in enumerate(row) if w is not None
+                    ),
+                )
         missing -= {_pair(n, v, m, w) for (n, v), (m, w) in itertools.combinations(enumerate(row), 2)}
         rows.append(tuple(v or "" for v in row))
     return rows
@@ -48,7 +65,12 @@ def _pair(i: int, a: str | None, j: int, b: str | None) -> tuple[int, str | None
 def texts() -> list[str]:
     """Covered pairwise, and each item alone, so that valid formats are many."""
     rows = pairwise_cover(AXES)
-    alone = [(n, *(v if i == axis else "" for i in range(1, 8))) for n in NAMES for axis in range(1, 8) for v in AXES[axis]]
+    alone = [
+        (n, *(v if i == axis else "" for i in range(1, 8)))
+        for n in NAMES
+        for axis in range(1, 8)
+        for v in AXES[axis]
+    ]
     grouped = [(n, g, *rest[2:]) for n, g, rest in itertools.product(NAMES, ["g32"], alone[:40])]
     found = []
     for name, *items in [*rows, *alone, *grouped]:
@@ -164,10 +186,21 @@ def test_formats_pickle_and_copy() -> None:
 
 
 def test_bits_per_element_is_what_is_stored() -> None:
-    for text in ["int8", "int4[g128]", "nvfp4", "q4_1", "uint4[g32,zero]", "int3[g32,planar]", "int5", "mxfp6_e2m3"]:
+    for text in [
+        "int8",
+        "int4[g128]",
+        "nvfp4",
+        "q4_1",
+        "uint4[g32,zero]",
+        "int3[g32,planar]",
+        "int5",
+        "mxfp6_e2m3",
+    ]:
         for extra in ("", "2:4"):
             f = format(text)
-            f = format(f"{text[:-1]},{extra}]" if extra and "[" in text else f"{text}[{extra}]" if extra else text)
+            f = format(
+                f"{text[:-1]},{extra}]" if extra and "[" in text else f"{text}[{extra}]" if extra else text
+            )
             x = torch.randn(6, 128)
             assert f.bits_per_element(x.shape) == f.quantize(x).nbytes * 8 / x.numel(), str(f)
             big = (4096, 1 << 14)
