@@ -1,6 +1,8 @@
 """From a folded graph to something that runs: targets, the torch.compile backend, quantize, save and load.
 
-quantize(model, "int4"); save(model, path); load(path, into=skeleton); report(model)
+In: a model, or a folded graph. Out: the model on codes, a lowered graph, a compiled function, a file.
+
+    quantize(model, "int4"); save(model, path); load(path, into=skeleton); report(model)
 """
 
 from ..passes import Pipeline

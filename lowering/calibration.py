@@ -84,6 +84,14 @@ class Batches:
                 return as_batch(first, "calibration batch 0")
         return self._example
 
+    def check_given(self, layer: str) -> None:
+        """Raises BitfoldError if there is no data for `layer`, which wants it."""
+        if not self.given:
+            raise BitfoldError(
+                f"layer {layer} takes activations of calibrated range; give calibration=[batches], or use a "
+                "recipe whose activations are quantized dynamically"
+            )
+
     def __iter__(self) -> Iterator[Batch]:
         return (as_batch(one, f"calibration batch {index}") for index, one in enumerate(self._rest))
 

@@ -32,6 +32,7 @@ from .save import join
 from .tensor_file import FileError, TensorFile, open_file
 
 
+@torch.inference_mode(False)
 def load(
     path: str | os.PathLike[str],
     into: nn.Module | None = None,

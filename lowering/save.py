@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
+from .._version import __version__
 from ..formats import BitfoldError, Quantized, format
 from ..passes import Stage, state
 from ..passes.stages import find_attribute
@@ -46,7 +47,7 @@ def save(
     """
     contents = _Contents()
     header = _program(model, contents) if isinstance(model, GraphModule) else _module(model, contents)
-    header = {"version": VERSION, "bitfold": _version(), **header}
+    header = {"version": VERSION, "bitfold": __version__, **header}
     header |= {"tensors": described(contents.kinds), "tied": contents.tied}
     write(path, contents.tensors, header, contents.kinds, progress)
 
@@ -171,9 +172,3 @@ def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
 def join(*parts: str) -> str:
     """A dotted path of those parts that are not empty."""
     return ".".join(part for part in parts if part)
-
-
-def _version() -> str:
-    from .. import __version__
-
-    return __version__

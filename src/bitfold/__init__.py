@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import formats
+from ._version import __version__
 from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from .passes.recipes import Recipe
     from .passes.rules import Rule
     from .tools.viz import viz
-
-__version__ = "0.1.0"
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
@@ -71,6 +70,7 @@ __all__ = [
     "Rule",
     "Target",
     "Trace",
+    "__version__",
     "calibrate",
     "capture",
     "format",

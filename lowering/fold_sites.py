@@ -1,0 +1,105 @@
+"""The write: each planned module folded in place, one after the other, its float weight freed before the
+next.
+
+In: a plan whose checks have passed. Out: the model's modules on codes. If memory gives out midway, the
+modules that are done run on codes, the others as before, and the error says which and how to go on.
+
+    Site("up", nn.Linear(weight), graph)  ->  the same object, a FoldedLinear(codes, scales)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats import BitfoldError, Quantized
+from ..passes import Pipeline, expression, state
+from ..passes.anchors import TARGETS
+from ..passes.fold import Fold
+from ..passes.note import annotated
+from ..passes.stages import find_attribute
+from .graph_data import dump, tensor_names
+from .install import Installer, Source
+from .module_scope import Plan, Site, Step
+from .parameters import parameter_names
+from .report import ATTRIBUTE
+from .steps_back import back_from
+
+
+class _Tied:
+    """Codes of tied weights, made once. Keeps nothing of a weight that only one module has."""
+
+    def __init__(self, tied: set[int]) -> None:
+        self._tied = tied
+        self._codes: dict[tuple[int, str, str], Quantized] = {}
+
+    def folded(self, parameter: Tensor, expression: str, format: str, make: Any) -> Quantized:
+        if id(parameter) not in self._tied:
+            return make(parameter)  # type: ignore[no-any-return]
+        key = (id(parameter), expression, format)
+        if key not in self._codes:
+            self._codes[key] = make(parameter)
+        return self._codes[key]
+
+
+def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None = None) -> None:
+    """Fold every site of the plan. Raises BitfoldError, naming what is done, if that fails midway."""
+    names = parameter_names(model)
+    store = _Tied({key for key, paths in names.items() if len(paths) > 1})
+    installer = Installer(target)
+    done: list[str] = []
+    sites, total = found.sites, len(found.sites)
+    known = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+    model.__dict__[ATTRIBUTE] = known
+    while sites:
+        site = sites.pop(0)
+        if progress is not None:
+            progress(f"fold {site.path}", len(done), total)
+        try:
+            _fold_site(site, names, store, installer)
+        except (MemoryError, RuntimeError, OSError) as error:
+            raise BitfoldError(_midway(site, done, total, error)) from error
+        done.append(site.path)
+        model.__dict__[ATTRIBUTE] = (*known, *installer.misses)
+    if progress is not None:
+        progress("folded", total, total)
+
+
+def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, installer: Installer) -> None:
+    sources, dtype = _sources(site, names)
+    state(site.gm).store = store
+    Pipeline([Fold()]).run(site.gm)
+    graph = dump(site.gm)
+    tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}
+    installer.install(site.path, site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
+
+
+def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Source], torch.dtype]:
+    """The parameters of a site that are about to become codes, by their name in the module."""
+    sources: dict[str, Source] = {}
+    dtype = torch.float32
+    for node, note in annotated(site.gm):
+        operand = node.args[TARGETS[node.target][2]]
+        chain = expression(site.gm, operand)  # type: ignore[arg-type]
+        if chain is None:
+            continue
+        dtype = chain.parameter.dtype
+        if note.weight:
+            own = chain.path.removeprefix(site.path).strip(".")
+            path = names[id(chain.parameter)][0]
+            sources[own] = Source(tuple(chain.parameter.shape), path, back_from(chain, note.anchor))
+    return sources, dtype
+
+
+def _midway(site: Site, done: list[str], total: int, error: BaseException) -> str:
+    cause = error.__cause__ or error
+    why = ": ".join(part for part in (type(cause).__name__, str(cause).strip().split("\n")[0]) if part)
+    so_far = f"{', '.join(done[:3])}{', ...' if len(done) > 3 else ''}" if done else "none"
+    return (
+        f"folding {site.path} failed ({why}) with {len(done)} of {total} modules folded ({so_far}); those "
+        "run on codes, the others as before: remove the cause and call bf.quantize with the same arguments "
+        "again, which goes on from there"
+    )

@@ -1,0 +1,62 @@
+"""Program scope: the whole model as one graph, folded and lowered; the model itself is only read.
+
+In: a model and example inputs. Out: a lowered GraphModule that is called as the model is, and that `bf.save`
+takes.
+
+    quantize_program(model, int8, batches, "cpu", dynamic="batch")
+    ->  GraphModule: linear(x, weight)  became  cpu_linear(x, [weight_codes, weight_scales], "int8", ...)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ..formats import BitfoldError, Quantized
+from ..passes import Pipeline, capture, state
+from ..passes.annotate import Annotate
+from ..passes.calibrate import calibrate
+from ..passes.fold import Fold
+from ..passes.note import annotated
+from ..passes.observe import Observe
+from ..passes.recipes import Recipe
+from .calibration import Batches
+from .folded import Canonical
+from .graph_data import dump
+from .install import CANONICAL, lower_graph
+from .module_scope import Step
+from .parameters import with_all_names
+
+
+def quantize_program(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Batches,
+    target: str,
+    *,
+    stored: Mapping[str, Quantized],
+    dynamic: Any = None,
+    progress: Step | None = None,
+) -> GraphModule:
+    """Capture, annotate, calibrate if the recipe asks for it, fold and lower. Mistakes are BitfoldErrors."""
+    example = batches.example()
+    if example is None:
+        raise BitfoldError(
+            "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
+        )
+    gm = capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
+    state(gm).stored = with_all_names(stored, model)
+    notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
+    if notes == 0 and any(not rule.skip for rule in recipe.rules):
+        raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
+    observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
+    if observed is not None:
+        batches.check_given(observed)
+        Pipeline([Observe()]).run(gm, progress=progress)
+        calibrate(gm, batches.raw())
+    Pipeline([Fold()]).run(gm, progress=progress)
+    gm.meta[CANONICAL] = Canonical(dump(gm), {})
+    return lower_graph(gm, target)
