@@ -28,11 +28,12 @@ from ..passes.annotate import Annotate
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse, inline
-from ..passes.note import annotated
 from ..passes.observe import Observe
+from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
+from .reference import ReferenceTarget
 from .target import Compiled, Target, default_target, get_target
 from .weight_store import GraphWeights, Slot, Stamp, WeightStore, stamp
 
@@ -63,17 +64,18 @@ def bitfold(
 
 def _target(options: Options, inputs: Sequence[Any]) -> Target:
     names = options.targets()
-    if names:
-        return get_target(names[0])
-    device = next((given.device for given in inputs if isinstance(given, Tensor)), torch.device("cpu"))
-    return get_target(default_target(device))
+    return get_target(names[0] if names else default_target(_device(inputs)))
+
+
+def _device(inputs: Sequence[Any]) -> torch.device:
+    return next((given.device for given in inputs if isinstance(given, Tensor)), torch.device("cpu"))
 
 
 def _compile_as_it_is(gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
-
-    compiled: Any = compile_fx(gm, list(inputs), config_patches=options.config() or None)
-    return compiled  # type: ignore[no-any-return]
+    """The graph unquantized: eagerly on the reference target, else by Inductor."""
+    if isinstance(target, ReferenceTarget):
+        return gm.forward
+    return get_target(default_target(_device(inputs))).compile(gm, inputs, options.config())
 
 
 def _refuse_autocast(gm: GraphModule) -> None:
@@ -103,12 +105,12 @@ def pipeline(options: Options, target: Target) -> Pipeline:
 
 
 def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options) -> Compiled:
+    steps = pipeline(options, target)
+    _refuse_calibration(steps)
     graph = capture_frame(gm, inputs)
     weights = GraphWeights(_store)
     state(graph).store = weights
     positions = {node.name: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    steps = pipeline(options, target)
-    _refuse_calibration(steps, graph)
     trace = steps.run(graph)
     deliver(options.trace, trace)
     inline(graph)
@@ -120,14 +122,15 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     return _Call(inner, kept, slots, watched)
 
 
-def _refuse_calibration(steps: Pipeline, graph: GraphModule) -> None:
+def _refuse_calibration(steps: Pipeline) -> None:
     """A range to be calibrated needs data, which a compiled call has not."""
-    observing = any(isinstance(step, Observe) for step in steps.passes)
-    if observing or next((note for _, note in annotated(graph) if note.observer), None):
-        raise BitfoldError(
-            "this recipe calibrates ranges of activations, and torch.compile has no data for that; use "
-            "bitfold.quantize(model, recipe, calibration=batches) first, and then torch.compile"
-        )
+    for step in steps.passes:
+        recipe = Recipe.parse(step.recipe) if isinstance(step, Annotate) else None
+        if isinstance(step, Observe) or (recipe and any(rule.observer for rule in recipe.rules)):
+            raise BitfoldError(
+                "this recipe calibrates ranges of activations, and torch.compile has no data for that; use "
+                "bitfold.quantize(model, recipe, calibration=batches) first, and then torch.compile"
+            )
 
 
 def _lift(graph: GraphModule, weights: GraphWeights, positions: Mapping[str, int]) -> list[Slot]:

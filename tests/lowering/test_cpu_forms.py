@@ -104,7 +104,8 @@ def test_any_shape_either_works_or_says_why(
 def test_layouts_fill_a_vector_register() -> None:
     wanted = {
         "int8": "None", "int4[g128]": "planar", "q4_1": "planar", "nvfp4": "planar32",
-        "int3[g64]": "planar128", "int3": "planar", "int2[g32]": "planar64", "mxfp6_e2m3": "planar64", "int1[g32]": "planar128",
+        "int3[g64]": "planar128", "int3": "planar", "int2[g32]": "planar64", "mxfp6_e2m3": "planar64",
+        "int1[g32]": "planar128",
     }  # fmt: skip
     found = {text: str(cpu_forms.vector_layout(formats.format(text), 1536)) for text in wanted}
     assert found == wanted
