@@ -30,8 +30,7 @@ _NAME = re.compile(r"float([2-8])_e(\d)m(\d)(?:b(\d+))?(fnuz|fn)?")
 
 @dataclass(frozen=True)
 class Float(Element):
-    """A sign bit, `exponent` bits and `mantissa_bits` bits; `ending`, '', 'fn' or 'fnuz', counts at 8
-    bits."""
+    """A sign bit, `exponent` bits and `mantissa_bits` bits; `ending`, '', 'fn' or 'fnuz', is for 8 bits."""
 
     exponent: int
     mantissa_bits: int
@@ -78,10 +77,8 @@ class Float(Element):
         bits, e, m, bias, ending = found.groups()
         if 1 + int(e) + int(m) != int(bits):
             raise FormatError(
-                f"{name!r} does not add up: 1 sign + {e} exponent + {m} mantissa bits are {
-                    1 + int(e) + int(m)
-                }"
-                f", not {bits}"
+                f"{name!r} does not add up: 1 sign + {e} exponent + {m} mantissa bits are"
+                f" {1 + int(e) + int(m)}, not {bits}"
             )
         return cls(int(e), int(m), ending or "", -1 if bias is None else int(bias))
 

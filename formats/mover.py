@@ -3,8 +3,7 @@
 In: a layout's fields, its period, unpacked codes. Out: moves (a run of codes <-> a run of bytes, one shift),
 and the bytes they make.
 
-    packed, 4 bits, 2 codes a period:  Move(code 0, bits 0-3 <-> byte 0, bit 0), Move(code 1, .. byte 0, bit
-    4)
+    packed, 4 bits, 2 codes a period:  Move(code 0, bits 0-3 <-> byte 0, bit 0), Move(code 1, .. bit 4)
 
 The map is evaluated once per (layout, bits, run, period); neighbouring codes that lie in neighbouring bytes
 become one move, so a planar group of 128 four-bit codes is two moves of 64.
@@ -47,8 +46,7 @@ class Mapped(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class Move:
-    """Bits `low` .. of `count` codes from `code` on are in `count` bytes from `byte` on, at `bit`; `width`
-    bits."""
+    """`width` bits from `low` on of `count` codes from `code` on are in `count` bytes from `byte` on, at `bit`."""
 
     code: int
     byte: int
