@@ -15,9 +15,11 @@ reshaped to [O, I*kh*kw], the right-hand side of a bmm is transposed.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ from torch.fx import GraphModule, Node
 from .constants import Expression, expression, is_parameter_expr
 from .core import Miss, state
 from .edit import call
-from .provenance import origin
+from .provenance import module_path, origin
 from .recipes import is_head
 from .rules import Site
 
@@ -47,6 +49,9 @@ TARGETS: dict[object, tuple[str, int, int]] = {
 
 # Kind of anchor -> what rules call it.
 OPS = {"linear": "linear", "bmm": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}
+
+# Modules that have a weight of their own, be it tied to another's.
+LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
 
 # What has a weight that a recipe could mean, and is not quantized yet: reported, never passed over.
 UNTAKEN: dict[object, tuple[str, int, str]] = {
@@ -178,13 +183,41 @@ def identity(tensor: Tensor) -> Hashable:
 def names_of(gm: GraphModule, node: Node, parameter: str) -> tuple[str, tuple[str, ...]]:
     """What to call the layer at `node`, and every path by which a rule may name it.
 
-    A layer goes by its parameter's path less `.weight`, unless the parameter belongs to another module than
-    the one that uses it (tied weights): then by the path of the module that uses it.
+    A layer goes by its parameter's path less `.weight`, and by the module that it runs in. A module with a
+    weight of its own that is tied to another's goes by its own path alone: each of the two has its own rule.
     """
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
     user = state(gm).path(origin(node).module_path)
     owner = parameter.removesuffix(".weight")
-    inside = not user or parameter == user or parameter.startswith(user + ".")
-    return (owner if inside else user), tuple(dict.fromkeys(path for path in (owner, user) if path))
+    if not user or parameter == user or parameter.startswith(user + "."):
+        return owner, tuple(dict.fromkeys(path for path in (owner, user) if path))
+    if stack and _has_own_weight(gm, stack[-1], parameter):
+        return user, (user,)
+    return user, tuple(dict.fromkeys(path for path in (user, owner) if path))
+
+
+def _has_own_weight(gm: GraphModule, user: Any, parameter: str) -> bool:
+    """Whether the module at `user`, an entry of a module stack, holds the parameter under a name of its own.
+
+    The graph says its kind only: one of torch's layers has a weight, and so has one of the owner's kind.
+    What is left reads the weight of another module, as in `F.linear(x, self.embed.weight)`.
+    """
+    kind = user[1]
+    cls = _class_named(kind) if isinstance(kind, str) else kind
+    if isinstance(cls, type) and issubclass(cls, LAYERS):
+        return True
+    owner = parameter.rpartition(".")[0]
+    for node in gm.graph.nodes:
+        for spelled, other in (node.meta.get("nn_module_stack") or {}).values():
+            if other == kind and state(gm).path(module_path(spelled)) == owner:
+                return True
+    return False
+
+
+def _class_named(dotted: str) -> object:
+    """The class that `torch.export` wrote down as text, if its module is imported."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
