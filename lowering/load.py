@@ -14,7 +14,8 @@ Everything is checked before the skeleton is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,38 +63,40 @@ def load(
             f"{file.path} holds the weights of a {file.header.get('model', 'model')}; give its skeleton: "
             "bf.load(path, into=model)"
         )
-    plan = _checked(file, into, place)
+    with _reading_header(file):
+        plan = _Plan(file, into, place)
+        plan.check()
     plan.write(resolve_target(target, plan.device))
     return into
 
 
-def _checked(file: TensorFile, model: nn.Module, device: torch.device | None) -> _Plan:
+@contextmanager
+def _reading_header(file: TensorFile) -> Iterator[None]:
+    """What goes wrong in here is the header's fault, since nothing else has been touched yet."""
     try:
-        plan = _Plan(file, model, device)
-        plan.check()
+        yield
     except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
         raise FileError(
             f"{file.path} has a damaged bitfold header ({type(error).__name__}: {error}); save the model "
             "again"
         ) from error
-    return plan
 
 
 def _load_program(file: TensorFile, device: torch.device, target: str | None) -> Any:
-    graph = file.header["graph"]
     on = resolve_target(target, device)
-    tied = file.header["tied"]
     made: dict[str, Tensor] = {}
-    parameters = set(file.header["parameters"])
-    for name in tensor_names(graph):
-        first = tied.get(name, name)
-        if first not in file:
-            raise FileError(f"{file.path} lacks the tensor {name!r} that its program uses; save it again")
-        if first not in made:
-            tensor = file[first].to(device)
-            made[first] = nn.Parameter(tensor, requires_grad=False) if first in parameters else tensor
-    _check_parts(file, canonical_parts(graph), lambda name: tied.get(name, name))
-    gm = load_graph(graph, {name: made[tied.get(name, name)] for name in tensor_names(graph)}, device)
+    with _reading_header(file):
+        graph, tied = file.header["graph"], file.header["tied"]
+        parameters = set(file.header["parameters"])
+        names = {name: tied.get(name, name) for name in tensor_names(graph)}
+        for name, first in names.items():
+            if first not in file:
+                raise FileError(f"{file.path} lacks the tensor {name!r} that its program uses; save it again")
+        _check_parts(file, canonical_parts(graph), lambda name: tied.get(name, name))
+    for first in dict.fromkeys(names.values()):
+        tensor = file[first].to(device)
+        made[first] = nn.Parameter(tensor, requires_grad=False) if first in parameters else tensor
+    gm = load_graph(graph, {name: made[first] for name, first in names.items()}, device)
     gm.meta[CANONICAL] = Canonical(graph, {})
     return lower_graph(gm, on)
 

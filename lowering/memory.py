@@ -26,7 +26,7 @@ def held(model: nn.Module) -> int:
 
 
 def release(freed: int) -> None:
-    """After `freed` bytes were let go: collect what only cycles hold, and return free memory to the system."""
+    """After `freed` bytes were let go: collect what only cycles hold, give free memory to the system."""
     if freed < WORTH:
         return
     gc.collect()

@@ -263,11 +263,16 @@ def injected(header: dict[str, Any]) -> None:
     header["__metadata__"]["bitfold"]["graphs"][0]["nodes"][0]["target"] = "x): import os #"
 
 
+def damaged(header: dict[str, Any]) -> None:
+    del header["__metadata__"]["bitfold"]["modules"]["up"]["weights"][0]["shape"]
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "missing tensor": (rename, r"lacks the tensor 'up\.codes'"),
     "wrong shape": (reshape, r"tensor 'up\.codes' is U8\[32, 128\] but its header says U8\[128, 32\]"),
     "a shape that no format has": (reshape_both, r"tensor 'up\.\w+' is .* wants"),
     "newer": (newer, r"saved by a newer bitfold \(7\.1, file version 99\).*upgrade"),
+    "damaged header": (damaged, r"damaged bitfold header \(KeyError: 'shape'\)"),
     "code": (foreign, r"calls 'os\.system', which is not an operator"),
     "injected name": (injected, "is not a name"),
 }
