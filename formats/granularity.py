@@ -128,12 +128,12 @@ class Granularity:
         # Two reductions without a temporary are three times faster on a CPU than abs() and one.
         return torch.maximum(-view.amin(dims, keepdim=keep), view.amax(dims, keepdim=keep))
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Mean magnitude of each block."""
+    def means(self, x: Tensor) -> Tensor:
+        """Mean of each block."""
         if self._empty(x):
             return x.new_zeros(self.scales_shape(x.shape))
         view, dims, keep = self._reduction(x)
-        return view.abs().mean(dims, keepdim=keep)
+        return view.mean(dims, keepdim=keep)
 
     def _reduction(self, x: Tensor) -> tuple[Tensor, list[int], bool]:
         view = self.split(x)

@@ -46,7 +46,7 @@ class Mapped(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class Move:
-    """`width` bits from `low` on of `count` codes from `code` on are in `count` bytes from `byte` on, at `bit`."""
+    """`width` bits from `low` on of `count` codes from `code` on lie in bytes from `byte` on, at `bit`."""
 
     code: int
     byte: int

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import hqq
 from .element import Element
 from .errors import FormatError, nearest
 from .granularity import Granularity
@@ -28,12 +29,14 @@ from .scale import LARGEST, SMALLEST, Scale
 @dataclass(frozen=True)
 class Rule:
     """`about`: one line for the table of formats; `power`: makes E8M0 exponents, and only those;
-    `integers`: only for signed integers without a zero point; `mean`: looks at the mean, not the extremes."""
+    `integers`: only for signed integers without a zero point; `data`: a range of extremes is not enough;
+    `zero`: the one zero point it makes."""
 
     about: str
     power: bool = False
     integers: bool = False
-    mean: bool = False
+    data: bool = False
+    zero: str = ""
 
 
 RULES: dict[str, Rule] = {
@@ -41,7 +44,8 @@ RULES: dict[str, Rule] = {
     "noclip": Rule("the smallest scale that clips nothing: max(min / lowest, max / highest)", integers=True),
     "narrow": Rule("amax / highest (127, 7): the lowest code stays unused", integers=True),
     "signed": Rule("extreme / lowest, so the extreme is exact and the scale may be negative", integers=True),
-    "absmean": Rule("mean magnitude", mean=True),
+    "absmean": Rule("mean magnitude", data=True),
+    "hqq": Rule("half-quadratic: the zero point with the least p-norm of errors", data=True, zero="float"),
     "pow2": Rule("the smallest power of two that clips nothing"),
     "floor": Rule("2**(floor(log2 amax) - emax)", power=True),
     "ceil": Rule("2**(ceil(log2 amax) - emax)", power=True),
@@ -83,7 +87,11 @@ def check_rule(element: Element, scale: Scale) -> None:
         raise FormatError(
             f"zero:{scale.zero} is for unsigned integers; use u{element.name} instead of {element.name}"
         )
-    if scale.zero != "none" and scale.rule != "absmax":
+    if rule.zero and scale.zero != rule.zero:
+        raise FormatError(
+            f"rule {scale.rule!r} makes a zero point of its own; write zero:{rule.zero} with it"
+        )
+    if scale.zero != "none" and scale.rule not in ("absmax", "hqq"):
         raise FormatError(
             f"a scale with a zero point spans the range by itself; leave the rule {scale.rule!r} out"
         )
@@ -100,8 +108,12 @@ def check_rule(element: Element, scale: Scale) -> None:
 def choose(element: Element, scale: Scale, granularity: Granularity, x: Tensor) -> tuple[Tensor, ...]:
     """(scales, [zeros], [tensor_scale]) for the data x [..., K] under `granularity`."""
     x = x if scale.native else x.to(torch.float32)
-    if RULES[scale.rule].mean:
-        return (_stored(scale, granularity.mean(x)),)
+    if scale.rule == "absmean":
+        return (_stored(scale, granularity.means(x.abs())),)
+    if scale.rule == "hqq":
+        assert isinstance(element, Integer)
+        step, smallest = hqq.fit(element, granularity, x)
+        return _with_zero(element, scale, step, smallest)
     if _symmetric(element, scale):
         amax = granularity.amax(x)
         return _from_amax(element, scale, amax)
@@ -110,7 +122,7 @@ def choose(element: Element, scale: Scale, granularity: Granularity, x: Tensor) 
 
 def from_range(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
     """The same from the smallest and largest number of each block, in the scales' shape."""
-    if RULES[scale.rule].mean:
+    if RULES[scale.rule].data:
         raise FormatError(
             f"rule {scale.rule!r} needs the data itself; a range of smallest and largest is not enough"
         )
@@ -165,10 +177,15 @@ def _integer_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> 
 
 def _float_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
     assert isinstance(element, Integer)
-    scales = _stored(scale, (high - low) / float(element.last - element.first))
-    zeros = low
+    return _with_zero(element, scale, (high - low) / float(element.last - element.first), low)
+
+
+def _with_zero(element: Integer, scale: Scale, step: Tensor, smallest: Tensor) -> tuple[Tensor, ...]:
+    """(scales, zeros) as stored, from the step and the value of code 0."""
+    scales = _stored(scale, step)
+    zeros = smallest
     if scale.zero == "float":
-        zeros = low + scales.to(low.dtype) * middle(element)
+        zeros = smallest + scales.to(smallest.dtype) * middle(element)
     return scales, zeros.to(scale.stored)
 
 

@@ -213,3 +213,24 @@ def test_a_range_gives_what_the_data_gives(text: str, more: str) -> None:
             for a, b in zip(chosen, ranged, strict=True)
         )
         assert torch.equal(f.quantize(x, ranged).codes, f.quantize(x).codes)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("kind", ["normal", "skewed", "outlier"])
+def test_hqq(kind: str, bits: int) -> None:
+    """Scales and zero points of the same iteration; the zero point is stored as tinygemm's, in other words as
+    (8 - z) s where the public one keeps z, so it and the codes agree to float32 rounding, not to the bit."""
+    x = INPUTS[kind]()
+    want, scale, zero, _ = primitives._choose_qparams_and_quantize_affine_hqq(
+        x, nbits=bits, group_size=32, compute_dtype=torch.float32, device="cpu"
+    )
+    f = format(f"uint{bits}[g32,f32,zero:float,hqq]")
+    got, (scales, zeros) = codes_and_params(str(f), x)
+    assert torch.equal(scales.flatten(), scale.flatten())
+    # zero points are sums of a few terms of at most 2**bits scales: 4 roundings of those
+    bound = 4 * 2**-23 * (1 << bits) * scales.flatten()
+    assert ((zeros.flatten() - zero.flatten()).abs() <= bound + 4e-7 * zero.flatten().abs()).all()
+    assert (got.reshape(want.shape) != want).float().mean() <= 2e-3
+    if kind == "outlier":  # what it is for; on normal data of 4 bits it is slightly worse than min and max
+        plain = format(f"uint{bits}[g32,f32,zero:float]")
+        assert (f.fake_quantize(x) - x).abs().mean() <= (plain.fake_quantize(x) - x).abs().mean()

@@ -14,12 +14,17 @@ from bitfold.formats import Format, FormatError, Quantized, format, pieces
 
 EVERY = [
     "int8", "int4[g32]", "int3[tensor]", "int2[g16,noclip]", "int1", "int1[g16]", "int8[g32,f16]",
-    "uint4[g32,zero]", "int6[zero]", "uint4[zero:float]", "q4_0", "q4_1", "q8_0", "float8_e4m3fn",
-    "float8_e5m2[tensor]", "float5_e2m2[g16]", "float8_e4m3fn[pow2]", "mxfp8", "mxfp4",
-    "mxfp6_e3m2[rceil]", "mxint8[even]", "nvfp4", "nvfp4[one_level]", "nf4[g32]", "ternary",
+    "uint4[g32,zero]", "int6[zero]", "uint4[g32,zero:float,hqq]", "uint4[zero:float]", "q4_0", "q4_1",
+    "q8_0", "float8_e4m3fn", "float8_e5m2[tensor]", "float5_e2m2[g16]", "float8_e4m3fn[pow2]", "mxfp8",
+    "mxfp4", "mxfp6_e3m2[rceil]", "mxint8[even]", "nvfp4", "nvfp4[one_level]", "nf4[g32]", "ternary",
     "binary[g32]", "int4[g32,2:4]", "nf4[1:4]", "int8[16x32]", "float8_e4m3fn[16x32,f32]", "int4[native]",
     "float8_e4m3fn[unscaled]", "float4_e2m1[unscaled,2:4]", "int5[planar]", "uint3[g32,planar]",
 ]  # fmt: skip
+
+
+def rows_are_alone(f: Format) -> bool:
+    """Whether a row's codes depend on that row only; the stop of hqq looks at the whole tensor."""
+    return f.scale is not None and f.scale.granularity.rows == 1 and f.scale.rule != "hqq"
 
 
 def is_block(f: Format) -> bool:
@@ -64,7 +69,7 @@ def test_any_number_of_dimensions(text: str, shape: tuple[int, ...]) -> None:
     assert q.codes.shape[:-1] == x.shape[:-1] and q.shape == x.shape
     back = f.dequantize(q)
     assert torch.equal(f.fake_quantize(x), back)
-    if f.scale is not None and f.scale.granularity.rows == 1:  # rows do not know of each other
+    if rows_are_alone(f):
         row = f.quantize(x.reshape(-1, 64)[:1], None if not f.scale.two_level else [p[:1] for p in _flat(q)])
         assert torch.equal(row.codes.flatten(), q.codes.reshape(-1, q.codes.shape[-1])[0])
 
@@ -98,7 +103,7 @@ def test_a_number_that_is_not_finite_never_hides(text: str, bad: float) -> None:
     else:
         assert not back[2, 1].isfinite()
     assert torch.equal(f.fake_quantize(x).isfinite(), back.isfinite())
-    if f.scale is not None and f.scale.granularity.rows == 1 and not f.scale.two_level:
+    if rows_are_alone(f) and not f.scale.two_level:
         others = torch.arange(16) != 2
         assert torch.equal(back[others], f.dequantize(f.quantize(x[others])))
 
