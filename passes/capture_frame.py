@@ -90,8 +90,16 @@ def retrace(gm: GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> Gra
     return traced
 
 
+_CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_SUBGRAPH = torch.ops.higher_order.invoke_subgraph
+
+
 class _WithAttributes(Interpreter):
-    """Runs a graph with the tensors it holds passed in, so that the tracer sees them as inputs."""
+    """Runs a graph with the tensors it holds passed in, so that the tracer sees them as inputs.
+
+    Blocks that only mark what they hold are run in line: a subgraph that is compiled once, and, where no
+    gradient is asked for, a checkpoint.
+    """
 
     def __init__(self, gm: GraphModule, attributes: dict[str, Any]) -> None:
         super().__init__(gm)
@@ -101,6 +109,13 @@ class _WithAttributes(Interpreter):
         if target in self.attributes:
             return self.attributes[target]
         return super().get_attr(target, args, kwargs)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is _SUBGRAPH:
+            return Interpreter(args[0]).run(*args[2:])
+        if target is _CHECKPOINT and not torch.is_grad_enabled():
+            return Interpreter(args[0]).run(*args[1:])
+        return super().call_function(target, args, kwargs)
 
 
 def _held_tensors(gm: GraphModule) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from .cleanup import erase_dead_nodes
@@ -29,7 +30,7 @@ from .core import Miss, Pass, report
 from .edit import argument, call, replace
 from .einsum import einsum_as_linear
 from .flatten import inline_no_grad
-from .stages import Stage
+from .stages import Stage, operator_name
 
 aten = torch.ops.aten
 
@@ -52,6 +53,8 @@ class Normalize(Pass):
             if _does_nothing(node, trains):
                 rewrites += _drop(node)
                 continue
+            if isinstance(node.target, HigherOrderOperator):
+                _report_hidden(gm, node)
             rule = _RULES.get(node.target)
             if rule is None:
                 continue
@@ -63,6 +66,16 @@ class Normalize(Pass):
                 report(gm, node, result, asked="aten.linear")
         erase_dead_nodes(gm)
         return rewrites
+
+
+def _report_hidden(gm: GraphModule, node: Node) -> None:
+    """Say of each weight that goes into a block (a `cond`, a loop) that no pass looks inside."""
+    block = operator_name(node.target).removeprefix("higher_order::")
+    for source in node.all_input_nodes:
+        found = expression(gm, source)
+        if found is not None and isinstance(found.parameter, nn.Parameter) and found.parameter.dim() > 1:
+            miss = Miss(f"the weight '{found.path}' is used inside a '{block}' block, which stays as it is")
+            report(gm, node, miss, asked="aten.linear")
 
 
 def _is_about_weights(gm: GraphModule, node: Node, constants: set[Node]) -> bool:

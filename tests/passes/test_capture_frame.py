@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -41,6 +42,11 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.fc(x)) @ self.w + self.shift + torch.ones(5)
+
+
+def linear_paths(gm: GraphModule) -> list[str]:
+    found = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
+    return [parameter[0] for node in found if (parameter := source_parameter(gm, node.args[1]))]
 
 
 def test_the_graph() -> None:
@@ -146,6 +152,64 @@ def test_a_constant_of_the_frame_is_held_by_the_graph() -> None:
     gm = capture_frame(GraphModule(root, graph), [torch.zeros(2, 4)])
     assert torch.equal(gm(torch.ones(2, 4))[0], table + 1 + torch.zeros(2, 4))
     assert gm.held is table
+
+
+def test_a_checkpoint_that_saves_nothing_is_in_line() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.utils.checkpoint.checkpoint(self.fc, x, use_reentrant=False)
+            return out
+
+    model, seen, x = Checkpointed(), Backend(), torch.randn(2, 4)
+    with torch.no_grad():
+        out = torch.compile(model, backend=seen, fullgraph=True)(x)
+    assert torch.equal(out, model(x))
+    assert linear_paths(seen.graphs[0]) == ["fc.weight"]
+
+
+def test_a_subgraph_that_is_compiled_once_is_in_line() -> None:
+    region = torch.compiler.nested_compile_region(lambda layer, x: torch.relu(layer(x)))
+
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = region(layer, x)
+            return x
+
+    model, seen, x = Regions(), Backend(), torch.randn(2, 4)
+    with torch.no_grad():
+        out = torch.compile(model, backend=seen, fullgraph=True)(x)
+    assert torch.equal(out, model(x))
+    assert linear_paths(seen.graphs[0]) == ["layers.0.weight", "layers.1.weight"]
+
+
+def test_a_branch_in_the_graph_is_kept_and_its_weights_reported() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x) * 2, (x,))
+            return out
+
+    model, seen = Branches(), Backend()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=seen, fullgraph=True)
+        for x in (torch.ones(2, 4), -torch.ones(2, 4)):
+            assert torch.equal(compiled(x), model(x))
+    assert [miss.reason for miss in state(seen.graphs[0]).misses] == [
+        "the weight 'a.weight' is used inside a 'cond' block, which stays as it is",
+        "the weight 'b.weight' is used inside a 'cond' block, which stays as it is",
+    ]
 
 
 def test_in_place_updates_of_inputs_are_kept() -> None:

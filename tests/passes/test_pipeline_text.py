@@ -35,6 +35,14 @@ class Painted(Pass):
         return 0
 
 
+@dataclass(frozen=True)
+class Offered(Pass):
+    name: ClassVar[str] = "offered"
+
+    def apply(self, gm: GraphModule) -> int:
+        return 0
+
+
 @register_pass
 @dataclass(frozen=True)
 class Needy(Pass):
@@ -118,6 +126,24 @@ def test_a_pipeline_holds_passes_only() -> None:
 def test_every_built_in_name_finds_its_pass() -> None:
     for name in pass_names():
         assert find_pass(name).name == name
+
+
+def test_a_package_offers_passes_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        def __init__(self, name: str, value: object) -> None:
+            self.name, self.load = name, lambda: value
+
+    offered = [Point("offered", Offered), Point("wrong", int)]
+
+    def entry_points(group: str, name: str | None = None) -> list[Point]:
+        assert group == "bitfold.passes"
+        return [point for point in offered if name in (None, point.name)]
+
+    monkeypatch.setattr("bitfold.passes.registry.entry_points", entry_points)
+    assert Pipeline.parse("offered").passes == (Offered(),)
+    assert "offered" in pass_names()
+    with pytest.raises(BitfoldError, match=r"'wrong' of group bitfold.passes is .*, not a Pass"):
+        Pipeline.parse("wrong")
 
 
 def test_a_name_is_given_once() -> None:
