@@ -23,6 +23,7 @@ from .edit import argument, arguments, call, fake_mode, replace
 from .fake_quantize import FakeQuantize
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
+from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
 from .note import Note, annotated, note
 from .observe import Observe
 from .observers import Observer, observer
@@ -34,7 +35,7 @@ from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
 from .sparsify import Sparsify
 from .stages import Stage, VerificationError
-from .trace import Change, GraphSnapshot, NodeSnapshot, Step, Trace, snapshot
+from .trace import Change, Step, Trace
 from .verify import verify
 
 __all__ = [

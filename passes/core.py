@@ -105,6 +105,8 @@ class State:
         self.path_prefix = path_prefix
         """Module scope: where the captured module sits in the model; "" elsewhere."""
         self.misses: list[MissRecord] = []
+        self.told = 0
+        """How many of the misses a trace has shown already."""
         self.fake_mode: FakeTensorMode | None = None
         self.mutated: frozenset[str] | None = None
         """Attributes and placeholders that the graph writes to: never constants. None: not looked at yet."""
@@ -125,7 +127,7 @@ class State:
             stored=dict(self.stored),
             path_prefix=self.path_prefix,
         )
-        twin.misses = list(self.misses)
+        twin.misses, twin.told = list(self.misses), self.told
         twin.fake_mode = self.fake_mode
         return twin
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from ..formats.errors import BitfoldError
-from .core import Pass, State, state
+from .core import MissRecord, Pass, State, state
+from .graph_snapshot import Recorder
 from .options import parse_passes, print_pass, split_options
 from .registry import find_pass
 from .stages import Stage, VerificationError
-from .trace import Recorder, Trace
+from .trace import Change, Step, Trace, compare
 from .verify import verify
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +66,8 @@ class Pipeline:
             if verify:
                 _verify(gm, "capture")
             # What capture could not bring into normal form was found before the first pass.
-            trace.steps.append(recorder.step(gm, "captured", misses=tuple(state(gm).misses)))
+            now, stage = recorder.snapshot(gm), state(gm).stage.name
+            trace.steps.append(Step("captured", "", stage, now, 0, 0.0, _untold(gm), Change()))
             for done, step in enumerate(self.passes):
                 if progress is not None:
                     progress(print_pass(step), done, len(self.passes))
@@ -76,7 +78,6 @@ class Pipeline:
     def _run_one(self, step: Pass, gm: GraphModule, trace: Trace, recorder: Recorder, check: bool) -> None:
         here = state(gm)
         refuse(step, here)
-        known = len(here.misses)
         started = time.perf_counter()
         rewrites = step.apply(gm)
         seconds = time.perf_counter() - started
@@ -85,17 +86,9 @@ class Pipeline:
         if check:
             _verify(gm, print_pass(step))
         name, options = split_options(print_pass(step))
-        trace.steps.append(
-            recorder.step(
-                gm,
-                name,
-                options,
-                before=trace.steps[-1].snapshot,
-                rewrites=rewrites,
-                seconds=seconds,
-                misses=tuple(here.misses[known:]),
-            )
-        )
+        now = recorder.snapshot(gm)
+        change = compare(trace.steps[-1].snapshot, now)
+        trace.steps.append(Step(name, options, here.stage.name, now, rewrites, seconds, _untold(gm), change))
 
     def _check_order(self, stage: Stage) -> None:
         """Refuse an order that cannot work before the first pass has run."""
@@ -104,6 +97,13 @@ class Pipeline:
             refuse(step, here)
             if step.produces is not None and step.produces > here.stage:
                 here.stage = step.produces
+
+
+def _untold(gm: GraphModule) -> tuple[MissRecord, ...]:
+    """The misses that no step of any run has shown yet."""
+    here = state(gm)
+    fresh, here.told = tuple(here.misses[here.told :]), len(here.misses)
+    return fresh
 
 
 @contextlib.contextmanager

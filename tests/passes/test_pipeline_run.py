@@ -150,6 +150,15 @@ def test_misses_are_in_the_step_and_in_print() -> None:
     assert str(trace).endswith("gold: no")
 
 
+def test_a_miss_is_told_once_also_over_two_runs() -> None:
+    gm = captured()
+    report(gm, gm.graph.output_node(), Miss("found at capture"))
+    first = Pipeline([Marks()]).run(gm)
+    assert [miss.reason for miss in first.steps[0].misses] == ["found at capture"]
+    assert [miss.reason for miss in first.steps[1].misses] == ["no"]
+    assert Pipeline([ReluToGelu()]).run(gm).misses == []
+
+
 def test_the_table() -> None:
     lines = str(Pipeline([ReluToGelu()]).run(captured())).splitlines()
     assert lines[0].split() == ["pass", "rewrites", "nodes", "new", "gone", "altered", "time"]
