@@ -199,13 +199,13 @@ def _of_group(param: Tensor, group: int) -> Tensor:
 
 
 def _runs_of(x: Tensor, walk: Plan) -> Tensor:
-    """x as float32 [M, runs, codes of a run], the last run padded with zeros."""
+    """x as float32 [M, runs, codes of a run], the last run padded with zeros.
+
+    In memory, or Inductor would compute what x is made of (a norm, a SiLU) again for each of the N rows.
+    """
+    x = x.to(torch.float32)
     missing = -x.shape[1] % walk.codes
-    if missing:
-        x = torch.nn.functional.pad(x.to(torch.float32), (0, missing))
-        x = _in_memory(x)
-    else:
-        x = _settled(x)
+    x = _in_memory(torch.nn.functional.pad(x, (0, missing)) if missing else x)
     return x.reshape(x.shape[0], -1, walk.codes)
 
 
