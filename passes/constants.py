@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 from torch.fx.operator_schemas import normalize_function
 
 from .core import State, state
-from .edit import fake_mode
+from .edit import fake_mode, free_name
 from .provenance import inherit
 from .stages import find_attribute
 
@@ -281,14 +281,10 @@ def _root(node: Node) -> str:
 def add_constant(gm: GraphModule, name: str, tensor: Tensor, like: Node) -> Node:
     """Register `tensor` as a buffer of `gm` and return a `get_attr` for it, placed before `like`.
 
-    Dots in `name` become underscores; a number is appended when the name is taken. The node has the origin of
+    The attribute is called `name` as `free_name` makes it an identifier. The node has the origin of
     `like` and a fake value in the graph's own mode.
     """
-    plain = name.replace(".", "_")
-    free, count = plain, 0
-    while hasattr(gm, free):
-        count += 1
-        free = f"{plain}_{count}"
+    free = free_name(gm, name)
     if tensor._base is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
         # A view would keep all of the tensor alive that it looks at.
         tensor = tensor.clone()

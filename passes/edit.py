@@ -8,6 +8,8 @@ graph's own fake mode and the provenance of the nodes it stands for.
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -76,6 +78,17 @@ def _short_name(target: Callable[..., Any]) -> str | None:
     """`linear` for `aten.linear.default`: what fx calls it when it captures."""
     name = operator_name(target)
     return name.rpartition("::")[2] or None
+
+
+def free_name(gm: GraphModule, name: str) -> str:
+    """`name` as one identifier that `gm` does not have yet: a graph's code may spell it as a variable."""
+    plain = re.sub(r"\W", "_", name) or "root"
+    plain = f"_{plain}" if plain[0].isdigit() or keyword.iskeyword(plain) else plain
+    free, count = plain, 0
+    while hasattr(gm, free):
+        count += 1
+        free = f"{plain}_{count}"
+    return free
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:

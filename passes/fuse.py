@@ -27,9 +27,9 @@ from torch.fx import Graph, GraphModule, Node
 from .anchors import TARGETS
 from .core import Pass
 from .edges import epochs
+from .edit import free_name
 from .fold import DEQUANTIZE, QUANTIZE
 from .note import KEY, note
-from .observe import free_name
 from .provenance import inherit
 from .stages import Stage, find_attribute
 

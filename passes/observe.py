@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from .core import Pass
 from .edges import Edge, split_activations
+from .edit import free_name
 from .observers import observer
 from .provenance import inherit
 from .stages import Stage
@@ -43,13 +44,3 @@ class Observe(Pass):
             return inherit(node, [before if on.which == "input" else value])
 
         return split_activations(gm, make, observed_only=True)
-
-
-def free_name(gm: GraphModule, name: str) -> str:
-    """`name` as one identifier that `gm` does not have yet."""
-    plain = name.replace(".", "_") or "root"
-    free, count = plain, 0
-    while hasattr(gm, free):
-        count += 1
-        free = f"{plain}_{count}"
-    return free

@@ -156,22 +156,22 @@ def test_a_pruned_weight_stays_pruned_in_training_and_folds_to_the_same_bits() -
     model, x = nn.Sequential(nn.Linear(16, 8, bias=False)), torch.randn(32, 16)
     gm = capture(model, (x,))
     Pipeline([Annotate("int8[g8]"), Sparsify("2:4"), FakeQuantize()]).run(gm)
-    first = gm.get_buffer("0_mask").clone()
+    first = gm.get_buffer("_0_mask").clone()
     assert torch.equal(first.reshape(8, 4, 4).sum(-1), torch.full((8, 4), 2.0))
     optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
     for _ in range(10):
         F.mse_loss(gm(x), torch.randn(32, 8)).backward()
         optimizer.step()
-    assert torch.equal(gm.get_buffer("0_mask"), first)
+    assert torch.equal(gm.get_buffer("_0_mask"), first)
     with torch.no_grad():
         expected = gm(x)
         kept = model[0].weight * first
     Pipeline([Fold()]).run(gm)
     assert torch.equal(gm(x), expected)
     assert sorted(name for name, _ in gm.named_buffers()) == [
-        "0_weight_codes",
-        "0_weight_indices",
-        "0_weight_scales",
+        "_0_weight_codes",
+        "_0_weight_indices",
+        "_0_weight_scales",
     ]
     decoded = gm(torch.eye(16).repeat(2, 1))[:16].T
     assert torch.equal(decoded != 0, (kept != 0) & (decoded != 0))

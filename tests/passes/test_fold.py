@@ -339,7 +339,7 @@ def test_codes_of_a_checkpoint_are_taken_as_they_are() -> None:
     state(gm).stored = {"0.weight": given}
     Pipeline.parse("annotate{recipe=stored},fold").run(gm)
     held = dict(gm.named_buffers())
-    assert list(held) == ["0_weight_codes", "0_weight_scales", "0_weight_zeros"]
+    assert list(held) == ["_0_weight_codes", "_0_weight_scales", "_0_weight_zeros"]
     assert all(ours is theirs for ours, theirs in zip(held.values(), given.parts, strict=True))
     x = torch.randn(2, 32)
     assert torch.equal(gm(x), F.linear(x, given.dequantize()))
@@ -458,7 +458,7 @@ def test_random_modules_are_equal_in_all_three_scopes(kinds, fmt, activation, dt
             continue
         gm = capture_module(layer, example, path=path)
         Pipeline([Annotate(recipe), find_pass("fold")()]).run(gm)
-        codes.update(constants(gm, f"{path}_"))
+        codes.update(constants(gm, f"_{path}_"))
         result = gm(value)
         value = result[0] if isinstance(result, tuple | list) else result
     assert set(program[0]) == set(frame[0]) == set(codes)

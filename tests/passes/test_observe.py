@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import bitfold as bf
 from bitfold.formats import BitfoldError, format
 from bitfold.passes import Pipeline, Recipe, Rule, calibrate, capture, observer, snapshot
 
@@ -194,3 +195,16 @@ def test_a_calibrated_recipe_without_calibration_is_an_error(passes: str, expect
 def test_calibrate_takes_an_observed_graph() -> None:
     with pytest.raises(BitfoldError, match="this one is captured; run observe first"):
         calibrate(capture(Shared(), (torch.randn(4, 8),)), [torch.zeros(4, 8)])
+
+
+def test_a_path_that_starts_with_a_digit_makes_names_that_code_can_spell() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    gm = capture(model, (torch.randn(4, 8),))
+    Pipeline.parse("annotate{recipe=int8_static},observe").run(gm)
+    calibrate(gm, [torch.randn(4, 8)])
+    Pipeline.parse("fold").run(gm)
+    names = [str(node.target) for node in gm.graph.find_nodes(op="get_attr")]
+    assert "_0_input_scales" in names
+    assert all(name.isidentifier() for name in names if name != "0.bias")
+    again = bf.quantize(model, "int8_static", calibration=[torch.randn(4, 8)], target="reference")
+    assert again(torch.randn(2, 8)).shape == (2, 8)

@@ -19,9 +19,9 @@ def test_the_whole_graph() -> None:
     ]
     assert str(snapshot(gm)).splitlines() == [
         "input_1: f32[1, 8] = input",
-        "_0_weight_codes: u8[2, 2] = self.0_weight_codes",
-        "_0_weight_scales: bf16[2, 1] = self.0_weight_scales",
-        "_0_weight_indices: u8[2, 1] = self.0_weight_indices",
+        "_0_weight_codes: u8[2, 2] = self._0_weight_codes",
+        "_0_weight_scales: bf16[2, 1] = self._0_weight_scales",
+        "_0_weight_indices: u8[2, 1] = self._0_weight_indices",
         "_0_weight_dequantized: f32[2, 8] = bitfold.dequantize.default("
         "[_0_weight_codes, _0_weight_scales, _0_weight_indices], 'int4[g8,2:4]', 8, f32)",
         "linear: f32[1, 2] = aten.linear.default(input_1, _0_weight_dequantized)  # int4[g8,2:4] weight",
