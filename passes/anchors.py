@@ -61,6 +61,25 @@ UNTAKEN: dict[object, tuple[str, int, str]] = {
     aten.embedding_bag.padding_idx: ("embedding", 0, "an embedding bag is not quantized"),
     aten.addmm.default: ("linear", 2, "the matmul was not brought to aten.linear"),
     aten.mm.default: ("linear", 1, "the matmul was not brought to aten.linear"),
+    aten.bilinear.default: ("linear", 2, "a bilinear layer is not quantized"),
+    aten.conv_transpose3d.input: ("conv", 1, "a transposed convolution is not quantized"),
+    **{
+        target: ("linear", index, "a recurrent layer is not quantized")
+        for target, index in {
+            aten.lstm.input: 2,
+            aten.lstm.data: 3,
+            aten.gru.input: 2,
+            aten.gru.data: 3,
+            aten.rnn_tanh.input: 2,
+            aten.rnn_tanh.data: 3,
+            aten.rnn_relu.input: 2,
+            aten.rnn_relu.data: 3,
+            aten.lstm_cell.default: 2,
+            aten.gru_cell.default: 2,
+            aten.rnn_tanh_cell.default: 2,
+            aten.rnn_relu_cell.default: 2,
+        }.items()
+    },
 }
 
 
@@ -125,6 +144,8 @@ def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
         if node.target in UNTAKEN:
             op, index, reason = UNTAKEN[node.target]
             operand = node.args[index] if len(node.args) > index else None
+            if isinstance(operand, (list, tuple)) and operand:
+                operand = operand[0]  # a recurrent layer's weights are one argument
             if isinstance(operand, Node) and is_parameter_expr(gm, operand):
                 yield node, _site(gm, node, op, operand), Miss(reason)
         elif node.target in TARGETS and _anchor(gm, node) is None:
@@ -163,7 +184,8 @@ def _holds_codes(node: Node) -> bool:
 
 
 def _site(gm: GraphModule, node: Node, op: str, weight: Node) -> Site:
-    layer, paths = names_of(gm, node, "")
+    source = expression(gm, weight)
+    layer, paths = names_of(gm, node, source.path if source is not None else "")
     n, *rest = (int(size) for size in weight.meta["val"].shape)
     return Site(paths or (layer,), op, n=n, k=math.prod(rest), numel=n * math.prod(rest))
 

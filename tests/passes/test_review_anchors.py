@@ -97,3 +97,36 @@ class Functional(nn.Module):
 def test_a_weight_read_by_another_module_goes_by_both_paths(name: str) -> None:
     recipe = Recipe("one", (Rule(match=name, weight="int8"),))
     assert formats(capture(Functional(), (torch.randn(2, 16),)), recipe) == {"block": "int8"}
+
+
+class Around(nn.Module):
+    """One layer in a model, so that it has a path."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *given: Tensor) -> Any:
+        return self.layer(*given)
+
+
+UNTAKEN: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
+    "lstm": (nn.LSTM(8, 8, num_layers=2), (torch.zeros(3, 2, 8),), "a recurrent layer"),
+    "gru": (nn.GRU(8, 8), (torch.zeros(3, 2, 8),), "a recurrent layer"),
+    "rnn": (nn.RNN(8, 8, nonlinearity="relu"), (torch.zeros(3, 2, 8),), "a recurrent layer"),
+    "lstm cell": (nn.LSTMCell(8, 8), (torch.zeros(2, 8),), "a recurrent layer"),
+    "gru cell": (nn.GRUCell(8, 8), (torch.zeros(2, 8),), "a recurrent layer"),
+    "rnn cell": (nn.RNNCell(8, 8), (torch.zeros(2, 8),), "a recurrent layer"),
+    "bilinear": (nn.Bilinear(4, 4, 4), (torch.zeros(2, 4), torch.zeros(2, 4)), "a bilinear layer"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize("kind", UNTAKEN)
+def test_layers_that_are_not_quantized_are_reported(kind: str) -> None:
+    layer, inputs, what = UNTAKEN[kind]
+    for op in ("*", "linear"):
+        recipe = Recipe("all", (Rule(match="layer", op=op, weight="int8"), Rule(op="conv", weight="int8")))
+        trace = Pipeline([Annotate(recipe)]).run(capture(Around(layer), inputs))
+        found = [(miss.module_path, miss.reason) for miss in trace.misses if miss.module_path]
+        assert found == [("layer", f"{what} is not quantized")]
