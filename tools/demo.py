@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -99,7 +98,7 @@ def demo(
 
 def table(trials: Sequence[Trial], batches: Sequence[int]) -> Table:
     """The trials side by side; differences are against the first."""
-    out = Table(box=SIMPLE_HEAD, pad_edge=False)
+    out = Table(box=None, pad_edge=False)
     out.add_column("recipe", no_wrap=True)
     speeds = (f"tok/s, batch {n}" for n in batches)
     for head in ("weights", "perplexity", "change", *speeds, "quantize", "compile"):
@@ -175,7 +174,12 @@ def _processor() -> str:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as show:
         yield show
 

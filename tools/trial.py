@@ -73,7 +73,6 @@ class Bench:
     tokenizer: Any
     stored: Mapping[str, Quantized]
     text: Tensor
-    compiling: Mapping[str, Any]
 
     @classmethod
     def of(
@@ -82,9 +81,7 @@ class Bench:
         """`loaded` on the device, by default in the dtype that suits it: bfloat16 on a GPU, else float32."""
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         stored = {path: moved(codes, device) for path, codes in loaded.stored.items()}
-        # A GPU decodes one token of this model in less time than Python takes to launch its kernels.
-        compiling = {"mode": "reduce-overhead"} if device.type == "cuda" else {}
-        return cls(loaded.model.to(device, dtype), loaded.tokenizer, stored, text, compiling)
+        return cls(loaded.model.to(device, dtype), loaded.tokenizer, stored, text)
 
     def trial(
         self, recipe: str, *, batches: Sequence[int], steps: int, progress: Progress | None = None
@@ -127,7 +124,6 @@ class Bench:
             model,
             self.prompt(batch),
             steps=steps,
-            options=dict(self.compiling),
             progress=lambda n, of: report(f"decode at batch {batch}", n, of),
         )
 
