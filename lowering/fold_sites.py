@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, expression, state
 from ..passes.anchors import TARGETS
-from ..passes.fold import Fold
+from ..passes.fold import DEQUANTIZE, Fold
 from ..passes.note import annotated
 from ..passes.stages import find_attribute
 from .graph_data import dump, tensor_names
@@ -69,17 +70,21 @@ def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None
 
 
 def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, installer: Installer) -> None:
-    sources, dtype = _sources(site, names)
+    wanted, dtype = _sources(site, names)
     state(site.gm).store = store
     Pipeline([Fold()]).run(site.gm)
     graph = dump(site.gm)
+    sources = {_codes_of(anchor): source for anchor, source in wanted.items()}
     tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}
     installer.install(site.path, site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
 
 
-def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Source], torch.dtype]:
-    """The parameters of a site that are about to become codes, by their name in the module."""
-    sources: dict[str, Source] = {}
+def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[Node, Source], torch.dtype]:
+    """What is about to become codes in a site, by the anchor that reads it, and the dtype it computes in.
+
+    One parameter may be read in several ways, each of which has codes of its own.
+    """
+    sources: dict[Node, Source] = {}
     dtype = torch.float32
     for node, note in annotated(site.gm):
         operand = node.args[TARGETS[node.target][2]]
@@ -90,8 +95,18 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[str, Sour
         if note.weight:
             own = chain.path.removeprefix(site.path).strip(".")
             path = names[id(chain.parameter)][0]
-            sources[own] = Source(tuple(chain.parameter.shape), path, back_from(chain, note.anchor))
+            shape, back = tuple(chain.parameter.shape), back_from(chain, note.anchor)
+            sources[node] = Source(own, shape, path, back, (path, chain.text, back))
     return sources, dtype
+
+
+def _codes_of(anchor: Node) -> str:
+    """The attribute that holds the codes of an anchor's weight, after folding."""
+    node = anchor.args[TARGETS[anchor.target][2]]
+    while isinstance(node, Node) and node.target is not DEQUANTIZE:
+        node = node.args[0]  # the views from the rows that were folded to what the anchor takes
+    assert isinstance(node, Node), f"the weight of {anchor.name} was not folded"
+    return str(node.args[0][0].target)  # type: ignore[index, union-attr]
 
 
 def _midway(site: Site, done: list[str], total: int, error: BaseException) -> str:

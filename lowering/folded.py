@@ -12,7 +12,7 @@ them) and go into it in each call. `weight` is decoded when somebody asks for it
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -116,7 +116,8 @@ class Folded(nn.Module):
 
     def decoded(self, name: str) -> Tensor:
         """The folded parameter `name` in its own shape and the module's compute dtype."""
-        weight = next(one for one in self.folded_weights if one.name == name)
+        ways = [one for one in self.folded_weights if one.name == name]
+        weight = next((one for one in ways if one.back is not None), ways[0])
         parts = [getattr(self, part) for part in weight.parts]
         with torch.no_grad():
             rows = torch.ops.bitfold.dequantize(parts, weight.format, weight.k, self.compute_dtype)
@@ -126,7 +127,7 @@ class Folded(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A class made by `folded_class` has no name to be found by, so it is made again from what it was made
         # of.
-        names = tuple(dict.fromkeys(weight.name for weight in self.folded_weights))
+        names = _decoded_names(self.folded_weights, self.operands)
         original = original_class(self)
         if type(self) is not folded_class(original, names):
             return super().__reduce_ex__(protocol)
@@ -292,9 +293,9 @@ def fold_module(
     take.
 
     Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their
-    memory is free as soon as nobody else holds them.
+    memory is free as soon as nobody else holds them. One that the body reads as a float too stays.
     """
-    names = tuple(dict.fromkeys(weight.name for weight in weights))
+    names = _decoded_names(weights, operands)
     original: type = type(module)
     cls = folded_class(original, names)
     for name in names:
@@ -311,6 +312,12 @@ def fold_module(
     module.canonical = canonical  # type: ignore[assignment]
     module._modules["body"] = body
     module.__class__ = cls
+
+
+def _decoded_names(weights: tuple[FoldedWeight, ...], operands: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that are gone, so that reading them decodes."""
+    kept = set(operands)
+    return tuple(dict.fromkeys(weight.name for weight in weights if weight.name not in kept))
 
 
 def retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:

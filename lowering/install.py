@@ -39,11 +39,17 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter that is folded: its shape, its first path in the model, the way back from decoded rows."""
+    """A parameter that is folded: its name in the module, its shape, its first path in the model, the way
+    back from decoded rows.
 
+    `codes` says which codes these are: two sources share their parts if it is equal (and the format too).
+    """
+
+    name: str
     shape: tuple[int, ...]
     path: str
     back: Steps | None
+    codes: Hashable
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Installer:
         gm: GraphModule | None = None,
     ) -> None:
         """Fold `module`, which is at `path`, in place. `graph` and `tensors`: its folded graph; `sources`:
-        what is folded in it.
+        what is folded in it, by the attribute of the codes.
 
         `gm` is that graph if it is there already. The module is written last, when nothing can fail any more.
         """
@@ -97,7 +103,7 @@ class Installer:
         held = [_as_held(weight, names, lowered.layouts) for weight in weights]
         parts: dict[str, nn.Parameter] = {}
         for weight, here in zip(weights, held, strict=True):
-            parts |= self._parts(weight, here, tensors, lowered)
+            parts |= self._parts(sources[weight.parts[0]].codes, weight, here, tensors, lowered)
         operands: dict[str, Tensor] = {}
         for name in lowered.attributes:
             known = (module._parameters.get(name), module._buffers.get(name), parts.get(name))
@@ -122,10 +128,15 @@ class Installer:
         return self.kinds[key]
 
     def _parts(
-        self, weight: FoldedWeight, here: FoldedWeight, tensors: Mapping[str, Tensor], lowered: _Lowered
+        self,
+        codes: Hashable,
+        weight: FoldedWeight,
+        here: FoldedWeight,
+        tensors: Mapping[str, Tensor],
+        lowered: _Lowered,
     ) -> dict[str, nn.Parameter]:
         """The parts of one weight in the target's layout, by attribute; the same ones for a tied weight."""
-        keys = {part: (weight.path, weight.back, here.format, part) for part in weight.parts}
+        keys = {part: (codes, here.format, index) for index, part in enumerate(weight.parts)}
         if not all(key in self.shared for key in keys.values()):
             own = lowered.tensors or _laid_out(weight, here.format, tensors)
             for part, key in keys.items():
@@ -202,13 +213,8 @@ def folded_weights(graph: Data, sources: Mapping[str, Source]) -> list[FoldedWei
     """The weights of a folded graph, their parts by attribute name."""
     found = []
     for parts, text, k in canonical_parts(graph):
-        stem = parts[0].removesuffix("_codes")
-        # A parameter in two formats has a number at the end of the second one's parts.
-        name = next((one for one in sources if stem == one.replace(".", "_")), None)
-        if name is None:
-            name = next(one for one in sources if stem.startswith(one.replace(".", "_")))
-        about = sources[name]
-        found.append(FoldedWeight(name, about.shape, about.path, text, text, k, parts, about.back))
+        about = sources[parts[0]]
+        found.append(FoldedWeight(about.name, about.shape, about.path, text, text, k, parts, about.back))
     return found
 
 

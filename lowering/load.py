@@ -237,15 +237,19 @@ class _Plan:
             module.unfold()
         tensors = {attribute: tensor(join(path, name)) for attribute, name in entry["names"].items()}
         graph = self.file.header["graphs"][entry["graph"]]
-        sources = {weight["name"]: _source(weight) for weight in entry["weights"]}
+        attributes = {name: attribute for attribute, name in entry["names"].items()}
+        sources = {attributes[weight["parts"][0]]: self._source(path, weight) for weight in entry["weights"]}
         ranks = None if entry["ranks"] is None else tuple(entry["ranks"])
         dtype = enum_value("dtype", entry["dtype"])
         installer.install(path, module, graph, tensors, sources, dtype, ranks=ranks)
 
-
-def _source(weight: Mapping[str, Any]) -> Source:
-    back = None if weight["back"] is None else tuple((step, tuple(sizes)) for step, sizes in weight["back"])
-    return Source(tuple(weight["shape"]), weight["path"], back)
+    def _source(self, path: str, weight: Mapping[str, Any]) -> Source:
+        back = weight["back"]
+        steps = None if back is None else tuple((step, tuple(sizes)) for step, sizes in back)
+        codes = join(path, weight["parts"][0])
+        return Source(
+            weight["name"], tuple(weight["shape"]), weight["path"], steps, self.tied.get(codes, codes)
+        )
 
 
 def _check_parts(file: TensorFile, weights: list[tuple[tuple[str, ...], str, int]], first: Any) -> None:
