@@ -12,6 +12,7 @@ data.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cache_tag
+from .errors import FormatError
 from .format import Quantized
 from .text import format
 
@@ -32,12 +34,58 @@ SCHEMAS = {
     "pack": "(Tensor codes, str format) -> Tensor",
     "unpack": "(Tensor packed, str format, SymInt k) -> Tensor",
     "choose": "(Tensor x, str format) -> Tensor[]",
+    "no_gradient": "(Tensor gradient, SymInt[] shape, ScalarType dtype, str format) -> Tensor",
 }
 
 
 def quantize(x: Tensor, text: str, params: Sequence[Tensor] | None = None) -> list[Tensor]:
-    """Parts of x [..., K] in the order of `format.parts`; `params` are static scales, or none."""
-    return format(text).quantize(x, params or None).parts
+    """Parts of x [..., K] in the order of `format.parts`; `params` are static scales, or none.
+
+    Codes are integers, so nothing goes back through them: asking for x's gradient raises when it is computed.
+    """
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    parts = format(text).quantize(x.detach() if tracked else x, params or None).parts
+    if not tracked:
+        return parts
+    carrier = next((i for i, part in enumerate(parts) if part.is_floating_point()), None)
+    if carrier is None:  # a tensor of bytes cannot say that it needs a gradient
+        warnings.warn(f"{no_gradient_text(text)}, and what is before it gets none", stacklevel=2)
+        return parts
+    parts[carrier] = _NoGradient.apply(x, parts[carrier], text)
+    return parts
+
+
+class _NoGradient(torch.autograd.Function):
+    """(x, scales) -> scales, and an error in place of x's gradient: the scales' part alone would be wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Tensor, text: str) -> Tensor:
+        ctx.like, ctx.text = (x.shape, x.dtype), text
+        return scales.view_as(scales)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        shape, dtype = ctx.like
+        (gradient,) = gradients
+        wanted = torch.ops.bitfold.no_gradient(gradient, list(shape), dtype, ctx.text)
+        return wanted, gradient, None
+
+
+def no_gradient_text(text: str) -> str:
+    """The start of the sentence for somebody who trains through codes."""
+    return f"no gradient goes through a tensor quantized to {text}"
+
+
+def no_gradient(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, text: str) -> Tensor:
+    """Raises. An operator, so that a compiled forward may hold it in a backward that never runs."""
+    raise FormatError(
+        f"{no_gradient_text(text)}; train on a recipe that leaves activations alone, such as int8 or int4, or "
+        "with the pass fake_quantize, whose gradient goes straight through"
+    )
+
+
+def _no_gradient_shape(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, text: str) -> Tensor:
+    return gradient.new_empty(shape, dtype=dtype)
 
 
 def dequantize(parts: Sequence[Tensor], text: str, k: int, dtype: torch.dtype) -> Tensor:
@@ -73,5 +121,9 @@ def choose(x: Tensor, text: str) -> list[Tensor]:
 for _function in (quantize, dequantize, fake_quantize, pack, unpack, choose):
     _library.define(_function.__name__ + SCHEMAS[_function.__name__])
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+
+_library.define("no_gradient" + SCHEMAS["no_gradient"])
+_library.impl("no_gradient", no_gradient, "CompositeExplicitAutograd")
+_library.impl("no_gradient", _no_gradient_shape, "Meta")
 
 cache_tag.add(cache_tag.sources())

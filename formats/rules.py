@@ -101,6 +101,10 @@ def check_rule(element: Element, scale: Scale) -> None:
         raise FormatError(
             f"rule 'even' rounds at the element's mantissa, which codebook {element.name} lacks"
         )
+    if scale.two_level and (scale.rule != "absmax" or (isinstance(element, Integer) and not element.signed)):
+        raise FormatError(
+            "two levels of scales come from the largest magnitude; leave the rule and unsigned out"
+        )
     if scale.native and scale.dtype in ("e8m0", "e4m3"):
         raise FormatError(f"native arithmetic is for f32, bf16 and f16 scales, not {scale.dtype}")
 
@@ -140,7 +144,7 @@ def from_range(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tup
     if scale.rule == "signed":
         extreme = torch.where(-low >= high, low, high)
         return (_stored(scale, extreme / element.low),)
-    return (_stored(scale, high / element.steps),)  # unsigned: [0, max]
+    return _from_amax(element, scale, high)  # unsigned: [0, max]
 
 
 def _symmetric(element: Element, scale: Scale) -> bool:

@@ -204,3 +204,23 @@ def test_a_wrong_format_is_an_error_of_use() -> None:
         ops.quantize(torch.randn(2, 64), "int44")
     with pytest.raises(FormatError, match="does not divide"):
         ops.quantize(torch.randn(2, 64), "int4[g48]")
+
+
+@pytest.mark.parametrize("text", ["int8", "float8_e4m3fn[tensor]", "nvfp4"])
+def test_a_gradient_through_codes_is_an_error_and_not_a_wrong_number(text: str) -> None:
+    x = torch.randn(6, 64, requires_grad=True)
+
+    def forward(x: Tensor) -> Tensor:
+        return ops.dequantize(ops.quantize(x * 1, text), text, 64, torch.float32)
+
+    for run in (forward, torch.compile(forward, backend="aot_eager")):
+        out = run(x)  # a forward with grad mode on is no mistake
+        with pytest.raises(FormatError, match="no gradient goes through a tensor quantized to"):
+            out.sum().backward()
+    assert x.grad is None
+
+
+def test_codes_of_bytes_alone_say_that_they_end_the_gradient() -> None:
+    with pytest.warns(UserWarning, match="no gradient goes through a tensor quantized to mxfp4"):
+        parts = ops.quantize(torch.randn(2, 64, requires_grad=True), "mxfp4")
+    assert not any(part.requires_grad for part in parts)
