@@ -79,8 +79,8 @@ def no_gradient_text(text: str) -> str:
 def no_gradient(gradient: Tensor, shape: Sequence[int], dtype: torch.dtype, text: str) -> Tensor:
     """Raises. An operator, so that a compiled forward may hold it in a backward that never runs."""
     raise FormatError(
-        f"{no_gradient_text(text)}; train on a recipe that leaves activations alone, such as int8 or int4, or "
-        "with the pass fake_quantize, whose gradient goes straight through"
+        f"{no_gradient_text(text)}; train on a recipe that leaves activations alone, such as int8 or "
+        "int4, or with the pass fake_quantize, whose gradient goes straight through"
     )
 
 
