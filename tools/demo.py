@@ -27,12 +27,13 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
 from ..passes.recipes import Recipe
 from .page import write_page
+from .progress import progress_bar
 from .smollm2 import load_smollm2
 from .text import pydoc_tokens
 from .trial import Bench, Trial
@@ -66,7 +67,7 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.perf_counter()
-    with _progress(console) as show, fresh_compiler_cache():
+    with progress_bar(console) as show, fresh_compiler_cache():
         steps_done = show.add_task("SmolLM2-135M-Instruct", total=len(recipes) + 2)
         now = show.add_task("reading the model", total=None)
         loaded = load_smollm2()
@@ -170,18 +171,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as show:
-        yield show
 
 
 @contextmanager

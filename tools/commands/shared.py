@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..models import HELP, Loaded, load_model
+from ..progress import progress_bar
 
 Report = Callable[[str, int, int], None]
 
@@ -64,8 +64,7 @@ def size(count: int) -> str:
 @contextmanager
 def waiting(console: Console, what: str) -> Iterator[Report]:
     """A progress bar that is gone when the wait is over."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as show:
+    with progress_bar(console) as show:
         task = show.add_task(what, total=None)
         yield lambda step, done, total: show.update(
             task, description=step, completed=done, total=total or None
