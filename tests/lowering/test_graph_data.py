@@ -139,7 +139,7 @@ def test_values_round_trip(value: Any) -> None:
         torch.sym_max,
         torch.ops.prims.iota.default,
     ],
-    ids=str,
+    ids=lambda target: target.__name__,
 )
 def test_operators_round_trip(target: Any) -> None:
     assert target_of(target_name(target)) is target
