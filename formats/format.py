@@ -26,7 +26,7 @@ from .errors import FormatError
 from .granularity import Granularity
 from .layout import Layout, default
 from .pieces import by_rows
-from .scale import Scale
+from .scale import LARGEST, Scale
 from .sparsity import Dense, Sparsity
 
 
@@ -86,6 +86,25 @@ class Format:
         """Raises FormatError, one sentence, if a tensor of this shape cannot take the format."""
         (self.scale.granularity if self.scale is not None else Granularity()).check(shape)
         self.sparsity.check(shape)
+
+    def holds(self, low: float, high: float, dtype: torch.dtype = torch.float32) -> bool:
+        """Whether any tensor of `dtype` with numbers from `low` to `high` decodes to finite numbers, under
+        scales that their own dtype holds. Elements may clip; that is their range, and not looked at.
+
+        Above 2**100 no: the sums and spans of a block are computed in float32.
+        """
+        if max(-low, high) > 2.0**100:
+            return False
+        if self.scale is None or (max(-low, high) <= 128 and self.element.steps >= 1):
+            return True  # every scale dtype reaches that far
+        grain = self.scale.granularity
+        for ends in ((low, high), (low, low), (high, high)):
+            block = torch.tensor(ends, dtype=dtype).repeat(grain.rows or 1, (grain.cols or 16) // 2)
+            scales = self.scale.decode(self.choose(block)[0])
+            largest = math.inf if self.scale.two_level else LARGEST.get(self.scale.dtype, math.inf)
+            if not (self.fake_quantize(block).isfinite().all() and (scales.abs() < largest).all()):
+                return False
+        return True
 
     def choose(self, x: Tensor) -> tuple[Tensor, ...]:
         """(scales, [zeros], [tensor_scale]) from the data x [..., K]."""

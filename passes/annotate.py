@@ -69,7 +69,7 @@ class _Plan:
         self.gm = gm
         self.notes: list[tuple[Anchor, Note]] = []
         self.misses: list[tuple[Node, Miss, str]] = []
-        self.finite: set[Hashable] = set()
+        self.ends: dict[Hashable, tuple[float, float]] = {}
 
     def consider(self, anchor: Anchor, rule: Rule) -> None:
         if rule.skip:
@@ -77,7 +77,7 @@ class _Plan:
         try:
             note = self.note(anchor, rule)
             if note.weight and not note.stored:
-                self.check_numbers(anchor)
+                self.check_numbers(anchor, format(note.weight))
         except _Misfit as misfit:
             if rule.on_misfit == "error":
                 raise BitfoldError(f"layer {anchor.layer}: {misfit}") from misfit
@@ -119,20 +119,26 @@ class _Plan:
         _check_activation(anchor, format(text), value, edge, observed=bool(rule.observer))
         return text
 
-    def check_numbers(self, anchor: Anchor) -> None:
+    def check_numbers(self, anchor: Anchor, fmt: Format) -> None:
         tensor, key = anchor.tensor, identity(anchor.tensor)
-        if key in self.finite:
-            return
         if tensor.is_meta or isinstance(tensor, FakeTensor):
             raise _Misfit(
                 "its weight is on the meta device and has no numbers; load the weights before quantizing"
             )
-        # aminmax reads the weight once and carries NaN and infinity through; isfinite would write a mask.
-        if tensor.numel() and not all(math.isfinite(end) for end in _ends(tensor)):
+        if not tensor.numel():
+            return
+        if key not in self.ends:
+            self.ends[key] = _ends(tensor)
+        low, high = self.ends[key]
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise _Misfit(
                 "its weight has NaN or infinity in it; repair it, or leave the layer out by a skip rule"
             )
-        self.finite.add(key)
+        if not fmt.holds(low, high, tensor.dtype):
+            raise _Misfit(
+                f"its weight goes from {low:.3g} to {high:.3g}, further than the scales of {fmt} reach; "
+                "take a format with wider scales, or leave the layer out by a skip rule"
+            )
 
     def check_sharing(self) -> None:
         """Tied weights in one format are stored once; in two formats, twice, and that is said."""
@@ -160,6 +166,7 @@ class _Misfit(BitfoldError):
 
 
 def _ends(tensor: Tensor) -> tuple[float, float]:
+    # aminmax reads the weight once and carries NaN and infinity through; isfinite would write a mask.
     low, high = torch.aminmax(tensor.detach())
     return float(low), float(high)
 

@@ -225,3 +225,16 @@ def test_the_error_is_bounded_by_the_step(text: str, rows: int, groups: int, sca
     assert q.scales is not None
     steps = f._granularity.spread(f.scale.decode(q.scales)).abs().max()
     assert ((back - x) * kept).abs().max() <= 1.01 * gap * steps
+
+
+@pytest.mark.parametrize(
+    "text", ["int8", "int4[g32]", "q4_0", "q4_1", "uint4[g32,zero]", "ternary", "nf4[g32]", "mxfp4", "nvfp4"]
+)
+def test_what_a_format_holds_is_finite(text: str) -> None:
+    f = format(text)
+    assert f.holds(-3.0, 3.0) and not f.holds(-1e38, 0.0) and not f.holds(0.0, 1e60)
+    for reach in (1e3, 6e4, 5e5, 1e7, 1e20, 1e30):
+        for low, high in ((-reach, reach), (0.0, reach), (-reach, 0.0)):
+            x = low + (high - low) * torch.rand(8, 128, generator=torch.Generator().manual_seed(1))
+            if f.holds(low, high):
+                assert f.fake_quantize(x).isfinite().all()

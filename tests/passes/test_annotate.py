@@ -281,3 +281,25 @@ def test_the_pass_prints_and_parses_with_any_recipe() -> None:
     pipeline = Pipeline([Annotate(recipe)])
     assert Pipeline.parse(str(pipeline)) == pipeline
     assert str(Pipeline([Annotate("int4[g64]")])) == "annotate{recipe=int4[g64]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "dtype"),
+    [
+        ("int8", 1e60, torch.float64),
+        ("int4[g32]", 3.3e38, torch.float32),
+        ("q4_1", 3.3e38, torch.float32),
+        ("q4_0", 1e7, torch.float32),
+        ("ternary", 3.3e38, torch.float32),
+    ],
+)
+def test_a_weight_beyond_what_the_format_holds_is_an_error(
+    text: str, number: float, dtype: torch.dtype
+) -> None:
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32)).to(dtype)
+    with torch.no_grad():
+        model[0].weight[3, 4:6] = torch.tensor([number, -number], dtype=dtype)
+    gm = graph(model, torch.zeros(2, 32, dtype=dtype))
+    with pytest.raises(BitfoldError, match=r"layer 0: its weight goes from -.* further than"):
+        Pipeline([Annotate(Recipe("one", (Rule(match="0", weight=text),)))]).run(gm)
+    assert notes(gm) == []
