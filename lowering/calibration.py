@@ -10,6 +10,7 @@ without gradients.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -136,7 +137,7 @@ def observe_modules(
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-        observers[module](*args, *kwargs.values())
+        observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
 
     count = 0
     with _hooked(model, dict.fromkeys(observers, observe)):

@@ -11,6 +11,8 @@ them) and go into it in each call. `weight` is decoded when somebody asks for it
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -102,11 +104,24 @@ class Folded(nn.Module):
     parts: tuple[str, ...]
     compute_dtype: torch.dtype
     canonical: Canonical
+    arguments: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = (*args, *self._positional(len(args), kwargs))
         if self.canonical.ranks is not None:
             _check_ranks(self, self.canonical.ranks, args)
-        return self.body(*[getattr(self, name) for name in self.operands], *args, **kwargs)
+        return self.body(*[getattr(self, name) for name in self.operands], *args)
+
+    def _positional(self, given: int, kwargs: dict[str, Any]) -> list[Any]:
+        """Keyword arguments in the order of the original forward, which is that of the body."""
+        names = self.arguments[given : given + len(kwargs)]
+        if set(names) != set(kwargs):
+            raise TypeError(
+                f"{type(self).__name__} takes {list(self.arguments)} and got {given} in order and "
+                f"{list(kwargs)}"
+            )
+        return [kwargs[name] for name in names]
 
     def quantized(self, weight: FoldedWeight) -> Quantized:
         """The codes and scales of one folded weight, as they lie here."""
@@ -138,7 +153,7 @@ class Folded(nn.Module):
         for name in self.parts:
             del self._parameters[name]
         del self._modules["body"]
-        for name in ("folded_weights", "operands", "parts", "compute_dtype", "canonical"):
+        for name in ("folded_weights", "operands", "parts", "compute_dtype", "canonical", "arguments"):
             del self.__dict__[name]
         self.__class__ = original_class(self)
 
@@ -164,7 +179,7 @@ class Folded(nn.Module):
     def _compute_in(self, dtype: torch.dtype) -> None:
         if dtype == self.compute_dtype or not dtype.is_floating_point:
             return
-        retype(self.body, self.compute_dtype, dtype)
+        self._modules["body"] = retyped_body(self.body, self.compute_dtype, dtype)
         graph = retyped(self.canonical.graph, self.compute_dtype, dtype)
         self.canonical = replace(self.canonical, graph=graph)
         self.compute_dtype = dtype
@@ -213,6 +228,9 @@ def _check_ranks(module: Folded, ranks: tuple[int, ...], args: tuple[Any, ...]) 
             f"with {list(found)}; quantize the model with example_inputs of the rank that it will get"
         )
 
+
+_RETYPED = "bitfold_retyped"
+"""In the meta of a body: what `retyped_body` made of it."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -293,7 +311,8 @@ def fold_module(
     take.
 
     Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their
-    memory is free as soon as nobody else holds them. One that the body reads as a float too stays.
+    memory is free as soon as nobody else holds them. One that the body reads as a float too stays. A forward
+    of the instance's own goes: it is in the body. The body may be that of other modules too.
     """
     names = _decoded_names(weights, operands)
     original: type = type(module)
@@ -310,6 +329,9 @@ def fold_module(
     module.operands = tuple(operands)  # type: ignore[assignment]
     module.compute_dtype = compute_dtype  # type: ignore[assignment]
     module.canonical = canonical  # type: ignore[assignment]
+    module.arguments = tuple(inspect.signature(module.forward).parameters)  # type: ignore[assignment]
+    for method in ("forward", "_conv_forward"):
+        module.__dict__.pop(method, None)
     module._modules["body"] = body
     module.__class__ = cls
 
@@ -320,14 +342,27 @@ def _decoded_names(weights: tuple[FoldedWeight, ...], operands: Iterable[str]) -
     return tuple(dict.fromkeys(weight.name for weight in weights if weight.name not in kept))
 
 
-def retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
-    """Let every `dequantize` of the body that decoded to `old` decode to `new`; inner graphs too."""
+def retyped_body(body: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
+    """The body with every `dequantize` to `old` decoding to `new`: another one, which all modules that had
+    this body get, so that they stay one to the compiler.
+    """
+    made: dict[tuple[torch.dtype, torch.dtype], GraphModule] = body.meta.setdefault(_RETYPED, {})
+    if (old, new) not in made:
+        twin = GraphModule(body, copy.deepcopy(body.graph))
+        for name, child in body.named_children():
+            twin.add_module(name, copy.deepcopy(child))
+        _retype(twin, old, new)
+        made[old, new] = twin
+    return made[old, new]
+
+
+def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
     changed = False
     for node in body.graph.nodes:
         if node.op == "call_module":
             inner = body.get_submodule(str(node.target))
             if isinstance(inner, GraphModule):
-                retype(inner, old, new)
+                _retype(inner, old, new)
         elif node.target == torch.ops.bitfold.dequantize.default and node.args[3] == old:
             node.args = (*node.args[:3], new)
             changed = True

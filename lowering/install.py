@@ -58,7 +58,8 @@ class _Lowered:
 
     `attributes`: the body's leading inputs. `layouts`: format by parts. `tensors`: the constants themselves
     if the target made others than the canonical ones in another layout, so that they hold for one module
-    only.
+    only. `bodies`: the body under the names of the modules' own inputs, one for all modules that are alike,
+    so that `torch.compile` compiles one of them.
     """
 
     body: GraphModule
@@ -66,6 +67,13 @@ class _Lowered:
     layouts: dict[Parts, str]
     tensors: dict[str, Tensor] | None
     misses: list[MissRecord]
+    bodies: dict[Hashable, GraphModule] = field(default_factory=dict)
+
+    def named(self, names: Mapping[str, str]) -> GraphModule:
+        key = tuple(names.items())
+        if key not in self.bodies:
+            self.bodies[key] = _renamed(self.body, names)
+        return self.bodies[key]
 
 
 @dataclass
@@ -111,7 +119,7 @@ class Installer:
             operands[names.get(name, name)] = (lowered.tensors or tensors)[name] if tensor is None else tensor
         self.misses += [replace(miss, module_path=path) for miss in lowered.misses]
         canonical = Canonical(graph, names, ranks)
-        fold_module(module, _copied(lowered.body, names), operands, tuple(held), dtype, canonical)
+        fold_module(module, lowered.named(names), operands, tuple(held), dtype, canonical)
 
     def _lower(self, graph: Data, tensors: Mapping[str, Tensor], gm: GraphModule | None) -> _Lowered:
         about = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in sorted(tensors.items()))
@@ -266,8 +274,8 @@ def _lift(gm: GraphModule) -> tuple[GraphModule, list[str]]:
     return GraphModule(root, graph), attributes
 
 
-def _copied(body: GraphModule, names: Mapping[str, str]) -> GraphModule:
-    """A body of its own for one module, its inputs by the module's names."""
+def _renamed(body: GraphModule, names: Mapping[str, str]) -> GraphModule:
+    """The body with its inputs by the module's names."""
     graph, moved = Graph(), dict[Node, Node]()
     for node in body.graph.nodes:
         if node.op == "placeholder":

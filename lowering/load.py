@@ -14,7 +14,7 @@ Everything is checked before the skeleton is touched.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..formats import BitfoldError, format
 from .folded import Canonical, Folded, original_class
+from .graph_data import Data, tensor_names
 from .graph_data import load as load_graph
-from .graph_data import tensor_names
 from .graph_values import enum_value
 from .install import CANONICAL, Installer, Source, canonical_parts, lower_graph, part_kinds, resolve_target
 from .report import ATTRIBUTE
@@ -52,6 +52,10 @@ def load(
     """
     file = open_file(path)
     place = None if device is None else torch.device(device)
+    if file.header["kind"] not in ("program", "module"):
+        raise FileError(
+            f"{file.path} has a damaged bitfold header (kind {file.header['kind']!r}); save the model again"
+        )
     if file.header["kind"] == "program":
         if into is not None:
             raise BitfoldError(
@@ -72,10 +76,14 @@ def load(
 
 @contextmanager
 def _reading_header(file: TensorFile) -> Iterator[None]:
-    """What goes wrong in here is the header's fault, since nothing else has been touched yet."""
+    """What goes wrong in here is the header's fault, since nothing else has been touched yet: it is data
+    that somebody else may have written, so that any error at all may come of it.
+    """
     try:
         yield
-    except (KeyError, TypeError, IndexError, AttributeError, StopIteration) as error:
+    except (BitfoldError, OSError, MemoryError):
+        raise
+    except Exception as error:
         raise FileError(
             f"{file.path} has a damaged bitfold header ({type(error).__name__}: {error}); save the model "
             "again"
@@ -96,9 +104,22 @@ def _load_program(file: TensorFile, device: torch.device, target: str | None) ->
     for first in dict.fromkeys(names.values()):
         tensor = file[first].to(device)
         made[first] = nn.Parameter(tensor, requires_grad=False) if first in parameters else tensor
-    gm = load_graph(graph, {name: made[first] for name, first in names.items()}, device)
+    with _reading_header(file):
+        gm = load_graph(graph, {name: made[first] for name, first in names.items()}, device)
     gm.meta[CANONICAL] = Canonical(graph, {})
     return lower_graph(gm, on)
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """One module to fold, read from the header: all that `Installer.install` wants but the tensors."""
+
+    path: str
+    names: dict[str, str]
+    graph: Data
+    sources: dict[str, Source]
+    dtype: torch.dtype
+    ranks: tuple[int, ...] | None
 
 
 @dataclass
@@ -132,9 +153,11 @@ class _Plan:
     def check(self) -> None:
         for path, entry in self.entries.items():
             self._check_module(path, entry)
+        self._check_aliases()
         self._check_plain()
         self._check_covered()
         self._check_graphs()
+        self.folds = [self._fold(path, entry) for path, entry in self._once()]
 
     def _check_module(self, path: str, entry: Mapping[str, Any]) -> None:
         module = _submodule(self.model, path)
@@ -158,6 +181,24 @@ class _Plan:
             _check_parts(
                 self.file, [(parts, weight["format"], weight["k"])], lambda name: self.tied.get(name, name)
             )
+
+    def _check_aliases(self) -> None:
+        """A module that has two names here must be one in the file."""
+        first: dict[nn.Module, tuple[str, dict[str, str]]] = {}
+        for path, entry in self.entries.items():
+            full = {attribute: join(path, name) for attribute, name in entry["names"].items()}
+            tensors = {attribute: self.tied.get(name, name) for attribute, name in full.items()}
+            known, its = first.setdefault(self.model.get_submodule(path), (path, tensors))
+            if its != tensors:
+                raise BitfoldError(
+                    f"{known} and {path} are one module here and two in {self.file.path}; make the skeleton "
+                    "with the configuration of the saved model"
+                )
+
+    def _once(self) -> Iterator[tuple[str, Any]]:
+        """The modules of the file, by the first of their names here."""
+        first = {self.model.get_submodule(path): path for path in reversed(self.entries)}
+        return ((path, self.entries[path]) for path in self.entries if path in set(first.values()))
 
     def _check_plain(self) -> None:
         for name in self.plain:
@@ -225,23 +266,27 @@ class _Plan:
                 parameters[first] = nn.Parameter(tensor(name), requires_grad=grad)
             module._parameters[last] = parameters[first]
         installer = Installer(target)
-        for path, entry in self.entries.items():
-            self._install(installer, path, entry, tensor, device)
+        for fold in self.folds:
+            self._install(installer, fold, tensor)
         self.model.__dict__[ATTRIBUTE] = tuple(installer.misses)
 
-    def _install(
-        self, installer: Installer, path: str, entry: Mapping[str, Any], tensor: Any, device: torch.device
-    ) -> None:
-        module = self.model.get_submodule(path)
+    def _fold(self, path: str, entry: Mapping[str, Any]) -> _Fold:
+        attributes = {name: attribute for attribute, name in entry["names"].items()}
+        return _Fold(
+            path,
+            dict(entry["names"]),
+            self.file.header["graphs"][entry["graph"]],
+            {attributes[weight["parts"][0]]: self._source(path, weight) for weight in entry["weights"]},
+            enum_value("dtype", entry["dtype"]),
+            None if entry["ranks"] is None else tuple(int(rank) for rank in entry["ranks"]),
+        )
+
+    def _install(self, installer: Installer, fold: _Fold, tensor: Callable[[str], Tensor]) -> None:
+        module = self.model.get_submodule(fold.path)
         if isinstance(module, Folded):
             module.unfold()
-        tensors = {attribute: tensor(join(path, name)) for attribute, name in entry["names"].items()}
-        graph = self.file.header["graphs"][entry["graph"]]
-        attributes = {name: attribute for attribute, name in entry["names"].items()}
-        sources = {attributes[weight["parts"][0]]: self._source(path, weight) for weight in entry["weights"]}
-        ranks = None if entry["ranks"] is None else tuple(entry["ranks"])
-        dtype = enum_value("dtype", entry["dtype"])
-        installer.install(path, module, graph, tensors, sources, dtype, ranks=ranks)
+        tensors = {attribute: tensor(join(fold.path, name)) for attribute, name in fold.names.items()}
+        installer.install(fold.path, module, fold.graph, tensors, fold.sources, fold.dtype, ranks=fold.ranks)
 
     def _source(self, path: str, weight: Mapping[str, Any]) -> Source:
         back = weight["back"]

@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..formats import BitfoldError, Quantized
-from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, state
+from ..formats import BitfoldError, Quantized, nearest
+from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, rules, state
+from ..passes.anchors import anchors
 from ..passes.annotate import Annotate
+from ..passes.capture_module import is_stock
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
 from .folded import Folded
+from .folded_again import folded_sites
 from .parameters import with_all_names
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -86,8 +89,11 @@ def plan(
     unknown = [module for module in owners.values() if not is_stock(module)]
     recorded = record(unknown) if record is not None and unknown else {}
     tracer = _Tracer(recorded)
-    annotate = Pipeline([Annotate(recipe=str(recipe), heads=" ".join(_tied_heads(owners)))])
+    heads = list(_tied_heads(owners))
+    annotate = Pipeline([Annotate(recipe=str(recipe), heads=" ".join(heads))])
     found = Plan()
+    known = list(folded_sites(model, recipe))
+    named = any(rule.match != "*" for rule in recipe.rules)
     for done, (path, module) in enumerate(owners.items()):
         if progress is not None:
             progress(f"check {path}", done, len(owners))
@@ -95,13 +101,23 @@ def plan(
         if isinstance(site, Miss):
             if recipe.rules:
                 found.misses.append(MissRecord(path, path, "", recipe.name, site.reason))
+            known += [rules.Site((path,), op, 0, 0, 0) for op in rules.OPS]
             continue
+        known += [anchor.site for anchor in anchors(site.gm, heads)] if named else []
         state(site.gm).stored = codes
         found.misses += annotate.run(site.gm).misses
         if any(True for _ in annotated(site.gm)):
             found.sites.append(site)
     found.misses += _split_ties(found.sites)
+    found.misses += _unmatched(recipe, known)
     return found
+
+
+def _unmatched(recipe: Recipe, known: list[rules.Site]) -> Iterator[MissRecord]:
+    """Rules that name a layer which the whole model does not have: a slip of the pen."""
+    for rule in recipe.unmatched(known):
+        hint = nearest(rule.match, [path for site in known for path in site.paths])
+        yield MissRecord("", "", "", str(rule), f"no layer matches this rule{hint}")
 
 
 class _Tracer:
@@ -167,14 +183,6 @@ class _Tracer:
         if bound.kwargs or not all(isinstance(value, Tensor) for value in bound.args):
             return Miss(f"{what} is called with more than tensors in order: scope='program' can quantize it")
         return bound.args
-
-
-def is_stock(module: nn.Module) -> bool:
-    """Whether the module does what torch's own class does, so that its graph holds for any rank of input."""
-    return any(
-        isinstance(module, cls) and type(module).forward is cls.forward
-        for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
-    )
 
 
 @contextmanager

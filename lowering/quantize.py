@@ -20,6 +20,7 @@ from torch import nn
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
+from ..passes.fake_quantize import check_observers
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from .calibration import Batches, observe_modules, record_arguments
@@ -109,3 +110,11 @@ def _calibrate(model: nn.Module, found: Plan, batches: Batches, progress: Step |
             observed[site.module] = site.gm
     if observe_modules(model, batches, observed, progress) == 0:
         raise BitfoldError("calibration has no batches; give at least one")
+    for site in found.sites:
+        try:
+            check_observers(site.gm)
+        except BitfoldError as error:
+            raise BitfoldError(
+                f"layer {site.path} takes activations of calibrated range and no calibration batch reaches "
+                "it; give batches that do, or let a rule of the recipe skip it"
+            ) from error

@@ -75,7 +75,9 @@ class _Contents:
 
 
 def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
-    folded = {path: module for path, module in model.named_modules() if isinstance(module, Folded)}
+    # A module under two names is in the file under both, as its tensors are.
+    every = model.named_modules(remove_duplicate=False)
+    folded = {path: module for path, module in every if isinstance(module, Folded)}
     if not folded:
         raise BitfoldError(
             f"nothing in this {type(model).__name__} is quantized; call bf.quantize first (or save it by "

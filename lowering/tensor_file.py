@@ -117,15 +117,25 @@ def open_file(path: str | os.PathLike[str]) -> TensorFile:
         ) from error
     shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     dtypes = {name: DTYPES.get(part.get_dtype(), torch.float32) for name, part in slices.items()}
-    for name, (dtype, shape) in header["tensors"].items():
+    for name, dtype, shape in _listed(place, header):
         if name not in names:
             raise FileError(f"{place} lacks the tensor {name!r} that its header names; save the model again")
-        if shapes[name] != tuple(shape) or _NAMES[dtypes[name]] != dtype:
+        if shapes[name] != shape or _NAMES[dtypes[name]] != dtype:
             raise FileError(
                 f"{place}: tensor {name!r} is {_NAMES[dtypes[name]]}{list(shapes[name])} but its header says "
                 f"{dtype}{list(shape)}; save the model again"
             )
     return TensorFile(place, header, shapes, dtypes, opened)
+
+
+def _listed(place: Path, header: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of each tensor that the header names."""
+    try:
+        return [(name, dtype, tuple(shape)) for name, (dtype, shape) in header["tensors"].items()]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{place} has a damaged bitfold header (tensors: {error}); save the model again"
+        ) from error
 
 
 def described(shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ from .verify import verify
 
 Cache = dict[Any, tuple[Graph, FakeTensorMode]]
 
-# Forward methods that read only what `_signature` sees, so that a traced graph may be shared by signature.
+# Their forward methods read only what `_signature` sees, so that a traced graph may be shared by signature.
 _STOCK = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+_METHODS = ("forward", "_conv_forward")
 
 
 def example_for(module: nn.Module) -> tuple[Tensor, ...] | None:
@@ -92,17 +93,14 @@ def capture_module(
 
 def _signature(module: nn.Module, args: Sequence[Any], dynamic_batch: bool) -> Any:
     """What decides the graph of a stock module; None for a module that has to be traced each time."""
-    stock = next((cls for cls in _STOCK if isinstance(module, cls)), None)
-    if (
-        stock is None
-        or type(module).forward is not stock.forward
-        or not all(isinstance(a, Tensor) for a in args)
-    ):
+    stock = _stock_class(module)
+    if stock is None or not all(isinstance(a, Tensor) for a in args):
         return None
     held = [*module.named_parameters(), *module.named_buffers()]
     return (
         type(module).forward,
-        module.extra_repr(),
+        stock,
+        stock.extra_repr(module),  # a subclass may say less of itself
         module.training,
         dynamic_batch,
         tuple((name, tuple(t.shape), t.dtype, t.device, t.requires_grad) for name, t in held),
@@ -110,9 +108,20 @@ def _signature(module: nn.Module, args: Sequence[Any], dynamic_batch: bool) -> A
     )
 
 
-def _is_stock(module: nn.Module) -> bool:
-    """Whether the module runs torch's own code for its kind, whatever its class adds."""
-    return any(isinstance(module, cls) and type(module).forward is cls.forward for cls in _STOCK)
+def is_stock(module: nn.Module) -> bool:
+    """Whether the module runs torch's own code for its kind, whatever its class adds, so that its graph holds
+    for any rank of input and in both modes.
+    """
+    return _stock_class(module) is not None
+
+
+def _stock_class(module: nn.Module) -> Any:
+    cls = next((cls for cls in _STOCK if isinstance(module, cls)), None)
+    own = any(
+        name in module.__dict__ or getattr(type(module), name, None) is not getattr(cls, name, None)
+        for name in _METHODS
+    )
+    return None if own else cls
 
 
 def _copy(graph: Graph) -> Graph:
@@ -178,7 +187,7 @@ def _run(
         named = dict(zip(held, given[len(flat) :], strict=True))
         return functional_call(module, named, pytree.tree_unflatten(list(given[: len(flat)]), spec))
 
-    stock = _is_stock(module)
+    stock = is_stock(module)
     with mode, preserve_node_meta(), _paths_recorded(module):
         trace = make_fx(run, pre_dispatch=True, tracing_mode="real", record_stack_traces=not stock)
         return trace(*inputs, *fakes), mode

@@ -1,5 +1,6 @@
 """Modules that do unusual things with their weights, their forward or their names: right, or said."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
+from bitfold.passes.rules import Rule
 
 
 class Own(nn.Module):
@@ -86,3 +88,147 @@ def test_a_parameter_and_its_transpose_in_one_module(tmp_path: Path) -> None:
     assert torch.equal(model(x), expected) and torch.equal(model.w, rounded(w))
     loaded = through_a_file(model, Own(run), tmp_path)
     assert torch.equal(loaded(x), expected) and torch.equal(loaded.w, rounded(w))
+
+
+def test_a_forward_of_the_instance_or_of_a_subclass_is_what_is_folded() -> None:
+    class Shifted(nn.Conv1d):
+        def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(input, weight, bias) + 5
+
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Conv1d(4, 4, 3), Shifted(4, 4, 3))
+    model[1].forward = lambda x: F.linear(x, model[1].weight) * 3
+    x = torch.randn(2, 4, 32)
+    one, two, three = (rounded(module.weight.flatten(1)).view_as(module.weight) for module in model[:3])
+    y = F.linear(F.linear(x, one, model[0].bias), two) * 3
+    expected = model[3](F.conv1d(y, three, model[2].bias))
+    bf.quantize(model, "int8_conv", example_inputs=(x,), target="reference")
+    # A convolution of its own is traced alone, and then even the least size that it asks for is a condition.
+    assert [miss.module_path for miss in bf.report(model).misses] == ["3"]
+    assert model[1].folded_weights and "forward" not in vars(model[1])
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_folded_layer_takes_keywords() -> None:
+    model, x = nn.ModuleDict({"fc": nn.Linear(32, 8), "embed": nn.Embedding(9, 32)}), torch.randn(2, 32)
+    bf.quantize(model, "int8_all", target="reference")
+    assert torch.equal(model["fc"](input=x), model["fc"](x))
+    assert torch.equal(model["embed"](input=torch.tensor([3])), model["embed"](torch.tensor([3])))
+    with pytest.raises(TypeError, match=r"takes \['input'\] and got 0 in order and \['x'\]"):
+        model["fc"](x=x)
+
+
+class Repeated(nn.Module):
+    """Blocks alike; `run` is what calls one of them."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)) for _ in range(count)
+        )
+
+    def forward(self, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        for block in self.blocks:
+            x = x + run(block, x)
+        return x
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_alike_blocks_compile_once(target: str) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model = Repeated(12).eval()
+    bf.quantize(model, "int8", target=target)
+    count, x = CompileCounter(), torch.randn(2, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda block, x: block(x), backend=count)
+    with torch.no_grad():
+        expected = model(x, lambda block, x: block(x))
+        torch.testing.assert_close(model(x, compiled), expected)
+    assert count.frame_count == 1
+    # Another dtype is another body, again one for all.
+    first = model.blocks[0][0].body
+    model.blocks[1:].bfloat16()
+    assert model.blocks[0][0].body is first and model.blocks[0](x).dtype == torch.float32
+    assert len({block[0].body for block in model.blocks[1:]}) == 1
+    assert model.blocks[1](x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_one_module_under_two_names(tmp_path: Path) -> None:
+    def looped() -> nn.Sequential:
+        layer = nn.Linear(32, 32)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model, x = looped(), torch.randn(2, 32)
+    bf.quantize(model, "int8", target="reference")
+    loaded = through_a_file(model, looped(), tmp_path)
+    assert loaded[0] is loaded[2] and torch.equal(loaded(x), model(x))
+    apart = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    assert torch.equal(through_a_file(model, apart, tmp_path)(x), model(x))
+    apart = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    bf.save(bf.quantize(apart, "int8", target="reference"), tmp_path / "apart.safetensors")
+    with pytest.raises(bf.BitfoldError, match="0 and 2 are one module here and two in"):
+        bf.load(tmp_path / "apart.safetensors", into=looped())
+
+
+def test_a_layer_that_calibration_does_not_reach_is_said_before_a_write() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = Half()
+    with pytest.raises(bf.BitfoldError, match=r"layer unused .* no calibration batch reaches it"):
+        bf.quantize(model, "int8_static", calibration=[torch.randn(2, 32)], target="reference")
+    assert type(model.used) is nn.Linear and list(dict(model.named_parameters())) == [
+        *("used.weight", "used.bias", "unused.weight", "unused.bias")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ranks", 7),
+        ("dtype", "zz"),
+        ("dtype", None),
+        ("names", []),
+        ("weights", [{"back": [[1]]}]),
+        ("graph", "x"),
+    ],
+)
+def test_a_damaged_header_leaves_the_skeleton_alone(key: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    bf.save(bf.quantize(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), "int8"), path)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    outer = json.loads(data[8 : 8 + size])
+    inner = json.loads(outer["__metadata__"]["bitfold"])
+    inner["modules"]["1"][key] = value
+    outer["__metadata__"]["bitfold"] = json.dumps(inner)
+    text = json.dumps(outer).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    skeleton = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    before = list(skeleton.parameters())
+    with pytest.raises(bf.BitfoldError):
+        bf.load(path, into=skeleton)
+    assert all(a is b for a, b in zip(before, skeleton.parameters(), strict=True))
+
+
+def test_folded_already() -> None:
+    model = nn.Sequential(nn.Linear(128, 32), nn.Linear(32, 32))
+    bf.quantize(model, "int8", target="reference")
+    assert bf.quantize(model, "int8", target="reference") is model
+    with pytest.raises(bf.BitfoldError, match=r"layer 0 is quantized already \(int8\) and the recipe wants"):
+        bf.quantize(model, "int4", target="reference")
+    with pytest.raises(bf.BitfoldError, match=r"layer 0 is quantized already \(int8\) and the recipe wants"):
+        bf.quantize(model, "int8_dynamic", target="reference")
+
+
+def test_a_rule_that_names_no_layer_is_reported() -> None:
+    model = nn.ModuleDict({"down": nn.Linear(32, 32), "up": nn.Linear(32, 32)})
+    recipe = bf.Recipe("mine", (Rule(weight="int8"), Rule("dwon", skip="by hand"), Rule("up", skip="too")))
+    bf.quantize(model, recipe, target="reference")
+    said = [str(miss) for miss in bf.report(model).misses if "no layer matches" in str(miss)]
+    assert len(said) == 1 and "dwon" in said[0] and "'down'" in said[0]
