@@ -7,7 +7,8 @@ what was asked for in vain. Everything that may be the user's mistake is found h
 
 The module is the smallest one that owns a weight and traces alone. Kinds with known arguments (linear,
 convolution, embedding) are traced from their sizes; others with the arguments that they get when the model
-runs on an example.
+runs on an example. What such a forward reads of plain Python attributes (a number, a flag) is frozen as it is
+then; one that reads `self.training` is left as it was and reported.
 """
 
 from __future__ import annotations
@@ -154,12 +155,27 @@ class _Tracer:
         guards = mode.shape_env.guards
         if guards:
             return Miss(f"its forward goes another way for other sizes of its input (here {guards[0].expr})")
+        if not self._same_in_other_mode(path, module, args, gm):
+            return Miss("its forward does one thing in train() and another in eval(), and would be frozen")
         try:
             wider = self._capture(path, module, tuple(value.unsqueeze(0) for value in args))
             any_rank = str(wider.code) == str(gm.code)
         except BitfoldError:
             any_rank = False
         return Site(path, module, gm, None if any_rank else tuple(value.ndim for value in args))
+
+    def _same_in_other_mode(
+        self, path: str, module: nn.Module, args: tuple[Tensor, ...], gm: GraphModule
+    ) -> bool:
+        modes = {inner: inner.training for inner in module.modules()}
+        try:
+            module.train(not module.training)
+            return str(self._capture(path, module, args).code) == str(gm.code)
+        except BitfoldError:
+            return False
+        finally:
+            for inner, mode in modes.items():
+                inner.training = mode
 
     def _capture(self, path: str, module: nn.Module, args: tuple[Tensor, ...]) -> GraphModule:
         with _without_hooks(module):

@@ -12,6 +12,7 @@ Every check runs before the first write, so that a mistake leaves the model as i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -31,6 +32,9 @@ from .memory import held, release
 from .module_scope import Plan, Record, Step, plan
 from .parameters import check_parameters
 from .program_scope import quantize_program
+
+_TRACING = threading.RLock()
+"""Tracing patches `nn.Module` for the whole process, so that models are quantized one after the other."""
 
 Scope = Literal["module", "program"]
 
@@ -62,24 +66,27 @@ def quantize(
     was, for anything wrong in what was given; and, naming what is folded already, if memory or disk gives
     out midway.
     """
-    wanted = Recipe.parse(recipe)
-    check_parameters(model)
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    on = resolve_target(target, device)
-    batches = Batches(calibration, example_inputs)
-    codes = stored or {}
-    if scope == "program":
-        return quantize_program(model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress)
-    if scope != "module":
-        raise BitfoldError(f"scope is {scope!r}; it may be 'module' (in place) or 'program' (one graph)")
-    found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
-    _check_found(model, wanted, found)
-    if found.calibrated:
-        _calibrate(model, found, batches, progress)
-    before = held(model)
-    fold_sites(model, found, on, progress)
-    release(before - held(model))
-    return model
+    with _TRACING:
+        wanted = Recipe.parse(recipe)
+        check_parameters(model)
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        on = resolve_target(target, device)
+        batches = Batches(calibration, example_inputs)
+        codes = stored or {}
+        if scope == "program":
+            return quantize_program(
+                model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress
+            )
+        if scope != "module":
+            raise BitfoldError(f"scope is {scope!r}; it may be 'module' (in place) or 'program' (one graph)")
+        found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
+        _check_found(model, wanted, found)
+        if found.calibrated:
+            _calibrate(model, found, batches, progress)
+        before = held(model)
+        fold_sites(model, found, on, progress)
+        release(before - held(model))
+        return model
 
 
 def _recorder(model: nn.Module, batches: Batches) -> Record | None:

@@ -151,7 +151,7 @@ def _header(place: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         header = json.loads(metadata[KEY])
         version = int(header["version"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise FileError(f"{place} has a damaged bitfold header ({error}); save the model again") from error
     if version > VERSION:
         raise FileError(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -232,3 +233,24 @@ def test_a_rule_that_names_no_layer_is_reported() -> None:
     bf.quantize(model, recipe, target="reference")
     said = [str(miss) for miss in bf.report(model).misses if "no layer matches" in str(miss)]
     assert len(said) == 1 and "dwon" in said[0] and "'down'" in said[0]
+
+
+def test_a_forward_that_reads_the_mode_stays_float_and_is_reported() -> None:
+    class Dropping(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(F.linear(x, self.w), 0.5, self.training)
+
+    model = nn.Sequential(nn.Linear(32, 32), Dropping(F.linear))
+    bf.quantize(model, "int8", example_inputs=(torch.randn(2, 32),), target="reference")
+    assert type(model[1]) is Dropping and model[1].training
+    assert "train() and another in eval()" in str(bf.report(model).misses[0])
+
+
+def test_models_are_quantized_in_threads() -> None:
+    def one(seed: int) -> bool:
+        model, x = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)), Own(F.linear)), torch.randn(2, 32)
+        bf.quantize(model, "int8", example_inputs=(x,), target="reference")
+        return bool(model(x).isfinite().all()) and len(bf.report(model).layers) == 4
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(4)))
