@@ -47,7 +47,7 @@ def demo_table() -> str:
     found = []
     for path in sorted(RESULTS.glob("demo-*.json")):
         found.append(_demo(json.loads(path.read_text(encoding="utf-8")), path))
-    return "\n\n".join(found)
+    return "\n".join(found)
 
 
 def _demo(record: dict[str, Any], path: Path) -> str:
