@@ -91,8 +91,7 @@ def demo(
     for line in NOTES:
         console.print(line, style="dim", highlight=False)
     for trial in trials:
-        for miss in trial.misses:
-            console.print(f"{trial.recipe}: {miss}", style="yellow", highlight=False, markup=False)
+        _print_misses(trial, console)
     console.print(f"[bold]{page}[/] shows what the passes did; {data} holds the table. Took {seconds:.0f} s.")
     return trials
 
@@ -118,6 +117,15 @@ def table(trials: Sequence[Trial], batches: Sequence[int]) -> Table:
             f"{trial.compile_seconds:.0f} s",
         )
     return out
+
+
+def _print_misses(trial: Trial, console: Console) -> None:
+    """What the recipe asked for and did not get; a few, and how many more."""
+    lines = [f"{trial.recipe}: {miss}" for miss in trial.misses[:4]]
+    if len(trial.misses) > len(lines):
+        lines.append(f"{trial.recipe}: and {len(trial.misses) - len(lines)} more")
+    for line in lines:
+        console.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def archive(folder: Path, files: dict[str, str]) -> Path:
 
 
 def test_words_lose_their_parts_of_speech_and_files_come_in_order(tmp_path: Path) -> None:
-    path = archive(tmp_path, {"cb01": "Two/cd ./.\n", "package.json": "{}", "ca01": "\n\n\tOne/cd 1/2/cd ,/,\n"})
+    path = archive(
+        tmp_path, {"cb01": "Two/cd ./.\n", "package.json": "{}", "ca01": "\n\n\tOne/cd 1/2/cd ,/,\n"}
+    )
     assert list(brown_words(path)) == ["One", "1/2", ",", "Two", "."]
 
 
