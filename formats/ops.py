@@ -51,7 +51,7 @@ def quantize(x: Tensor, text: str, params: Sequence[Tensor] | None = None) -> li
     if carrier is None:  # a tensor of bytes cannot say that it needs a gradient
         warnings.warn(f"{no_gradient_text(text)}, and what is before it gets none", stacklevel=2)
         return parts
-    parts[carrier] = _NoGradient.apply(x, parts[carrier], text)
+    parts[carrier] = _NoGradient.apply(x, parts[carrier], text)  # type: ignore[no-untyped-call]
     return parts
 
 

@@ -9,6 +9,10 @@ freed.
 
     Dynamo's (x, fc.weight, norm.weight)  ->  inner(x, norm.weight, codes, scales), compiled by the target
 
+A parameter that changes is folded anew in the next call. A change is known by the tensor's version and
+address, so a write through `.data` (`weight.data.mul_(2)`), or to a parameter made under
+`torch.inference_mode()`, which has no version, is not seen: call `torch.compiler.reset()` after it.
+
 Found by torch through the entry point `torch_dynamo_backends`: nothing of bitfold needs to be imported.
 """
 
@@ -23,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError
-from ..passes import Pipeline, capture_frame, is_training_graph, state
+from ..passes import Pipeline, Trace, capture_frame, is_training_graph, state
 from ..passes.annotate import Annotate
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
@@ -113,6 +117,8 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     positions = {node.name: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     trace = steps.run(graph)
     deliver(options.trace, trace)
+    _warn_unmatched(steps, trace, graph)
+    _warn_unversioned(graph, weights)
     inline(graph)
     slots = _lift(graph, weights, positions)
     kept, watched = _drop_unused(graph, slots, inputs, positions)
@@ -120,6 +126,42 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     examples = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     inner = target.compile(graph, examples, options.config())
     return _Call(inner, kept, slots, watched)
+
+
+def _warn_unmatched(steps: Pipeline, trace: Trace, graph: GraphModule) -> None:
+    """A recipe that means none of the layers here is most likely misspelled. A graph without weights (what
+    is left between graph breaks), or with codes in their place, has no layer that it could mean."""
+    asked = []
+    for step, done in zip(steps.passes, trace.steps[1:], strict=True):
+        if not isinstance(step, Annotate):
+            continue
+        recipe = Recipe.parse(step.recipe)
+        if done.rewrites or all(rule.skip for rule in recipe.rules):
+            return
+        asked.append(recipe.name)
+    weights = any(given.is_floating_point() and given.ndim > 1 for given in state(graph).params.values())
+    folded = any(given.dtype == torch.uint8 for given in state(graph).params.values())
+    if asked and weights and not folded:
+        warnings.warn(
+            f"recipe {asked[0]!r} matches no layer of this graph, which runs unquantized; its rules go by "
+            "the paths that model.named_modules() gives",
+            stacklevel=2,
+        )
+
+
+def _warn_unversioned(graph: GraphModule, weights: GraphWeights) -> None:
+    """Parameters whose changes cannot be seen."""
+    names = [
+        state(graph).param_paths.get(name, name)
+        for name, given in state(graph).params.items()
+        if given.is_inference() and any(use.parameter is given for use in weights.uses)
+    ]
+    if names:
+        warnings.warn(
+            f"{len(names)} parameters ({names[0]}, ..) were made under torch.inference_mode(), so bitfold "
+            "cannot see them change; call torch.compiler.reset() after changing one, or make them outside",
+            stacklevel=2,
+        )
 
 
 def _refuse_calibration(steps: Pipeline) -> None:

@@ -302,3 +302,24 @@ def test_bf16_models_fold_too() -> None:
         out = compiled(model, recipe="int4[g32]")(TOKENS)
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, reference(model, TOKENS, "int4[g32]"))
+
+
+def test_a_recipe_that_matches_nothing_says_so() -> None:
+    model = Net().eval()
+    nothing = bf.Recipe("typo", (bf.Rule(match="encoder.*", weight="int8"),))
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match="recipe 'typo' matches no layer of this graph"):
+            out = compiled(model, recipe=nothing)(TOKENS)
+        assert torch.equal(out, model(TOKENS))
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled(torch.relu)(torch.randn(3))
+            compiled(bf.quantize(model, "int8_all", target="reference"))(TOKENS)
+
+
+def test_a_parameter_without_a_version_is_told_about() -> None:
+    with torch.inference_mode():
+        model = Net().eval()
+        with pytest.warns(UserWarning, match=r"made under torch.inference_mode\(\), so bitfold cannot"):
+            compiled(model)(TOKENS)
