@@ -1,10 +1,11 @@
-"""The command line: what each command prints, files in between, plugins, and one sentence for each mistake."""
+"""The command line: what each command prints, the files between commands, and one sentence a mistake."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 from bitfold.tools.cli import main
 
 MODEL = """

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
 from bitfold import BitfoldError, format
 from bitfold.tools import demo as demo_module
 from bitfold.tools.demo import RECIPES, demo, table
 from bitfold.tools.page import write_page
 from bitfold.tools.smollm2 import SmolLM2
 from bitfold.tools.trial import Speed, Trial
-from rich.console import Console
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""Decoding a layer at a time says what transformers says; bytes are counted once; a trial leaves the model."""
+"""Decoding a layer at a time says what transformers says; bytes count once; a trial leaves the model."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from bitfold import BitfoldError
 from bitfold.lowering import Folded, quantize
 from bitfold.tools.decoding import share_bodies
 from bitfold.tools.measure import Decoding, decode, time_calls, weight_bytes
 from bitfold.tools.smollm2 import SmolLM2
 from bitfold.tools.trial import Bench, shared_copy
-from torch import nn
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from bitfold import BitfoldError
 from bitfold.tools.perplexity import perplexity
-from torch import Tensor, nn
 
 
 class Fixed(nn.Module):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from bitfold import BitfoldError
 from bitfold.lowering import Folded, quantize
 from bitfold.tools.perplexity import perplexity
@@ -22,7 +24,6 @@ from bitfold.tools.smollm2 import (
 )
 from bitfold.tools.text import pydoc_tokens
 from bitfold.tools.trial import shared_copy
-from torch import Tensor
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")

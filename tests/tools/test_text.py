@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bitfold import BitfoldError
 from bitfold.tools import text
 from bitfold.tools.text import brown_tokens, brown_words, detokenize, fetch_brown, pydoc_tokens, windows
