@@ -7,21 +7,20 @@ In: a `LlamaForCausalLM` (as it is, or quantized in place) and a prompt. Out: on
     decoder.compile()
     token = decoder.step(token)            one token, compiled
 
-All layers are alike, so one compiled function serves them all: compiling the whole model as one graph takes
-ten times as long, most of it Python going thirty times over the same layer. On a GPU the whole step, all
-layers, becomes one CUDA graph, since launching kernels one by one would take longer than they do.
+All layers are alike (`bf.quantize` gives modules that are alike one body), so one compiled function serves
+them all: compiling the whole model as one graph takes ten times as long, most of it Python going thirty
+times over the same layer. On a GPU the whole step, all layers, becomes one CUDA graph, since launching
+kernels one by one would take longer than they do.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import BitfoldError
-from ..lowering import Folded
 
 
 class LayerCache:
@@ -48,7 +47,6 @@ class Decoder:
             raise BitfoldError(
                 f"decoding is timed for models built like Llama, and {type(model).__name__} is not"
             )
-        share_bodies(model)
         norm = self.inner.norm.weight
         self.length = length
         self.position = torch.zeros(1, dtype=torch.int64, device=norm.device)
@@ -130,15 +128,3 @@ def _layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache:
 def _end(model: Any, x: Tensor) -> Tensor:
     logits = model.lm_head(model.model.norm(x[:, -1:]))
     return logits[:, -1].argmax(-1, keepdim=True)  # type: ignore[no-any-return]
-
-
-def share_bodies(model: Any) -> None:
-    """Let folded modules with equal graphs run one graph object, so that the compiler sees that they are
-    equal. Graphs hold no tensors."""
-    first: dict[Any, Any] = {}
-    for module in model.modules():
-        if isinstance(module, Folded):
-            graph = json.dumps(module.canonical.graph)
-            formats = tuple(weight.format for weight in module.folded_weights)
-            key = (type(module), module.operands, formats, graph)
-            module.body = first.setdefault(key, module.body)

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from bitfold import BitfoldError
-from bitfold.lowering import Folded, quantize
-from bitfold.tools.decoding import share_bodies
+from bitfold.lowering import quantize
 from bitfold.tools.measure import Decoding, decode, time_calls, weight_bytes
 from bitfold.tools.smollm2 import SmolLM2
 from bitfold.tools.trial import Bench, shared_copy
@@ -62,14 +61,6 @@ def test_compiled_decoding_of_a_quantized_model_compiles_each_piece_once() -> No
         got = decode(model, prompt, steps=12)
     assert got.tokens.tolist() == want.tokens.tolist()
     assert got.compile_seconds > got.step_seconds > 0
-
-
-def test_layers_share_their_graphs() -> None:
-    model = quantize(tiny(), "int4[g32]", target="reference")
-    share_bodies(model)
-    layers = model.model.layers
-    assert layers[0].mlp.up_proj.body is layers[2].mlp.up_proj.body
-    assert len({id(m.body) for m in model.modules() if isinstance(m, Folded)}) < 21
 
 
 def test_speed_is_of_the_whole_batch() -> None:
