@@ -29,6 +29,7 @@ from torch.fx import GraphModule, Node
 from ..formats import BitfoldError
 from ..passes import Pipeline, Trace, capture_frame, is_training_graph, state
 from ..passes.annotate import Annotate
+from ..passes.core import META_KEY
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse, inline
@@ -125,6 +126,7 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     graph.recompile()
     examples = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     inner = target.compile(graph, examples, options.config())
+    graph.meta.pop(META_KEY)  # it holds the user's parameters, which a target that keeps the graph must not
     return _Call(inner, kept, slots, watched)
 
 

@@ -135,7 +135,10 @@ class GraphWeights:
         with torch.inference_mode(False), torch.no_grad():
             if use is None:
                 return codes.format.relayout(codes, layout)
-            use.codes = self.store.get(use.parameter, use.fold, layout, use.make)
+            known = self.store.find(use.parameter, use.fold)
+            same = next((one for one in known if one.format.layout == layout), None)
+            laid = same or codes.format.relayout(codes, layout)
+        use.codes = self.store.keep(use.parameter, use.fold, laid, use.make)
         return use.codes
 
     def settle(self) -> dict[int, tuple[Use, int]]:
