@@ -133,11 +133,11 @@ def round_tokens(model: Any, rounding: Rounding) -> None:
 
 
 def prepared(model: Any, recipe: str) -> None:
-    """Put `model` in place as the oracle of `recipe` has it. KeyError for a recipe without an oracle."""
-    if recipe in (
-        "none",
-        "stored",
-    ):  # the model holds what gguf's own dequantize made of the file: see `float_weights`
+    """Change `model` to what the oracle makes of `recipe`. KeyError for a recipe without an oracle.
+
+    `none` and `stored` change nothing: the model holds what the gguf package decodes from the file.
+    """
+    if recipe in ("none", "stored"):
         return
     if recipe == "int8_all":
         round_everything(model, ORACLES["int8"])
