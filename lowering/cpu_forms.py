@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ..formats import Format, Granularity, Integer, Planar, affine, mover
+from ..formats import Element, Format, Granularity, Integer, Planar, Scale, affine, mover
 from ..formats.sparsity import Dense
 from ..passes import Miss
 from .cpu_values import Decoded, terms
@@ -139,29 +139,30 @@ def _weights(parts: Sequence[Tensor], format: Format, walk: Plan) -> list[tuple[
     """Pieces with their values in every run: float32 [N, runs, count]; those of a piece sum to
     `dequantize`'s.
     """
-    packed = parts[0]
+    packed, scale = parts[0], format.scale
     rows = packed.shape[0]
     runs = packed.reshape(rows, -1, walk.bytes)
-    params = [_grouped(_settled(part), format, rows, walk) for part in parts[1:]]
+    params = [_settled(part) for part in parts[1:]]
+    if scale is not None and scale.dtype == "e8m0":  # a dozen operations, which the loop need not repeat
+        params[0], scale = _in_memory(scale.decode(params[0])), replace(scale, dtype="f32")
+    params = [_grouped(param, format, rows, walk) for param in params]
     found = []
     for piece in walk.pieces:
         codes = _taken(runs, piece.moves)
         own = [_of_group(param, piece.group) for param in params]
-        found += [(piece, values) for values in _scaled(format, codes, own)]
+        found += [(piece, values) for values in _scaled(format.element, scale, codes, own)]
     return found
 
 
-def _scaled(format: Format, codes: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+def _scaled(element: Element, scale: Scale | None, codes: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """Terms of the values of one piece; `params` broadcast against its codes."""
-    if format.scale is None:
-        return terms(format.element, codes)
+    if scale is None:
+        return terms(element, codes)
     whole = Granularity(1, None)
-    if isinstance(format.element, Integer):
-        return [affine.decode(format.element, format.scale, whole, codes, params)]
-    decoded = Decoded(format.element)
-    return [
-        affine.decode(decoded, format.scale, whole, term, params) for term in terms(format.element, codes)
-    ]
+    if isinstance(element, Integer):
+        return [affine.decode(element, scale, whole, codes, params)]
+    decoded = Decoded(element)
+    return [affine.decode(decoded, scale, whole, term, params) for term in terms(element, codes)]
 
 
 def _taken(runs: Tensor, moves: Sequence[mover.Move]) -> Tensor:
