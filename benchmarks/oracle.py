@@ -75,16 +75,17 @@ def nvfp4(w: Tensor) -> Tensor:
 
 
 def codebook(w: Tensor, *, levels: tuple[float, ...], group: int, scale: torch.dtype) -> Tensor:
-    """The nearest level in float64, by trying all of them; a scale is the group's largest magnitude."""
+    """The level nearest in float64, by trying all of them; a scale is the group's largest magnitude, and a
+    number in units of it is a float32, which decides the few that lie halfway."""
     blocks = w.view(w.shape[0], -1, group)
-    scales = blocks.abs().amax(-1, keepdim=True).to(scale).double()
-    wanted = torch.where(scales > 0, blocks.double() / scales, 0.0)
+    scales = blocks.abs().amax(-1, keepdim=True).to(scale).float()
+    wanted = torch.where(scales > 0, blocks * (1 / scales), 0.0).double()
     best, nearest = torch.full_like(wanted, float("inf")), torch.zeros_like(wanted)
     for level in torch.tensor(levels, dtype=torch.float32).double().tolist():
         off = (wanted - level).abs()
         nearest = torch.where(off < best, level, nearest)
         best = torch.minimum(best, off)
-    return (nearest * scales).float().view(w.shape)
+    return (nearest * scales.double()).float().view(w.shape)
 
 
 ORACLES: dict[str, Rounding] = {

@@ -47,7 +47,7 @@ def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tens
     and multiplied by the library. The choice adds no guard, so a varying number of rows stays one graph.
     """
     fmt = format(text)
-    walk = plan(fmt, k) if _is_traced(x) and isinstance(k, int) else None
+    walk = plan(fmt, k) if _may_fuse(x) and isinstance(k, int) else None
     count = x.numel() // k if k else 0
     if (
         not isinstance(walk, Plan)
@@ -62,8 +62,14 @@ def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tens
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _is_traced(x: Tensor) -> bool:
-    """Whether a compiler is looking: run eagerly, the fused form would write what it is made not to write."""
+def _may_fuse(x: Tensor) -> bool:
+    """Whether a compiler is looking: run eagerly, the fused form would write what it is made not to write.
+
+    Under autocast the product is the library's too, in the dtype that autocast gives it; and where gradients
+    are wanted, since the backward of the fused form would keep a decoded weight for each row of x.
+    """
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and x.requires_grad):
+        return False
     return isinstance(x, FakeTensor | FunctionalTensor)
 
 

@@ -184,9 +184,25 @@ def test_eager_cpu_linear_is_the_library_product() -> None:
     assert torch.equal(found, nn.functional.linear(x, q.dequantize(), bias))
 
 
-def test_cpu_linear_has_gradients() -> None:
+def test_autocast_gives_the_same_dtype_compiled_or_not() -> None:
+    q, x = bf.format("int8").quantize(torch.randn(40, 96)), torch.randn(3, 96)
+
+    def call(x: Tensor) -> Tensor:
+        return torch.ops.bitfold.cpu_linear(x, q.parts, "int8", 96)
+
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert call(x).dtype == torch.bfloat16
+        assert torch.compile(call, backend="aot_eager")(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cpu_linear_has_gradients(compiled: bool) -> None:
     q, x = bf.format("int8").quantize(torch.randn(40, 96)), torch.randn(3, 96, requires_grad=True)
-    torch.ops.bitfold.cpu_linear(x, q.parts, "int8", 96).sum().backward()
+
+    def call(x: Tensor) -> Tensor:
+        return torch.ops.bitfold.cpu_linear(x, q.parts, "int8", 96)
+
+    (torch.compile(call, backend="aot_eager") if compiled else call)(x).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, q.dequantize().sum(0).expand(3, 96), atol=1e-5)
 
