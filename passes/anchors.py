@@ -132,7 +132,8 @@ def anchors(gm: GraphModule, heads: Iterable[str] = ()) -> list[Anchor]:
 
     heads: paths of linears that are heads for a reason that this graph does not show.
     """
-    found = [anchor for node in gm.graph.nodes if (anchor := _anchor(gm, node)) is not None]
+    seen = Modules(gm)
+    found = [anchor for node in gm.graph.nodes if (anchor := _anchor(gm, node, seen)) is not None]
     tables = {identity(anchor.tensor) for anchor in found if anchor.kind == "embedding"}
     known = frozenset(heads)
     return [_with_head(anchor, tables, known) for anchor in found]
@@ -140,6 +141,7 @@ def anchors(gm: GraphModule, heads: Iterable[str] = ()) -> list[Anchor]:
 
 def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
     """Nodes with a weight that no anchor describes: the node, how rules see it, the reason."""
+    seen = Modules(gm)
     for node in gm.graph.nodes:
         if node.target in UNTAKEN:
             op, index, reason = UNTAKEN[node.target]
@@ -147,12 +149,12 @@ def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
             if isinstance(operand, (list, tuple)) and operand:
                 operand = operand[0]  # a recurrent layer's weights are one argument
             if isinstance(operand, Node) and is_parameter_expr(gm, operand):
-                yield node, _site(gm, node, op, operand), Miss(reason)
-        elif node.target in TARGETS and _anchor(gm, node) is None:
+                yield node, _site(gm, node, op, operand, seen), Miss(reason)
+        elif node.target in TARGETS and _anchor(gm, node, seen) is None:
             found = _why_no_anchor(gm, node)
             if found is not None:
                 operand, reason = found
-                yield node, _site(gm, node, OPS[TARGETS[node.target][0]], operand), Miss(reason)
+                yield node, _site(gm, node, OPS[TARGETS[node.target][0]], operand, seen), Miss(reason)
 
 
 def _why_no_anchor(gm: GraphModule, node: Node) -> tuple[Node, str] | None:
@@ -183,9 +185,9 @@ def _holds_codes(node: Node) -> bool:
     return node.target is torch.ops.bitfold.dequantize.default
 
 
-def _site(gm: GraphModule, node: Node, op: str, weight: Node) -> Site:
+def _site(gm: GraphModule, node: Node, op: str, weight: Node, seen: Modules) -> Site:
     source = expression(gm, weight)
-    layer, paths = names_of(gm, node, source.path if source is not None else "")
+    layer, paths = names_of(gm, node, source.path if source is not None else "", seen)
     n, *rest = (int(size) for size in weight.meta["val"].shape)
     return Site(paths or (layer,), op, n=n, k=math.prod(rest), numel=n * math.prod(rest))
 
@@ -202,7 +204,7 @@ def identity(tensor: Tensor) -> Hashable:
     return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
 
-def names_of(gm: GraphModule, node: Node, parameter: str) -> tuple[str, tuple[str, ...]]:
+def names_of(gm: GraphModule, node: Node, parameter: str, seen: Modules) -> tuple[str, tuple[str, ...]]:
     """What to call the layer at `node`, and every path by which a rule may name it.
 
     A layer goes by its parameter's path less `.weight`, and by the module that it runs in. A module with a
@@ -213,12 +215,12 @@ def names_of(gm: GraphModule, node: Node, parameter: str) -> tuple[str, tuple[st
     owner = parameter.removesuffix(".weight")
     if not user or parameter == user or parameter.startswith(user + "."):
         return owner, tuple(dict.fromkeys(path for path in (owner, user) if path))
-    if stack and _has_own_weight(gm, stack[-1], parameter):
+    if stack and _has_own_weight(seen, stack[-1], parameter):
         return user, (user,)
     return user, tuple(dict.fromkeys(path for path in (user, owner) if path))
 
 
-def _has_own_weight(gm: GraphModule, user: Any, parameter: str) -> bool:
+def _has_own_weight(seen: Modules, user: Any, parameter: str) -> bool:
     """Whether the module at `user`, an entry of a module stack, holds the parameter under a name of its own.
 
     The graph says its kind only: one of torch's layers has a weight, and so has one of the owner's kind.
@@ -228,12 +230,24 @@ def _has_own_weight(gm: GraphModule, user: Any, parameter: str) -> bool:
     cls = _class_named(kind) if isinstance(kind, str) else kind
     if isinstance(cls, type) and issubclass(cls, LAYERS):
         return True
-    owner = parameter.rpartition(".")[0]
-    for node in gm.graph.nodes:
-        for spelled, other in (node.meta.get("nn_module_stack") or {}).values():
-            if other == kind and state(gm).path(module_path(spelled)) == owner:
-                return True
-    return False
+    return (kind, parameter.rpartition(".")[0]) in seen.kinds
+
+
+@dataclass(frozen=True)
+class Modules:
+    """The modules that a graph's nodes ran in, looked up once for all anchors."""
+
+    gm: GraphModule
+
+    @cached_property
+    def kinds(self) -> frozenset[tuple[Any, str]]:
+        """(kind, path in the model) of each."""
+        entries = {
+            entry
+            for node in self.gm.graph.nodes
+            for entry in (node.meta.get("nn_module_stack") or {}).values()
+        }
+        return frozenset((kind, state(self.gm).path(module_path(spelled))) for spelled, kind in entries)
 
 
 def _class_named(dotted: str) -> object:
@@ -242,7 +256,7 @@ def _class_named(dotted: str) -> object:
     return getattr(sys.modules.get(module), name, None)
 
 
-def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
+def _anchor(gm: GraphModule, node: Node, seen: Modules) -> Anchor | None:
     if node.op != "call_function" or node.target not in TARGETS:
         return None
     kind, input_index, weight_index = TARGETS[node.target]
@@ -255,7 +269,7 @@ def _anchor(gm: GraphModule, node: Node) -> Anchor | None:
     # A buffer is a table of the model's own (rotary frequencies, a window), not a weight.
     if not isinstance(source.parameter, nn.Parameter):
         return None
-    layer, paths = names_of(gm, node, source.path)
+    layer, paths = names_of(gm, node, source.path, seen)
     return Anchor(node, kind, OPS[kind], layer, paths, source, input_index, weight_index)
 
 
