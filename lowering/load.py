@@ -28,9 +28,10 @@ from .graph_data import Data, tensor_names
 from .graph_data import load as load_graph
 from .graph_values import enum_value
 from .install import CANONICAL, Installer, Source, canonical_parts, lower_graph, part_kinds, resolve_target
+from .paths import FileError
 from .report import ATTRIBUTE
 from .save import join
-from .tensor_file import FileError, TensorFile, open_file
+from .tensor_file import TensorFile, open_file
 
 
 @torch.inference_mode(False)

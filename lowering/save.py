@@ -30,6 +30,7 @@ from ..passes.stages import find_attribute
 from .folded import Canonical, Folded, FoldedWeight, original_class
 from .graph_data import dump, tensor_names
 from .install import CANONICAL, Kind, canonical_parts, part_kinds, weight_parts
+from .paths import place_of
 from .tensor_file import VERSION, described, write
 
 Make = Tensor | Callable[[], Tensor]
@@ -45,11 +46,12 @@ def save(
 
     The file appears whole or not at all; what was at `path` before stays until then.
     """
+    place = place_of(path)
     contents = _Contents()
     header = _program(model, contents) if isinstance(model, GraphModule) else _module(model, contents)
     header = {"version": VERSION, "bitfold": __version__, **header}
     header |= {"tensors": described(contents.kinds), "tied": contents.tied}
-    write(path, contents.tensors, header, contents.kinds, progress)
+    write(place, contents.tensors, header, contents.kinds, progress)
 
 
 class _Contents:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..formats import BitfoldError
+from .paths import FileError, is_file, named, place_of
 
 VERSION = 1
 """Of the header. Raised when an older bitfold would misread the file."""
@@ -37,10 +38,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-class FileError(BitfoldError):
-    """A file that cannot be written or read: what is wrong with it, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,14 @@ def write(
     `shapes` gives dtype and shape of each ahead. Raises FileError if the place cannot be written, or a dtype
     not held.
     """
-    place = Path(path)
+    place = place_of(path)
     for name, (dtype, _) in shapes.items():
         if dtype not in _NAMES:
             raise FileError(f"tensor {name!r} is {dtype}, which a safetensors file does not hold")
     # Larger items first keeps every tensor aligned to its own size in the map.
     order = sorted(shapes, key=lambda name: -shapes[name][0].itemsize)
-    beside = place.with_name(place.name + f".{os.getpid()}.part")
+    # Short, since the place's own name may be as long as the system allows.
+    beside = place.with_name(f"{place.name[:40]}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(beside, "wb") as out:
             out.write(_head(order, shapes, header))
@@ -96,15 +94,16 @@ def write(
             f"{place} cannot be written: {error.strerror or error}; what was there is as it was"
         ) from error
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def open_file(path: str | os.PathLike[str]) -> TensorFile:
     """Open what `write` wrote. Raises FileError: no such file, truncated, not bitfold's, newer, a tensor
     missing.
     """
-    place = Path(path)
-    if not place.is_file():
+    place = named(path)
+    if not is_file(place):
         raise FileError(f"{place} is not a file")
     try:
         opened: Any = safe_open(str(place), framework="pt")
