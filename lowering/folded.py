@@ -105,6 +105,7 @@ class Folded(nn.Module):
     compute_dtype: torch.dtype
     canonical: Canonical
     arguments: tuple[str, ...]
+    replaced_forward: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
@@ -153,8 +154,8 @@ class Folded(nn.Module):
         for name in self.parts:
             del self._parameters[name]
         del self._modules["body"]
-        for name in ("folded_weights", "operands", "parts", "compute_dtype", "canonical", "arguments"):
-            del self.__dict__[name]
+        for name in Folded.__annotations__:
+            self.__dict__.pop(name, None)
         self.__class__ = original_class(self)
 
     def extra_repr(self) -> str:
@@ -173,10 +174,11 @@ class Folded(nn.Module):
             return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
 
         result = super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
-        self._compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
+        self.compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
         return result
 
-    def _compute_in(self, dtype: torch.dtype) -> None:
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Decode to `dtype` from now on; as it was for a dtype that is no float."""
         if dtype == self.compute_dtype or not dtype.is_floating_point:
             return
         self._modules["body"] = retyped_body(self.body, self.compute_dtype, dtype)
@@ -330,8 +332,8 @@ def fold_module(
     module.compute_dtype = compute_dtype  # type: ignore[assignment]
     module.canonical = canonical  # type: ignore[assignment]
     module.arguments = tuple(inspect.signature(module.forward).parameters)  # type: ignore[assignment]
-    for method in ("forward", "_conv_forward"):
-        module.__dict__.pop(method, None)
+    own = [method for method in ("forward", "_conv_forward") if module.__dict__.pop(method, None) is not None]
+    module.replaced_forward = bool(own)  # type: ignore[assignment]
     module._modules["body"] = body
     module.__class__ = cls
 
