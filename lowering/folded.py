@@ -144,7 +144,7 @@ class Folded(nn.Module):
         # A class made by `folded_class` has no name to be found by, so it is made again from what it was made
         # of.
         names = _decoded_names(self.folded_weights, self.operands)
-        original = original_class(self)
+        original: type = original_class(self)
         if type(self) is not folded_class(original, names):
             return super().__reduce_ex__(protocol)
         return _blank, (original, names), self.__dict__
@@ -156,7 +156,7 @@ class Folded(nn.Module):
         del self._modules["body"]
         for name in Folded.__annotations__:
             self.__dict__.pop(name, None)
-        self.__class__ = original_class(self)
+        self.__class__ = original_class(self)  # type: ignore[assignment]
 
     def extra_repr(self) -> str:
         folded = ", ".join(f"{weight.name}={weight.format}" for weight in self.folded_weights)
@@ -186,16 +186,24 @@ class Folded(nn.Module):
         self.canonical = replace(self.canonical, graph=graph)
         self.compute_dtype = dtype
 
-    def get_extra_state(self) -> Tensor:
-        """The formats of the parts, layouts included, as the bytes of a JSON text."""
+    def get_extra_state(self) -> Any:
+        """The formats of the parts, layouts included, as the bytes of a JSON text; beside it the state that
+        the original class has of its own, if any.
+        """
         text = json.dumps({weight.name: weight.format for weight in self.folded_weights})
-        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+        formats = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        if original_class(self).get_extra_state is nn.Module.get_extra_state:
+            return formats
+        return {"formats": formats, "own": own_extra_state(self)}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing is left to do: `_load_from_state_dict` has looked at it before the parts were copied."""
+    def set_extra_state(self, state: Any) -> None:
+        """Give the original class what is its own; `_load_from_state_dict` has looked at the formats."""
+        if isinstance(state, dict):
+            original_class(self).set_extra_state(self, state["own"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "_extra_state")
+        saved = saved.get("formats") if isinstance(saved, dict) else saved
         if isinstance(saved, Tensor):
             formats = json.loads(bytes(saved.cpu().tolist()))
             for weight in self.folded_weights:
@@ -290,9 +298,15 @@ def folded_class(original: type, names: tuple[str, ...]) -> type[Folded]:
     return type(f"Folded{original.__name__}", (Folded, original), {"__module__": __name__, **members})
 
 
-def original_class(module: nn.Module) -> type:
+def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before it was folded (or sharded)."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Folded) and cls is not nn.Module)
+    classes = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module)
+    return next((cls for cls in classes if not issubclass(cls, Folded)), nn.Module)
+
+
+def own_extra_state(module: nn.Module) -> Any:
+    """What `get_extra_state` of the module's own class gives, whether it is folded or not."""
+    return original_class(module).get_extra_state(module)
 
 
 def _blank(original: type, names: tuple[str, ...]) -> Folded:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import BitfoldError, format
+from .extra_state import load_state, stateful, tensors_of
 from .folded import Folded, original_class
 from .graph_data import Data
 from .graph_data import load as load_graph
@@ -62,7 +63,10 @@ class ModulePlan:
             join(path, name) for path, entry in self.entries.items() for name in _existing(self.model, path)
         }
         self.parts = names - own
-        self.plain = sorted(kept - self.parts)
+        self.states: dict[str, Any] = header.get("extra_state", {})
+        self.plain = sorted(
+            kept - self.parts - {name for data in self.states.values() for name in tensors_of(data)}
+        )
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +82,7 @@ class ModulePlan:
         self._check_plain()
         self._check_covered()
         self._check_unfolded()
+        self._check_states()
         self._check_graphs()
         self.folds = [self._fold(path, entry) for path, entry in self._once()]
 
@@ -124,9 +129,8 @@ class ModulePlan:
 
     def _check_plain(self) -> None:
         for name in self.plain:
+            self._check_tensor(name)
             first = self.tied.get(name, name)
-            if first not in self.file:
-                raise FileError(f"{self.file.path} lacks the tensor {name!r}; save the model again")
             here = _place(self.model, name)
             if here is None:
                 raise BitfoldError(
@@ -166,6 +170,26 @@ class ModulePlan:
                     f"{path} is quantized here and not in {self.file.path}, and quantizing it has replaced "
                     "the forward that was set on it; make the skeleton anew"
                 )
+
+    def _check_states(self) -> None:
+        """Extra states are there for the modules that have one, and only for them."""
+        here = {path for path, _ in stateful(self.model)}
+        for path in sorted(here ^ set(self.states)):
+            has, lacks = f"this {type(self.model).__name__}", str(self.file.path)
+            if path not in here:
+                has, lacks = lacks, has
+            raise BitfoldError(
+                f"{path or 'the model'} has an extra state (get_extra_state) in {has} and none in {lacks}; "
+                "make the skeleton of the classes that were saved"
+            )
+        for data in self.states.values():
+            load_state(data, self._check_tensor)
+
+    def _check_tensor(self, name: str) -> Tensor:
+        first = self.tied.get(name, name)
+        if first not in self.file:
+            raise FileError(f"{self.file.path} lacks the tensor {name!r}; save the model again")
+        return torch.empty(0)
 
     def _check_graphs(self) -> None:
         """Each graph is built once on tensors without numbers, from which nothing can run."""
@@ -211,6 +235,9 @@ class ModulePlan:
         for fold, dtype in zip(self.folds, computing, strict=True):
             self._install(installer, fold, tensor, dtype)
         self.model.__dict__[ATTRIBUTE] = tuple(installer.misses)
+        for path, data in self.states.items():
+            module = self.model.get_submodule(path)
+            original_class(module).set_extra_state(module, load_state(data, tensor))
 
     def _fold(self, path: str, entry: Mapping[str, Any]) -> _Fold:
         attributes = {name: attribute for attribute, name in entry["names"].items()}

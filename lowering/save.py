@@ -27,6 +27,7 @@ from .._version import __version__
 from ..formats import BitfoldError, Quantized, format
 from ..passes import Stage, state
 from ..passes.stages import find_attribute
+from .extra_state import dump_states
 from .folded import Canonical, Folded, FoldedWeight, original_class
 from .graph_data import dump, tensor_names
 from .install import CANONICAL, Kind, canonical_parts, part_kinds, weight_parts
@@ -100,12 +101,14 @@ def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
         *model.named_buffers(remove_duplicate=False),
     ):
         contents.add(name, tensor, relaid.get(name))
+    states = dump_states(model, contents.add)
     return {
         "kind": "module",
         "model": type(model).__name__,
         "graphs": [json.loads(text) for text in graphs],
         "modules": modules,
         "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
+        **({"extra_state": states} if states else {}),
     }
 
 
