@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from .constants import Expression, expression, is_parameter_expr
+from .constants import Expression, expression
 from .core import Miss, state
 from .edit import call
 from .provenance import module_path, origin
@@ -61,6 +61,19 @@ UNTAKEN: dict[object, tuple[str, int, str]] = {
     aten.embedding_bag.padding_idx: ("embedding", 0, "an embedding bag is not quantized"),
     aten.addmm.default: ("linear", 2, "the matmul was not brought to aten.linear"),
     aten.mm.default: ("linear", 1, "the matmul was not brought to aten.linear"),
+    aten.addmv.default: ("linear", 1, "addmv is not brought to aten.linear; write the product as linear"),
+    aten.addbmm.default: ("linear", 2, "addbmm is not quantized; write the product as bmm"),
+    aten.linalg_multi_dot.default: ("linear", 0, "multi_dot is not quantized; write it as products of two"),
+    aten.index.Tensor: (
+        "embedding",
+        0,
+        "a table indexed with brackets is not quantized; read it by F.embedding",
+    ),
+    aten.index_select.default: (
+        "embedding",
+        0,
+        "index_select is not quantized; read the table by F.embedding",
+    ),
     aten.bilinear.default: ("linear", 2, "a bilinear layer is not quantized"),
     aten.conv_transpose3d.input: ("conv", 1, "a transposed convolution is not quantized"),
     **{
@@ -146,9 +159,9 @@ def untaken(gm: GraphModule) -> Iterator[tuple[Node, Site, Miss]]:
         if node.target in UNTAKEN:
             op, index, reason = UNTAKEN[node.target]
             operand = node.args[index] if len(node.args) > index else None
-            if isinstance(operand, (list, tuple)) and operand:
-                operand = operand[0]  # a recurrent layer's weights are one argument
-            if isinstance(operand, Node) and is_parameter_expr(gm, operand):
+            if isinstance(operand, (list, tuple)):  # a recurrent layer's weights, the factors of a product
+                operand = next((one for one in operand if _is_parameter(gm, one)), None)
+            if isinstance(operand, Node) and _is_parameter(gm, operand):
                 yield node, _site(gm, node, op, operand, seen), Miss(reason)
         elif node.target in TARGETS and _anchor(gm, node, seen) is None:
             found = _why_no_anchor(gm, node)
@@ -168,13 +181,16 @@ def _why_no_anchor(gm: GraphModule, node: Node) -> tuple[Node, str] | None:
         return None
     if not isinstance(right, Node) or _holds_codes(right):
         return None
-    if expression(gm, right) is not None:
+    source = expression(gm, right)
+    if source is not None and isinstance(source.parameter, nn.Parameter):
+        return right, "its weight is a sparse tensor, and only dense ones are quantized"
+    if source is not None:
         return right, "its weight is a buffer, and only parameters are quantized"
     return right, "its weight is computed in each call, so there is nothing to store"
 
 
-def _is_parameter(gm: GraphModule, node: Node) -> bool:
-    source = expression(gm, node)
+def _is_parameter(gm: GraphModule, operand: object) -> bool:
+    source = expression(gm, operand) if isinstance(operand, Node) else None
     return source is not None and isinstance(source.parameter, nn.Parameter)
 
 
@@ -267,7 +283,7 @@ def _anchor(gm: GraphModule, node: Node, seen: Modules) -> Anchor | None:
     if source is None or (kind == "bmm" and operand.meta["val"].ndim < 3):
         return None
     # A buffer is a table of the model's own (rotary frequencies, a window), not a weight.
-    if not isinstance(source.parameter, nn.Parameter):
+    if not isinstance(source.parameter, nn.Parameter) or source.parameter.layout is not torch.strided:
         return None
     layer, paths = names_of(gm, node, source.path, seen)
     return Anchor(node, kind, OPS[kind], layer, paths, source, input_index, weight_index)

@@ -12,8 +12,10 @@ constant.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.fx.node import map_arg
 from torch.fx.operator_schemas import normalize_function
 
 from .core import State, state
-from .edit import fake_mode, free_name
+from .edit import argument, fake_mode, free_name
 from .provenance import inherit
 from .stages import find_attribute
 
@@ -77,6 +79,22 @@ VIEWS = frozenset(
     }
 )
 
+# Operators that cut a tensor: a piece of a weight is a slice of it.
+_CUTS = frozenset(
+    {
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split.sizes,
+        aten.split_with_sizes.default,
+        aten.tensor_split.sections,
+        aten.tensor_split.indices,
+        aten.unbind.int,
+    }
+)
+
+Step = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""An operator and its arguments behind the first."""
+
 
 @dataclass(frozen=True)
 class Expression:
@@ -89,7 +107,7 @@ class Expression:
     path: str
     parameter: Tensor
     text: str
-    steps: tuple[tuple[Any, tuple[Any, ...], dict[str, Any]], ...]
+    steps: tuple[Step, ...]
     source: Node
 
     def apply(self, parameter: Tensor) -> Tensor:
@@ -103,15 +121,13 @@ class Expression:
 def expression(gm: GraphModule, node: Node) -> Expression | None:
     """`node` as a chain of views and casts of one parameter, or None."""
     here = state(gm)
-    steps: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    steps: list[Step] = []
     while node.op == "call_function":
-        if node.target not in VIEWS or not node.args or not isinstance(node.args[0], Node):
+        found = _piece(node) if node.target is operator.getitem else _view(node)
+        if found is None:
             return None
-        rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
-        if _has_node(rest) or _has_node(kwargs):
-            return None
-        steps.append((node.target, rest, kwargs))
-        node = node.args[0]
+        step, node = found
+        steps.append(step)
     leaf = _leaf(gm, here, node)
     if leaf is None:
         return None
@@ -119,7 +135,33 @@ def expression(gm: GraphModule, node: Node) -> Expression | None:
     return Expression(_path(here, node), leaf, ".".join(map(_step_text, steps)), tuple(steps), node)
 
 
-def _step_text(step: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> str:
+def _view(node: Node) -> tuple[Step, Node] | None:
+    """A view or cast as a step, and what it is taken of."""
+    if node.target not in VIEWS or not node.args or not isinstance(node.args[0], Node):
+        return None
+    rest, kwargs = tuple(node.args[1:]), dict(node.kwargs)
+    if _has_node(rest) or _has_node(kwargs):
+        return None
+    return (node.target, rest, kwargs), node.args[0]
+
+
+def _piece(node: Node) -> tuple[Step, Node] | None:
+    """`getitem(chunk(w, 3), 1)` as the slice of w that it is."""
+    cut, index = node.args
+    if not isinstance(cut, Node) or cut.target not in _CUTS or not isinstance(index, int):
+        return None
+    source, dim, pieces = cut.args[0], int(argument(cut, "dim", 0)), cut.meta["val"]
+    assert isinstance(source, Node)
+    if cut.target is aten.unbind.int:
+        return (aten.select.int, (dim, index), {}), source
+    ends = list(accumulate(piece.shape[dim] for piece in pieces))
+    if not all(isinstance(end, int) for end in ends):
+        return None
+    end = ends[index]
+    return (aten.slice.Tensor, (dim, end - pieces[index].shape[dim], end), {}), source
+
+
+def _step_text(step: Step) -> str:
     target, rest, kwargs = step
     given = [str(value) for value in rest] + [f"{key}={value}" for key, value in kwargs.items()]
     return f"{target._schema.name.removeprefix('aten::')}({','.join(given)})".replace(" ", "")

@@ -1,4 +1,4 @@
-"""An einsum with one constant operand as `aten.linear`.
+"""An einsum with one constant operand as `aten.linear`, and the equations of its cousins inner and tensordot.
 
 Comes in: an `aten.einsum` node, its equation and operands. Goes out: the last of the nodes that compute the
 same with `linear`, or a `Miss`.
@@ -12,6 +12,7 @@ activation), or *new* (of the weight); an index in all three would be a batch, w
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,19 @@ def einsum_as_linear(
     if len(new) > 1:
         product = then(aten.unflatten.int, product, -1, sizes)
     return _ordered(then, product, kept + new, list(out))
+
+
+def tensordot_equation(left: int, right: int, left_dims: Sequence[int], right_dims: Sequence[int]) -> str:
+    """The equation of a tensordot (or of inner, over the last dimensions) of tensors of these ranks.
+
+    tensordot_equation(3, 2, [2], [0])  ->  "abc,cd->abd"
+    """
+    a = list(string.ascii_letters[:left])
+    b = list(string.ascii_letters[left : left + right])
+    for i, j in zip(left_dims, right_dims, strict=True):
+        b[j] = a[i]
+    out = [index for index in a if index not in b] + [index for index in b if index not in a]
+    return f"{''.join(a)},{''.join(b)}->{''.join(out)}"
 
 
 def _subscripts(equation: str, operands: list[Node]) -> list[str] | Miss:

@@ -28,7 +28,7 @@ from .cleanup import erase_dead_nodes
 from .constants import constant_nodes, expression
 from .core import Miss, Pass, report
 from .edit import argument, call, replace
-from .einsum import einsum_as_linear
+from .einsum import einsum_as_linear, tensordot_equation
 from .flatten import inline_no_grad
 from .stages import Stage, operator_name
 
@@ -225,10 +225,40 @@ def _einsum(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
     return einsum_as_linear(gm, node, str(equation), list(operands), constants)
 
 
+def _tensordot(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
+    left, right = cast(list[Node], node.args[:2])
+    left_dims, right_dims = cast(list[list[int]], node.args[2:4])
+    return _contraction(gm, node, left, right, left_dims, right_dims, constants)
+
+
+def _inner(gm: GraphModule, node: Node, constants: set[Node]) -> Result:
+    left, right = cast(list[Node], node.args[:2])
+    if not (rank(left) and rank(right)):
+        return None  # a multiplication by a number
+    return _contraction(gm, node, left, right, [-1], [-1], constants)
+
+
+def _contraction(
+    gm: GraphModule,
+    node: Node,
+    left: Node,
+    right: Node,
+    left_dims: list[int],
+    right_dims: list[int],
+    constants: set[Node],
+) -> Result:
+    if not (left in constants or right in constants):
+        return None
+    equation = tensordot_equation(rank(left), rank(right), left_dims, right_dims)
+    return einsum_as_linear(gm, node, equation, [left, right], constants)
+
+
 _RULES: dict[Any, Callable[[GraphModule, Node, set[Node]], Result]] = {
     aten.matmul.default: _matmul,
     aten.mm.default: _matmul,
     aten.mv.default: _matmul,
     aten.addmm.default: _addmm,
     aten.einsum.default: _einsum,
+    aten.tensordot.default: _tensordot,
+    aten.inner.default: _inner,
 }

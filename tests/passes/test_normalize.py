@@ -82,6 +82,21 @@ DRESSES: dict[str, tuple[Callable[[Tensor, Layer], Tensor], str]] = {
         "linear: f32[s, 6] = aten.linear.default(transpose, w)\n"
         "transpose_1: f32[6, s77] = aten.transpose.int(linear, -2, -1)\nreturn (transpose_1,)",
     ),
+    "inner": (lambda x, m: torch.inner(x, m.w), LINEAR),
+    "inner, weight first": (
+        lambda x, m: torch.inner(m.w, x),
+        "linear: f32[s, 6] = aten.linear.default(x, w)\n"
+        "permute: f32[6, s77] = aten.permute.default(linear, [1, 0])\nreturn (permute,)",
+    ),
+    "tensordot": (lambda x, m: torch.tensordot(x, m.v, dims=1), TRANSPOSED),
+    "tensordot over two": (
+        lambda x, m: torch.tensordot(x.unflatten(-1, (2, 2)), m.w.unflatten(-1, (2, 2)), ([1, 2], [1, 2])),
+        "unflatten: f32[s, 2, 2] = aten.unflatten.int(x, -1, [2, 2])\n"
+        "unflatten_1: f32[6, 2, 2] = aten.unflatten.int(w, -1, [2, 2])\n"
+        "flatten: f32[s, 4] = aten.flatten.using_ints(unflatten, 1, -1)\n"
+        "flatten_1: f32[6, 4] = aten.flatten.using_ints(unflatten_1, 1, -1)\n"
+        "linear: f32[s, 6] = aten.linear.default(flatten, flatten_1)\nreturn (linear,)",
+    ),
     "einsum to heads": (
         lambda x, m: torch.einsum("bj,jhd->bhd", x, m.heads),
         "permute: f32[2, 3, 4] = aten.permute.default(heads, [1, 2, 0])\n"
@@ -158,6 +173,7 @@ MISSES = {
     ),
     "diagonal": (lambda x, m: torch.einsum("bj,jj->bj", x, m.w[:4]), "takes a diagonal"),
     "no new index": (lambda x, m: torch.einsum("bj,j->b", x, m.vector), "adds no index"),
+    "tensordot over nothing": (lambda x, m: torch.tensordot(x, m.b, dims=0), "it is an outer product"),
     "three operands": (lambda x, m: torch.einsum("bj,kj,k->bk", x, m.w, m.b), "has 3 operands"),
 }
 
