@@ -10,6 +10,7 @@ node.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -123,4 +124,18 @@ def _export(model: nn.Module, args: tuple[Any, ...], named: dict[str, Any], shap
             f"{type(model).__name__} cannot be captured as one program, it breaks at {breaking_point(error)} "
             "(bf.quantize with scope='module' needs no whole graph)"
         ) from error
-    return program.module(check_guards=False)
+    try:
+        return program.module(check_guards=False)
+    except SyntaxError as error:
+        # The graph's code spells each path as Python, and torch quotes only some of the names that need it.
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured as one program: the name {_unspeakable(model)!r} in "
+            "it cannot be written as Python; rename it (bf.quantize with scope='module' needs no whole graph)"
+        ) from error
+
+
+def _unspeakable(model: nn.Module) -> str:
+    """The first name that is a keyword or holds what ends a string."""
+    paths = (path for path, _ in (*model.named_modules(), *model.named_parameters(), *model.named_buffers()))
+    names = dict.fromkeys(name for path in paths for name in path.split("."))
+    return next((name for name in names if keyword.iskeyword(name) or set(name) & set('"\\\n')), "")

@@ -34,6 +34,8 @@ _MODULES = re.compile(r"\._modules\['([^']*)'\]")
 _INDEX = re.compile(r"\[(-?\d+|'[^']*')\]")
 _ROOT = re.compile(r"^(L\['[^']*'\]|G\['[^']*'\]|L__[A-Za-z0-9]+__?)\.?")
 _SLICE = re.compile(r"\.?\[?slice\([^)]*\)\]?")
+# What torch puts in the place of a module stack on nodes that its own passes made of inputs.
+_NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 _GETATTR = re.compile(r"getattr\((.*), '([^']*)'\)")
 
 
@@ -81,8 +83,9 @@ def module_path(spelled: str) -> str:
     """A dotted module path from the ways in which torch spells it.
 
     `L['self']._modules['layers']._modules['0']`, `L['model'].layers[0]` and `layers.0` are all `layers.0`.
+    "" is the model itself, or no module at all.
     """
-    path = spelled
+    path = "" if spelled == _NO_MODULE else spelled
     while (found := _GETATTR.search(path)) is not None:
         path = path.replace(found.group(0), f"{found.group(1)}.{found.group(2)}")
     path = _MODULES.sub(r".\1", path)

@@ -53,12 +53,12 @@ class Step:
         return f"{self.name}{{{self.options}}}" if self.options else self.name
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The steps of one run. It never keeps a weight alive: the graph itself is only weakly referenced."""
 
     steps: list[Step] = field(default_factory=list)
-    _graph: Callable[[], GraphModule | None] = field(default=lambda: None, repr=False)
+    _graph: Callable[[], GraphModule | None] = field(default=lambda: None)
 
     @property
     def gm(self) -> GraphModule | None:
@@ -84,6 +84,11 @@ class Trace:
 
     def __setstate__(self, data: dict[str, Any]) -> None:
         self.steps, self._graph = data["steps"], lambda: None
+
+    def __repr__(self) -> str:
+        passes = ",".join(str(step) for step in self.steps[1:])
+        passes = passes if len(passes) <= 80 else f"{passes[:77]}..."
+        return f"<Trace of {passes or 'nothing'}, {self.seconds:.3f} s, {len(self.misses)} missed>"
 
     def __str__(self) -> str:
         names = [str(step) for step in self.steps]

@@ -123,6 +123,17 @@ def test_a_model_that_breaks_says_where_and_what_to_do() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["class", 'a"b', "a\\"])
+def test_a_name_that_python_cannot_spell_is_one_sentence(name: str) -> None:
+    model = nn.Sequential()
+    model.add_module(name, nn.Linear(4, 3))
+    with pytest.raises(CaptureError) as error:
+        capture(model, torch.zeros(3, 4))
+    assert str(error.value).startswith(
+        f"Sequential cannot be captured as one program: the name {name!r} in it cannot be written as Python"
+    )
+
+
 def test_a_model_on_meta_is_captured_too() -> None:
     gm = capture(nn.Linear(4, 3, device="meta"), torch.zeros(2, 4, device="meta"))
     assert "linear: f32[2, 3]" in str(snapshot(gm))

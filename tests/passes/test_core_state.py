@@ -73,6 +73,7 @@ def test_report_says_layer_line_and_reason_in_the_model_s_own_paths() -> None:
         ("L__self__", ""),
         ("G['net'].head", "head"),
         ("getattr(L['self'].blocks, 'a b').fc", "blocks.a b.fc"),
+        ("_empty_nn_module_stack_from_metadata_hook", ""),
     ],
 )
 def test_module_paths_from_torch_s_spellings(spelled: str, path: str) -> None:

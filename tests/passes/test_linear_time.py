@@ -1,4 +1,4 @@
-"""The passes' work grows in a straight line with the graph: counted in function calls, which no load disturbs."""
+"""The passes' work grows in a straight line with the graph, counted in calls, which no load disturbs."""
 
 from __future__ import annotations
 

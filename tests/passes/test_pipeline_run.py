@@ -182,3 +182,11 @@ def test_a_trace_keeps_no_weight_alive() -> None:
     assert weight() is None
     again = pickle.loads(pickle.dumps(trace))
     assert again.steps == trace.steps
+
+
+def test_a_trace_s_repr_is_one_short_line() -> None:
+    trace = Pipeline.parse(",".join(["annotate{recipe=int4[g4]}", *["eliminate_dead"] * 9])).run(
+        capture(Net(), torch.zeros(2, 4))
+    )
+    assert repr(trace).startswith("<Trace of annotate{recipe=int4[g4]},eliminate_dead,")
+    assert repr(trace).endswith(" s, 0 missed>") and len(repr(trace)) < 130
