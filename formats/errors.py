@@ -20,8 +20,9 @@ class FormatError(BitfoldError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail of an "unknown name" sentence: the two closest known names, or nothing."""
-    close = difflib.get_close_matches(name, sorted(set(known)), n=2, cutoff=0.6)
+    """The tail of an "unknown name" sentence: the two closest known names, in whatever case, or nothing."""
+    by_lower = {known_name.lower(): known_name for known_name in sorted(set(known))}
+    close = [by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)]
     if not close:
         return ""
     return "; did you mean " + " or ".join(repr(c) for c in close) + "?"

@@ -72,6 +72,11 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> Recipe:
         """The recipe that `to_dict` wrote. `base` names a recipe whose rules come first."""
+        return cls._from_dict(data, ())
+
+    @classmethod
+    def _from_dict(cls, data: Mapping[str, object], inside: tuple[str, ...]) -> Recipe:
+        """`inside`: the files that are being read, so that one cannot build on itself."""
         known = ("name", "base", "rules", "about")
         for key in data:
             if key not in known:
@@ -81,7 +86,7 @@ class Recipe:
         rules = data.get("rules", ())
         if not isinstance(rules, list | tuple):
             raise BitfoldError(f"a recipe's rules are a list, not {rules!r}")
-        base = cls.parse(str(data["base"])).rules if "base" in data else ()
+        base = cls._parse(str(data["base"]), inside).rules if "base" in data else ()
         return cls(
             str(data.get("name", "custom")),
             (*base, *(Rule.from_dict(rule) for rule in rules)),
@@ -100,13 +105,18 @@ class Recipe:
             return text
         if not isinstance(text, str):
             raise BitfoldError(f"a recipe is a name, a format, JSON or a Recipe, not {type(text).__name__}")
-        text = text.strip()
+        return cls._parse(text.strip(), ())
+
+    @classmethod
+    def _parse(cls, text: str, inside: tuple[str, ...]) -> Recipe:
         if text in _NAMED:
             return _named(text)
         if text.startswith("{"):
-            return cls.from_dict(_json(text, "the recipe"))
+            return cls._from_dict(_json(text, "the recipe"), inside)
+        if text in inside:
+            raise BitfoldError(f"recipe file {text} builds on itself: {' on '.join((*inside, text))}")
         if text.endswith(".json"):
-            return cls.from_dict(_json(_read(text), text))
+            return cls._from_dict(_json(_read(text), text), (*inside, text))
         try:
             known = str(format(text))
         except FormatError as error:
@@ -148,6 +158,8 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise BitfoldError(f"recipe file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # bytes that are no UTF-8, a path with a zero byte
+        raise BitfoldError(f"recipe file {path!r} is no text: {error}") from error
 
 
 def _json(text: str, where: str) -> dict[str, object]:
@@ -155,6 +167,8 @@ def _json(text: str, where: str) -> dict[str, object]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise BitfoldError(f"{where} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise BitfoldError(f"{where} is nested too deep to be a recipe") from error
     if not isinstance(data, dict):
         raise BitfoldError(f"{where} must be a JSON object with 'rules', not {type(data).__name__}")
     return data

@@ -132,6 +132,7 @@ def test_canonical_form(text: str, printed: str) -> None:
     [
         ("int44", "unknown format 'int44'; did you mean 'int4'"),
         ("mxfp5", "did you mean 'mxfp"),
+        ("NVFP4", "did you mean 'nvfp4'"),
         ("completely", "unknown format 'completely'; `bitfold formats` lists them"),
         ("int4[", "is not a format"),
         ("", "is not a format"),

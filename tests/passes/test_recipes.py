@@ -81,6 +81,23 @@ def test_a_recipe_from_json_may_build_on_another(tmp_path) -> None:
     assert Recipe.parse(str(Recipe.parse("int4").but(Rule("a", weight="int8")))).rules[1].weight == "int8"
 
 
+def test_files_that_are_no_recipes(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.json").write_text('{"rules": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (tmp_path / "a.json").write_text('{"base": "b.json"}')
+    (tmp_path / "b.json").write_text('{"base": "a.json"}')
+    for name, sentence in {
+        "bytes.json": "recipe file 'bytes.json' is no text: ",
+        "\0.json": "recipe file '\\x00.json' is no text: ",
+        "deep.json": "deep.json is nested too deep to be a recipe",
+        "a.json": "recipe file a.json builds on itself: a.json on b.json on a.json",
+    }.items():
+        with pytest.raises(BitfoldError) as caught:
+            Recipe.parse(name)
+        assert str(caught.value).startswith(sentence)
+
+
 @pytest.mark.parametrize(
     ("where", "n", "k", "expected"),
     [
