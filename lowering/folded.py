@@ -165,15 +165,13 @@ class Folded(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `.to(dtype)` is for activations: codes and scales keep their dtype, and the body computes in the new
         # one.
-        # Seen as integers they pass any conversion of floats, and still move between devices.
         parts = {id(self._parameters[name]) for name in self.parts}
+        kept = keeping_dtype(fn)
 
-        def keeping(tensor: Tensor) -> Tensor:
-            if id(tensor) not in parts or not tensor.is_floating_point():
-                return fn(tensor)
-            return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
+        def apply(tensor: Tensor) -> Tensor:
+            return (kept if id(tensor) in parts else fn)(tensor)
 
-        result = super()._apply(keeping, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
         self.compute_in(fn(torch.empty(0, dtype=self.compute_dtype)).dtype)
         return result
 
@@ -228,6 +226,19 @@ class Folded(nn.Module):
         if all(key in state_dict for key in keys):
             quantized = Quantized.from_parts(theirs, [state_dict[key] for key in keys], weight.k)
             state_dict.update(zip(keys, theirs.relayout(quantized, ours.layout).parts, strict=True))
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module.to` does to a tensor, but for the dtype: seen as integers, floats pass any conversion of
+    floats, and still move between devices.
+    """
+
+    def kept(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return fn(tensor)
+        return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
+
+    return kept
 
 
 def _check_ranks(module: Folded, ranks: tuple[int, ...], args: tuple[Any, ...]) -> None:

@@ -28,6 +28,7 @@ from .graph_data import tensor_names
 from .install import CANONICAL, canonical_parts, lower_graph, resolve_target
 from .load_module import ModulePlan, check_parts
 from .paths import FileError
+from .program import as_program
 from .tensor_file import TensorFile, open_file
 
 
@@ -108,4 +109,4 @@ def _load_program(file: TensorFile, device: torch.device, target: str | None) ->
     with _reading_header(file):
         gm = load_graph(graph, {name: made[first] for name, first in names.items()}, device)
     gm.meta[CANONICAL] = Canonical(graph, {})
-    return lower_graph(gm, on)
+    return as_program(lower_graph(gm, on))

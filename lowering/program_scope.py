@@ -1,7 +1,7 @@
 """Program scope: the whole model as one graph, folded and lowered; the model itself is only read.
 
 In: a model and example inputs. Out: a lowered GraphModule that is called as the model is, and that `bf.save`
-takes.
+takes; what is not quantized shares the model's memory, buffers excepted.
 
     quantize_program(model, int8, batches, "cpu", dynamic="batch")
     ->  GraphModule: linear(x, weight)  became  cpu_linear(x, [weight_codes, weight_scales], "int8", ...)
@@ -29,6 +29,7 @@ from .graph_data import dump
 from .install import CANONICAL, lower_graph
 from .module_scope import Step
 from .parameters import with_all_names
+from .program import as_program, own_tensors
 
 
 def quantize_program(
@@ -59,4 +60,6 @@ def quantize_program(
         calibrate(gm, batches.raw())
     Pipeline([Fold()]).run(gm, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
-    return lower_graph(gm, target)
+    lowered = lower_graph(gm, target)
+    own_tensors(lowered, model)
+    return as_program(lowered)
