@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..formats import BitfoldError, Quantized, nearest
 from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, rules, state
@@ -86,8 +87,8 @@ def plan(
 ) -> Plan:
     """Capture and annotate each module that the recipe means. Raises BitfoldError with nothing written."""
     codes = with_all_names(stored, model)
-    owners = {path: module for path, module in model.named_modules() if _owns_weight(module)}
-    unknown = [module for module in owners.values() if not is_stock(module)]
+    owners = _owners(model)
+    unknown = [module for module in owners.values() if not is_stock(module) and not is_parametrized(module)]
     recorded = record(unknown) if record is not None and unknown else {}
     tracer = _Tracer(recorded)
     heads = list(_tied_heads(owners))
@@ -129,6 +130,12 @@ class _Tracer:
         self.cache: dict[Any, Any] = {}
 
     def site(self, path: str, module: nn.Module) -> Site | Miss:
+        if is_parametrized(module):
+            names = " and ".join(module.get_submodule("parametrizations")._modules)
+            return Miss(
+                f"its {names} is computed by a parametrization in each call; make it a plain parameter first "
+                "by torch.nn.utils.parametrize.remove_parametrizations"
+            )
         args = example_for(module)
         if args is not None and not isinstance(module._parameters.get("weight"), nn.Parameter):
             return Miss("its weight is computed by a hook in each call; remove the reparametrization first")
@@ -214,10 +221,21 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
             inner._forward_hooks, inner._forward_pre_hooks = after, before
 
 
+def _owners(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that own a weight, by path; one that a parametrization computes is its module's."""
+    lists = [module for module in model.modules() if isinstance(module, ParametrizationList)]
+    inside = {inner for module in lists for inner in module.modules()}
+    found = {path: module for path, module in model.named_modules() if module not in inside}
+    return {path: module for path, module in found.items() if _owns_weight(module)}
+
+
 def _owns_weight(module: nn.Module) -> bool:
     if isinstance(module, Folded | torch.jit.ScriptModule | GraphModule):
         return False
-    return any(_is_weight(parameter) for parameter in module._parameters.values())
+    parameters = [*module._parameters.values()]
+    if is_parametrized(module):
+        parameters += module.get_submodule("parametrizations").parameters()
+    return any(_is_weight(parameter) for parameter in parameters)
 
 
 def _is_weight(parameter: Tensor | None) -> bool:

@@ -254,3 +254,41 @@ def test_models_are_quantized_in_threads() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(one, range(4)))
+
+
+def test_parametrized_layers_stay_float_and_are_reported() -> None:
+    from torch.nn.utils import parametrizations, parametrize
+
+    class Symmetric(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight.triu() + weight.triu(1).mT
+
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(32, 2)), nn.Parameter(torch.randn(2, 32))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return weight + self.a @ self.b
+
+    def model() -> nn.Sequential:
+        layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5)), Own(F.linear), nn.Linear(32, 32))
+        for layer in layers[:2]:
+            parametrize.register_parametrization(layer, "weight", Symmetric())
+        parametrize.register_parametrization(layers[1], "weight", Added())
+        parametrizations.weight_norm(layers[2])
+        parametrizations.orthogonal(layers[3])
+        parametrize.register_parametrization(layers[4], "bias", nn.Identity())
+        parametrize.register_parametrization(layers[5], "w", Symmetric())
+        return layers
+
+    x = torch.randn(2, 32)
+    for example in (None, (x,)):
+        mine = model()
+        before = mine[:6](x)
+        bf.quantize(mine, "int8", example_inputs=example, target="reference")
+        report = bf.report(mine)
+        assert [layer.path for layer in report.layers] == ["6"] and torch.equal(mine[:6](x), before)
+        assert [miss.module_path for miss in report.misses] == [*"012345"]
+        assert all("computed by a parametrization" in miss.reason for miss in report.misses)
+        assert "its bias is computed" in report.misses[4].reason
