@@ -1,7 +1,7 @@
 """The command `bitfold`: formats, quantize, inspect, run, bench and demo.
 
-In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or 2 with one
-sentence on stderr when something was asked for that cannot be.
+In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or with one sentence
+on stderr 2 for something asked for that cannot be, 1 when the disk or the terminal fails.
 
     bitfold formats
     bitfold quantize --recipe int8_all -o smollm2.safetensors
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from .._version import __version__
 from ..formats import BitfoldError
 from .commands import COMMANDS
 from .plugins import import_file
@@ -43,7 +44,7 @@ A recipe is a name (int8, int4, int8_all, fp8, mxfp4, stored, ...), a format (in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 2 for a mistake of use."""
+    """Run one command and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quiet()
     try:
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BitfoldError as error:
         print(f"bitfold: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"bitfold: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("bitfold: stopped", file=sys.stderr)
         return 130
@@ -71,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
         parents=[_plugin_option()],
         allow_abbrev=False,
     )
+    out.add_argument("--version", action="version", version=f"bitfold {__version__}")
     commands = out.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2].removesuffix("_command")

@@ -31,11 +31,13 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
+from ..formats import BitfoldError
 from ..passes.recipes import Recipe
 from .page import write_page
 from .progress import progress_bar
 from .smollm2 import load_smollm2
 from .text import pydoc_tokens
+from .text_file import write_text
 from .trial import Bench, Trial
 
 RECIPES = ("none", "int8_all", "fp8", "stored", "mxfp4", "int4[g64]")
@@ -63,8 +65,7 @@ def demo(
     console = console or Console()
     for recipe in recipes:
         Recipe.parse(recipe)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _folder(out)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.perf_counter()
     with progress_bar(console) as show, fresh_compiler_cache():
@@ -85,8 +86,7 @@ def demo(
         show.advance(steps_done)
     seconds = time.perf_counter() - began
     record = {"where": environment(place), "seconds": seconds, "trials": [t.to_dict() for t in trials]}
-    data = folder / "demo.json"
-    data.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    data = write_text(folder / "demo.json", json.dumps(record, indent=2) + "\n")
     console.print(table(trials, batches))
     for line in NOTES:
         console.print(line, style="dim", highlight=False)
@@ -94,6 +94,15 @@ def demo(
         _print_misses(trial, console)
     console.print(f"[bold]{page}[/] shows what the passes did; {data} holds the table. Took {seconds:.0f} s.")
     return trials
+
+
+def _folder(out: str | Path) -> Path:
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BitfoldError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    return folder
 
 
 def table(trials: Sequence[Trial], batches: Sequence[int]) -> Table:

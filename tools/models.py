@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats import BitfoldError, Quantized
+from ..passes.provenance import breaking_point
 from .plugins import import_file
 
 HELP = "smollm2 (the default), FILE.gguf of that model, a FOLDER saved by transformers, or FILE.py:FUNCTION"
@@ -62,10 +63,18 @@ def _from_function(path: Path, name: str) -> Loaded:
     build = getattr(import_file(path), name, None)
     if not callable(build):
         raise BitfoldError(f"{path} has no function {name!r}")
-    made = build()
-    model, inputs = made if isinstance(made, tuple) else (made, ())
+    try:
+        made = build()
+    except Exception as error:
+        raise BitfoldError(f"{name} in {path} failed: {breaking_point(error)}") from error
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
     if not isinstance(model, nn.Module):
-        raise BitfoldError(f"{name} in {path} returned {type(model).__name__}; it must return an nn.Module")
+        raise BitfoldError(
+            f"{name} in {path} returned {type(made).__name__}; it must return an nn.Module, or a module and "
+            "its inputs"
+        )
+    if isinstance(inputs, Mapping):
+        raise BitfoldError(f"{name} in {path} returned inputs by keyword; give them in order, as a tuple")
     return Loaded(model.eval(), inputs=(inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
 
 

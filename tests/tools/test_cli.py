@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import bitfold
 from bitfold.tools.cli import main
+from bitfold.tools.commands import formats_command
 
 MODEL = """
 import torch
@@ -21,6 +23,29 @@ def bare():
 
 def number():
     return 3
+
+def several():
+    return nn.Linear(4, 4), 1, 2
+
+def boom():
+    raise RuntimeError("kaboom")
+
+def keywords():
+    return nn.Linear(64, 4), {"input": torch.randn(2, 64)}
+
+def misfit():
+    return nn.Linear(64, 4), torch.randn(2, 63)
+
+def mixed():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 4)
+
+        def forward(self, x):
+            return {"out": self.fc(x), "mask": x > 0, "n": 3}
+
+    return Mixed(), torch.randn(2, 64)
 """
 
 FORMAT = """
@@ -160,6 +185,13 @@ def test_plugins_before_and_after_the_command(here: Path, capsys: pytest.Capture
         ),
         ("quantize mine.py:build --recipe int4[g48] -o m", "48"),
         ("quantize mine.py:number --recipe int8 -o m", "returned int; it must return an nn.Module"),
+        ("quantize mine.py:several --recipe int8 -o m", "returned tuple; it must return an nn.Module, or a"),
+        ("quantize mine.py:boom --recipe int8 -o m", "boom in mine.py failed: mine.py:19 `raise Run"),
+        ("quantize mine.py:keywords --recipe int8 -o m", "returned inputs by keyword; give them in order"),
+        ("quantize mine.py:boom --recipe int8 -o no/m", "no/m cannot be written: there is no folder no"),
+        ("inspect mine.py:boom --recipe int8 --html no/m", "no/m cannot be written: there is no folder no"),
+        ("run mine.py:misfit --recipe int8", "the model cannot be called on its inputs: "),
+        ("demo --out mine.py", "mine.py cannot be made a folder: File exists"),
         ("quantize mine.py:none --recipe int8 -o m", "mine.py has no function 'none'"),
         ("quantize nothing --recipe int8 -o m", "there is no model 'nothing'; give smollm2"),
         ("quantize no.gguf --recipe int8 -o m", "there is no GGUF file at no.gguf"),
@@ -183,6 +215,28 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], arguments: str
     (here / "broken.py").write_text("1 / 0\n")
     assert sentence in said(capsys, *arguments.split(), status=2)
     assert not (here / "m").exists()
+
+
+def test_only_floats_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, "run", "mine.py:mixed", "--recipe", "int8")
+    assert text.startswith("output 0 [2, 4]: signal to noise ") and text.count("\n") == 1
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"bitfold {bitfold.__version__}\n"
+
+
+def test_a_full_disk_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "m.part")
+
+    monkeypatch.setattr(formats_command, "run", full)
+    assert main(["formats"]) == 1
+    assert capsys.readouterr().err == "bitfold: m.part: No space left on device\n"
 
 
 def test_arguments_that_do_not_parse(capsys: pytest.CaptureFixture[str]) -> None:

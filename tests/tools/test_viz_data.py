@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -153,6 +154,23 @@ def test_mistakes_get_one_sentence(tmp_path) -> None:
         viz(gm, tmp_path / "a.html")  # type: ignore[arg-type]
     with pytest.raises(BitfoldError, match="the trace is empty"):
         viz(Trace(), tmp_path / "a.html")
-    with pytest.raises(BitfoldError, match="does not exist; make it first"):
+    with pytest.raises(BitfoldError, match=r"there is no folder .*no; make it first"):
         viz(trace, tmp_path / "no" / "a.html")
+    with pytest.raises(BitfoldError, match="it is a folder"):
+        viz(trace, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_appears_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
+    trace, _ = traced("annotate{recipe=int8}")
+    page = viz(trace, tmp_path / "a.html", title="old \ud800")  # a file name may hold such a thing
+    before = page.read_text(encoding="utf-8")
+    assert "<title>old \\ud800</title>" in before
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        viz(trace, page, title="new")
+    assert list(tmp_path.iterdir()) == [page] and page.read_text(encoding="utf-8") == before

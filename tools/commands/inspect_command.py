@@ -20,6 +20,7 @@ from rich.table import Table
 from ...formats import BitfoldError
 from ...lowering import Pipeline
 from ...lowering.parameters import with_all_names
+from ...lowering.paths import place_of
 from ...lowering.tensor_file import TensorFile, open_file
 from ...passes import capture, state
 from ...passes.annotate import Annotate
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.recipe is None and arguments.pipeline is None:
         raise BitfoldError("say what to do to the model: --recipe RECIPE or --pipeline TEXT")
     pipeline = _pipeline(arguments)
+    if arguments.html is not None:
+        place_of(arguments.html)
     loaded = read_model(arguments.model, console)
     with torch.no_grad():
         _passes(loaded, pipeline, arguments, console)

@@ -16,6 +16,7 @@ from rich.console import Console
 from ...formats import format
 from ...formats.layout import default
 from ...lowering import quantize, report, save
+from ...lowering.paths import place_of
 from ...passes.recipes import Recipe
 from .shared import add_model, add_recipe, add_target, read_model, say, size, waiting
 
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     recipe = Recipe.parse(arguments.recipe)
+    place_of(arguments.out)
     loaded = read_model(arguments.model, console)
     program = arguments.scope == "program"
     began = time.perf_counter()

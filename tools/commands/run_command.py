@@ -8,7 +8,6 @@ bitfold run mine.py:build --recipe int8
 from __future__ import annotations
 
 import argparse
-import copy
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...lowering import load, quantize
+from ...passes.provenance import breaking_point
 from ...passes.recipes import Recipe
 from ..models import Loaded
 from ..trial import PROMPT
@@ -44,14 +44,11 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.recipe is not None:
         Recipe.parse(arguments.recipe)
     loaded = read_model(arguments.model, console)
-    language = loaded.tokenizer is not None
-    reference = None if language else copy.deepcopy(loaded.model)
-    model = _quantized(loaded, arguments, console)
-    with torch.inference_mode():
-        if language:
-            _write(model, loaded.tokenizer, arguments, console)
-        else:
-            _compare(model, reference, loaded.example(), console)
+    if loaded.tokenizer is not None:
+        _write(_quantized(loaded, arguments, console), loaded.tokenizer, arguments, console)
+        return
+    wanted = _outputs(loaded.model, loaded.example())
+    _compare(wanted, _outputs(_quantized(loaded, arguments, console), loaded.example()), console)
 
 
 def _quantized(loaded: Loaded, arguments: argparse.Namespace, console: Console) -> Any:
@@ -69,6 +66,7 @@ def _quantized(loaded: Loaded, arguments: argparse.Namespace, console: Console) 
         )
 
 
+@torch.inference_mode()
 def _write(model: Any, tokenizer: Any, arguments: argparse.Namespace, console: Console) -> None:
     """Greedy, each token as it comes."""
     from transformers import TextStreamer
@@ -88,11 +86,19 @@ def _write(model: Any, tokenizer: Any, arguments: argparse.Namespace, console: C
     )
 
 
-def _compare(model: Any, reference: Any, inputs: tuple[Any, ...], console: Console) -> None:
-    wanted, got = (
-        [value for value in pytree.tree_leaves(each(*inputs)) if isinstance(value, Tensor)]
-        for each in (reference, model)
-    )
+def _outputs(model: Any, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The floating tensors that the model returns."""
+    try:
+        with torch.inference_mode():
+            made = model(*inputs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BitfoldError(f"the model cannot be called on its inputs: {breaking_point(error)}") from error
+    return [
+        value for value in pytree.tree_leaves(made) if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+
+
+def _compare(wanted: list[Tensor], got: list[Tensor], console: Console) -> None:
     for number, (a, b) in enumerate(zip(wanted, got, strict=True)):
         off = (a - b).double()
         noise, signal = float(off.square().sum()), float(a.double().square().sum())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ...formats.errors import BitfoldError
 from ...passes.trace import Trace
+from ..text_file import write_text
 from .data import page_data
 from .errors import NodeError, node_errors
 from .page import render
@@ -30,7 +31,7 @@ def viz(
 ) -> Path:
     """Write the page of `trace` to `path` and return the path. `errors` comes from `node_errors`.
 
-    Raises BitfoldError for something that is not a trace, an empty one, or a folder that does not exist.
+    Raises BitfoldError for something that is not a trace, an empty one, or a place that cannot be written.
     """
     if not isinstance(trace, Trace):
         raise BitfoldError(
@@ -39,10 +40,4 @@ def viz(
         )
     if not trace.steps:
         raise BitfoldError("the trace is empty: run a pipeline first, then pass what Pipeline.run returned")
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise BitfoldError(
-            f"the folder {str(target.parent)!r} does not exist; make it first or choose another path"
-        )
-    target.write_text(render(page_data(trace, errors=errors, title=title)), encoding="utf-8")
-    return target
+    return write_text(path, render(page_data(trace, errors=errors, title=title)))

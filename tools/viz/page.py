@@ -42,7 +42,7 @@ def _asset(folder: str, name: str) -> str:
 
 def _json(data: dict[str, Any]) -> str:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    # U+2028 and U+2029 end a line in old script parsers; lone surrogates cannot be written as UTF-8.
+    # U+2028 and U+2029 end a line in old script parsers.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text

@@ -1,0 +1,31 @@
+"""A text file that appears whole or not at all.
+
+In: a path and a text. Out: the file; what was there before stays until the new one is complete, also when the
+person at the keyboard stops the program.
+
+    write_text("out/page.html", page)   ->  Path("out/page.html")
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..lowering.paths import FileError, place_of
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8 and return the path; a lone surrogate, which has no bytes there, goes out as its escape.
+
+    Raises FileError, one sentence, if nothing can be written at `path`.
+    """
+    place = place_of(path)
+    beside = place.with_name(f"{place.name[:40]}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(beside, place)
+    except OSError as error:
+        raise FileError(f"{place} cannot be written: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return place
