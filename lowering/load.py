@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..formats import BitfoldError
 from .folded import Canonical
+from .given_model import module_of
 from .graph_data import load as load_graph
 from .graph_data import tensor_names
 from .install import CANONICAL, canonical_parts, lower_graph, resolve_target
@@ -30,6 +31,7 @@ from .load_module import ModulePlan, check_parts
 from .paths import FileError
 from .program import as_program
 from .tensor_file import TensorFile, open_file
+from .tracing import TRACING
 
 
 @torch.inference_mode(False)
@@ -52,7 +54,13 @@ def load(
     Returns `into`, or the program as a GraphModule. Raises BitfoldError (a sentence that names the tensor or
     the module) for a file that is damaged, newer than this bitfold, or of another architecture.
     """
-    file = open_file(path)
+    with TRACING:
+        return _load(open_file(path), into, target, device)
+
+
+def _load(
+    file: TensorFile, into: nn.Module | None, target: str | None, device: str | torch.device | None
+) -> Any:
     place = None if device is None else torch.device(device)
     if file.header["kind"] not in ("program", "module"):
         raise FileError(
@@ -70,7 +78,7 @@ def load(
             "bf.load(path, into=model)"
         )
     with _reading_header(file):
-        plan = ModulePlan(file, into, place)
+        plan = ModulePlan(file, module_of(into, "bf.load(path, into=...)"), place)
         plan.check()
     plan.write(resolve_target(target, plan.device))
     return into

@@ -94,8 +94,8 @@ class ModulePlan:
             )
         if original_class(module).__name__ != entry["class"]:
             raise BitfoldError(
-                f"{path} is a {original_class(module).__name__} here and a {entry['class']} in "
-                f"{self.file.path}"
+                f"{path or 'the model'} is a {original_class(module).__name__} here and a {entry['class']} "
+                f"in {self.file.path}"
             )
         for weight in entry["weights"]:
             here = _place(self.model, join(path, weight["name"]))

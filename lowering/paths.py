@@ -48,7 +48,7 @@ def _obstacle(place: Path) -> str:
 def named(given: object) -> Path:
     """The path that a text, bytes or a path object names. Raises FileError for anything else."""
     if not isinstance(given, str | bytes | os.PathLike):
-        raise FileError(f"a file's path is a text or a pathlib.Path, not {given!r:.80}")
+        raise FileError(f"a file's path is text or a pathlib.Path, not a {type(given).__name__}")
     text = os.fsdecode(given)
     if "\0" in text:
         raise FileError(f"{text!r:.80} is no path: it has a zero byte in it")

@@ -12,12 +12,12 @@ Every check runs before the first write, so that a mistake leaves the model as i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
@@ -27,14 +27,13 @@ from ..passes.recipes import Recipe
 from .calibration import Batches, observe_modules, record_arguments
 from .fold_sites import fold_sites
 from .folded import Folded
-from .install import resolve_target
+from .given_model import module_of
+from .install import CANONICAL, resolve_target
 from .memory import held, release
 from .module_scope import Plan, Record, Step, plan
 from .parameters import check_parameters
 from .program_scope import quantize_program
-
-_TRACING = threading.RLock()
-"""Tracing patches `nn.Module` for the whole process, so that models are quantized one after the other."""
+from .tracing import TRACING
 
 Scope = Literal["module", "program"]
 
@@ -66,8 +65,10 @@ def quantize(
     was, for anything wrong in what was given; and, naming what is folded already, if memory or disk gives
     out midway.
     """
-    with _TRACING:
+    given, model = model, module_of(model, "bf.quantize")
+    with TRACING:
         wanted = Recipe.parse(recipe)
+        _check_scope(model, scope)
         check_parameters(model)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         on = resolve_target(target, device)
@@ -77,8 +78,6 @@ def quantize(
             return quantize_program(
                 model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress
             )
-        if scope != "module":
-            raise BitfoldError(f"scope is {scope!r}; it may be 'module' (in place) or 'program' (one graph)")
         found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
         _check_found(model, wanted, found)
         if found.calibrated:
@@ -86,7 +85,17 @@ def quantize(
         before = held(model)
         fold_sites(model, found, on, progress)
         release(before - held(model))
-        return model
+        return given
+
+
+def _check_scope(model: nn.Module, scope: str) -> None:
+    if scope not in ("module", "program"):
+        raise BitfoldError(f"scope is {scope!r}; it may be 'module' (in place) or 'program' (one graph)")
+    if isinstance(model, GraphModule) and CANONICAL in model.meta:
+        raise BitfoldError(
+            "this program is quantized already, and from codes there is no way to other codes; quantize the "
+            "model that it was captured from"
+        )
 
 
 def _recorder(model: nn.Module, batches: Batches) -> Record | None:
@@ -102,6 +111,12 @@ def _check_found(model: nn.Module, recipe: Recipe, found: Plan) -> None:
         return
     if any(isinstance(module, Folded) for module in model.modules()):
         return
+    if isinstance(model, GraphModule):
+        raise BitfoldError(
+            f"recipe {recipe.name!r} found no module to quantize in this GraphModule: the layers of a "
+            "captured graph are operators; call bf.quantize(graph, recipe, scope='program', "
+            "example_inputs=...), or give it the model before it is captured"
+        )
     why = f" (for one: {found.misses[0]})" if found.misses else ""
     raise BitfoldError(
         f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}{why}"

@@ -23,6 +23,7 @@ from ..formats import BitfoldError
 from ..passes import MissRecord, state
 from ..passes.stages import find_attribute
 from .folded import Folded
+from .given_model import is_graph, module_of
 from .install import weight_parts
 
 ATTRIBUTE = "bitfold_misses"
@@ -76,7 +77,8 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """What is folded in `model` and what was not. Raises BitfoldError if bitfold never touched the model."""
-    if isinstance(model, GraphModule):
+    model = module_of(model, "bf.report")
+    if is_graph(model):
         return _of_graph(model)
     folded = [(path, module) for path, module in model.named_modules() if isinstance(module, Folded)]
     misses = tuple(miss for module in model.modules() for miss in module.__dict__.get(ATTRIBUTE, ()))

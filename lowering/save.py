@@ -29,6 +29,7 @@ from ..passes import Stage, state
 from ..passes.stages import find_attribute
 from .extra_state import dump_states
 from .folded import Canonical, Folded, FoldedWeight, original_class
+from .given_model import is_graph, module_of
 from .graph_data import dump, tensor_names
 from .install import CANONICAL, Kind, canonical_parts, part_kinds, weight_parts
 from .paths import place_of
@@ -47,9 +48,9 @@ def save(
 
     The file appears whole or not at all; what was at `path` before stays until then.
     """
-    place = place_of(path)
+    place, model = place_of(path), module_of(model, "bf.save")
     contents = _Contents()
-    header = _program(model, contents) if isinstance(model, GraphModule) else _module(model, contents)
+    header = _program(model, contents) if is_graph(model) else _module(model, contents)
     header = {"version": VERSION, "bitfold": __version__, **header}
     header |= {"tensors": described(contents.kinds), "tied": contents.tied}
     write(place, contents.tensors, header, contents.kinds, progress)

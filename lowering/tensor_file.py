@@ -104,7 +104,7 @@ def open_file(path: str | os.PathLike[str]) -> TensorFile:
     """
     place = named(path)
     if not is_file(place):
-        raise FileError(f"{place} is not a file")
+        raise FileError(f"{place} is not a file" if place.exists() else f"there is no file {place}")
     try:
         opened: Any = safe_open(str(place), framework="pt")
         header = _header(place, opened.metadata() or {})

@@ -324,7 +324,7 @@ def test_wrong_skeletons(tmp_path: Path) -> None:
 def test_what_is_no_file_of_ours(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    with pytest.raises(bf.BitfoldError, match="is not a file"):
+    with pytest.raises(bf.BitfoldError, match="there is no file"):
         bf.load(tmp_path / "none.safetensors")
     save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
     with pytest.raises(bf.BitfoldError, match="was not saved by bitfold"):
