@@ -83,5 +83,9 @@ def _from_folder(text: str) -> Loaded:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise BitfoldError("a folder is read by transformers: run `pip install 'bitfold[hf]'`") from error
-    model = AutoModelForCausalLM.from_pretrained(text, local_files_only=True)
-    return Loaded(model.eval(), AutoTokenizer.from_pretrained(text, local_files_only=True))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(text, local_files_only=True)
+        return Loaded(model.eval(), AutoTokenizer.from_pretrained(text, local_files_only=True))
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise BitfoldError(f"transformers cannot read a language model from {text}: {reason}") from error

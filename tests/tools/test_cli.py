@@ -185,6 +185,8 @@ def test_plugins_before_and_after_the_command(here: Path, capsys: pytest.Capture
         ),
         ("quantize mine.py:build --recipe int4[g48] -o m", "48"),
         ("quantize mine.py:number --recipe int8 -o m", "returned int; it must return an nn.Module"),
+        ("quantize junk.gguf --recipe int8 -o m", "junk.gguf is truncated or is not a GGUF file (GGUF magic"),
+        ("quantize folder --recipe int8 -o m", "transformers cannot read a language model from folder: "),
         ("quantize mine.py:several --recipe int8 -o m", "returned tuple; it must return an nn.Module, or a"),
         ("quantize mine.py:boom --recipe int8 -o m", "boom in mine.py failed: mine.py:19 `raise Run"),
         ("quantize mine.py:keywords --recipe int8 -o m", "returned inputs by keyword; give them in order"),
@@ -213,6 +215,9 @@ def test_plugins_before_and_after_the_command(here: Path, capsys: pytest.Capture
 )
 def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], arguments: str, sentence: str) -> None:
     (here / "broken.py").write_text("1 / 0\n")
+    (here / "junk.gguf").write_text("This is no such file, whatever its name says.")
+    (here / "folder").mkdir()
+    (here / "folder" / "config.json").write_text("{}")
     assert sentence in said(capsys, *arguments.split(), status=2)
     assert not (here / "m").exists()
 
