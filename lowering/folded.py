@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized, format
 from .graph_data import retyped
+from .read_only import ReadOnly
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -71,28 +72,6 @@ class FoldedWeight:
         for step, sizes in self.back:
             rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
         return rows
-
-
-class ReadOnly(Tensor):
-    """A decoded weight. Writing to it would be lost, so it raises; what is computed from it is a plain
-    tensor.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "")
-        writes = (
-            name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-        )
-        if writes and args and isinstance(args[0], cls) and name != "requires_grad_":
-            raise BitfoldError(
-                "this weight is decoded from its codes on demand and writing to it would be lost (an adapter "
-                "cannot be merged into it); keep the adapter unmerged, or merge it before bf.quantize"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
 
 
 class Folded(nn.Module):
@@ -265,7 +244,7 @@ def _decoding(name: str) -> property:
             f"{name!r} of a folded {type(self).__name__} cannot be replaced; quantize the model anew"
         )
 
-    return property(read, write, doc=f"`{name}`, decoded from its codes on demand; read-only.")
+    return property(read, write, doc=f"`{name}`, decoded from its codes when asked for; a write raises.")
 
 
 class FoldedLinear(Folded, nn.Linear):

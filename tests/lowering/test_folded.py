@@ -3,7 +3,7 @@
 import copy
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -155,6 +155,62 @@ def test_the_decoded_weight_is_read_only() -> None:
     with pytest.raises(bf.BitfoldError, match="cannot be replaced"):
         model.up.weight = torch.zeros(3)
     assert type(model.up.weight + 1) is Tensor
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "data": lambda w: w.data.mul_(2),
+    "data item": lambda w: w.data.__setitem__(0, 1.0),
+    "data slice": lambda w: w[2:].data[0].fill_(1),
+    "view": lambda w: w.view(-1).zero_(),
+    "row": lambda w: w[0].__setitem__(1, 5.0),
+    "detach": lambda w: w.detach().add_(1),
+    "transpose": lambda w: w.mT.zero_(),
+    "same dtype": lambda w: w.float().cpu().contiguous().zero_(),
+    "chunk": lambda w: w.chunk(2)[1].zero_(),
+    "rows": lambda w: [row.zero_() for row in w],
+    "out": lambda w: torch.neg(w[0], out=w[0]),
+    "foreach": lambda w: torch._foreach_mul_([w], 2),
+    "init": nn.init.normal_,
+    "init of data": lambda w: nn.init.kaiming_uniform_(w.data),
+    "assignment": lambda w: w.__itruediv__(2),
+    "parameter": lambda w: torch.optim.SGD([nn.Parameter(w)], 0.1).param_groups[0]["params"][0].data.zero_(),
+}
+
+
+@pytest.mark.parametrize("case", WRITES)
+def test_a_write_through_a_view_of_the_decoded_weight_raises(case: str) -> None:
+    weight = quantized().up.weight
+    before = weight.clone()
+    with torch.no_grad(), pytest.raises(bf.BitfoldError, match=r"would be lost .* a copy, weight\.clone\(\)"):
+        WRITES[case](weight)
+    assert torch.equal(weight, before)
+
+
+def test_what_is_read_from_the_decoded_weight_is_the_readers_own() -> None:
+    weight = quantized().up.weight
+    with pytest.raises(ValueError, match="read-only"):
+        weight.numpy().fill(0)
+    buffer = io.BytesIO()
+    torch.save({"w": weight, "row": weight[0]}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    copies = [copy.deepcopy(weight), weight.clone(), weight.to(torch.bfloat16), weight[0] + 1, saved["w"]]
+    copies += [
+        torch.zeros(128, 64).copy_(weight),
+        nn.Parameter(weight.clone()).data,
+        weight.sum(0),
+        saved["row"],
+    ]
+    copies += [
+        torch.cat([weight, weight]),
+        nn.functional.linear(torch.ones(2, 64), weight),
+        weight.max(0).values,
+    ]
+    assert [type(one) for one in copies] == [Tensor] * len(copies)
+    before = weight.clone()
+    for one in copies:
+        one.zero_()
+    assert torch.equal(weight, before) and torch.equal(saved["row"], torch.zeros(64))
 
 
 def test_generate(llama: nn.Module) -> None:
