@@ -87,6 +87,11 @@ class Format:
         (self.scale.granularity if self.scale is not None else Granularity()).check(shape)
         self.sparsity.check(shape)
 
+    def _check_numbers(self, x: Tensor) -> None:
+        self.check(x.shape)
+        if x.is_complex():
+            raise FormatError(f"{self} holds real numbers, not {x.dtype}; quantize torch.view_as_real(x)")
+
     def holds(self, low: float, high: float, dtype: torch.dtype = torch.float32) -> bool:
         """Whether any tensor of `dtype` with numbers from `low` to `high` decodes to finite numbers, under
         scales that their own dtype holds. Elements may clip; that is their range, and not looked at.
@@ -124,7 +129,7 @@ class Format:
 
     def quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Quantized:
         """Codes of x [..., K]; `params` as `choose` or `from_range` return them, chosen from x if None."""
-        self.check(x.shape)
+        self._check_numbers(x)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
         codes = by_rows(lambda x, p: self.pack(self._encode(x, p)), kept, params, self._rows)
@@ -133,6 +138,10 @@ class Format:
 
     def dequantize(self, q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., K] of q: computed in float32, rounded to `dtype` once."""
+        if q.format != self:
+            raise FormatError(f"{self} cannot read what is stored as {q.format}; call q.dequantize()")
+        if not dtype.is_floating_point:
+            raise FormatError(f"values are decoded to a floating dtype such as torch.bfloat16, not {dtype}")
         values = by_rows(
             lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows
         )
@@ -140,7 +149,7 @@ class Format:
 
     def fake_quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Tensor:
         """dequantize(quantize(x)) in x's dtype, bit for bit, without packing. No gradient: see `ops.py`."""
-        self.check(x.shape)
+        self._check_numbers(x)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
         values = by_rows(lambda x, p: self._decode(self._encode(x, p), p, x.dtype), kept, params, self._rows)

@@ -70,8 +70,12 @@ def _flat(
     info = getattr(gm.graph._codegen, "pytree_info", None)
     if info is not None and info.in_spec is not None and info.in_spec.num_children == 2:
         order = info.in_spec.children()[1].context
-        if set(order) == set(kwargs):
-            kwargs = {name: kwargs[name] for name in order}
+        if set(order) != set(kwargs):
+            raise BitfoldError(
+                f"calibration batch {index} has the keywords {sorted(kwargs)}, and the graph was captured "
+                f"with {sorted(order)}; give batches as the inputs were given to capture"
+            )
+        kwargs = {name: kwargs[name] for name in order}
     flat: list[Any] = pytree.tree_leaves((args, kwargs))
     if len(flat) != count:
         raise BitfoldError(f"calibration batch {index} has {len(flat)} inputs, and the graph takes {count}")

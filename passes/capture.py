@@ -104,7 +104,10 @@ def _dynamic(
     for given in pytree.tree_leaves((args, named)):
         if isinstance(given, Tensor):
             shapes[given] = {dim: Dim.DYNAMIC for dim in dims if dim < given.dim()}
-    return shapes.dynamic_shapes(model, args, named), args, named  # type: ignore[no-untyped-call]
+    try:
+        return shapes.dynamic_shapes(model, args, named), args, named  # type: ignore[no-untyped-call]
+    except TypeError as error:
+        raise BitfoldError(f"the inputs do not fit {type(model).__name__}.forward: {error}") from error
 
 
 def _widened(given: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -59,6 +59,10 @@ class Pipeline:
     def run(self, gm: GraphModule, *, verify: bool = True, progress: Progress | None = None) -> Trace:
         """Rewrite `gm` in place. Raises BitfoldError when a pass cannot start from the graph's stage (before
         anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage."""
+        if not isinstance(gm, GraphModule):
+            raise BitfoldError(
+                f"a pipeline runs on a graph, not on a {type(gm).__name__}; capture(model, inputs) makes one"
+            )
         self._check_order(state(gm).stage)
         recorder, trace = Recorder(), Trace()
         trace.follow(gm)

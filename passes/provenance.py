@@ -28,7 +28,8 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>[^
 # Frames of these are wrappers around the user's line: torch's own modules, and what decorates a
 # transformers model. A model that lives in transformers/models is the user's model all the same.
 _WRAPPERS = re.compile(
-    r"(^|/)torch/|(^|/)transformers/utils/|(^|/)transformers/modeling_layers|(^|/)accelerate/|^<|(^|/)functools"
+    r"(^|/)torch/|(^|/)transformers/utils/|(^|/)transformers/modeling_layers|(^|/)accelerate/|^<"
+    r"|(^|/)(functools|inspect|contextlib)\.py$"
 )
 _MODULES = re.compile(r"\._modules\['([^']*)'\]")
 _INDEX = re.compile(r"\[(-?\d+|'[^']*')\]")

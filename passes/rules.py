@@ -91,6 +91,8 @@ class Rule:
             raise BitfoldError(
                 f"rule {self.match!r} says nothing; give weight, input or output a format, or a skip reason"
             )
+        if self.observer and not (self.input or self.output):
+            raise BitfoldError(f"rule {self.match!r} observes nothing; give input or output a format too")
         for edge in ("weight", "input", "output"):
             text = getattr(self, edge)
             if text and not (edge == "weight" and text == STORED):
@@ -163,8 +165,8 @@ def _predicate(text: str) -> Callable[[Mapping[str, int]], bool]:
     if not text:
         return lambda sizes: True
     try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError as error:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError) as error:
         raise BitfoldError(
             f"where={text!r} cannot be read; write something like 'K >= 256 and N % 16 == 0'"
         ) from error

@@ -185,6 +185,17 @@ def test_wrong_parts_and_parameters_are_refused() -> None:
         format("ternary").from_range(-x, x)
 
 
+def test_numbers_that_a_format_does_not_hold_or_give() -> None:
+    f, x = format("int4[g32]"), torch.randn(2, 64)
+    for call in (f.quantize, f.fake_quantize):
+        with pytest.raises(FormatError, match=r"int4\[g32\] holds real numbers, not torch.complex64"):
+            call(x.to(torch.complex64))
+    with pytest.raises(FormatError, match="values are decoded to a floating dtype such as"):
+        f.dequantize(f.quantize(x), torch.int8)
+    with pytest.raises(FormatError, match=r"int8 cannot read what is stored as int4\[g32\]; call q.dequant"):
+        format("int8").dequantize(f.quantize(x))
+
+
 def test_scales_of_zero_in_a_file_are_harmless() -> None:
     for text in ("q4_0", "q8_0", "q4_1", "float8_e4m3fn[g32,f16]", "uint4[g32,f16,zero]"):
         f = format(text)

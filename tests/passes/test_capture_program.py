@@ -134,6 +134,14 @@ def test_a_name_that_python_cannot_spell_is_one_sentence(name: str) -> None:
     )
 
 
+def test_inputs_that_the_model_does_not_take() -> None:
+    model, x = nn.Linear(4, 3), torch.zeros(2, 4)
+    with pytest.raises(CaptureError, match="it breaks at missing a required argument: 'input'"):
+        capture(model, {"inputs": x})
+    with pytest.raises(BitfoldError, match=r"the inputs do not fit Linear\.forward: multiple values for"):
+        capture(model, (x,), kwargs={"input": x}, dynamic="batch")
+
+
 def test_a_model_on_meta_is_captured_too() -> None:
     gm = capture(nn.Linear(4, 3, device="meta"), torch.zeros(2, 4, device="meta"))
     assert "linear: f32[2, 3]" in str(snapshot(gm))

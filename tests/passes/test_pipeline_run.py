@@ -190,3 +190,8 @@ def test_a_trace_s_repr_is_one_short_line() -> None:
     )
     assert repr(trace).startswith("<Trace of annotate{recipe=int4[g4]},eliminate_dead,")
     assert repr(trace).endswith(" s, 0 missed>") and len(repr(trace)) < 130
+
+
+def test_a_pipeline_runs_on_a_graph() -> None:
+    with pytest.raises(BitfoldError, match="runs on a graph, not on a Net; capture"):
+        Pipeline.parse("normalize").run(Net())  # type: ignore[arg-type]
