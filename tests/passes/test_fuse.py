@@ -1,5 +1,6 @@
 """Fuse: what joins a region and what does not, in whole graphs; `inline` is its inverse; no bit changes."""
 
+import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -308,4 +309,47 @@ def test_random_graphs_keep_every_bit(steps: list[str]) -> None:
     model, x = Net(), torch.randn(3, 8)
     plain = capture(model, (x,))
     Pipeline([Annotate("int8_dynamic"), Fold()]).run(plain)
-    assert torch.equal(fused(model, x, recipe="int8_dynamic")(x), plain(x))
+    gm = fused(model, x, recipe="int8_dynamic")
+    assert torch.equal(gm(x), plain(x))
+    assert regions_are_convex(plain, gm)
+
+
+def regions_are_convex(folded: GraphModule, gm: GraphModule) -> bool:
+    """Whether no path of the folded graph leaves a region of `gm` and comes back: drawn together, the regions
+    leave a graph without cycles. What several regions have a copy of stands alone."""
+    inside: dict[str, set[str]] = {}
+    for call in gm.graph.nodes:
+        body = region_of(gm, call)
+        for node in body.graph.nodes if body is not None else ():
+            if node.op == "call_function":
+                inside.setdefault(node.name, set()).add(call.name)
+    place = {name: min(regions) for name, regions in inside.items() if len(regions) == 1}
+    drawn = nx.DiGraph()
+    for node in folded.graph.nodes:
+        drawn.add_node(place.get(node.name, node.name))
+        for user in node.users:
+            ends = [place.get(end.name, end.name) for end in (node, user)]
+            if ends[0] != ends[1]:
+                drawn.add_edge(*ends)
+    return nx.is_directed_acyclic_graph(drawn)
+
+
+def test_a_region_that_is_not_convex_would_be_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return y.relu() + F.layer_norm(y, (8,))
+
+    folded = capture(Net(), (torch.zeros(2, 8),))
+    Pipeline([Annotate("int8"), Fold()]).run(folded)
+    gm = fused(Net(), torch.zeros(2, 8))
+    assert regions_are_convex(folded, gm)
+    body = gm.fused_fc.graph
+    with body.inserting_before(body.output_node()):  # as if relu and add had joined, past the layer norm
+        for name in ("relu", "add"):
+            body.create_node("call_function", torch.ops.aten.relu.default, (), name=name)
+    assert not regions_are_convex(folded, gm)
