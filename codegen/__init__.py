@@ -1,4 +1,16 @@
-"""Kernel specification and schedule to source: the layer that will hold the Triton and C++ emitters.
+"""Kernel specification and schedule to source: fused dequant-GEMM kernels, generated from formats.
 
-Nothing is emitted here yet: the CPU target hands its decode to Inductor's own C++ (`lowering/cpu.py`).
+In: a `GemmSpec` (what is computed) and a `Schedule` (how). Out: Triton source, compiled and launched.
+
+    spec = GemmSpec(format("int4[g128,halves256]"), n=4096, k=4096)
+    triton.source(spec, Schedule(block_m=16, block_n=64, scale="sum"))
+
+Decoding comes from the element (`decode.py`), walking over a row from the layout (`slices.py`); no format is
+named in this folder. Passes are unknown here.
 """
+
+from .schedule import Schedule, scales
+from .slices import Walk, walk
+from .spec import CodegenError, GemmSpec
+
+__all__ = ["CodegenError", "GemmSpec", "Schedule", "Walk", "scales", "walk"]

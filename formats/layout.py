@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
+import torch
 from torch import Tensor
 
 from . import mover
@@ -146,6 +147,53 @@ class Planar(Layout):
         return -(-length // codes) * size
 
 
+@dataclass(frozen=True)
+class Halfwords(Planar):
+    """Planar over units of 16 bits, what a GPU's 16-bit float instructions want: one shift and one mask of a
+    32-bit register of two neighbouring units leave one code in each half, those of two neighbouring numbers.
+
+    4 bits, 16 codes a .. p:  bytes  i<<4|a  m<<4|e  j<<4|b  n<<4|f  k<<4|c  o<<4|g  l<<4|d  p<<4|h
+
+    The bytes are those of `planar`; the two halves of each plane of a run are woven together, so that byte b
+    of a plane of 2*S bytes lies at 2*(b mod S) + b // S.
+    """
+
+    span: int | None = 512
+    name: str = "halves"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.span is None or self.span % 16 != 0:
+            raise FormatError(f"a layout of halfwords spans a multiple of 16 codes, not {self.span}")
+
+    def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
+        assert self.span is not None
+        start = sympy.floor(k / self.span) * _run_bytes(bits, sympy.Integer(self.span))
+        fields = []
+        for plain, (_, width) in zip(super().fields(bits, run), planes(bits), strict=True):
+            size = self.span * width // 8
+            within = plain.byte - start
+            woven = 2 * sympy.Mod(within, size // 2) + sympy.floor(2 * within / size)
+            fields.append(Field(plain.low, plain.width, start + woven, plain.bit))
+            start = start + size
+        return tuple(fields)
+
+    def pack(self, codes: Tensor, bits: int, run: int | None = None) -> Tensor:
+        return self._rewoven(Planar(self.span).pack(codes, bits, run), bits, weave=True)
+
+    def unpack(self, packed: Tensor, length: int, bits: int, run: int | None = None) -> Tensor:
+        return Planar(self.span).unpack(self._rewoven(packed, bits, weave=False), length, bits, run)
+
+    def _rewoven(self, packed: Tensor, bits: int, *, weave: bool) -> Tensor:
+        assert self.span is not None
+        runs = packed.reshape(*packed.shape[:-1], -1, self.span * bits // 8)
+        halves = []
+        for plane in torch.split(runs, [self.span * width // 8 for _, width in planes(bits)], -1):
+            shape = (2, -1) if weave else (-1, 2)
+            halves.append(plane.reshape(*plane.shape[:-1], *shape).transpose(-1, -2).flatten(-2))
+        return torch.cat(halves, -1).reshape(packed.shape)
+
+
 def planes(bits: int) -> list[tuple[int, int]]:
     """(lowest bit, width) of the power-of-two planes of a code: 3 -> (0, 2), (2, 1)."""
     found, low = [], 0
@@ -170,8 +218,9 @@ def default(bits: int) -> Layout:
 
 def parse(text: str) -> Layout | None:
     """The built-in layout that `text` spells (`planar64` has a span), or None."""
-    if text.startswith("planar") and text[6:].isdecimal():
-        return Planar(int(text[6:]))
+    for prefix, spanned in (("planar", Planar), ("halves", Halfwords)):
+        if text.startswith(prefix) and text[len(prefix) :].isdecimal():
+            return spanned(int(text[len(prefix) :]))
     return BUILT_IN.get(text)
 
 

@@ -1,0 +1,102 @@
+"""How a fused kernel computes it: `Schedule`, data that a tuner searches and a table stores.
+
+In: numbers. Out: a value that prints and parses, and says whether it can run a given spec.
+
+    Schedule(block_m=16, block_n=64, warps=4, stages=3, split=2, scale="sum")
+    m16 n64 w4 s3 k2 sum
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .slices import Unwalkable, walk
+from .spec import CodegenError, GemmSpec
+
+SCALES = ("end", "sum", "lane", "float")
+_TEXT = re.compile(r"m(\d+) n(\d+) w(\d+) s(\d+) k(\d+) (\w+)(?: o(\d+))?")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """block_m, block_n: rows of x and of the weight that one program takes; warps, stages: Triton's;
+    split: programs that share the sum over k, added up in order; scale: where the scale multiplies:
+
+        end     the finished sum (one scale a row or a tensor)
+        sum     the sum over each group, in float32
+        lane    the decoded values, in x's dtype: those of `dequantize`, bit for bit
+        float   the decoded values, in float32, then rounded: any format, slower
+
+    overlap: 0 for an ordinary launch; else the kernel starts while its predecessor still runs (programmatic
+    dependent launch, compute capability 9.0 on), and sends for this many runs of codes before it waits for x.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int = 4
+    stages: int = 3
+    split: int = 1
+    scale: str = "end"
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise CodegenError(f"a schedule's {name} is a power of two, not {value}")
+        if self.scale not in SCALES:
+            raise CodegenError(f"a schedule's scale is one of {', '.join(SCALES)}, not {self.scale!r}")
+        if self.stages < 1 or self.split < 1:
+            raise CodegenError("a schedule has at least one stage and one split")
+
+    def __str__(self) -> str:
+        tail = f" o{self.overlap}" if self.overlap else ""
+        return (
+            f"m{self.block_m} n{self.block_n} w{self.warps} s{self.stages} k{self.split} {self.scale}{tail}"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The inverse of `str`; CodegenError if the text says something else."""
+        found = _TEXT.fullmatch(text)
+        if found is None:
+            raise CodegenError(f"{text!r} is no schedule; one reads: m16 n64 w4 s3 k1 sum")
+        *numbers, scale, overlap = found.groups()
+        block_m, block_n, warps, stages, split = (int(number) for number in numbers)
+        return cls(block_m, block_n, warps, stages, split, scale, int(overlap or 0))
+
+    def obstacle(self, spec: GemmSpec) -> str | None:
+        """Why this schedule cannot run the spec, or None."""
+        found = walk(spec.weight, spec.k)
+        if isinstance(found, Unwalkable):
+            return found.reason
+        if self.split > found.runs:
+            return f"{self.split} splits of {found.runs} runs of codes leave some without work"
+        if self.scale not in scales(spec):
+            return f"{spec.weight} is not scaled by {self.scale!r}, but by {', '.join(scales(spec))}"
+        return None
+
+
+def scales(spec: GemmSpec) -> tuple[str, ...]:
+    """Where this format's scale may multiply, fastest first."""
+    scale = spec.weight.scale
+    if scale is not None and scale.native:
+        return ()
+    if scale is None or scale.granularity.cols is None:
+        return ("end", "float")
+    if scale.zero == "none" and _exact_in_lane(scale.dtype, spec):
+        return ("lane", "sum", "float")
+    return ("sum", "float")
+
+
+def _exact_in_lane(dtype: str, spec: GemmSpec) -> bool:
+    """Whether scale, code and so the rounded product are what the reference computes in float32.
+
+    E4M3 fits both types; E8M0 has float16's range behind it. A table's entries are rounded before the
+    product, so they are not.
+    """
+    from ..formats import Codebook
+
+    fits = dtype == "e4m3" or dtype == spec.x or (dtype == "e8m0" and spec.x == "bf16")
+    return fits and not isinstance(spec.weight.element, Codebook)

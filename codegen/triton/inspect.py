@@ -1,0 +1,101 @@
+"""What the compiler makes of a kernel, for any GPU, without one: PTX, registers, spills, shared memory.
+
+In: a spec, a schedule, an architecture. Out: a `Compiled`.
+
+    inspect(spec, schedule, arch=90).registers   ->   96
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..schedule import Schedule
+from ..spec import GemmSpec
+from .build import _options, kernel
+
+_SIGNATURE = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8", "e4m3": "*u8"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """registers and spill bytes a thread, shared memory in bytes a program, and the texts of the stages."""
+
+    registers: int
+    spills: int
+    shared: int
+    ptx: str
+    ttgir: str
+
+
+def signature(spec: GemmSpec) -> dict[str, str]:
+    """Types of the kernel's arguments, as Triton writes them; absent tensors stand as y does."""
+    y = _SIGNATURE[spec.x]
+    scale = spec.weight.scale
+    stored = y if scale is None else _SIGNATURE[scale.dtype]
+    zeros = y
+    if scale is not None and scale.zero != "none":
+        zeros = "*i8" if scale.zero == "int" else stored
+    return {
+        "x": y,
+        "codes": "*i16",
+        "scales": stored,
+        "zeros": zeros,
+        "level": "*fp32" if scale is not None and scale.two_level else y,
+        "table": "*fp32",
+        "bias": y,
+        "y": y,
+        "partial": "*fp32",
+        "locks": "*i32",
+        "m": "i32",
+        "x_stride": "i32",
+        "SN": "constexpr",
+        "SG": "constexpr",
+    }
+
+
+@lru_cache(maxsize=256)
+def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
+    """Compiled for compute capability `arch` (80, 90, 100), scales with the rows next to each other."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = kernel(spec, schedule)
+    types = signature(spec)
+    names = function.arg_names
+    constants = {(names.index("SN"),): 1, (names.index("SG"),): spec.n}
+    # Without this the compiler sees unaligned pointers: two-byte loads and no asynchronous copies.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if types[name].startswith("*") or (name == "x_stride" and spec.k % 16 == 0)
+    }
+    made = triton.compile(
+        ASTSource(function, types, constants, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options=_options(schedule),
+    )
+    registers, spills = _resources(made.asm["cubin"])
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of a compiled kernel, as `cuobjdump` reads them."""
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run(
+            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no resources: {told!r}")
+    return int(found[1]), int(found[2])
