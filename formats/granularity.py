@@ -55,10 +55,6 @@ class Granularity:
         return f"g{self.cols}" if self.rows == 1 else f"{self.rows}x{self.cols}"
 
     @property
-    def is_group(self) -> bool:
-        return self.rows == 1 and self.cols is not None
-
-    @property
     def is_block(self) -> bool:
         return self.rows is not None and self.rows > 1
 

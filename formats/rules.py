@@ -23,7 +23,7 @@ from .element import Element
 from .errors import FormatError, nearest
 from .granularity import Granularity
 from .integer import Integer
-from .scale import LARGEST, SMALLEST, Scale
+from .scale import LARGEST, Scale
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,3 @@ def _next_power(x: Tensor) -> Tensor:
     raw = x.to(torch.float32).view(torch.int32)
     up = (raw + 0x007FFFFF) & 0x7F800000
     return torch.where(x.isfinite(), up.view(torch.float32), x)
-
-
-__all__ = ["LARGEST", "RULES", "SMALLEST", "Rule", "block_scales", "check_rule", "choose", "default_rule"]
-__all__ += ["from_range", "middle"]

@@ -111,8 +111,7 @@ def _dynamic(
 
 
 def _widened(given: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The same data with size 2 where a varying size is 1: `torch.export` takes a size of 1 for a
-    constant."""
+    """The same data with size 2 where a varying size is 1, which `torch.export` takes for a constant."""
     for dim in dims:
         if dim < given.dim() and given.shape[dim] == 1:
             given = given.repeat_interleave(2, dim)

@@ -193,8 +193,7 @@ def _parameters(
 
 
 def _parameter_path(node: Node) -> str | None:
-    """`fc.weight` for a placeholder that Dynamo made from a module's parameter or buffer; None for an
-    input."""
+    """`fc.weight` for a placeholder that stands for a module's parameter or buffer; None for an input."""
     source = getattr(node.meta.get("grapharg"), "source", None)
     name = getattr(source, "name", None)
     name = name() if callable(name) else name

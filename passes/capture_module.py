@@ -1,8 +1,7 @@
 """Module scope: one module alone, as a graph, whatever the model around it does.
 
 Comes in: a module that owns parameters, example arguments, and its path in the model. Goes out: a graph at
-stage
-`captured` that shares the module's parameters, with symbolic leading sizes.
+stage `captured` that shares the module's parameters, with symbolic leading sizes.
 
     capture_module(model.fc, (torch.empty(2, 16),), path="fc")
     ->  x: f32[s0, 16];  linear = aten.linear.default(x, weight, bias)
@@ -75,8 +74,7 @@ def capture_module(
     """One module as a normalized graph; its parameters are shared, not copied.
 
     With `dynamic_batch`, every size of a floating input but the last is symbolic (for a convolution: all but
-    the channels), and every size of an integer one. Raises BitfoldError, naming `path`, when it cannot be
-    traced.
+    the channels), and every size of an integer one. Raises BitfoldError, naming `path`, if it does not trace.
     """
     key = _signature(module, example_args, dynamic_batch) if cache is not None else None
     known = cache.get(key) if cache is not None and key is not None else None

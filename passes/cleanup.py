@@ -54,16 +54,14 @@ class FoldConstants(Pass):
         return len(found)
 
     def _worth_folding(self, gm: GraphModule, node: Node, constants: set[Node]) -> bool:
-        """A constant result that something not constant uses, small enough, and more than a view of a
-        weight."""
+        """A small enough constant that something not constant uses, and more than a view of a weight."""
         if (
             node.op != "call_function"
             or node not in constants
             or all(user in constants for user in node.users)
         ):
             return False
-        # The reference form of a folded weight is a constant, too: dequantizing it here would undo the
-        # folding.
+        # The reference form of a folded weight is a constant, too: computing it here would undo the folding.
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() > self.limit or _holds_codes(node):
             return False

@@ -37,8 +37,6 @@ __all__ = [
     "constant_nodes",
     "erase_dead_constants",
     "expression",
-    "fake_mode",
-    "find_attribute",
     "is_parameter_expr",
     "mutated",
     "source_parameter",
@@ -179,8 +177,7 @@ def source_parameter(gm: GraphModule, node: Node) -> tuple[str, Tensor] | None:
 
 
 def constant(gm: GraphModule, node: Node) -> Tensor | None:
-    """The value of a constant subgraph: attributes, frame parameters, and pure operators on those; else
-    None."""
+    """The value of a constant (attributes, frame parameters, pure operators on those), or None."""
     here = state(gm)
     below = list(_below(node))
     if not all(_may_be_constant(gm, here, step) for step in below):
@@ -190,8 +187,7 @@ def constant(gm: GraphModule, node: Node) -> Tensor | None:
 
 
 def value_of(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
-    """The value of a node known to be constant; `values` keeps what was computed on the way, for the next
-    one."""
+    """The value of a node known to be constant; `values` keeps what was computed on the way."""
     here = state(gm)
     for step in _below(node, values):
         values[step] = _evaluate(gm, here, step, values)
@@ -201,8 +197,7 @@ def value_of(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
 def constant_nodes(gm: GraphModule) -> set[Node]:
     """Every node that can be computed before the call, in one walk over the graph.
 
-    In the frame scope this counts the user's parameters, which hold still during a call but not between
-    calls.
+    In the frame scope this counts the user's parameters, which hold still during a call only.
     """
     here = state(gm)
     found: set[Node] = set()
@@ -338,15 +333,13 @@ def add_constant(gm: GraphModule, name: str, tensor: Tensor, like: Node) -> Node
 
 
 def _fake_of(tensor: Tensor, mode: FakeTensorMode) -> FakeTensor:
-    """A fake of fixed size, made directly: 0.05 ms, where from_tensor() and an empty() in the mode take 2 to
-    4."""
+    """A fake of fixed size, made directly: 0.05 ms, where from_tensor() or an empty() takes 2 to 4."""
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     return FakeTensor(mode, meta, tensor.device)
 
 
 def erase_dead_constants(gm: GraphModule) -> int:
-    """Delete the parameters, buffers and submodules that no node names any more; return how many tensors
-    went."""
+    """Delete parameters, buffers and submodules that no node names; return how many tensors went."""
     used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
     kept = used | {path.rsplit(".", count)[0] for path in used for count in range(1, path.count(".") + 1)}
     erased = 0

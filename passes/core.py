@@ -71,8 +71,7 @@ class WeightStore(Protocol):
     def folded(
         self, parameter: Tensor, expression: str, format: str, make: Callable[[Tensor], Quantized]
     ) -> Quantized:
-        """The codes kept for this parameter, expression of it and format; `make(parameter)` when there are
-        none.
+        """The codes kept for this parameter, expression of it and format, or else `make(parameter)`.
 
         `make` may be called again later, with the same parameter, when the parameter has changed.
         """
@@ -135,8 +134,7 @@ class State:
         return self.copy()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled graph is a graph at rest: weak references, fake modes and the user's live tensors stay
-        # behind.
+        # A pickled graph is at rest: weak references, fake modes and the user's live tensors stay behind.
         return {
             "scope": self.scope,
             "stage": self.stage,

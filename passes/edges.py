@@ -62,8 +62,7 @@ def split_activations(gm: GraphModule, make: MakeNode, *, observed_only: bool = 
 
 
 def epochs(gm: GraphModule) -> dict[Node, int]:
-    """For each node, how many nodes before it write to a tensor or switch a mode: what lies in one epoch may
-    move."""
+    """For each node, how many up to it write to a tensor or switch a mode; within an epoch all may move."""
     count, found = 0, {}
     for node in gm.graph.nodes:
         count += _writes(node)

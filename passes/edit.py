@@ -92,8 +92,7 @@ def free_name(gm: GraphModule, name: str) -> str:
 
 
 def argument(node: Node, name: str, default: Any = None) -> Any:
-    """The argument called `name` of a node that calls an operator, wherever it stands; `default` if not
-    given."""
+    """The argument called `name` of an operator's call, wherever it stands; `default` if not given."""
     if name in node.kwargs:
         return node.kwargs[name]
     schema = getattr(node.target, "_schema", None)

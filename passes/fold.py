@@ -35,11 +35,11 @@ from .constants import (
     constant,
     erase_dead_constants,
     expression,
-    fake_mode,
     is_pure,
 )
 from .core import Pass, state
 from .edges import EDGE, Edge, edge
+from .edit import fake_mode
 from .fake_quantize import FAKE_QUANTIZE, ROUNDED, check_observers, mark_edges
 from .provenance import inherit
 from .stages import Stage

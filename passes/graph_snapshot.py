@@ -27,8 +27,7 @@ from .stages import find_attribute, operator_name
 
 @dataclass(frozen=True)
 class NodeSnapshot:
-    """One node as plain data. `shape` holds ints, and text for symbolic sizes; `bytes` is None when
-    unknown."""
+    """One node as plain data. `shape` holds ints, and text for symbolic sizes; `bytes` None is unknown."""
 
     name: str
     op: str

@@ -65,8 +65,7 @@ class TrainMode(Pass):
         return 1
 
     def _attention(self, gm: GraphModule, node: Node) -> int:
-        """Attention has no such flag: its caller passes a probability of 0 in evaluation, and the other is
-        lost."""
+        """Attention has no such flag: in evaluation its caller passes a probability of 0, its own is lost."""
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         if self.on or not probability:
             return 0

@@ -46,8 +46,7 @@ class Normalize(Pass):
     def apply(self, gm: GraphModule) -> int:
         rewrites = inline_no_grad(gm)
         constants = constant_nodes(gm)
-        # A model that trains may stop a gradient with detach(); one that cannot train has no gradient to
-        # stop.
+        # A model that trains may stop a gradient with detach(); one that cannot train has none to stop.
         trains = any(p.requires_grad for p in gm.parameters())
         for node in list(gm.graph.nodes):
             if _does_nothing(node, trains):
@@ -97,8 +96,7 @@ def _does_nothing(node: Node, trains: bool) -> bool:
 
 
 def _takes_all(node: Node) -> bool:
-    """`x[:]` from 0 to the largest index in steps of 1: what `x[:, None]` leaves behind for the first
-    part."""
+    """`x[:]`, from 0 to the largest index in steps of 1: what `x[:, None]` leaves of its first part."""
     start, end = argument(node, "start", 0), argument(node, "end")
     return start in (0, None) and (end is None or end == sys.maxsize) and argument(node, "step", 1) == 1
 

@@ -25,10 +25,7 @@ class Note:
     weight: str | None = None
     input: str | None = None
     output: str | None = None
-    observer: str | None = (
-        None  # how static ranges of input and output are found; None: chosen anew in each call
-    )
-    sparsity: str | None = None
+    observer: str | None = None  # how static ranges of input and output are found; None: anew in each call
     stored: str = ""  # the path under which the checkpoint's own codes are kept, if those are to be taken
 
     def __str__(self) -> str:

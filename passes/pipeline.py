@@ -49,8 +49,7 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """The pipeline that `text` says. BitfoldError for an unknown pass or option, with the nearest
-        names."""
+        """The pipeline that `text` spells. BitfoldError, with near names, for an unknown pass or option."""
         return cls(parse_passes(text, find_pass))
 
     def __str__(self) -> str:

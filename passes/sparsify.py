@@ -46,7 +46,7 @@ class Sparsify(Pass):
             if isinstance(new, Miss):
                 report(gm, node, new, asked=f"sparsity {self.pattern}")
                 continue
-            node.meta[KEY] = replace(note, weight=str(new), sparsity=self.pattern, stored="")
+            node.meta[KEY] = replace(note, weight=str(new), stored="")
             marked += 1
         return marked
 

@@ -44,8 +44,7 @@ class Stage(Enum):
 
 
 class VerificationError(RuntimeError):
-    """A pass left a graph that breaks its stage's specification: a bug in the pass, never the user's
-    mistake."""
+    """A pass left a graph that breaks its stage's specification: the pass's bug, not the user's mistake."""
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,7 @@ def _function_fault(node: Node, spec: Spec) -> str | None:
 
 
 def _format_fault(node: Node, stage: Stage) -> str | None:
-    """What a stage promises of the formats: an annotated weight has taken its format, and parts are
-    complete."""
+    """What a stage promises of formats: an annotated weight has taken its own, and parts are complete."""
     if node.op != "call_function":
         return None
     wanted = note(node)

@@ -29,7 +29,6 @@ from torch import Tensor
 from ..formats import BitfoldError, Quantized, format
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-BLOCK = 32
 
 _IN_LAYER = {
     "attn_q": "self_attn.q_proj",

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ...formats import BitfoldError
 from ...lowering import quantize
 from ...passes.recipes import Recipe
 from ..demo import table
@@ -85,6 +84,4 @@ def _calls(
             f"{1e3 * seconds.step_seconds:.3f}",
             f"{seconds.compile_seconds:.1f} s",
         )
-    if not out.rows:
-        raise BitfoldError("give --recipe at least once")
     return out
