@@ -5,7 +5,7 @@ In: a model, or a folded graph. Out: the model on codes, a lowered graph, a comp
     quantize(model, "int4"); save(model, path); load(path, into=skeleton); report(model)
 """
 
-from ..passes import Pipeline
+from ..passes import Pipeline  # from here, so that a text with `lower` in it is understood
 from .folded import Folded, FoldedConv1d, FoldedConv2d, FoldedEmbedding, FoldedLinear
 from .load import load
 from .lower import Lower

@@ -1,8 +1,7 @@
 """The `torch.compile` backend "bitfold": a frame's graph in, a compiled function on codes out.
 
 In: the graph that Dynamo captured and the real parameters. Out: a function of the same arguments which
-replaces the folded parameters by their codes in each call. The user's parameters are neither altered nor
-freed.
+replaces the folded parameters by their codes in each call. The user's own are neither altered nor freed.
 
     fast = torch.compile(model, backend="bitfold", options={"recipe": "int4"})
     with torch.inference_mode(): fast(x)
@@ -42,8 +41,7 @@ from .reference import ReferenceTarget
 from .target import Compiled, Target, default_target, get_target
 from .weight_store import GraphWeights, Slot, Stamp, WeightStore, stamp
 
-# The one thing here that changes: codes are shared by all graphs of the process, and die with their
-# parameters.
+# The one thing here that changes: all graphs of the process share codes, which die with their parameters.
 _store = WeightStore()
 
 
@@ -178,9 +176,7 @@ def _refuse_calibration(steps: Pipeline) -> None:
 
 
 def _lift(graph: GraphModule, weights: GraphWeights, positions: Mapping[str, int]) -> list[Slot]:
-    """Turn the codes that are attributes of the graph into inputs behind the others, in the order of the
-    slots.
-    """
+    """Turn the codes that are attributes of the graph into inputs behind the others, in slot order."""
     owner = weights.settle()
     given = {id(tensor): positions[name] for name, tensor in state(graph).params.items()}
     nodes: dict[tuple[int, int], list[Node]] = {}
@@ -246,9 +242,7 @@ class _Watched:
 
 
 class _Call:
-    """The compiled function: arguments of Dynamo's graph in, those of the folded graph to the inner
-    function.
-    """
+    """The compiled function: takes the arguments of Dynamo's graph, passes on those of the folded graph."""
 
     def __init__(
         self, inner: Compiled, kept: Sequence[int], slots: Sequence[Slot], watched: Sequence[_Watched]

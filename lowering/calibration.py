@@ -1,9 +1,8 @@
-"""Data for `bf.quantize`: batches checked as they come, run through the model with observers beside its
-modules.
+"""Data for `bf.quantize`: batches checked as they come, and run through the model beside observers.
 
 In: batches as a user gives them (a tensor, a tuple of arguments, a dict of keywords). Out: ranges in the
-observers of each module's graph, or the arguments that a module gets. The model is only run, in eval mode and
-without gradients.
+observers of each module's graph, or the arguments that a module gets. The model is only run, in eval mode
+and without gradients, and is then as it was.
 
     for batch in Batches(loader, None): model(*batch.args, **batch.kwargs)
 """

@@ -74,9 +74,7 @@ def _may_fuse(x: Tensor) -> bool:
 
 
 def rows(parts: Sequence[Tensor], text: str, k: int, indices: Tensor) -> list[Tensor]:
-    """The parts of the rows of a weight [N, k] that `indices` name, any shape: parts of [*indices.shape,
-    k].
-    """
+    """Rows of a weight [N, k], in parts: those that `indices`, of any shape, name, as [*indices.shape, k]."""
     found = []
     for part in parts:
         if part.shape[0] == 1 and part.numel() == 1:  # one for the whole tensor

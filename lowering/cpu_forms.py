@@ -10,9 +10,9 @@ A piece is a stretch of codes that one shift and one mask take out of contiguous
 layout's index map, values from the element and the scale, so no format is named here. The weights are bit for
 bit those of `dequantize`; only the order of the sum differs (see `tolerance.py`).
 
-Measured on one core (4096 x 4096, milliseconds, batch 1 / 8): float32 6.3 / 19, int8 3.1 / 8, int4[g64] 3.1 /
-8, q4_1 4.0 / 9, mxfp4 5.7 / 11, int3[g64] 6.7 / 11, int2[g64] 3.2 / 10; a decoded weight and then the matmul
-41 / 50.
+Measured on one core (4096 x 4096, milliseconds, batch 1 / 8): float32 6.3 / 19, int8 3.1 / 8,
+int4[g64] 3.1 / 8, q4_1 4.0 / 9, mxfp4 5.7 / 11, int3[g64] 6.7 / 11, int2[g64] 3.2 / 10; a decoded weight and
+then the matmul 41 / 50.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ MOST_ROWS = 8
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` codes from `code` on in a run, all of scale group `group` of that run, and how to take them
-    out.
-    """
+    """`count` codes from `code` on in a run, all of its scale group `group`, and how to take them out."""
 
     code: int
     count: int
@@ -53,9 +51,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """A row of codes as runs of `codes` codes in `bytes` bytes, each with `groups` scales, cut into equal
-    pieces.
-    """
+    """A row as runs of `codes` codes in `bytes` bytes with `groups` scales each, cut into equal pieces."""
 
     codes: int
     bytes: int
@@ -65,9 +61,7 @@ class Plan:
 
 @lru_cache(maxsize=512)
 def plan(format: Format, k: int) -> Plan | Miss:
-    """How to walk over a row of `k` codes in this format, or why its layout cannot be walked over in
-    vectors.
-    """
+    """How to walk over a row of `k` codes in this format, or why that cannot be done in vectors."""
     if not isinstance(format.sparsity, Dense):
         return Miss(f"{format} stores only some of a row's numbers")
     if k == 0:
@@ -136,9 +130,7 @@ def gemv(x: Tensor, parts: Sequence[Tensor], format: Format, walk: Plan) -> Tens
 
 
 def _weights(parts: Sequence[Tensor], format: Format, walk: Plan) -> list[tuple[Piece, Tensor]]:
-    """Pieces with their values in every run: float32 [N, runs, count]; those of a piece sum to
-    `dequantize`'s.
-    """
+    """Pieces with their values in every run, float32 [N, runs, count]; a piece's terms sum to the weights."""
     packed, scale = parts[0], format.scale
     rows = packed.shape[0]
     runs = packed.reshape(rows, -1, walk.bytes)
@@ -166,9 +158,7 @@ def _scaled(element: Element, scale: Scale | None, codes: Tensor, params: Sequen
 
 
 def _taken(runs: Tensor, moves: Sequence[mover.Move]) -> Tensor:
-    """The codes of one piece of every run: a shift and a mask for each plane that holds some of their
-    bits.
-    """
+    """The codes of one piece of every run: a shift and a mask for each plane that holds bits of them."""
     codes: Tensor | None = None
     for m in moves:
         field = runs[..., m.byte : m.byte + m.count]

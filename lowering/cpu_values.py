@@ -39,9 +39,7 @@ class Decoded(Element):
 
 
 def terms(element: Element, codes: Tensor) -> list[Tensor]:
-    """float32 tensors of the codes' shape that sum to the decoded values (each code is nonzero in one of
-    them).
-    """
+    """float32 tensors of the codes' shape that sum to the decoded values; each code counts in one of them."""
     if isinstance(element, Integer) or element.bits == 8:
         return [element.decode(codes)]
     if isinstance(element, Float):
@@ -54,8 +52,7 @@ def terms(element: Element, codes: Tensor) -> list[Tensor]:
 def _small_float(element: Float, codes: Tensor) -> Tensor:
     """A float without infinities: its magnitude in units of the last subnormal bit is a small integer.
 
-    u = exponent and fraction bits, t = max(exponent - 1, 0): the hidden one is what (t << m) leaves of the
-    exponent.
+    u = exponent and fraction bits, t = max(exponent - 1, 0): of the exponent, (t << m) leaves the hidden one.
     """
     m, top = element.mantissa_bits, element.bits - 1
     u = codes & ((1 << top) - 1)

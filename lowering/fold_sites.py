@@ -1,5 +1,4 @@
-"""The write: each planned module folded in place, one after the other, its float weight freed before the
-next.
+"""The write: the planned modules folded in place, one by one, each float weight freed before the next.
 
 In: a plan whose checks have passed. Out: the model's modules on codes. If memory gives out midway, the
 modules that are done run on codes, the others as before, and the error says which and how to go on.

@@ -11,7 +11,6 @@ them) and go into it in each call. `weight` is decoded when somebody asks for it
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -24,16 +23,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized, format
-from .graph_data import retyped
 from .read_only import ReadOnly
+from .retype import retyped, retyped_body
 
 Steps = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
 class Canonical:
-    """What a file says of a folded module: the folded graph as data, and the names of its attributes in the
-    module.
+    """What a file says of a folded module: its folded graph as data, what each attribute is called in the
+    module, and the numbers of dimensions that its inputs must have (None for any).
     """
 
     graph: dict[str, Any]
@@ -120,8 +119,7 @@ class Folded(nn.Module):
         return value if torch.compiler.is_compiling() else value.as_subclass(ReadOnly)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A class made by `folded_class` has no name to be found by, so it is made again from what it was made
-        # of.
+        # A class made by `folded_class` has no name to be found by: it is made again in the same way.
         names = _decoded_names(self.folded_weights, self.operands)
         original: type = original_class(self)
         if type(self) is not folded_class(original, names):
@@ -142,8 +140,7 @@ class Folded(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), folded) if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # `.to(dtype)` is for activations: codes and scales keep their dtype, and the body computes in the new
-        # one.
+        # `.to(dtype)` is for activations: codes and scales keep theirs, and the body computes in the new one.
         parts = {id(self._parameters[name]) for name in self.parts}
         kept = keeping_dtype(fn)
 
@@ -190,9 +187,7 @@ class Folded(nn.Module):
     def _adopt_layout(
         self, state_dict: dict[str, Any], prefix: str, weight: FoldedWeight, saved: str | None
     ) -> None:
-        """Bring parts saved in another layout (by another target) into this one's; another format is an
-        error.
-        """
+        """Bring parts in another layout, of another target, into this one. Raises for another format."""
         if saved is None or saved == weight.format:
             return
         theirs, ours = format(saved), format(weight.format)
@@ -228,9 +223,6 @@ def _check_ranks(module: Folded, ranks: tuple[int, ...], args: tuple[Any, ...]) 
             f"with {list(found)}; quantize the model with example_inputs of the rank that it will get"
         )
 
-
-_RETYPED = "bitfold_retyped"
-"""In the meta of a body: what `retyped_body` made of it."""
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -313,8 +305,7 @@ def fold_module(
     compute_dtype: torch.dtype,
     canonical: Canonical,
 ) -> None:
-    """Turn `module`, in place, into a folded one. `operands`: the body's leading inputs, by the names they
-    take.
+    """Turn `module`, in place, into a folded one. `operands`: the body's leading inputs, by their names.
 
     Its hooks, its training flag and its other attributes stay; the folded parameters leave it, so that their
     memory is free as soon as nobody else holds them. One that the body reads as a float too stays. A forward
@@ -346,31 +337,3 @@ def _decoded_names(weights: tuple[FoldedWeight, ...], operands: Iterable[str]) -
     """The parameters that are gone, so that reading them decodes."""
     kept = set(operands)
     return tuple(dict.fromkeys(weight.name for weight in weights if weight.name not in kept))
-
-
-def retyped_body(body: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
-    """The body with every `dequantize` to `old` decoding to `new`: another one, which all modules that had
-    this body get, so that they stay one to the compiler.
-    """
-    made: dict[tuple[torch.dtype, torch.dtype], GraphModule] = body.meta.setdefault(_RETYPED, {})
-    if (old, new) not in made:
-        twin = GraphModule(body, copy.deepcopy(body.graph))
-        for name, child in body.named_children():
-            twin.add_module(name, copy.deepcopy(child))
-        _retype(twin, old, new)
-        made[old, new] = twin
-    return made[old, new]
-
-
-def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
-    changed = False
-    for node in body.graph.nodes:
-        if node.op == "call_module":
-            inner = body.get_submodule(str(node.target))
-            if isinstance(inner, GraphModule):
-                _retype(inner, old, new)
-        elif node.target == torch.ops.bitfold.dequantize.default and node.args[3] == old:
-            node.args = (*node.args[:3], new)
-            changed = True
-    if changed:
-        body.recompile()

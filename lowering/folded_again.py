@@ -22,9 +22,7 @@ from .folded import Folded, FoldedWeight
 
 
 def folded_sites(model: nn.Module, recipe: Recipe) -> Iterator[Site]:
-    """Every folded weight as rules see it. Raises BitfoldError for one that `recipe` wants in another
-    format.
-    """
+    """Every folded weight as rules see it. Raises BitfoldError if `recipe` wants one in another format."""
     folded = [(path, module) for path, module in model.named_modules() if isinstance(module, Folded)]
     tables = {
         id(getattr(module, weight.parts[0]))

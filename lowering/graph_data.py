@@ -24,6 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from ..formats import BitfoldError
 from ..passes import origin, state
 from ..passes.provenance import FROM_KEY
+from ..passes.stages import find_attribute
 from .graph_shapes import Symbols, restore_values
 from .graph_tree import dump_signature, set_signature
 from .graph_values import GraphDataError, decode, encode, plain_name, plain_path, target_name, target_of
@@ -36,8 +37,7 @@ _OPS = ("placeholder", "get_attr", "call_function", "call_module", "output")
 def dump(gm: GraphModule) -> Data:
     """The graph of `gm` as JSON data. Raises GraphDataError for what no file can hold."""
     symbols, here = Symbols(), state(gm)
-    # A module's nodes are named without its place in the model, so that layers that are alike give the same
-    # data.
+    # A module's nodes are named without its place in the model, so that equal layers give equal data.
     prefix = here.path_prefix.replace(".", "_") + "_" if here.path_prefix else ""
     data = _dump_graph(gm, symbols, prefix)
     found = symbols.data()
@@ -49,21 +49,23 @@ def dump(gm: GraphModule) -> Data:
 
 def tensor_names(data: Data) -> list[str]:
     """The dotted names of the tensors that the graph takes from its module, each once, in order of use."""
-    names: dict[str, None] = {}
+    names = _own_tensors(data)
+    for name, inner in data.get("graphs", {}).items():
+        names += [f"{name}.{tensor}" for tensor in tensor_names(inner)]
+    return list(dict.fromkeys(names))
+
+
+def _own_tensors(data: Data) -> list[str]:
+    """Those of the graph itself, without the graphs in it."""
     graphs = data.get("graphs", {})
-    for node in data["nodes"]:
-        if node["op"] == "get_attr" and node["target"] not in graphs:
-            names.setdefault(node["target"])
-    for name, inner in graphs.items():
-        names.update(dict.fromkeys(f"{name}.{tensor}" for tensor in tensor_names(inner)))
-    return list(names)
+    read = [node["target"] for node in data["nodes"] if node["op"] == "get_attr"]
+    return list(dict.fromkeys(name for name in read if name not in graphs))
 
 
 def load(data: Data, tensors: Mapping[str, Tensor], device: torch.device | None = None) -> GraphModule:
     """The GraphModule that `dump` wrote, on `tensors` (by dotted name; a Parameter stays one).
 
-    Raises GraphDataError for data that is no graph, and for a tensor that the graph wants and `tensors`
-    lacks.
+    Raises GraphDataError for data that is no graph, or wants a tensor that `tensors` lacks.
     """
     try:
         gm = _load_graph(data, tensors, device)
@@ -75,20 +77,6 @@ def load(data: Data, tensors: Mapping[str, Tensor], device: torch.device | None 
     return gm
 
 
-def retyped(data: Data, old: torch.dtype, new: torch.dtype) -> Data:
-    """The same graph for inputs and decoded weights of dtype `new` where they were `old`."""
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in (old, new)}
-
-    def changed(node: Data) -> Data:
-        if node["op"] == "placeholder" and node["val"].get("dtype") == names[old]:
-            return {**node, "val": {**node["val"], "dtype": names[new]}}
-        if node.get("target") == "bitfold.dequantize.default" and node["args"][3] == {"dtype": names[old]}:
-            return {**node, "args": [*node["args"][:3], {"dtype": names[new]}, *node["args"][4:]]}
-        return node
-
-    return {**data, "nodes": [changed(node) for node in data["nodes"]]}
-
-
 def _dump_graph(gm: GraphModule, symbols: Symbols, prefix: str) -> Data:
     nodes: list[Data] = []
     graphs: dict[str, Data] = {}
@@ -96,7 +84,7 @@ def _dump_graph(gm: GraphModule, symbols: Symbols, prefix: str) -> Data:
     for node in gm.graph.nodes:
         nodes.append(_dump_node(node, symbols, names))
         if node.op in ("call_module", "get_attr"):
-            held = _attribute(gm, str(node.target))
+            held = find_attribute(gm, str(node.target))
             if isinstance(held, GraphModule):
                 graphs[str(node.target)] = _dump_graph(held, symbols, prefix)
             elif node.op == "call_module":
@@ -154,9 +142,7 @@ def _load_graph(data: Data, tensors: Mapping[str, Tensor], device: torch.device 
         prefix = plain_path(name) + "."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         place(root, name, _load_graph(inner, own, device))
-    for name in tensor_names(
-        {"nodes": data["nodes"], "graphs": {key: {"nodes": []} for key in data.get("graphs", {})}}
-    ):
+    for name in _own_tensors(data):
         if name not in tensors:
             raise GraphDataError(f"the graph wants a tensor {name!r} that the file does not have")
         place(root, plain_path(name), tensors[name])
@@ -209,10 +195,3 @@ def place(root: nn.Module, path: str, value: Any) -> None:
         root.register_buffer(last, value)
     else:
         root.add_module(last, value)
-
-
-def _attribute(gm: nn.Module, path: str) -> Any:
-    found: Any = gm
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found

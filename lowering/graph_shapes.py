@@ -1,8 +1,8 @@
 """Symbolic sizes of a graph as data, and the fake values of every node made again from them.
 
 In: `meta["val"]` of the inputs. Out: their dtypes and shapes with symbols by name, and each symbol's range;
-and back: a fresh shape environment with one symbol for each name, fake inputs of those sizes, every node's
-value propagated.
+and back: a fresh shape environment with one symbol for each name, fake inputs of those sizes, and the value
+of every node that follows from them.
 
     FakeTensor(float32, (s77, 64))   <->   {"dtype": "float32", "shape": ["s77", 64], "device": "cpu"}
 

@@ -1,15 +1,14 @@
 """How a program is called, as data: the names of its arguments and the nesting of what it takes and returns.
 
-In: the pytree signature that `torch.export` leaves on a graph. Out: JSON data, and for JSON data the
-signature.
+In: the pytree signature that `torch.export` leaves on a graph. Out: JSON data, and the signature for it.
 
     forward(input_ids, *, mask) -> {"logits": ...}
     <-> {"args": ["input_ids", "mask"], "in": ["tuple", [["tuple", ["*"]], ["dict", ["mask"], ["*"]]]],
          "out": ["dict", ["logits"], ["*"]]}
 
 Only tuples, lists and dicts are rebuilt freely. Any other container (a transformers `ModelOutput`) is named,
-must be registered with pytree by whoever loads the file, and is never imported from here: a file must not
-choose imports.
+must be registered with pytree by whoever loads the file, and is never imported from here: a file does not
+choose what is imported.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What the targets that compile with Inductor share: regions of torch operators, compiled with the rest of
-the graph.
+"""What the targets that compile with Inductor share: regions compiled together with the rest of the graph.
 
 In: a lowered graph and fake inputs. Out: a compiled function, or one clear warning and the graph run eagerly.
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from ..passes.stages import find_attribute
 from .folded import Canonical, FoldedWeight, Steps, fold_module
 from .graph_data import Data, tensor_names
 from .graph_data import load as load_graph
+from .graph_values import enum_value
+from .lower import Lower
 from .target import default_target, get_target
 
 CANONICAL = "bitfold_canonical"
@@ -39,10 +42,10 @@ Kind = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Source:
-    """A parameter that is folded: its name in the module, its shape, its first path in the model, the way
-    back from decoded rows.
+    """A parameter that is folded: its name in the module, its shape, and its first path in the model.
 
-    `codes` says which codes these are: two sources share their parts if it is equal (and the format too).
+    `back` leads from the decoded rows to it. `codes` says which codes these are: two sources share their
+    parts if it is equal (and the format too).
     """
 
     name: str
@@ -181,14 +184,13 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    # As bytes: equality is not implemented for all the dtypes that scales have, and NaN is not equal to
-    # itself.
+    # As bytes: not every dtype that scales have knows equality, and NaN is not equal to itself.
     one, other = (tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
     return torch.equal(one, other)
 
 
 def weight_parts(gm: GraphModule) -> Iterator[tuple[Parts, str, int]]:
-    """(attributes, format, K) of every folded weight, whichever operator reads it: attributes, format, K."""
+    """(attributes, format, K) of every folded weight, whichever operator reads it."""
     seen: set[Parts] = set()
     for node in gm.graph.nodes:
         if node.op != "call_function":
@@ -205,16 +207,25 @@ def weight_parts(gm: GraphModule) -> Iterator[tuple[Parts, str, int]]:
 
 def canonical_parts(graph: Data) -> list[tuple[Parts, str, int]]:
     """`weight_parts` of a folded graph that is data."""
-    attributes = {node["name"]: node["target"] for node in graph["nodes"] if node["op"] == "get_attr"}
     found: dict[Parts, tuple[Parts, str, int]] = {}
-    for node in graph["nodes"]:
-        if node.get("target") != "bitfold.dequantize.default":
-            continue
-        parts, text, k = node["args"][:3]
-        names = tuple(attributes.get(part["node"], "") for part in parts)
-        if all(names):
-            found.setdefault(names, (names, text, k))
+    for names, args in _decoded(graph):
+        found.setdefault(names, (names, args[1], args[2]))
     return list(found.values())
+
+
+def decoded_dtypes(graph: Data) -> dict[Parts, torch.dtype]:
+    """What each weight of a folded graph that is data is decoded to."""
+    return {names: enum_value("dtype", args[3]["dtype"]) for names, args in _decoded(graph)}
+
+
+def _decoded(graph: Data) -> Iterator[tuple[Parts, list[Any]]]:
+    """The attributes that each `dequantize` reads, and its arguments."""
+    attributes = {node["name"]: node["target"] for node in graph["nodes"] if node["op"] == "get_attr"}
+    for node in graph["nodes"]:
+        if node.get("target") == "bitfold.dequantize.default":
+            names = tuple(attributes.get(part["node"], "") for part in node["args"][0])
+            if all(names):
+                yield names, node["args"]
 
 
 def folded_weights(graph: Data, sources: Mapping[str, Source]) -> list[FoldedWeight]:
@@ -246,8 +257,6 @@ def lower_graph(gm: GraphModule, target: str) -> GraphModule:
     """`gm` for `target`, regions put back into one graph; the reference runs the folded graph as it is."""
     if target == "reference" or state(gm).stage >= Stage.lowered:
         return gm
-    from .lower import Lower
-
     Pipeline([Fuse(), Lower(target=target)]).run(gm)
     inline(gm)
     gm.recompile()

@@ -29,11 +29,12 @@ from .install import Installer, Source, part_kinds
 from .paths import FileError
 from .report import ATTRIBUTE
 from .save import join
+from .skeleton import kind, parameters_in, place_in, submodule_in, tensors_in
 from .tensor_file import TensorFile
 
 
 @dataclass(frozen=True)
-class _Fold:
+class _Layer:
     """One module to fold, read from the header: all that `Installer.install` wants but the tensors."""
 
     path: str
@@ -60,7 +61,7 @@ class ModulePlan:
         names = {join(path, name) for path, entry in self.entries.items() for name in entry["names"].values()}
         kept = {*header["tensors"], *self.tied}
         own = {
-            join(path, name) for path, entry in self.entries.items() for name in _existing(self.model, path)
+            join(path, name) for path, entry in self.entries.items() for name in tensors_in(self.model, path)
         }
         self.parts = names - own
         self.states: dict[str, Any] = header.get("extra_state", {})
@@ -84,10 +85,10 @@ class ModulePlan:
         self._check_unfolded()
         self._check_states()
         self._check_graphs()
-        self.folds = [self._fold(path, entry) for path, entry in self._once()]
+        self.layers = [self._layer(path, entry) for path, entry in self._once()]
 
     def _check_module(self, path: str, entry: Mapping[str, Any]) -> None:
-        module = _submodule(self.model, path)
+        module = submodule_in(self.model, path)
         if module is None:
             raise BitfoldError(
                 f"{self.file.path} has a module {path!r} that this {type(self.model).__name__} does not have"
@@ -98,7 +99,7 @@ class ModulePlan:
                 f"in {self.file.path}"
             )
         for weight in entry["weights"]:
-            here = _place(self.model, join(path, weight["name"]))
+            here = place_in(self.model, join(path, weight["name"]))
             if here is not None and here.shape != tuple(weight["shape"]):
                 raise BitfoldError(
                     f"{join(path, weight['name'])} has shape {list(here.shape)} here and {weight['shape']} "
@@ -131,7 +132,7 @@ class ModulePlan:
         for name in self.plain:
             self._check_tensor(name)
             first = self.tied.get(name, name)
-            here = _place(self.model, name)
+            here = place_in(self.model, name)
             if here is None:
                 raise BitfoldError(
                     f"{self.file.path} has a tensor {name!r} that this {type(self.model).__name__} does not "
@@ -143,7 +144,7 @@ class ModulePlan:
                     f"{self.file.path}; make the skeleton with the configuration of the saved model"
                 )
             dtype = self.file.dtypes[first]
-            if here.dtype is not None and _kind(here.dtype) != _kind(dtype):
+            if here.dtype is not None and kind(here.dtype) != kind(dtype):
                 raise BitfoldError(
                     f"{name} is {here.dtype} here and {dtype} in {self.file.path}, and numbers of one kind "
                     "are not copied into another; make the skeleton with the configuration of the saved model"
@@ -154,7 +155,7 @@ class ModulePlan:
             join(path, weight["name"]) for path, entry in self.entries.items() for weight in entry["weights"]
         }
         known = {*self.plain, *folded, *self.parts}
-        for name in _parameter_names(self.model):
+        for name in parameters_in(self.model):
             if name not in known:
                 raise BitfoldError(
                     f"{self.file.path} has no tensor for {name!r} of this {type(self.model).__name__}; "
@@ -212,8 +213,8 @@ class ModulePlan:
                 made[first] = self.file[first].to(device)
             return made[first]
 
-        computing = [self._computing_in(fold) for fold in self.folds]
-        here = {name: _place(self.model, name) for name in self.plain}
+        computing = [self._computing_in(layer) for layer in self.layers]
+        here = {name: place_in(self.model, name) for name in self.plain}
         for module in self.model.modules():
             if isinstance(module, Folded):
                 module.unfold()
@@ -232,16 +233,16 @@ class ModulePlan:
                 parameters[key] = nn.Parameter(given, requires_grad=grad)
             module._parameters[last] = parameters[key]
         installer = Installer(target)
-        for fold, dtype in zip(self.folds, computing, strict=True):
-            self._install(installer, fold, tensor, dtype)
+        for layer, dtype in zip(self.layers, computing, strict=True):
+            self._install(installer, layer, tensor, dtype)
         self.model.__dict__[ATTRIBUTE] = tuple(installer.misses)
         for path, data in self.states.items():
             module = self.model.get_submodule(path)
             original_class(module).set_extra_state(module, load_state(data, tensor))
 
-    def _fold(self, path: str, entry: Mapping[str, Any]) -> _Fold:
+    def _layer(self, path: str, entry: Mapping[str, Any]) -> _Layer:
         attributes = {name: attribute for attribute, name in entry["names"].items()}
-        return _Fold(
+        return _Layer(
             path,
             dict(entry["names"]),
             self.file.header["graphs"][entry["graph"]],
@@ -250,18 +251,19 @@ class ModulePlan:
             None if entry["ranks"] is None else tuple(int(rank) for rank in entry["ranks"]),
         )
 
-    def _computing_in(self, fold: _Fold) -> torch.dtype:
+    def _computing_in(self, layer: _Layer) -> torch.dtype:
         """What a folded layer computes in: as the skeleton's does, or as the file says for one on meta."""
-        places = (_place(self.model, join(fold.path, source.name)) for source in fold.sources.values())
+        places = (place_in(self.model, join(layer.path, source.name)) for source in layer.sources.values())
         dtypes = (place.dtype for place in places if place is not None)
-        return next((dtype for dtype in dtypes if dtype is not None), fold.dtype)
+        return next((dtype for dtype in dtypes if dtype is not None), layer.dtype)
 
     def _install(
-        self, installer: Installer, fold: _Fold, tensor: Callable[[str], Tensor], dtype: torch.dtype
+        self, installer: Installer, layer: _Layer, tensor: Callable[[str], Tensor], dtype: torch.dtype
     ) -> None:
-        module = self.model.get_submodule(fold.path)
-        tensors = {attribute: tensor(join(fold.path, name)) for attribute, name in fold.names.items()}
-        installer.install(fold.path, module, fold.graph, tensors, fold.sources, fold.dtype, ranks=fold.ranks)
+        path, graph, sources = layer.path, layer.graph, layer.sources
+        module = self.model.get_submodule(path)
+        tensors = {attribute: tensor(join(path, name)) for attribute, name in layer.names.items()}
+        installer.install(path, module, graph, tensors, sources, layer.dtype, ranks=layer.ranks)
         assert isinstance(module, Folded)
         module.compute_in(dtype)
 
@@ -291,59 +293,3 @@ def check_parts(file: TensorFile, weights: list[tuple[tuple[str, ...], str, int]
                     f"{file.path}: tensor {name!r} is {found[0]}{list(found[1])} and {fmt} of {list(shape)} "
                     f"wants {wanted[0]}{list(wanted[1])}; save the model again"
                 )
-
-
-def _existing(model: nn.Module, path: str) -> set[str]:
-    """Names of the tensors that a module has besides what folding gave it."""
-    module = _submodule(model, path)
-    if module is None:
-        return set()
-    given = set(module.parts) if isinstance(module, Folded) else set()
-    return {*module._parameters, *module._buffers} - given
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where an unquantized tensor goes. `dtype`: None on meta, where the file's is as good."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    requires_grad: bool
-
-
-def _place(model: nn.Module, name: str) -> _Place | None:
-    """The parameter or buffer of this name, also one that is codes now."""
-    owner, _, last = name.rpartition(".")
-    module = _submodule(model, owner)
-    if module is None:
-        return None
-    parameter = module._parameters.get(last)
-    found = module._buffers.get(last) if parameter is None else parameter
-    if found is not None:
-        return _Place(tuple(found.shape), None if found.is_meta else found.dtype, found.requires_grad)
-    if isinstance(module, Folded):
-        for weight in module.folded_weights:
-            if weight.name == last:
-                on_meta = getattr(module, weight.parts[0]).is_meta
-                return _Place(weight.shape, None if on_meta else module.compute_dtype, True)
-    return None
-
-
-def _parameter_names(model: nn.Module) -> Iterator[str]:
-    """Every parameter's name, the folded ones' too, but not those of the codes."""
-    for path, module in model.named_modules(remove_duplicate=False):
-        parts = module.parts if isinstance(module, Folded) else ()
-        folded = module.folded_weights if isinstance(module, Folded) else ()
-        held = (name for name, given in module._parameters.items() if given is not None and name not in parts)
-        yield from (join(path, name) for name in (*held, *(weight.name for weight in folded)))
-
-
-def _kind(dtype: torch.dtype) -> tuple[bool, bool, bool]:
-    return dtype.is_floating_point, dtype.is_complex, dtype is torch.bool

@@ -1,7 +1,6 @@
 """Options of `torch.compile(model, backend="bitfold", options={...})`, checked before anything is captured.
 
-In: the user's dictionary. Out: `Options`, or one sentence that names the unknown key and the nearest known
-ones.
+In: the user's dictionary. Out: `Options`, or one sentence, which names the known keys near an unknown one.
 
     {"recipe": "int4", "mode": "max-autotune", "inductor": {"cpp.threads": 2}}
     ->  Options(recipe="int4", inductor={"max_autotune": True, ..., "cpp.threads": 2})
@@ -64,9 +63,7 @@ class Options:
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> Options:
-        """From the dictionary that `torch.compile` was given. BitfoldError for anything that is not
-        understood.
-        """
+        """From the dictionary that `torch.compile` was given. Raises BitfoldError for what it cannot mean."""
         known = [option.name for option in fields(cls)]
         for key in given or {}:
             if key not in known:
@@ -80,9 +77,7 @@ class Options:
         return cls(**values)
 
     def targets(self) -> list[str]:
-        """Names of the targets asked for, best first; those of the pipeline's `lower` if the option is not
-        given.
-        """
+        """Names of the targets asked for, best first: by the option, or else by the pipeline's `lower`."""
         text = self.target
         if text is None and self.pipeline is not None:
             lower = [step for step in Pipeline.parse(self.pipeline).passes if isinstance(step, Lower)]

@@ -21,9 +21,7 @@ from .target import Target
 
 @dataclass
 class Partition:
-    """`taken`: calls of regions and who takes them, in graph order; `left`: those that nobody takes, and
-    why.
-    """
+    """`taken`: calls of regions and who takes them, in graph order; `left`: those left over, and why."""
 
     taken: dict[Node, Target] = field(default_factory=dict)
     left: dict[Node, Miss] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from ..formats import BitfoldError
 from .folded import keeping_dtype
 from .graph_data import Data
 from .graph_values import enum_value
-from .install import CANONICAL
+from .install import CANONICAL, decoded_dtypes
 
 
 class PickleError(BitfoldError, pickle.PicklingError):
@@ -101,9 +101,6 @@ def _trains(node: Node) -> bool:
 
 def _computed_in(graph: Data) -> set[torch.dtype]:
     """The dtypes of float inputs and of decoded weights."""
-    names = {node["val"]["dtype"] for node in graph["nodes"] if "dtype" in (node.get("val") or {})}
-    for node in graph["nodes"]:
-        if node.get("target") == "bitfold.dequantize.default":
-            names.add(node["args"][3]["dtype"])
-    dtypes = {enum_value("dtype", name) for name in names}
+    inputs = {node["val"]["dtype"] for node in graph["nodes"] if "dtype" in (node.get("val") or {})}
+    dtypes = {*decoded_dtypes(graph).values(), *(enum_value("dtype", name) for name in inputs)}
     return {dtype for dtype in dtypes if dtype.is_floating_point}

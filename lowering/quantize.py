@@ -1,8 +1,8 @@
 """`bf.quantize`: a model in, the same model with codes in place of its weights out.
 
 In: any `nn.Module` and a recipe. Out (module scope, the default): that model, quantized in place, its float
-weights freed one by one. Out (program scope): a lowered GraphModule of the whole model, which is left as it
-was.
+weights freed one by one. Out (program scope): a lowered GraphModule of the whole model, which itself is left
+as it was.
 
     q = bf.quantize(model, "int4")                                    # in place; q is model
     gm = bf.quantize(model, "int8", scope="program", example_inputs=(x,))
@@ -61,9 +61,11 @@ def quantize(
     - dynamic: program scope, the sizes that vary, as `bf.capture` takes them
     - progress: called with (what, done, total)
 
-    Returns the model (module scope) or the lowered GraphModule. Raises BitfoldError, with the model as it
-    was, for anything wrong in what was given; and, naming what is folded already, if memory or disk gives
-    out midway.
+    Returns the model (module scope) or the lowered GraphModule, which stays in the mode (train or eval), in
+    the dtype and over the unquantized parameters of the model as it is now.
+
+    Raises BitfoldError, with the model as it was, for anything wrong in what was given; and, naming what is
+    folded already, if memory or disk gives out midway.
     """
     given, model = model, module_of(model, "bf.quantize")
     with TRACING:

@@ -22,9 +22,9 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError
 from ..passes import MissRecord, state
 from ..passes.stages import find_attribute
-from .folded import Folded
+from .folded import Canonical, Folded
 from .given_model import is_graph, module_of
-from .install import weight_parts
+from .install import CANONICAL, Parts, canonical_parts, decoded_dtypes, weight_parts
 
 ATTRIBUTE = "bitfold_misses"
 """On the quantized model: what was asked for and not given."""
@@ -32,9 +32,7 @@ ATTRIBUTE = "bitfold_misses"
 
 @dataclass(frozen=True)
 class Layer:
-    """One folded weight. `bytes_before`: as it was in the dtype that the layer computes in; a tied weight
-    counts once.
-    """
+    """One folded weight. `bytes_before`: in the dtype that it is decoded to. A tied weight counts once."""
 
     path: str
     format: str
@@ -114,23 +112,26 @@ def report(model: nn.Module) -> Report:
 def _of_graph(gm: GraphModule) -> Report:
     layers: list[Layer] = []
     counted: set[str] = set()
+    files = _canonical(gm)
     for attributes, text, k in weight_parts(gm):
         parts = [find_attribute(gm, name) for name in attributes]
         counted.update(attributes)
-        rows = math.prod(parts[0].shape[:-1])
-        stem = attributes[0].removesuffix("_codes")
-        layers.append(
-            Layer(
-                stem,
-                text,
-                (*parts[0].shape[:-1], k),
-                rows * k * torch.float32.itemsize,
-                sum(p.nbytes for p in parts),
-            )
-        )
+        shape = (*parts[0].shape[:-1], k)
+        canonical, dtype = files.get(attributes, (text, torch.float32))
+        before, after = math.prod(shape) * dtype.itemsize, sum(part.nbytes for part in parts)
+        layers.append(Layer(attributes[0].removesuffix("_codes"), canonical, shape, before, after))
     held = [*gm.named_parameters(), *gm.named_buffers()]
     rest = sum(tensor.nbytes for name, tensor in held if name not in counted)
     return Report(tuple(layers), tuple(state(gm).misses), rest)
+
+
+def _canonical(gm: GraphModule) -> dict[Parts, tuple[str, torch.dtype]]:
+    """Format and dtype of each weight before a target laid it out; nothing of a graph that does not say."""
+    canonical = gm.meta.get(CANONICAL)
+    if not isinstance(canonical, Canonical):
+        return {}
+    dtypes = decoded_dtypes(canonical.graph)
+    return {parts: (text, dtypes[parts]) for parts, text, _ in canonical_parts(canonical.graph)}
 
 
 def _after(layer: Layer) -> str:

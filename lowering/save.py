@@ -1,15 +1,12 @@
 """`bf.save`: a quantized model, or a lowered program, into one safetensors file.
 
-In: a model after `bf.quantize`, or a GraphModule that is folded or lowered. Out: a file with every tensor
-that the model has, codes in their canonical layout whatever target it ran on, and a header that says what
-they are.
+In: a model after `bf.quantize`, a program, or a GraphModule that is folded. Out: a file with every tensor of
+it, codes in their canonical layout whatever target it ran on, and a header that says what they are.
 
     bf.save(model, "model.safetensors")
-    header: {"version": 1, "kind": "module", "graphs": [...], "modules": {"layers.0.fc": {"graph": 0, ...}},
-    ...}
+    header: {"version": 1, "kind": "module", "graphs": [..], "modules": {"layers.0.fc": {"graph": 0, ..}, ..}}
 
-The header holds graphs as data (`graph_data`), once for all layers that are alike. There is no pickle and no
-code.
+The header holds graphs as data (`graph_data`), once for all layers that are alike: no pickle, and no code.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""A target: something that runs folded graphs, what it takes of them, and how it wants weights to lie in
-memory.
+"""A target: something that runs folded graphs; what it takes of them, and how weights shall lie in memory.
 
 In: a name. Out: the `Target` of that name, built in, registered by a program, or found by entry point.
 
@@ -10,8 +9,7 @@ In: a name. Out: the `Target` of that name, built in, registered by a program, o
     register_target(Mine);  Pipeline.parse("fuse,lower{target=mine}")
 
 A region is what `passes/fuse.py` outlines: a GraphModule around one matmul, convolution, attention or
-embedding, whose constants come in as inputs. A package offers targets by the entry-point group
-`bitfold.targets`.
+embedding, whose constants come in as inputs. A package offers targets as entry points `bitfold.targets`.
 """
 
 from __future__ import annotations
@@ -53,8 +51,7 @@ class Target(ABC):
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         """A function that runs the lowered graph, for `torch.compile`; by default the graph itself, eagerly.
 
-        `example_inputs` are fake tensors and symbolic integers; `config` is Inductor's, for a target that
-        uses it.
+        `example_inputs` are fake tensors and symbolic integers; `config` is Inductor's, for whom it concerns.
         """
         return gm.forward
 

@@ -67,8 +67,8 @@ def write(
 ) -> None:
     """Write `tensors` (or what makes each, called when its turn has come) and `header` to `path`.
 
-    `shapes` gives dtype and shape of each ahead. Raises FileError if the place cannot be written, or a dtype
-    not held.
+    `shapes` gives dtype and shape of each ahead. Raises FileError for a place that cannot be written, and for
+    a dtype that safetensors does not have.
     """
     place = place_of(path)
     for name, (dtype, _) in shapes.items():
@@ -99,8 +99,8 @@ def write(
 
 
 def open_file(path: str | os.PathLike[str]) -> TensorFile:
-    """Open what `write` wrote. Raises FileError: no such file, truncated, not bitfold's, newer, a tensor
-    missing.
+    """Open what `write` wrote. Raises FileError for no file, a truncated one, one of another program or of a
+    newer bitfold, and one that lacks a tensor.
     """
     place = named(path)
     if not is_file(place):

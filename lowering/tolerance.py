@@ -1,5 +1,4 @@
-"""How far a compiled target may be from the reference: a bound that follows from K and the dtypes, not from
-runs.
+"""How far a compiled target may be from the reference: a bound from K and the dtypes, not from runs.
 
 In: x, the decoded weight, the dtype of the result. Out: for each output the largest difference that two
 correct ways of computing it may show.
@@ -40,9 +39,7 @@ def tolerance(k: int, dtype: torch.dtype = torch.float32) -> float:
 def bound(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The largest difference allowed in each output of x [..., K] times weight [N, K], transposed: float64
-    [..., N].
-    """
+    """The largest difference allowed in each output of x [..., K] times weight [N, K]: float64 [..., N]."""
     magnitude = x.abs().double() @ weight.abs().double().t()
     if bias is not None:
         magnitude = magnitude + bias.abs().double()

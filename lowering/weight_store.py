@@ -1,14 +1,12 @@
-"""Codes of the user's parameters for compiled graphs: folded once, shared, made anew when a parameter
-changes.
+"""Codes of the user's parameters for compiled graphs: folded once, shared, renewed when a parameter changes.
 
-In: a parameter, what is done to it (`Fold`), a layout. Out: its codes and scales, the same tensors each time.
+In: a parameter, what is quantized of it, a layout. Out: codes and scales, the same tensors each time.
 
     prefill graph, decode graph, recompiles:  (fc.weight, int4[g128]) in planar layout  ->  one `Quantized`
     fc.weight.mul_(2); compiled(x)            ->  the same tensors, now with the codes of the new values
 
 The parameters are the user's: nothing here alters, frees or keeps one. Entries die with their parameter. A
-change is known by the parameter's version and address, so a write through `.data`, which leaves both, is not
-seen.
+change is known by the parameter's version and address; a write through `.data` leaves both, and is not seen.
 """
 
 from __future__ import annotations
@@ -21,14 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from ..formats import Layout, Quantized
+from ..formats import Layout, Quantized, format
 
 Make = Callable[[Tensor], Quantized]
 Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Fold:
+class Folding:
     """What is quantized: an expression of a parameter ("" or views and casts as text), in a format."""
 
     expression: str
@@ -36,9 +34,7 @@ class Fold:
 
 
 def stamp(parameter: Tensor) -> Stamp:
-    """Different after a write in place and after the data was exchanged. Inference tensors count no
-    versions.
-    """
+    """Another one after a write in place, or in other memory. Inference tensors have no version."""
     version = -1 if parameter.is_inference() else parameter._version
     return version, parameter.data_ptr()
 
@@ -71,7 +67,7 @@ class WeightStore:
     def __init__(self) -> None:
         self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def find(self, parameter: Tensor, fold: Fold) -> list[Quantized]:
+    def find(self, parameter: Tensor, fold: Folding) -> list[Quantized]:
         """The codes kept for this fold, in every layout that some graph has them in; up to date."""
         kept = self._folds(parameter).get(fold)
         if kept is None:
@@ -79,14 +75,14 @@ class WeightStore:
         kept.refresh(parameter)
         return list(kept.laid.values())
 
-    def keep(self, parameter: Tensor, fold: Fold, codes: Quantized, make: Make) -> Quantized:
+    def keep(self, parameter: Tensor, fold: Folding, codes: Quantized, make: Make) -> Quantized:
         """The codes to use in a graph: these, or those kept before in the same layout."""
         folds = self._folds(parameter)
         if fold not in folds:
             folds[fold] = _Kept(stamp(parameter), make)
         return folds[fold].laid.setdefault(str(codes.format), codes)
 
-    def get(self, parameter: Tensor, fold: Fold, layout: Layout, make: Make) -> Quantized:
+    def get(self, parameter: Tensor, fold: Folding, layout: Layout, make: Make) -> Quantized:
         """The codes of this fold in this layout, made if they are not kept."""
         found = {str(codes.format): codes for codes in self.find(parameter, fold)}
         with torch.inference_mode(False), torch.no_grad():
@@ -95,10 +91,10 @@ class WeightStore:
             codes = found.get(wanted) or source.format.relayout(source, layout)
         return self.keep(parameter, fold, codes, make)
 
-    def _folds(self, parameter: Tensor) -> dict[Fold, _Kept]:
+    def _folds(self, parameter: Tensor) -> dict[Folding, _Kept]:
         if parameter not in self._kept:
             self._kept[parameter] = {}
-        return cast(dict[Fold, _Kept], self._kept[parameter])
+        return cast(dict[Folding, _Kept], self._kept[parameter])
 
 
 @dataclass
@@ -106,15 +102,13 @@ class Use:
     """A folded weight in one graph: which parameter it came from, and its codes as the graph has them now."""
 
     parameter: Tensor
-    fold: Fold
+    fold: Folding
     make: Make
     codes: Quantized
 
 
 class GraphWeights:
-    """The store as the passes of one graph see it (`State.store`): `fold` asks for codes, `lower` lays
-    them out.
-    """
+    """The store as passes see it (`State.store`), for one graph: `fold` gets codes, `lower` lays them out."""
 
     def __init__(self, store: WeightStore) -> None:
         self.store = store
@@ -122,7 +116,7 @@ class GraphWeights:
 
     def folded(self, parameter: Tensor, expression: str, format: str, make: Make) -> Quantized:
         """Canonical codes of this fold: from the store if it has them in any layout, else made."""
-        fold = Fold(expression, format)
+        fold = Folding(expression, format)
         with torch.inference_mode(False), torch.no_grad():
             known = self.store.find(parameter, fold)
             codes = _canonical(known[0], format) if known else make(parameter)
@@ -153,14 +147,11 @@ class GraphWeights:
 
 
 def _canonical(codes: Quantized, text: str) -> Quantized:
-    from ..formats import format
-
     return codes.format.relayout(codes, format(text).layout)
 
 
 class Slot:
-    """One folded weight of a compiled graph: in each call, the codes of the parameter that the call was
-    given.
+    """One folded weight of a compiled graph: in each call, the codes of the parameter that it is given.
 
     One graph may be called with the parameters of several modules (blocks compiled one by one share a graph).
     """

@@ -1,8 +1,6 @@
-"""torch.compile(backend="bitfold"): what it computes, when it folds anew, what it shares, and what it
-refuses.
+"""torch.compile(backend="bitfold"): what it computes, when it folds anew, what it shares and refuses.
 
-Most of it runs on the reference target, which starts no compiler; what the CPU target adds is in
-`test_backend_cpu.py`.
+Most of it runs on the reference target, which starts no compiler; the CPU target has `test_backend_cpu.py`.
 """
 
 from __future__ import annotations

@@ -110,6 +110,17 @@ def test_a_program_stays_in_its_mode(training: bool, tmp_path: Path) -> None:
                 one.eval()
 
 
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+def test_the_report_of_a_program_is_that_of_the_model(target: str) -> None:
+    mine = model().eval().bfloat16()
+    made = bf.quantize(mine, "int4[g32]", scope="program", example_inputs=(X.bfloat16(),), target=target)
+    ours, theirs = bf.report(made), bf.report(bf.quantize(mine, "int4[g32]", target=target))
+    assert [(layer.format, layer.shape, layer.bytes_before, layer.bytes_after) for layer in ours.layers] == [
+        (layer.format, layer.shape, layer.bytes_before, layer.bytes_after) for layer in theirs.layers
+    ]
+    assert theirs.other_bytes - ours.other_bytes == 8  # a count of batches that evaluation does not read
+
+
 def test_a_norm_without_statistics_is_no_training() -> None:
     mine = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32, track_running_stats=False)).eval()
     assert program(mine).eval().training is False

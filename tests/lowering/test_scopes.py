@@ -1,6 +1,4 @@
-"""One model through the three scopes: codes and scales bit for bit, outputs bit for bit on the reference
-target.
-"""
+"""One model through the three scopes: codes, scales and the reference target's outputs bit for bit."""
 
 import copy
 

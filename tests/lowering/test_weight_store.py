@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.formats import Quantized, format, layout_named
-from bitfold.lowering.weight_store import Fold, GraphWeights, Slot, WeightStore, stamp
+from bitfold.lowering.weight_store import Folding, GraphWeights, Slot, WeightStore, stamp
 
 FORMAT = format("int4[g32]")
-FOLD = Fold("", "int4[g32]")
+FOLD = Folding("", "int4[g32]")
 PLANAR = layout_named("planar")
 
 
@@ -72,11 +72,11 @@ def test_expressions_and_formats_are_kept_apart() -> None:
     store, make, parameter = WeightStore(), Counting(), nn.Parameter(torch.randn(64, 64))
     plain = store.get(parameter, FOLD, PLANAR, make)
     turned = store.get(
-        parameter, Fold("t()", "int4[g32]"), PLANAR, lambda given: FORMAT.quantize(given.detach().t())
+        parameter, Folding("t()", "int4[g32]"), PLANAR, lambda given: FORMAT.quantize(given.detach().t())
     )
     other = store.get(
         parameter,
-        Fold("", "int8"),
+        Folding("", "int8"),
         layout_named("bytes"),
         lambda given: format("int8").quantize(given.detach()),
     )

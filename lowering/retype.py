@@ -1,0 +1,61 @@
+"""A folded graph for another compute dtype: what `.to(dtype)` does to a folded module.
+
+In: the graph, as data and as the body that runs, and two dtypes. Out: the same graph with every weight
+decoded to the new dtype. Codes and scales stay as they are.
+
+    dequantize([%codes, %scales], "int4[g128]", 576, float32)  ->  dequantize(..., 576, bfloat16)
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.fx import GraphModule
+
+from .graph_data import Data
+
+_RETYPED = "bitfold_retyped"
+"""In the meta of a body: what `retyped_body` made of it."""
+
+
+def retyped(data: Data, old: torch.dtype, new: torch.dtype) -> Data:
+    """The same graph for inputs and decoded weights of dtype `new` where they were `old`."""
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in (old, new)}
+
+    def changed(node: Data) -> Data:
+        if node["op"] == "placeholder" and node["val"].get("dtype") == names[old]:
+            return {**node, "val": {**node["val"], "dtype": names[new]}}
+        if node.get("target") == "bitfold.dequantize.default" and node["args"][3] == {"dtype": names[old]}:
+            return {**node, "args": [*node["args"][:3], {"dtype": names[new]}, *node["args"][4:]]}
+        return node
+
+    return {**data, "nodes": [changed(node) for node in data["nodes"]]}
+
+
+def retyped_body(body: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
+    """The body with every `dequantize` to `old` decoding to `new`: another one, which all modules that had
+    this body get, so that they stay one to the compiler.
+    """
+    made: dict[tuple[torch.dtype, torch.dtype], GraphModule] = body.meta.setdefault(_RETYPED, {})
+    if (old, new) not in made:
+        twin = GraphModule(body, copy.deepcopy(body.graph))
+        for name, child in body.named_children():
+            twin.add_module(name, copy.deepcopy(child))
+        _retype(twin, old, new)
+        made[old, new] = twin
+    return made[old, new]
+
+
+def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
+    changed = False
+    for node in body.graph.nodes:
+        if node.op == "call_module":
+            inner = body.get_submodule(str(node.target))
+            if isinstance(inner, GraphModule):
+                _retype(inner, old, new)
+        elif node.target == torch.ops.bitfold.dequantize.default and node.args[3] == old:
+            node.args = (*node.args[:3], new)
+            changed = True
+    if changed:
+        body.recompile()
