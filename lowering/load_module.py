@@ -57,7 +57,6 @@ class ModulePlan:
         header = self.file.header
         self.entries: dict[str, Any] = header["modules"]
         self.tied: dict[str, str] = header["tied"]
-        self.buffers = set(header["buffers"])
         names = {join(path, name) for path, entry in self.entries.items() for name in entry["names"].values()}
         kept = {*header["tensors"], *self.tied}
         own = {
@@ -155,7 +154,9 @@ class ModulePlan:
             join(path, weight["name"]) for path, entry in self.entries.items() for weight in entry["weights"]
         }
         known = {*self.plain, *folded, *self.parts}
-        for name in parameters_in(self.model):
+        # A buffer that the file does not have stays as it is, but one on meta would be left without numbers.
+        empty = (name for name, buffer in self.model.named_buffers() if buffer.is_meta)
+        for name in (*parameters_in(self.model), *empty):
             if name not in known:
                 raise BitfoldError(
                     f"{self.file.path} has no tensor for {name!r} of this {type(self.model).__name__}; "
@@ -224,7 +225,7 @@ class ModulePlan:
             owner, _, last = name.rpartition(".")
             module = self.model.get_submodule(owner)
             given = tensor(name).to(place.dtype or tensor(name).dtype)
-            if name in self.buffers:
+            if place.buffer:
                 module._buffers[last] = given
                 continue
             key = self.tied.get(name, name), given.dtype

@@ -105,7 +105,6 @@ def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
         "model": type(model).__name__,
         "graphs": [json.loads(text) for text in graphs],
         "modules": modules,
-        "buffers": [name for name, _ in model.named_buffers(remove_duplicate=False)],
         **({"extra_state": states} if states else {}),
     }
 

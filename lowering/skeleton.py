@@ -2,7 +2,7 @@
 
 In: a model, quantized or not, with numbers or on meta. Out: shape and dtype of what a tensor would replace.
 
-    place_in(model, "up.weight")  ->  Place((128, 64), float32, requires_grad=True), also when up is folded
+    place_in(model, "up.weight")  ->  Place((128, 64), float32, ...), also when up is folded
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Place:
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
-    requires_grad: bool
+    requires_grad: bool = True
+    buffer: bool = False
 
 
 def place_in(model: nn.Module, name: str) -> Place | None:
@@ -49,15 +50,16 @@ def place_in(model: nn.Module, name: str) -> Place | None:
     module = submodule_in(model, owner)
     if module is None:
         return None
-    parameter = module._parameters.get(last)
-    found = module._buffers.get(last) if parameter is None else parameter
+    parameter, buffer = module._parameters.get(last), module._buffers.get(last)
+    found = buffer if parameter is None else parameter
     if found is not None:
-        return Place(tuple(found.shape), None if found.is_meta else found.dtype, found.requires_grad)
+        dtype = None if found.is_meta else found.dtype
+        return Place(tuple(found.shape), dtype, found.requires_grad, buffer=parameter is None)
     if isinstance(module, Folded):
         for weight in module.folded_weights:
             if weight.name == last:
                 on_meta = getattr(module, weight.parts[0]).is_meta
-                return Place(weight.shape, None if on_meta else module.compute_dtype, True)
+                return Place(weight.shape, None if on_meta else module.compute_dtype)
     return None
 
 

@@ -127,6 +127,28 @@ def test_on_meta_the_dtype_is_that_of_the_file(quantized_before: bool, tmp_path:
     assert loaded(TOKENS).dtype == torch.bfloat16 and torch.equal(loaded(TOKENS), model(TOKENS))
 
 
+def test_what_is_a_parameter_or_a_buffer_is_said_by_the_skeleton(tmp_path: Path) -> None:
+    model = quantized("int8")
+    model.register_buffer("gain", torch.arange(3.0))
+    bf.save(model, tmp_path / "m.safetensors")
+    skeleton = Model().eval()
+    skeleton.gain = nn.Parameter(torch.zeros(3))
+    loaded = bf.load(tmp_path / "m.safetensors", into=skeleton, target="reference")
+    assert "gain" in dict(loaded.named_parameters()) and "gain" not in dict(loaded.named_buffers())
+    assert torch.equal(loaded.gain, torch.arange(3.0))
+
+
+def test_a_buffer_that_the_file_lacks(tmp_path: Path) -> None:
+    bf.save(quantized("int8"), tmp_path / "m.safetensors")
+    skeleton = Model().eval()
+    skeleton.register_buffer("mask", torch.ones(3))
+    assert torch.equal(bf.load(tmp_path / "m.safetensors", into=skeleton).mask, torch.ones(3))
+    skeleton = Model().eval().to("meta")
+    skeleton.register_buffer("mask", torch.ones(3, device="meta"))
+    with pytest.raises(bf.BitfoldError, match="has no tensor for 'mask'"):
+        bf.load(tmp_path / "m.safetensors", into=skeleton)
+
+
 def test_numbers_of_another_kind_are_not_copied(tmp_path: Path) -> None:
     bf.save(quantized("int8"), tmp_path / "m.safetensors")
     skeleton = Model().eval()
