@@ -34,9 +34,12 @@ class _Program(GraphModule):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise PickleError(
-            "a quantized program cannot be pickled, since its operators are no pickles; write it by "
-            "bf.save(program, path) and read it by bf.load(path)"
+            "a quantized program cannot be pickled; write it by bf.save(program, path) and read it by "
+            "bf.load(path)"
         )
+
+    def __copy__(self) -> GraphModule:
+        return as_program(super().__copy__())
 
     def train(self, mode: bool = True) -> Any:
         if mode != self.training:

@@ -85,7 +85,9 @@ def test_a_program_is_moved_and_not_cast(target: str) -> None:
             bf.BitfoldError, match=r"captured in torch.float32 and cannot be cast to torch\.\w+; "
         ):
             cast()
-    assert torch.equal(made.float()(X), expected)
+    with pytest.raises(bf.BitfoldError, match="cannot be cast"):
+        copy.copy(made).bfloat16()
+    assert torch.equal(made.float()(X), expected) and torch.equal(copy.copy(made)(X), expected)
     assert {name: tensor.dtype for name, tensor in made.state_dict().items()} == dtypes
     made.to("meta")
     assert all(tensor.is_meta for tensor in made.state_dict().values()) and unchanged(mine, before)
