@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in plugins.plugin:
             import_file(path)
         chosen = parser().parse_args(rest)
-        chosen.run(chosen, Console())
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            chosen.run(chosen, Console())
     except BitfoldError as error:
         print(f"bitfold: {error}", file=sys.stderr)
         return 2
@@ -103,6 +105,11 @@ def _plugin_option() -> argparse.ArgumentParser:
         help="import this file first: it registers formats, passes or targets (may be repeated)",
     )
     return out
+
+
+def _say_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """In the place of Python's own, which adds a line of this package's code."""
+    print(f"bitfold: {message}", file=sys.stderr)
 
 
 def _quiet() -> None:

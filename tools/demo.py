@@ -33,6 +33,7 @@ from rich.text import Text
 
 from ..formats import BitfoldError
 from ..passes.recipes import Recipe
+from .measure import pick_device
 from .page import write_page
 from .progress import progress_bar
 from .smollm2 import load_smollm2
@@ -65,8 +66,8 @@ def demo(
     console = console or Console()
     for recipe in recipes:
         Recipe.parse(recipe)
+    place = pick_device(device)
     folder = _folder(out)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     began = time.perf_counter()
     with progress_bar(console) as show, fresh_compiler_cache():
         steps_done = show.add_task("SmolLM2-135M-Instruct", total=len(recipes) + 2)

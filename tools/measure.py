@@ -47,6 +47,13 @@ class Decoding:
         return self.tokens.shape[0] / self.step_seconds
 
 
+def pick_device(asked: str | None) -> torch.device:
+    """The device asked for, by default a CUDA GPU if there is one. Raises BitfoldError if it is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise BitfoldError("torch sees no CUDA GPU here; leave the device out, or give cpu")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers; a tensor that two names share counts once."""
     held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitfold
 from bitfold.tools.cli import main
@@ -209,6 +210,12 @@ def test_plugins_before_and_after_the_command(here: Path, capsys: pytest.Capture
         ("formats int4[g128 --plugin mine.py", "int4[g128"),
         ("formats --plugin missing.py", "there is no Python file 'missing.py' to import"),
         ("formats --plugin broken.py", "importing broken.py failed: ZeroDivisionError: division by zero"),
+        (
+            "quantize mine.py:boom --recipe int8_static -o m",
+            "recipe 'int8_static' finds ranges by cal",
+        ),
+        ("bench mine.py:boom --recipe none --recipe fp8_static", "recipe 'fp8_static' finds ranges by cal"),
+        ("run mine.py:boom --load none.safetensors", "none.safetensors"),
         ("demo --recipe int9x", "unknown recipe or format 'int9x'"),
         ("bench mine.py:build --recipe none --recipe int9x", "unknown recipe or format 'int9x'"),
     ],
@@ -220,6 +227,20 @@ def test_mistakes(here: Path, capsys: pytest.CaptureFixture[str], arguments: str
     (here / "folder" / "config.json").write_text("{}")
     assert sentence in said(capsys, *arguments.split(), status=2)
     assert not (here / "m").exists()
+
+
+def test_a_device_that_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA GPU here")
+    for command in (["bench", "mine.py:boom", "--recipe", "none"], ["demo"]):
+        assert "torch sees no CUDA GPU here" in said(capsys, *command, "--device", "cuda", status=2)
+    assert not (here / "out").exists()
+
+
+def test_warnings_are_one_line_each(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "mine.py:build", "--recipe", "int8", "--target", "cuda"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines and all(line.startswith("bitfold: ") and "cuda" in line for line in lines)
 
 
 def test_only_floats_are_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,12 +18,12 @@ from rich.table import Table
 from ...lowering import quantize
 from ...passes.recipes import Recipe
 from ..demo import table
-from ..measure import time_calls, weight_bytes
+from ..measure import pick_device, time_calls, weight_bytes
 from ..models import Loaded
 from ..smollm2 import SmolLM2
 from ..text import pydoc_tokens
 from ..trial import Bench, shared_copy
-from .shared import add_model, plain, positive, read_model, size, waiting
+from .shared import add_model, plain, positive, read_model, read_recipe, size, waiting
 
 ABOUT = "time a model under recipes"
 
@@ -45,9 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     for recipe in arguments.recipe:
-        Recipe.parse(recipe)
+        read_recipe(recipe)
+    device = pick_device(arguments.device)
     loaded = read_model(arguments.model, console)
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if loaded.tokenizer is None:
         console.print(_calls(loaded, arguments.recipe, device, arguments.steps, console))
         return

@@ -11,7 +11,7 @@ import argparse
 from rich.console import Console
 
 from ..demo import BATCHES, RECIPES, STEPS, demo
-from .shared import positive
+from .shared import positive, read_recipe
 
 ABOUT = "a real language model under several recipes"
 
@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
+    for recipe in arguments.recipe or ():
+        read_recipe(recipe)
     demo(
         recipes=arguments.recipe or RECIPES,
         out=arguments.out,

@@ -29,7 +29,7 @@ from ...passes.fuse import Fuse
 from ..models import Loaded
 from ..page import Logits, twin
 from ..viz import node_errors, viz
-from .shared import add_model, add_recipe, plain, read_model, say, size
+from .shared import add_model, add_recipe, plain, read_model, read_recipe, say, size
 
 ABOUT = "show what a file holds, or what the passes do to a model"
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
 def _pipeline(arguments: argparse.Namespace) -> Pipeline:
     if arguments.pipeline is not None:
         return Pipeline.parse(arguments.pipeline)
-    return Pipeline([Annotate(recipe=arguments.recipe), Fold(), Fuse()])
+    return Pipeline([Annotate(recipe=str(read_recipe(arguments.recipe))), Fold(), Fuse()])
 
 
 def _passes(loaded: Loaded, pipeline: Pipeline, arguments: argparse.Namespace, console: Console) -> None:

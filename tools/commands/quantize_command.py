@@ -17,8 +17,7 @@ from ...formats import format
 from ...formats.layout import default
 from ...lowering import quantize, report, save
 from ...lowering.paths import place_of
-from ...passes.recipes import Recipe
-from .shared import add_model, add_recipe, add_target, read_model, say, size, waiting
+from .shared import add_model, add_recipe, add_target, read_model, read_recipe, say, size, waiting
 
 ABOUT = "quantize a model into a file"
 
@@ -38,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
-    recipe = Recipe.parse(arguments.recipe)
+    recipe = read_recipe(arguments.recipe)
     place_of(arguments.out)
     loaded = read_model(arguments.model, console)
     program = arguments.scope == "program"

@@ -17,11 +17,11 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...lowering import load, quantize
+from ...lowering.tensor_file import open_file
 from ...passes.provenance import breaking_point
-from ...passes.recipes import Recipe
 from ..models import Loaded
 from ..trial import PROMPT
-from .shared import add_model, add_recipe, add_target, read_model, say, waiting
+from .shared import add_model, add_recipe, add_target, read_model, read_recipe, say, waiting
 
 ABOUT = "run a quantized model"
 
@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.tokens < 1:
         raise BitfoldError(f"--tokens is {arguments.tokens}; it must be 1 or more")
     if arguments.recipe is not None:
-        Recipe.parse(arguments.recipe)
+        read_recipe(arguments.recipe)
+    else:
+        open_file(arguments.load)
     loaded = read_model(arguments.model, console)
     if loaded.tokenizer is not None:
         _write(_quantized(loaded, arguments, console), loaded.tokenizer, arguments, console)

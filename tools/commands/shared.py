@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
+from ...formats import BitfoldError
+from ...passes.recipes import Recipe
 from ..models import HELP, Loaded, load_model
 from ..progress import progress_bar
 
@@ -38,6 +40,17 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", help="what it shall run on: cpu, cuda, reference, ... (by default the device)"
     )
+
+
+def read_recipe(text: str) -> Recipe:
+    """The recipe, found wrong before any work is done for it. Raises BitfoldError."""
+    recipe = Recipe.parse(text)
+    if recipe.calibrated:
+        raise BitfoldError(
+            f"recipe {recipe.name!r} finds ranges by calibration, and the command line has no data for that; "
+            "take a dynamic one, or call bf.quantize(model, recipe, calibration=batches)"
+        )
+    return recipe
 
 
 def read_model(text: str, console: Console) -> Loaded:
