@@ -1,7 +1,7 @@
 """The formats that have a name of their own: elements that are tables, and aliases of longer texts.
 
-In: nothing; this is data. Out: ELEMENTS (name -> element) and FORMATS (name -> text, and where it comes
-from).
+In: nothing; this is data. Out: ELEMENTS (name -> element), FLOATS (the floats with a definition elsewhere, of
+all that can be spelled, -> that) and FORMATS (name -> text, and where it comes from).
 
     mxfp4  =  float4_e2m1[g32,e8m0]
 """
@@ -31,6 +31,14 @@ ELEMENTS: dict[str, Element] = {
     "binary": Codebook("binary", (-1.0, 1.0), rule="absmean"),
     "int1": Codebook("int1", (1.0, -1.0), rule="absmean"),
     "int1_twos": Integer(1),
+}
+
+FLOATS = {
+    "float8_e4m3fn": "OCP FP8",
+    "float8_e5m2": "OCP FP8",
+    "float6_e3m2": "OCP MX 1.0",
+    "float6_e2m3": "OCP MX 1.0",
+    "float4_e2m1": "OCP MX 1.0",
 }
 
 

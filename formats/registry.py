@@ -14,13 +14,15 @@ import re
 from importlib.metadata import entry_points
 
 from . import cache_tag
-from .catalog import ELEMENTS
+from .catalog import ELEMENTS, FLOATS, FORMATS
 from .element import Element
 from .errors import FormatError, nearest
 from .floating import Float
 from .format import Format
 from .integer import Integer
 from .layout import BUILT_IN, Layout
+from .rules import RULES
+from .scale import STORED
 
 Registered = Element | Format | Layout
 
@@ -72,19 +74,12 @@ def registered() -> dict[str, Registered]:
 
 def known() -> list[str]:
     """Names to suggest when one is unknown."""
-    from .catalog import FORMATS
-
     integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 9)]
-    floats = ["float8_e4m3fn", "float8_e5m2", "float6_e3m2", "float6_e2m3", "float4_e2m1"]
-    return [*integers, *floats, *ELEMENTS, *FORMATS, *_registered]
+    return [*integers, *FLOATS, *ELEMENTS, *FORMATS, *_registered]
 
 
 def reserved() -> set[str]:
     """Names that mean something else inside brackets or in the catalog."""
-    from .catalog import FORMATS
-    from .rules import RULES
-    from .scale import STORED
-
     words = {"tensor", "row", "zero", "unscaled", "native", "two_level", "one_level", "dense"}
     return words | set(FORMATS) | set(RULES) | set(STORED) | set(BUILT_IN)
 

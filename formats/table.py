@@ -10,19 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .catalog import ELEMENTS, FORMATS
+from .catalog import ELEMENTS, FLOATS, FORMATS
 from .format import Format
 from .registry import registered
 from .rules import RULES
 from .text import format
 
-_FLOATS = ("float8_e4m3fn", "float8_e5m2", "float6_e3m2", "float6_e2m3", "float4_e2m1")
 _SOURCES = {
-    "float8_e4m3fn": "OCP FP8",
-    "float8_e5m2": "OCP FP8",
-    "float6_e3m2": "OCP MX 1.0",
-    "float6_e2m3": "OCP MX 1.0",
-    "float4_e2m1": "OCP MX 1.0",
+    **FLOATS,
     "nf4": "QLoRA, arXiv 2305.14314",
     "ternary": "BitNet b1.58, arXiv 2402.17764",
     "binary": "XNOR-Net, arXiv 1603.05279",
@@ -52,7 +47,7 @@ def _everything() -> list[str]:
     integers = [f"{sign}int{bits}" for sign in ("", "u") for bits in range(8, 0, -1)]
     grouped = ["int4[g128]", "uint4[g128,zero]"]
     own = [str(what) if isinstance(what, Format) else name for name, what in registered().items()]
-    names = [*integers, *grouped, *_FLOATS, *(e for e in ELEMENTS if e not in integers), *FORMATS, *own]
+    names = [*integers, *grouped, *FLOATS, *(e for e in ELEMENTS if e not in integers), *FORMATS, *own]
     return list(dict.fromkeys(names))
 
 
@@ -78,8 +73,8 @@ def _rule(f: Format) -> str:
     zero = {
         "int": "(max - min) / steps, integer zero",
         "float": "(max - min) / steps, float zero at the middle",
+        "min": "(max - min) / steps, the minimum added",
     }
-    zero["min"] = "(max - min) / steps, the minimum added"
     own = f"amax / {f.element.steps:g}" if f.scale.rule == "absmax" else RULES[f.scale.rule].about
     rule = zero.get(f.scale.zero, own)
     return rule + (", one float32 a tensor above" if f.scale.two_level else "")
