@@ -125,8 +125,12 @@ def _float_fits(element: Float, lane: str) -> bool:
     values = torch.tensor([v for v in element.values() if math.isfinite(v)], dtype=torch.float64)
     shift = 2.0 ** (BIAS[lane] - element.bias)
     exact = torch.equal(values.to(LANE_TYPES[lane]).to(torch.float64), values)
-    reaches = element.exponent <= 15 - MANTISSA[lane] and element.mantissa_bits <= MANTISSA[lane]
-    return exact and reaches and shift <= torch.finfo(LANE_TYPES[lane]).max and shift >= 2.0**-14
+    # Where the exponent fills the lane's, its largest one is the lane's infinity before it is multiplied.
+    top = element.values()[: 1 << (element.bits - 1)][-1 << element.mantissa_bits :]
+    spare = 15 - MANTISSA[lane] - element.exponent
+    reaches = spare > 0 or (spare == 0 and not any(math.isfinite(v) for v in top))
+    narrow = element.mantissa_bits <= MANTISSA[lane]
+    return exact and reaches and narrow and 2.0**-14 <= shift <= torch.finfo(LANE_TYPES[lane]).max
 
 
 def _float(program: Program, element: Float, takes: Sequence[Take], lane: str) -> int:
