@@ -9,8 +9,19 @@ Decoding comes from the element (`decode.py`), walking over a row from the layou
 named in this folder. Passes are unknown here.
 """
 
+from .choose import choose, kernel_layout, runs_on_kernels
 from .schedule import Schedule, scales
 from .slices import Walk, walk
 from .spec import CodegenError, GemmSpec
 
-__all__ = ["CodegenError", "GemmSpec", "Schedule", "Walk", "scales", "walk"]
+__all__ = [
+    "CodegenError",
+    "GemmSpec",
+    "Schedule",
+    "Walk",
+    "choose",
+    "kernel_layout",
+    "runs_on_kernels",
+    "scales",
+    "walk",
+]

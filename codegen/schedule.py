@@ -71,6 +71,9 @@ class Schedule:
         found = walk(spec.weight, spec.k)
         if isinstance(found, Unwalkable):
             return found.reason
+        cols = spec.weight.scale.granularity.cols if spec.weight.scale is not None else None
+        if cols is not None and cols % found.length:
+            return f"slices of {found.length} codes straddle groups of {cols}"
         if self.split > found.runs:
             return f"{self.split} splits of {found.runs} runs of codes leave some without work"
         if self.scale not in scales(spec):

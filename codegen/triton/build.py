@@ -25,9 +25,11 @@ from torch import Tensor
 
 from ...formats import Quantized
 from ..schedule import Schedule
+from ..slices import Walk, walk
 from ..spec import CodegenError, GemmSpec
 from .source import source
 from .values import needs_table
+from .whole import BLOCK_N, whole_source
 
 
 def folder() -> Path:
@@ -59,6 +61,22 @@ def module(text: str) -> ModuleType:
 def kernel(spec: GemmSpec, schedule: Schedule, plain: bool = False) -> Any:
     """The jitted function for this spec and schedule."""
     return module(source(spec, schedule, plain=plain)).kernel
+
+
+@lru_cache(maxsize=1024)
+def _whole_kernel(spec: GemmSpec) -> Any:
+    return module(whole_source(spec)).kernel
+
+
+def decode(spec: GemmSpec, parts: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The weight [n, k] in x's dtype, bit for bit `dequantize`'s, in fresh memory."""
+    w = x.new_empty(spec.n, spec.k)
+    given = _arguments(spec, x, parts, None, w, None)
+    found = walk(spec.weight, spec.k)
+    assert isinstance(found, Walk)
+    wanted = ("codes", "scales", "zeros", "level", "table", "SN", "SG")
+    _whole_kernel(spec)[-(-spec.n // BLOCK_N), found.runs](w=w, **{name: given[name] for name in wanted})
+    return w
 
 
 @lru_cache(maxsize=64)

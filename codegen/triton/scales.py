@@ -15,7 +15,7 @@ from ...formats import Float, Integer, Scale
 from ...formats.rules import middle
 from ..schedule import Schedule
 from ..slices import Walk
-from ..spec import CodegenError, GemmSpec
+from ..spec import GemmSpec
 from .values import value_lines
 
 # Scales of 8 bits are bytes to Triton, which has the one type nowhere and the other on few GPUs.
@@ -61,25 +61,27 @@ class Scales:
         return sorted({self.group(i) for i in range(len(self.walk.slices))})
 
     def group(self, i: int) -> int:
-        """Which group of its run slice i belongs to."""
+        """Which group of its run slice i is in; its own where runs and groups do not divide each other."""
         cols = self.scale.granularity.cols if self.scale is not None else None
-        return 0 if cols is None else i * self.walk.length // cols
+        if cols is None:
+            return 0
+        aligned = self.walk.codes % cols == 0 or cols % self.walk.codes == 0
+        return i * self.walk.length // cols if aligned else i
 
-    def _column(self, run: str, group: int) -> str:
+    def column(self, run: str, group: int) -> str:
         """The column of the scales, for a run."""
         assert self.scale is not None
         cols = self.scale.granularity.cols
         assert cols is not None
         codes = self.walk.codes
-        if cols >= codes:
-            if cols % codes:
-                raise CodegenError(f"runs of {codes} codes straddle groups of {cols}")
-            return f"({run} // {cols // codes})"
-        if codes % cols or (self.walk.length > cols):
-            raise CodegenError(f"slices of {self.walk.length} codes straddle groups of {cols}")
-        column = f"({run} * {codes // cols} + {group})"
-        most = -(-self.spec.k // cols) - 1
-        return column if self.walk.runs * codes == self.spec.k else f"tl.minimum({column}, {most})"
+        if cols % codes == 0:
+            column = run if cols == codes else f"({run} // {cols // codes})"
+        elif codes % cols == 0:
+            column = f"({run} * {codes // cols} + {group})"
+        else:
+            column = f"(({run} * {codes} + {group * self.walk.length}) // {cols})"
+        last = -(-self.spec.k // cols) - 1
+        return column if self.walk.runs * codes == self.spec.k else f"tl.minimum({column}, {last})"
 
     def names(self) -> list[str]:
         """Registers carried from run to run: scales and offsets of the next groups."""
@@ -91,7 +93,7 @@ class Scales:
         are fetched a run ahead by hand."""
         lines = []
         for g in self.groups:
-            lines += self.load(f"{prefix}s_{g}", f"{prefix}z_{g}", self._column(run, g))
+            lines += self.load(f"{prefix}s_{g}", f"{prefix}z_{g}", self.column(run, g))
         return lines
 
     def load(self, s: str, z: str, column: str) -> list[str]:

@@ -25,7 +25,7 @@ from ..spec import CodegenError, GemmSpec
 from .scales import Scales
 from .values import code_line, needs_table, value_lines
 
-_TL = {"bf16": "tl.bfloat16", "f16": "tl.float16"}
+TL = {"bf16": "tl.bfloat16", "f16": "tl.float16"}
 _MULTIPLY = "fma.rn.{0}x2 $0, $1, $2, z;"
 
 
@@ -76,7 +76,7 @@ class Kernel:
 
     @property
     def scales(self) -> Scales:
-        return Scales(self.spec, self.schedule, self.walk, _TL[self.spec.x])
+        return Scales(self.spec, self.schedule, self.walk, TL[self.spec.x])
 
     @property
     def decodes_plainly(self) -> bool:
@@ -199,7 +199,7 @@ class Kernel:
     @property
     def _operand(self) -> str:
         """Type of the dot's operands: the interpreter has no bf16 products, and in float32 they are exact."""
-        return "tl.float32" if self.plain else _TL[self.spec.x]
+        return "tl.float32" if self.plain else TL[self.spec.x]
 
     def _dot(self, a: str, x: str, onto: str = "") -> str:
         if self.plain:
@@ -218,7 +218,7 @@ class Kernel:
     def _call(self, out: Lines, name: str, takes: list[list[Take]], loads: list[int]) -> None:
         first = int(name.removeprefix("DECODE"))
         results = [f"a{first + j}" for j in range(len(takes))]
-        dtype = _TL[self.spec.x]
+        dtype = TL[self.spec.x]
         dtypes = dtype if len(takes) == 1 else f"({', '.join([dtype] * len(takes))})"
         constraint = ",".join(["=r"] * len(takes) + ["r"] * len(loads))
         operands = ", ".join(f"u{load}" for load in loads)
@@ -229,7 +229,7 @@ class Kernel:
 
     def _slice(self, out: Lines, i: int) -> None:
         """Adds slice i of the run to the sums."""
-        mode, lane = self.schedule.scale, _TL[self.spec.x]
+        mode, lane = self.schedule.scale, TL[self.spec.x]
         group = self.scales.group(i)
         if self.decodes_plainly:
             loads = [f"u{j}" for j in range(len(self.walk.loads))]
@@ -304,7 +304,7 @@ class Kernel:
             out.add("total += tl.load(bias + row)[:, None].to(tl.float32)")
         out.add(
             f"tl.store(y + (rm[None, :] * {self.spec.n} + rn[:, None]), "
-            f"total.to({_TL[self.spec.x]}), mask=kept)"
+            f"total.to({TL[self.spec.x]}), mask=kept)"
         )
 
 
