@@ -68,6 +68,14 @@ def decoder(element: Element, slices: Sequence[Sequence[Take]], lane: str) -> De
     return Decoder(program, tuple(results))
 
 
+def holds(element: Element, lane: str) -> bool:
+    """Whether the lane's type has the element's values: exactly, or a table's as well as any number."""
+    values = torch.tensor([v for v in element.values() if math.isfinite(v)], dtype=torch.float64)
+    errors = (values.to(LANE_TYPES[lane]).to(torch.float64) - values).abs()
+    allowed = 0.0 if isinstance(element, Integer | Float) else 2.0 ** -(MANTISSA[lane] + 1)
+    return bool((errors <= allowed * values.abs()).all())
+
+
 def finite(element: Element) -> bool:
     """Whether every code is a number, so that no packed tensor can hold one that a program gets wrong."""
     return all(math.isfinite(v) for v in element.values()[: 1 << element.bits])

@@ -11,6 +11,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
+from ..formats import Codebook, Scale
+from ..formats.scale import LARGEST
+from ..formats.sparsity import Dense
+from .decode import holds
 from .slices import Unwalkable, walk
 from .spec import CodegenError, GemmSpec
 
@@ -49,6 +55,8 @@ class Schedule:
             raise CodegenError(f"a schedule's scale is one of {', '.join(SCALES)}, not {self.scale!r}")
         if self.stages < 1 or self.split < 1:
             raise CodegenError("a schedule has at least one stage and one split")
+        if self.overlap < 0:
+            raise CodegenError(f"a schedule's overlap is 0 or a number of runs, not {self.overlap}")
 
     def __str__(self) -> str:
         tail = f" o{self.overlap}" if self.overlap else ""
@@ -68,10 +76,15 @@ class Schedule:
 
     def obstacle(self, spec: GemmSpec) -> str | None:
         """Why this schedule cannot run the spec, or None."""
+        scale = spec.weight.scale
+        if not isinstance(spec.weight.sparsity, Dense):
+            return f"kernels read every number of a row; {spec.weight} stores {spec.weight.sparsity} of them"
+        if scale is not None and scale.native:
+            return f"kernels compute in float32; the arithmetic of {spec.weight} is that of its input"
         found = walk(spec.weight, spec.k)
         if isinstance(found, Unwalkable):
             return found.reason
-        cols = spec.weight.scale.granularity.cols if spec.weight.scale is not None else None
+        cols = scale.granularity.cols if scale is not None else None
         if cols is not None and cols % found.length:
             return f"slices of {found.length} codes straddle groups of {cols}"
         if self.split > found.runs:
@@ -86,20 +99,22 @@ def scales(spec: GemmSpec) -> tuple[str, ...]:
     scale = spec.weight.scale
     if scale is not None and scale.native:
         return ()
+    if not holds(spec.weight.element, spec.x):
+        return ("float",)
     if scale is None or scale.granularity.cols is None:
         return ("end", "float")
-    if scale.zero == "none" and _exact_in_lane(scale.dtype, spec):
+    if scale.zero == "none" and _exact_in_lane(scale, spec):
         return ("lane", "sum", "float")
     return ("sum", "float")
 
 
-def _exact_in_lane(dtype: str, spec: GemmSpec) -> bool:
+def _exact_in_lane(scale: Scale, spec: GemmSpec) -> bool:
     """Whether scale, code and so the rounded product are what the reference computes in float32.
 
     E4M3 fits both types; E8M0 has float16's range behind it. A table's entries are rounded before the
-    product, so they are not.
+    product, so they are not. With two levels the product is no weight yet: 448 times an e4m3 is no float16.
     """
-    from ..formats import Codebook
-
+    element, dtype = spec.weight.element, scale.dtype
     fits = dtype == "e4m3" or dtype == spec.x or (dtype == "e8m0" and spec.x == "bf16")
-    return fits and not isinstance(spec.weight.element, Codebook)
+    largest = LARGEST["e4m3"] * max(-element.low, element.high) if scale.two_level else 0.0
+    return fits and not isinstance(element, Codebook) and largest <= torch.finfo(spec.dtype).max

@@ -101,11 +101,15 @@ class Scales:
         the mode `float`)."""
         assert self.scale is not None
         rows = self.scale.granularity.rows
-        row = "0" if rows is None else ("row" if rows == 1 else f"(row // {rows})")
+        row = "row * 0" if rows is None else ("row" if rows == 1 else f"(row // {rows})")
         place = f"{row} * SN + {column} * SG"
         load = f"tl.load(scales + {place})"
         decoded = f"{self.scale.dtype}({load})" if self.scale.dtype in BYTES else f"{load}.to(tl.float32)"
-        lines = [f"{s} = {decoded}" + (f".to({self.lane})" if self.schedule.scale == "lane" else "")]
+        if self.schedule.scale == "lane":
+            decoded += f".to({self.lane})"
+        elif self.schedule.scale == "float" and self.scale.two_level:
+            decoded += " * tl.load(level)"
+        lines = [f"{s} = {decoded}"]
         if self.has_offset:
             lines.append(f"{z} = {self._offset(f'tl.load(zeros + {place}).to(tl.float32)', s)}")
         return lines
@@ -125,9 +129,8 @@ class Scales:
 
     def affine(self, value: str, group: int) -> str:
         """The reference's arithmetic on decoded float32 values (`formats/affine.py`)."""
-        if not self.groups and not self.has_offset:
+        if self.scale is None:
             return value
-        assert self.scale is not None
         s, z = f"s_{group}[:, None]", f"z_{group}[:, None]"
         by_zero = {
             "none": f"{value} * {s}",

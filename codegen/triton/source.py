@@ -156,7 +156,7 @@ class Kernel:
             out.add(f"ones = tl.full(({s.block_n}, {w.length}), 1.0, dtype={self._operand})")
             if s.scale == "end":
                 out.add(f"plain_sum = tl.zeros(({s.block_n}, {s.block_m}), dtype=tl.float32)")
-        if s.scale == "float" and not self.scales.groups and self.scales.has_offset:
+        if s.scale == "float" and self.scale is not None and not self.scales.groups:
             out.add(*self.scales.load("s_0", "z_0", "0"))
         out.add(*self.scales.carried("first"))
         if s.overlap and not self.plain:
@@ -294,11 +294,10 @@ class Kernel:
             out.add("tl.store(lock, 0)")
 
     def _store(self, out: Lines) -> None:
-        if self.scale is not None and not self.scales.groups and not self.scales.has_offset:
+        if self.scale is not None and self.schedule.scale == "end" and not self.scales.has_offset:
             out.add(*self.scales.load("s", "z", "0"))
-            by_row = self.scale.granularity.rows is not None
-            out.add(f"total = total * s{'[:, None]' if by_row else ''}")
-        if self.scale is not None and self.scale.two_level:
+            out.add("total = total * s[:, None]")
+        if self.scale is not None and self.scale.two_level and self.schedule.scale != "float":
             out.add("total = total * tl.load(level)")
         if self.spec.bias:
             out.add("total += tl.load(bias + row)[:, None].to(tl.float32)")

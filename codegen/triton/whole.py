@@ -45,23 +45,10 @@ def whole_source(spec: GemmSpec) -> str:
         for i, takes in enumerate(found.slices):
             out.add(code_line(takes, [f"u{j}" for j in range(len(found.loads))], "c"))
             out.add(*value_lines(spec.weight.element, "c", "v"))
-            out.add(*_scaled(scales, i))
+            out.add(f"v = {scales.affine('v', scales.group(i))}")
             out.add(
                 f"at = run * {found.codes} + {i * found.length} + rk[None, :]",
                 f"place = w + row[:, None].to(tl.int64) * {spec.k} + at",
                 f"tl.store(place, v.to({lane}), mask=(rn[:, None] < {spec.n}) & (at < {spec.k}))",
             )
     return "\n".join(out.text) + "\n"
-
-
-def _scaled(scales: Scales, i: int) -> list[str]:
-    scale = scales.scale
-    if scale is None:
-        return []
-    group = scales.group(i)
-    if scale.two_level:
-        return [f"v = v * (s_{group} * tl.load(level))[:, None]"]
-    if not scales.groups and not scales.has_offset:
-        one = scale.granularity.rows is None
-        return [f"v = v * s_0{'' if one else '[:, None]'}"]
-    return [f"v = {scales.affine('v', group)}"]
