@@ -1,0 +1,164 @@
+"""Our generated kernels as the GEMM benchmark calls them, compiled beforehand in parallel.
+
+In: a format's text, n, k, and a way to choose a schedule for m rows. Out: `Ours`, ready to check and to time.
+
+    ours = Ours.of("int4[g128]", 4096, 4096, chooser(None))
+    ours.checked(16)                  ->   y, x as float32, and the error against float32
+    compile_all(jobs, workers=14, seconds=200)   ->   {job: why it failed}; the rest is in Triton's cache
+
+Where no schedule is chosen the weight is decoded into memory and the library multiplies: what is timed then
+is both, every time.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_timing import copies_past_cache
+from torch import Tensor
+
+from bitfold.codegen import GemmSpec, Schedule, choose, kernel_layout
+from bitfold.codegen.triton.build import decode, grid, launch, warm
+from bitfold.formats import Format, Quantized, format
+
+FORMATS = [
+    "int4[g128]", "int8", "float8_e4m3fn", "float6_e3m2[g32,e8m0]", "mxfp4", "nvfp4", "nf4[g64]",
+    "int3[g128]", "int2[g128]",
+]  # fmt: skip
+Chooser = Callable[[GemmSpec, int], Schedule | None]
+Job = tuple[str, str]  # a spec and a schedule
+# The result is rounded to bfloat16 (2^-9 of each value) and so may each decoded weight be; sums are float32.
+BOUND = 2.0**-8
+
+
+def chooser(text: str | None) -> Chooser:
+    """One schedule for all, or what bitfold itself chooses."""
+    if text is None:
+        return choose
+    schedule = Schedule.parse(text)
+    return lambda spec, m: schedule
+
+
+def spec_of(text: str, n: int, k: int) -> GemmSpec:
+    laid_out = kernel_layout(format(text), k)
+    if laid_out is None:
+        raise ValueError(f"no kernel walks over {text} with rows of {k}; leave it out of --formats")
+    return GemmSpec(laid_out, n, k)
+
+
+def k_major(name: str, part: Tensor) -> Tensor:
+    """Scales and zeros of one group lie side by side, as neighbouring rows of the weight ask for them."""
+    if name in ("scales", "zeros") and part.ndim == 2 and part.shape[1] > 1:
+        return part.t().contiguous().t()
+    return part
+
+
+def shaped_parts(fmt: Format, n: int, k: int) -> list[Tensor]:
+    """What the compiler asks of a weight [n, k]: dtypes and strides, on `meta`."""
+    rows = 16
+    parts = fmt.quantize(torch.randn(rows, k)).parts
+    sizes = [(n if part.shape[0] == rows else part.shape[0], *part.shape[1:]) for part in parts]
+    empty = [torch.empty(size, dtype=p.dtype, device="meta") for size, p in zip(sizes, parts, strict=True)]
+    return [k_major(name, part) for name, part in zip(fmt.parts, empty, strict=True)]
+
+
+def compile_one(job: Job) -> str | None:
+    """Compiles into the cache that all processes share; why not, if not."""
+    spec, schedule = GemmSpec.parse(job[0]), Schedule.parse(job[1])
+    obstacle = schedule.obstacle(spec)
+    if obstacle is None:
+        warm(spec, schedule, shaped_parts(spec.weight, spec.n, spec.k))
+    return obstacle
+
+
+def _niced() -> None:
+    os.nice(5)
+    torch.set_num_threads(1)
+
+
+def compile_all(jobs: Sequence[Job], workers: int, seconds: float) -> dict[Job, str]:
+    """Why each job failed, of those that did; those not begun after so many seconds are left."""
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_niced)
+    started = {pool.submit(compile_one, job): job for job in jobs}
+    done, late = wait(started, timeout=seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    failed = {started[one]: "not compiled in time" for one in late}
+    for one in done:
+        reason = repr(one.exception())[:300] if one.exception() else one.result()
+        if reason:
+            failed[started[one]] = reason
+    return failed
+
+
+def jobs_of(
+    texts: Sequence[str], shapes: Sequence[tuple[int, int]], ms: Sequence[int], pick: Chooser
+) -> list[Job]:
+    """Every kernel that the rows need, once."""
+    found: dict[Job, None] = {}
+    for n, k in shapes:
+        for text in texts:
+            spec = spec_of(text, n, k)
+            for schedule in (pick(spec, m) for m in ms):
+                if schedule is not None:
+                    found[str(spec), str(schedule)] = None
+    return list(found)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """copies: of the parts of one quantized weight; weight: the same decoded by the reference, in float32."""
+
+    spec: GemmSpec
+    pick: Chooser
+    copies: list[list[Tensor]]
+    weight: Tensor
+
+    @classmethod
+    def of(cls, text: str, n: int, k: int, pick: Chooser) -> Ours:
+        spec = spec_of(text, n, k)
+        fmt = spec.weight
+        q = fmt.quantize(torch.randn(n, k, device="cuda") * 0.05)
+        one = [k_major(name, part) for name, part in zip(fmt.parts, q.parts, strict=True)]
+        weight = fmt.dequantize(Quantized.from_parts(fmt, q.parts, k)).float()
+        copies = copies_past_cache(sum(part.nbytes for part in one))
+        others = [
+            [part.clone(memory_format=torch.preserve_format) for part in one] for _ in range(copies - 1)
+        ]
+        return cls(spec, pick, [one, *others], weight)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.copies[0])
+
+    def schedule(self, m: int) -> str:
+        chosen = self.pick(self.spec, m)
+        return "decode, then the library" if chosen is None else str(chosen)
+
+    def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
+        """One for each copy; the outputs and the workspace are one and the same memory, NaN before."""
+        spec, m = self.spec, x.shape[0]
+        schedule = self.pick(spec, m)
+        if schedule is None:
+            return [lambda p=p: torch.nn.functional.linear(x, decode(spec, p, x)) for p in self.copies]
+        y = torch.full((m, spec.n), float("nan"), device="cuda", dtype=x.dtype)
+        workspace = None
+        if schedule.split > 1:
+            programs = grid(spec, schedule, m)
+            sums = torch.full((schedule.split * m * spec.n,), float("nan"), device="cuda")
+            workspace = (sums, torch.zeros(programs[0] * programs[2], dtype=torch.int32, device="cuda"))
+        given: dict[str, Any] = {"out": y, "workspace": workspace}
+        return [lambda p=p: launch(spec, schedule, x, p, **given) for p in self.copies]
+
+    def problem(self, x: Tensor, error: float, calls: Sequence[Callable[[], Tensor]]) -> str | None:
+        """Why a time of these calls would be worth nothing: a wrong result, or another one each run."""
+        if not error <= BOUND:
+            return f"error {error:.2g} is over {BOUND:.2g}"
+        first = calls[0]().clone()
+        return None if torch.equal(first, calls[0]()) else "two runs differ"
