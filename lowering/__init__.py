@@ -6,7 +6,6 @@ In: a model, or a folded graph. Out: the model on codes, a lowered graph, a comp
 """
 
 from ..passes import Pipeline  # from here, so that a text with `lower` in it is understood
-from . import fused as _fused_operator  # noqa: F401  (registers bitfold::fused)
 from .folded import Folded, FoldedConv1d, FoldedConv2d, FoldedEmbedding, FoldedLinear
 from .load import load
 from .lower import Lower

@@ -1,7 +1,7 @@
 """The CPU target: folded regions as torch that Inductor's C++ runs at the speed of the codes' bytes.
 
 In: a region around a matmul or an embedding, its weight behind a `dequantize`. Out: the region on two
-operators that this file registers, plain torch below, so that any `torch.compile` (not only
+operators (see `_operators.py`), plain torch below, so that any `torch.compile` (not only
 backend="bitfold") fuses through them.
 
     %w = dequantize([%c, %s], "int4[g64]", 576, f32); %y = linear(%x, %w, %b)
@@ -33,10 +33,6 @@ from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
 from .inductor import InductorTarget, dequantized
 
 aten = torch.ops.aten
-
-_library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("cpu_linear(Tensor x, Tensor[] parts, str format, SymInt k, Tensor? bias=None) -> Tensor")
-_library.define("rows(Tensor[] parts, str format, SymInt k, Tensor indices) -> Tensor[]")
 
 
 def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tensor | None = None) -> Tensor:
@@ -84,9 +80,6 @@ def rows(parts: Sequence[Tensor], text: str, k: int, indices: Tensor) -> list[Te
             found.append(taken.reshape(*indices.shape, *part.shape[1:]))
     return found
 
-
-for _function in (cpu_linear, rows):
-    _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
 
 # Torch's compile caches know the operators by name only; see `formats/cache_tag.py`.
 for _name in ("cpu.py", "cpu_forms.py", "cpu_values.py"):

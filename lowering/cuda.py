@@ -23,7 +23,6 @@ from ..codegen import CodegenError, GemmSpec, choose, kernel_layout, runs_on_ker
 from ..codegen.lanes import LANE_TYPES
 from ..formats import Format, Layout, format
 from ..passes import Miss, inherit
-from . import fused  # noqa: F401  (registers the operator)
 from .inductor import InductorTarget, dequantized
 
 aten = torch.ops.aten

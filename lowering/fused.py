@@ -1,7 +1,7 @@
 """The operator that a fused region becomes on a GPU: its text regenerates the kernel anywhere.
 
-In: `[x, *parts, bias?]` and the text of a `GemmSpec`. Out: `[y]`. Registered on import; packed weights are
-inputs, never constants.
+In: `[x, *parts, bias?]` and the text of a `GemmSpec`. Out: `[y]`. Registered by `_operators.py`; packed
+weights are inputs, never constants.
 
     bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]")   ->   [y]
 
@@ -21,9 +21,6 @@ from torch import Tensor
 from ..codegen import CodegenError, GemmSpec, choose
 from ..formats import cache_tag
 
-_library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("fused(Tensor[] inputs, str spec) -> Tensor[]")
-
 
 @lru_cache(maxsize=4096)
 def parsed(text: str) -> GemmSpec:
@@ -40,7 +37,8 @@ def split_inputs(spec: GemmSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, list
     return x, rest[: len(spec.weight.parts)], rest[-1] if spec.bias else None
 
 
-def _fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    """What runs on a GPU."""
     # Triton is imported when the first kernel runs, not with bitfold.
     from ..codegen.triton.build import check, decode, launch
 
@@ -56,31 +54,29 @@ def _fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     return [y.reshape(*x.shape[:-1], spec.n)]
 
 
-def _fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    """Shapes only."""
     spec = parsed(text)
     x = inputs[0]
     return [x.new_empty(*x.shape[:-1], spec.n)]
 
 
-def _no_processor(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+def not_in_main_memory(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    """The same call on CPU tensors is an error: nothing falls back in silence."""
     raise CodegenError(
         "bitfold.fused is a CUDA kernel and was given tensors in main memory; lower the graph with target cpu"
     )
 
 
-_library.impl("fused", _fused, "CUDA")
-_library.impl("fused", _no_processor, "CPU")
-torch.library.register_fake("bitfold::fused", _fake, lib=_library)
-
-
-def _keep(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
+def keep(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
+    """Saves the weight's parts for the backward."""
     tensors, text = inputs
     ctx.text, ctx.count = text, len(tensors)
     spec = parsed(text)
     ctx.save_for_backward(*tensors[1 : 1 + len(spec.weight.parts)])
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None]:
+def backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None]:
     """The gradient of x (and of the bias); codes are constants."""
     spec = parsed(ctx.text)
     (grad,) = grads
@@ -90,8 +86,6 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None]
         found[-1] = grad.reshape(-1, spec.n).sum(0)
     return found, None
 
-
-torch.library.register_autograd("bitfold::fused", _backward, setup_context=_keep, lib=_library)
 
 # Torch's compile caches know the operator by name only; what it computes is the text's and codegen's.
 cache_tag.add("fused 1")

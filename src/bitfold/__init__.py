@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import formats
+from . import _operators, formats  # noqa: F401  (registers operators)
 from ._version import __version__
 from .formats import BitfoldError, Format, FormatError, Quantized, format
 

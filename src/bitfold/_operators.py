@@ -1,0 +1,36 @@
+"""The operators that lowered graphs are made of, registered with torch when bitfold is imported.
+
+In: nothing. Out: `torch.ops.bitfold.cpu_linear`, `.rows`, `.fused`. What they compute is imported with the
+first call, so that a saved program finds its operators, and importing bitfold stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _later(module: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f".lowering.{module}", __package__), name)(*args, **kwargs)
+
+    return call
+
+
+_library.define("cpu_linear(Tensor x, Tensor[] parts, str format, SymInt k, Tensor? bias=None) -> Tensor")
+_library.define("rows(Tensor[] parts, str format, SymInt k, Tensor indices) -> Tensor[]")
+for _name in ("cpu_linear", "rows"):
+    _library.impl(_name, _later("cpu", _name), "CompositeImplicitAutograd")
+
+_library.define("fused(Tensor[] inputs, str spec) -> Tensor[]")
+_library.impl("fused", _later("fused", "fused"), "CUDA")
+_library.impl("fused", _later("fused", "not_in_main_memory"), "CPU")
+torch.library.register_fake("bitfold::fused", _later("fused", "fake"), lib=_library)
+torch.library.register_autograd(
+    "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
+)

@@ -1,0 +1,121 @@
+"""What the CUDA target makes of a graph, without a GPU: the same rewriting on tensors in main memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.codegen import CodegenError, GemmSpec, kernel_layout
+from bitfold.lowering import register_target
+from bitfold.lowering import target as targets
+from bitfold.lowering.cuda import CudaTarget
+from bitfold.lowering.fused import parsed
+from bitfold.passes import snapshot
+from bitfold.passes.fuse import inline
+
+LOWERED = """\
+fused_default = bitfold.fused.default([x, first_weight_codes, first_weight_scales, first_bias], F)
+getitem: bf16[2, 96] = getitem(fused_default, 0)
+relu_1: bf16[2, 96] = aten.relu.default(getitem)
+fused_default_1 = bitfold.fused.default([relu_1, second_weight_codes, second_weight_scales], G)
+getitem_1: bf16[2, 32] = getitem(fused_default_1, 0)
+"""
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96)
+        self.second = nn.Linear(96, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.fixture
+def here() -> object:
+    @register_target
+    class Here(CudaTarget):
+        name = "here"
+        device = "cpu"
+
+    yield Here
+    targets._registered.pop("here")
+
+
+def lowered(dtype: torch.dtype, recipe: str) -> torch.fx.GraphModule:
+    torch.manual_seed(0)
+    gm = bf.capture(Net().to(dtype).eval(), (torch.randn(2, 64, dtype=dtype),))
+    bf.Pipeline.parse(f'annotate{{recipe="{recipe}"}},fold,fuse,lower{{target=here}}').run(gm)
+    inline(gm)
+    gm.recompile()
+    return gm
+
+
+def test_linears_become_the_one_operator(here: object) -> None:
+    gm = lowered(torch.bfloat16, "int4[g32]")
+    first, second = (node for node in gm.graph.nodes if node.target is torch.ops.bitfold.fused.default)
+    assert first.args[1] == "linear 96x64 bf16 int4[g32,halves64] bias"
+    assert second.args[1] == "linear 32x96 bf16 int4[g32,halves128]"
+    shown = "\n".join(str(node) for node in snapshot(gm) if node.op == "call_function") + "\n"
+    assert shown.replace(repr(first.args[1]), "F").replace(repr(second.args[1]), "G") == LOWERED
+
+
+def test_codes_are_those_of_the_canonical_layout(here: object) -> None:
+    gm = lowered(torch.bfloat16, "int4[g32]")
+    node = next(n for n in gm.graph.nodes if n.target is torch.ops.bitfold.fused.default)
+    spec = parsed(node.args[1])
+    codes, scales = (getattr(gm, str(part.target)) for part in node.args[0][1:3])
+    torch.manual_seed(0)
+    wanted = bf.format("int4[g32]").quantize(Net().to(torch.bfloat16).first.weight)
+    assert torch.equal(spec.weight.unpack(codes, 64), wanted.format.unpack(wanted.codes, 64))
+    assert torch.equal(scales, wanted.scales)
+
+
+def test_float32_activations_stay_with_inductor(here: object) -> None:
+    gm = lowered(torch.float32, "int4[g32]")
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.bitfold.fused.default)
+    assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.bitfold.dequantize.default)) == 2
+
+
+def test_a_layout_that_no_kernel_walks_stays_as_it_is() -> None:
+    for text in ("int4[g20]", "int4[g32,2:4]", "int8[native]"):
+        assert CudaTarget().layout(bf.format(text), 160) == bf.format(text).layout
+
+
+def test_shapes_are_known_without_running() -> None:
+    form = kernel_layout(bf.format("int8"), 64)
+    spec = GemmSpec(form, 48, 64)
+    parts = [part.to("meta") for part in form.quantize(torch.randn(48, 64)).parts]
+    x = torch.empty(5, 3, 64, dtype=torch.bfloat16, device="meta")
+    (y,) = torch.ops.bitfold.fused([x, *parts], str(spec))
+    assert y.shape == (5, 3, 48) and y.dtype == torch.bfloat16
+
+
+def test_main_memory_is_refused() -> None:
+    form = kernel_layout(bf.format("int8"), 64)
+    q = form.quantize(torch.randn(48, 64))
+    with pytest.raises(CodegenError, match="target cpu"):
+        torch.ops.bitfold.fused(
+            [torch.ones(1, 64, dtype=torch.bfloat16), *q.parts], str(GemmSpec(form, 48, 64))
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("recipe", ["int4[g64]", "int8", "fp8", "mxfp4", "nvfp4", "nf4", "q4_1", "int3[g64]"])
+def test_compiled_on_a_gpu_it_is_the_reference_within_rounding(recipe: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 1536), nn.SiLU(), nn.Linear(1536, 512)).cuda().bfloat16().eval()
+    reference = nn.Sequential(nn.Linear(512, 1536), nn.SiLU(), nn.Linear(1536, 512)).cuda().bfloat16().eval()
+    reference.load_state_dict(net.state_dict())
+    bf.quantize(reference, recipe, target="reference")
+    fast = torch.compile(net, backend="bitfold", options={"recipe": recipe})
+    with torch.inference_mode():
+        for rows in (1, 16, 300):
+            x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+            wanted, found = reference(x).double(), fast(x).double()
+            # Three bf16 roundings on the way (2**-9 each, relative, at most), none in the same place.
+            assert (found - wanted).norm() / wanted.norm() < 3 * 2.0**-9
