@@ -44,6 +44,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 11) -> float
 
 
 def _captured(calls: Sequence[Callable[[], Any]], rounds: int) -> torch.cuda.CUDAGraph:
+    torch.cuda.synchronize()  # operands come from another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:  # compiles, tunes and allocates outside of the capture
