@@ -74,6 +74,14 @@ class Schedule:
         block_m, block_n, warps, stages, split = (int(number) for number in numbers)
         return cls(block_m, block_n, warps, stages, split, scale, int(overlap or 0))
 
+    def check_arch(self, arch: int) -> None:
+        """CodegenError if a GPU of this compute capability (90 for 9.0) cannot run the schedule."""
+        if self.overlap and arch < 90:
+            raise CodegenError(
+                f"the schedule {self} overlaps launches, for compute capability 9.0 on, not {arch / 10}; "
+                f"leave out o{self.overlap}"
+            )
+
     def obstacle(self, spec: GemmSpec) -> str | None:
         """Why this schedule cannot run the spec, or None."""
         scale = spec.weight.scale

@@ -128,6 +128,9 @@ def launch(
     y = x.new_empty(m, spec.n) if out is None else out
     if m == 0:
         return y
+    if schedule.overlap and x.is_cuda:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        schedule.check_arch(10 * major + minor)
     programs = grid(spec, schedule, m)
     if schedule.split > 1 and workspace is None:
         workspace = (

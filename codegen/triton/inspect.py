@@ -61,6 +61,7 @@ def signature(spec: GemmSpec) -> dict[str, str]:
 @lru_cache(maxsize=256)
 def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
     """Compiled for compute capability `arch` (80, 90, 100), scales with the rows next to each other."""
+    schedule.check_arch(arch)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -1,0 +1,78 @@
+"""A process in which Triton interprets kernels: it reads jobs from its input and answers on its output.
+
+In: dicts of `answer`'s arguments. Out: for each a dict, or a str, the traceback.
+
+Whether Triton interprets is settled when it is imported, and the tests around need the compiler, so this is a
+process of its own (`conftest.py` starts one a session).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+import torch
+
+GUARD = 64
+
+
+def send(what: Any, to: BinaryIO) -> None:
+    """Bare pickles cannot hold tensors of 8-bit floats, so they go the way that files go."""
+    held = io.BytesIO()
+    torch.save(what, held)
+    pickle.dump(held.getvalue(), to)
+    to.flush()
+
+
+def receive(of: BinaryIO) -> Any:
+    return torch.load(io.BytesIO(pickle.load(of)), weights_only=False)
+
+
+def answer(spec: Any, schedule: Any, x: torch.Tensor, parts: list[torch.Tensor], bias: Any) -> dict[str, Any]:
+    """y [M, N] of two runs (without a split, of one) with poisoned outputs and workspaces, the locks after
+    them, and whether the memory around y is as it was."""
+    from bitfold.codegen.triton.build import grid, launch
+
+    m, n = x.shape[0], spec.n
+    programs = grid(spec, schedule, m)
+    locks = torch.zeros(max(programs[0] * programs[2], 1), dtype=torch.int32)
+    runs = []
+    # The order of programs is not the question without a split, nor a second run then.
+    for poison in (float("nan"), 3e4)[: 1 if schedule.split == 1 else 2]:
+        memory = torch.full((m * n + 2 * GUARD,), -77.0, dtype=x.dtype)
+        out = memory[GUARD : GUARD + m * n].view(m, n)
+        out.fill_(poison)
+        partial = torch.full((schedule.split * m * n + GUARD,), poison)
+        y = launch(spec, schedule, x, parts, bias, out=out, workspace=(partial, locks), plain=True)
+        assert y.data_ptr() == out.data_ptr()
+        guarded = (memory[:GUARD] == -77).all() and (memory[GUARD + m * n :] == -77).all()
+        runs.append((out.clone(), bool(guarded)))
+    return {
+        "y": runs[0][0],
+        "again": runs[-1][0],
+        "guarded": all(guarded for _, guarded in runs),
+        "locks": locks,
+    }
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints must not come between the answers
+    while True:
+        try:
+            job = receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            told: Any = answer(**job)
+        except Exception:
+            told = traceback.format_exc()
+        send(told, answers)
+
+
+if __name__ == "__main__":
+    main()

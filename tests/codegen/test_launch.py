@@ -1,0 +1,89 @@
+"""What surrounds a launch: operands that are none, files of generated modules, the grid."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitfold.codegen import CodegenError, GemmSpec, Schedule
+from bitfold.codegen.triton import build
+from bitfold.formats import format
+
+SPEC = GemmSpec(format("int4[g64,halves256]"), 32, 256)
+
+
+def operands() -> dict[str, Any]:
+    parts = SPEC.weight.quantize(torch.randn(32, 256)).parts
+    return {"x": torch.zeros(3, 256, dtype=torch.bfloat16), "parts": parts, "bias": None}
+
+
+def refused(match: str, spec: GemmSpec = SPEC, **changed: Any) -> None:
+    with pytest.raises(CodegenError, match=match):
+        build.check(spec, **(operands() | changed))
+
+
+def test_operands_that_fit() -> None:
+    build.check(SPEC, **operands())
+    build.check(SPEC, **(operands() | {"x": torch.zeros(0, 256, dtype=torch.bfloat16)}))
+    build.check(SPEC, **(operands() | {"x": torch.zeros(3, 300, dtype=torch.bfloat16)[:, :256]}))
+
+
+def test_operands_that_do_not() -> None:
+    half = torch.bfloat16
+    for x in (torch.zeros(3, 255, dtype=half), torch.zeros(256, dtype=half), torch.zeros(3, 256)):
+        refused(r"takes x \[M, 256\] in bf16, not", x=x)
+    refused(r"stores codes, scales, not 1 tensors", parts=operands()["parts"][:1])
+    refused(r"call x.contiguous\(\) before the kernel", x=torch.zeros(256, 3, dtype=half).T)
+    refused("takes no bias", bias=torch.zeros(32, dtype=half))
+    refused("needs bias", spec=GemmSpec(SPEC.weight, 32, 256, bias=True))
+    codes, scales = operands()["parts"]
+    wide = torch.cat([codes, codes], -1)
+    refused("contiguous and start at a multiple of 16 bytes", parts=[wide[:, : codes.shape[1]], scales])
+    shifted = torch.cat([codes.flatten(), codes.flatten()])[1 : 1 + codes.numel()].view(codes.shape)
+    refused("contiguous and start at a multiple of 16 bytes", parts=[shifted, scales])
+    many = torch.zeros(1, 256, dtype=half).expand(2**23, 256)
+    refused("is past 32-bit addresses; split it along its rows", x=many)
+
+
+def test_the_grid() -> None:
+    schedule = Schedule(16, 64, split=3, scale="sum")
+    assert build.grid(GemmSpec(SPEC.weight, 65, 256), schedule, 17) == (2, 3, 2)
+    assert build.grid(GemmSpec(SPEC.weight, 64, 256), schedule, 1) == (1, 3, 1)
+
+
+def test_no_rows_launch_nothing() -> None:
+    """Nor compile anything: this runs where there is no GPU."""
+    y = build.launch(SPEC, Schedule(16, 16, scale="sum"), torch.zeros(0, 256, dtype=torch.bfloat16), [])
+    assert y.shape == (0, 32) and y.dtype == torch.bfloat16
+
+
+def test_a_module_is_written_once_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "folder", lambda: tmp_path / "made")
+    build.module.cache_clear()
+    text = '"""A module."""\nkernel = 7\n'
+    assert build.module(text).kernel == 7
+    (path,) = (tmp_path / "made").glob("*.py")
+    written = path.stat().st_mtime_ns
+    build.module.cache_clear()
+    assert build.module(text).kernel == 7 and path.stat().st_mtime_ns == written
+    path.write_text("kernel = 8\n")  # cut short, or another version's
+    build.module.cache_clear()
+    assert build.module(text).kernel == 7 and path.read_text() == text
+    assert not list((tmp_path / "made").glob("*.tmp"))
+    build.module.cache_clear()
+
+
+def test_importing_starts_no_compiler() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import bitfold.codegen.triton.build; "
+        "print(before == ('triton' in sys.modules))"
+    )
+    search = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=search)
+    assert told.stdout == "True\n", told.stderr
