@@ -52,20 +52,12 @@ def spec_of(text: str, n: int, k: int) -> GemmSpec:
     return GemmSpec(laid_out, n, k)
 
 
-def k_major(name: str, part: Tensor) -> Tensor:
-    """Scales and zeros of one group lie side by side, as neighbouring rows of the weight ask for them."""
-    if name in ("scales", "zeros") and part.ndim == 2 and part.shape[1] > 1:
-        return part.t().contiguous().t()
-    return part
-
-
 def shaped_parts(fmt: Format, n: int, k: int) -> list[Tensor]:
     """What the compiler asks of a weight [n, k]: dtypes and strides, on `meta`."""
     rows = 16
     parts = fmt.quantize(torch.randn(rows, k)).parts
     sizes = [(n if part.shape[0] == rows else part.shape[0], *part.shape[1:]) for part in parts]
-    empty = [torch.empty(size, dtype=p.dtype, device="meta") for size, p in zip(sizes, parts, strict=True)]
-    return [k_major(name, part) for name, part in zip(fmt.parts, empty, strict=True)]
+    return [torch.empty(size, dtype=p.dtype, device="meta") for size, p in zip(sizes, parts, strict=True)]
 
 
 def compile_one(job: Job) -> str | None:
@@ -125,12 +117,10 @@ class Ours:
         spec = spec_of(text, n, k)
         fmt = spec.weight
         q = fmt.quantize(torch.randn(n, k, device="cuda") * 0.05)
-        one = [k_major(name, part) for name, part in zip(fmt.parts, q.parts, strict=True)]
+        one = q.parts
         weight = fmt.dequantize(Quantized.from_parts(fmt, q.parts, k)).float()
         copies = copies_past_cache(sum(part.nbytes for part in one))
-        others = [
-            [part.clone(memory_format=torch.preserve_format) for part in one] for _ in range(copies - 1)
-        ]
+        others = [[part.clone() for part in one] for _ in range(copies - 1)]
         return cls(spec, pick, [one, *others], weight)
 
     @property

@@ -73,18 +73,15 @@ def choose(spec: GemmSpec, m: int) -> Schedule | None:
         return None
     block_m = next(size for size in (8, 16, 32, 64, 128) if m <= size or size == 128)
     block_n, warps = (64, 2) if block_m <= 16 else (64, 4)
-    scale = _placed(spec, wanted)
+    scale = _placed(wanted)
     programs = -(-spec.n // block_n) * -(-m // block_m)
     split = max(1, min(round(PROGRAMS / programs), found.runs // 4, 8))
     return Schedule(block_m, block_n, warps, _stages(found, block_m, block_n), split, scale)
 
 
-def _placed(spec: GemmSpec, wanted: tuple[str, ...]) -> str:
-    """Scaling sums is cheaper than scaling values where a group is long."""
-    cols = spec.weight.scale.granularity.cols if spec.weight.scale is not None else None
-    if "sum" in wanted and cols is not None and cols >= 64:
-        return "sum"
-    return wanted[0]
+def _placed(wanted: tuple[str, ...]) -> str:
+    """Scaling sums was cheaper than scaling values at every group from 16 to 128, however short."""
+    return "sum" if "sum" in wanted else wanted[0]
 
 
 def _stages(found: Walk, block_m: int, block_n: int) -> int:
