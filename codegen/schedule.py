@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import Codebook, Scale
+from ..formats import Float, Integer, Scale
 from ..formats.scale import LARGEST
 from ..formats.sparsity import Dense
 from .decode import holds
@@ -125,4 +125,4 @@ def _exact_in_lane(scale: Scale, spec: GemmSpec) -> bool:
     element, dtype = spec.weight.element, scale.dtype
     fits = dtype == "e4m3" or dtype == spec.x or (dtype == "e8m0" and spec.x == "bf16")
     largest = LARGEST["e4m3"] * max(-element.low, element.high) if scale.two_level else 0.0
-    return fits and not isinstance(element, Codebook) and largest <= torch.finfo(spec.dtype).max
+    return fits and isinstance(element, Integer | Float) and largest <= torch.finfo(spec.dtype).max

@@ -186,10 +186,12 @@ class Halfwords(Planar):
 
     def _rewoven(self, packed: Tensor, bits: int, *, weave: bool) -> Tensor:
         assert self.span is not None
-        runs = packed.reshape(*packed.shape[:-1], -1, self.span * bits // 8)
+        size = self.span * bits // 8
+        runs = packed.reshape(*packed.shape[:-1], packed.shape[-1] // size, size)
         halves = []
         for plane in torch.split(runs, [self.span * width // 8 for _, width in planes(bits)], -1):
-            shape = (2, -1) if weave else (-1, 2)
+            half = plane.shape[-1] // 2
+            shape = (2, half) if weave else (half, 2)
             halves.append(plane.reshape(*plane.shape[:-1], *shape).transpose(-1, -2).flatten(-2))
         return torch.cat(halves, -1).reshape(packed.shape)
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, format
+from bitfold.formats.layout import Halfwords
 from bitfold.formats.mover import K, evaluate, k
 
-LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24)]
+LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24), Halfwords(16), Halfwords(48)]
 LENGTHS = [0, 1, 2, 3, 5, 7, 8, 9, 31, 32, 33, 64, 96, 130]
 
 
@@ -94,6 +95,41 @@ def test_planar_by_hand() -> None:
     assert Planar().pack(codes, 3).tolist() == [[0b10_00_10_00, 0b11_01_11_01, 0b11110000]]
 
 
+def test_halfwords_by_hand() -> None:
+    """4 bits, codes 0 .. 15: unit i holds codes i, i + 8, i + 4 and i + 12 as nibbles, low to high."""
+    codes = torch.arange(16, dtype=torch.uint8)[None]
+    packed = Halfwords(16).pack(codes, 4)
+    assert packed.tolist() == [[0x80, 0xC4, 0x91, 0xD5, 0xA2, 0xE6, 0xB3, 0xF7]]
+    units = packed.numpy().view(np.uint16)[0].tolist()
+    for i, nibbles in enumerate(([0, 8, 4, 12], [1, 9, 5, 13], [2, 10, 6, 14], [3, 11, 7, 15])):
+        assert [units[i] >> (4 * j) & 15 for j in range(4)] == nibbles
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_shift_of_two_units_leaves_two_neighbours(bits: int) -> None:
+    """What halfwords are for: in a 32-bit register of two units, the same bits of both are those of codes
+    next to each other, plane by plane."""
+    byte, bit, _ = evaluate(Halfwords(256), bits, None, 256)
+    unit, inside = (byte * 8 + bit) // 16, (byte * 8 + bit) % 16
+    first = unit % 2 == 0
+    assert (unit[:, 1::2] - unit[:, ::2] == 1).all() and first[:, ::2].all()
+    np.testing.assert_array_equal(inside[:, 1::2], inside[:, ::2])
+
+
+@pytest.mark.parametrize("span", [0, -16, 8, 24, 100])
+def test_halfwords_span_multiples_of_sixteen(span: int) -> None:
+    with pytest.raises(FormatError, match="span"):
+        Halfwords(span)
+
+
+def test_halfwords_are_spelled_with_their_span() -> None:
+    f = format("int4[g32,halves64]")
+    assert f.layout == Halfwords(64) and str(f) == "int4[g32,halves64]"
+    for text in ("int4[halves]", "int4[halvesx]"):
+        with pytest.raises(FormatError, match="halves"):
+            format(text)
+
+
 def test_even_element_in_the_low_nibble() -> None:
     assert Packed().pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [[0x21, 0x03]]
 
@@ -103,7 +139,7 @@ def test_even_element_in_the_low_nibble() -> None:
     groups=st.integers(0, 5),
     run=st.integers(1, 40),
     rows=st.lists(st.integers(0, 3), max_size=2),
-    layout=st.sampled_from([Packed(), Planar(), Planar(16)]),
+    layout=st.sampled_from([Packed(), Planar(), Planar(16), Halfwords(32)]),
 )
 def test_any_shape(bits: int, groups: int, run: int, rows: list[int], layout: Layout) -> None:
     length = groups * run
@@ -120,7 +156,7 @@ def test_relayout_keeps_every_value(text: str) -> None:
     f = format(text)
     x = torch.randn(5, 192)
     q = f.quantize(x)
-    for layout in ("planar", "bytes", "planar64", "packed"):
+    for layout in ("planar", "bytes", "planar64", "halves32", "packed"):
         moved = f.relayout(q, layout)
         assert torch.equal(moved.dequantize(), q.dequantize())
         assert torch.equal(moved.codes, f.with_layout(layout).quantize(x).codes)
