@@ -31,13 +31,14 @@ from ..passes.annotate import Annotate
 from ..passes.core import META_KEY
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
-from ..passes.fuse import Fuse, inline
+from ..passes.fuse import Fuse
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
 from .reference import ReferenceTarget
+from .shared_regions import share_regions
 from .target import Compiled, Target, default_target, get_target
 from .weight_store import GraphWeights, Slot, Stamp, WeightStore, stamp
 
@@ -118,7 +119,7 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     deliver(options.trace, trace)
     _warn_unmatched(steps, trace, graph)
     _warn_unversioned(graph, weights)
-    inline(graph)
+    share_regions(graph)
     slots = _lift(graph, weights, positions)
     kept, watched = _drop_unused(graph, slots, inputs, positions)
     graph.recompile()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from ..codegen import CodegenError, GemmSpec, choose
 from ..formats import cache_tag
@@ -35,6 +36,14 @@ def split_inputs(spec: GemmSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, list
     if len(rest) != wanted:
         raise CodegenError(f"the kernel {spec} takes x and {wanted} tensors, not {len(rest)}")
     return x, rest[: len(spec.weight.parts)], rest[-1] if spec.bias else None
+
+
+def weight_of(node: Node) -> tuple[list[object], str, int]:
+    """(parts, format, K) of the weight that a call of the operator reads."""
+    inputs, text = node.args
+    assert isinstance(inputs, list | tuple) and isinstance(text, str)
+    spec = parsed(text)
+    return list(inputs[1 : 1 + len(spec.weight.parts)]), str(spec.weight), spec.k
 
 
 def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ A model has hundreds of layers and few kinds of them: each kind is lowered once.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -27,6 +27,7 @@ from ..passes import MissRecord, Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
 from .folded import Canonical, FoldedWeight, Steps, fold_module
+from .fused import weight_of
 from .graph_data import Data, tensor_names
 from .graph_data import load as load_graph
 from .graph_values import enum_value
@@ -193,16 +194,24 @@ def weight_parts(gm: GraphModule) -> Iterator[tuple[Parts, str, int]]:
     """(attributes, format, K) of every folded weight, whichever operator reads it."""
     seen: set[Parts] = set()
     for node in gm.graph.nodes:
-        if node.op != "call_function":
-            continue
-        for parts, text, k in zip(node.args, node.args[1:], node.args[2:], strict=False):
-            if not isinstance(parts, list | tuple) or not isinstance(text, str) or not isinstance(k, int):
-                continue
+        for parts, text, k in _read_by(node):
             held = [part for part in parts if isinstance(part, Node) and part.op == "get_attr"]
             names = tuple(str(part.target) for part in held)
             if names and len(names) == len(parts) and names not in seen:
                 seen.add(names)
                 yield names, text, k
+
+
+def _read_by(node: Node) -> Iterator[tuple[Sequence[object], str, int]]:
+    """(parts, format, K) among a call's arguments: spelled so, or said by a kernel's text."""
+    if node.op != "call_function":
+        return
+    if node.target is torch.ops.bitfold.fused.default:
+        yield weight_of(node)
+        return
+    for parts, text, k in zip(node.args, node.args[1:], node.args[2:], strict=False):
+        if isinstance(parts, list | tuple) and isinstance(text, str) and isinstance(k, int):
+            yield parts, text, k
 
 
 def canonical_parts(graph: Data) -> list[tuple[Parts, str, int]]:

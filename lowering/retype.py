@@ -9,10 +9,13 @@ decoded to the new dtype. Codes and scales stay as they are.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from ..codegen.lanes import LANE_TYPES
+from .fused import parsed
 from .graph_data import Data
 
 _RETYPED = "bitfold_retyped"
@@ -49,7 +52,7 @@ def retyped_body(body: GraphModule, old: torch.dtype, new: torch.dtype) -> Graph
 
 def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
     changed = False
-    for node in body.graph.nodes:
+    for node in list(body.graph.nodes):
         if node.op == "call_module":
             inner = body.get_submodule(str(node.target))
             if isinstance(inner, GraphModule):
@@ -57,5 +60,30 @@ def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
         elif node.target == torch.ops.bitfold.dequantize.default and node.args[3] == old:
             node.args = (*node.args[:3], new)
             changed = True
+        elif node.target == torch.ops.bitfold.fused.default:
+            _rewrite_kernel(body, node, new)
+            changed = True
     if changed:
         body.recompile()
+
+
+def _rewrite_kernel(body: GraphModule, call: Node, new: torch.dtype) -> None:
+    """A kernel for the new dtype, or, where kernels take no such activations, the operators it stands for."""
+    inputs, text = call.args
+    assert isinstance(inputs, list | tuple)
+    spec = parsed(str(text))
+    lane = next((name for name, dtype in LANE_TYPES.items() if dtype == new), None)
+    if lane is not None:
+        call.args = (inputs, str(replace(spec, x=lane)))
+        return
+    x, *rest = inputs
+    count = len(spec.weight.parts)
+    (result,) = call.users
+    with body.graph.inserting_before(call):
+        weight = body.graph.call_function(
+            torch.ops.bitfold.dequantize.default, (rest[:count], str(spec.weight), spec.k, new)
+        )
+        y = body.graph.call_function(torch.ops.aten.linear.default, (x, weight, *rest[count:]))
+    result.replace_all_uses_with(y)
+    body.graph.erase_node(result)
+    body.graph.erase_node(call)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -72,6 +75,50 @@ def test_codes_are_those_of_the_canonical_layout(here: object) -> None:
     wanted = bf.format("int4[g32]").quantize(Net().to(torch.bfloat16).first.weight)
     assert torch.equal(spec.weight.unpack(codes, 64), wanted.format.unpack(wanted.codes, 64))
     assert torch.equal(scales, wanted.scales)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_modules_alike_share_one_body_and_know_their_codes(here: object, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Stack().bfloat16().eval(), torch.randn(2, 64, dtype=torch.bfloat16)
+    reference = copy.deepcopy(model)
+    bf.quantize(reference, "int4[g32]", target="reference")
+    bf.quantize(model, "int4[g32]", target="here")
+    assert len({layer.body for layer in model.layers}) == 1
+    for layer, wanted in zip(model.layers, reference.layers, strict=True):
+        assert torch.equal(layer.weight, wanted.weight)
+        assert layer.folded_weights[0].format == "int4[g32,halves64]"
+    path = tmp_path / "model.safetensors"
+    bf.save(model, path)
+    loaded = bf.load(path, into=Stack().bfloat16().eval(), target="reference")
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), reference(x))
+
+
+def test_a_cast_model_gets_kernels_of_the_new_type_or_none(here: object) -> None:
+    torch.manual_seed(0)
+    model = Stack().bfloat16().eval()
+    bf.quantize(model, "int4[g32]", target="here")
+    model.half()
+    texts = [node.args[1] for node in model.layers[0].body.graph.nodes if node.op == "call_function"]
+    assert texts[0] == "linear 64x64 f16 int4[g32,halves64] bias"
+    model.float()
+    x = torch.randn(2, 64)
+    with torch.inference_mode():
+        wanted = x
+        for layer in model.layers:
+            wanted = nn.functional.linear(wanted, layer.weight, layer.bias)
+        assert torch.equal(model(x), wanted)
 
 
 def test_float32_activations_stay_with_inductor(here: object) -> None:
