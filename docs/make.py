@@ -1,7 +1,7 @@
 """The parts of the documents that are made, not written: the table of formats and the README's tables.
 
-In: the formats themselves, and the raw output of the demo in `benchmarks/results/`. Out: `docs/formats.md`,
-and README.md with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
+In: the formats themselves, and what the demo and the GEMM benchmark wrote to `benchmarks/results/`. Out:
+`docs/formats.md`, and README.md with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
 
     python docs/make.py            write them
     python docs/make.py --check    exit 1 and say so if one of them is stale (a test does this)
@@ -84,6 +84,18 @@ def _trial(trial: dict[str, Any], base: dict[str, Any], batches: Sequence[str]) 
     )
 
 
+def gemm_table() -> str:
+    """One table for each card that `benchmarks/plot_gemm.py` has written down."""
+    found = []
+    for path in sorted(RESULTS.glob("gemm-*.md")):
+        text = path.read_text(encoding="utf-8")
+        lines = text[text.index("| format |") :].split("\n\n")[0]
+        card = text.splitlines()[0].rpartition(" on ")[2]
+        link = path.relative_to(ROOT).as_posix()
+        found.append(f"{card} ([everything]({link}), `python benchmarks/gemm.py`):\n\n{lines}\n")
+    return "\n".join(found)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
@@ -92,12 +104,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def made() -> dict[Path, str]:
     """Every made document and its whole text."""
     readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- table: demo -->\n).*?(<!-- end -->)",
-        lambda m: m[1] + demo_table() + m[2],
-        readme.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
+    text = readme.read_text(encoding="utf-8")
+    for name, table in (("demo", demo_table()), ("gemm", gemm_table())):
+        text = re.sub(
+            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
+            lambda m, table=table: m[1] + table + m[2],
+            text,
+            flags=re.DOTALL,
+        )
     return {ROOT / "docs" / "formats.md": formats_page(), readme: text}
 
 
