@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..codegen import CodegenError, GemmSpec, choose, kernel_layout, runs_on_kernels
+from ..codegen.decode import finite
 from ..codegen.lanes import LANE_TYPES
-from ..formats import Format, Layout, format
+from ..formats import Format, Layout, Quantized, format
 from ..passes import Miss, inherit
 from .inductor import InductorTarget, dequantized
 
@@ -37,6 +38,13 @@ class CudaTarget(InductorTarget):
     def layout(self, format: Format, k: int) -> Layout:
         found = kernel_layout(format, k)
         return format.layout if found is None else found.layout
+
+    def takes(self, codes: Quantized) -> bool:
+        """Kernels decode by arithmetic that knows no infinities and no NaN, so a weight must hold none."""
+        element = codes.format.element
+        if finite(element):
+            return True
+        return bool(element.decode(codes.format.unpack(codes.codes, codes.k)).isfinite().all())
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):

@@ -102,7 +102,9 @@ def _weights(gm: GraphModule, found: Partition) -> Iterator[_Weight]:
         _, text, k, _ = nodes[0].args
         if isinstance(k, int):
             fmt = format(str(text))
-            yield _Weight(parts, fmt, k, tuple(nodes), target.layout(fmt, k))
+            codes = Quantized.from_parts(fmt, [find_attribute(gm, name) for name in parts], k)
+            layout = target.layout(fmt, k) if target.takes(codes) else fmt.layout
+            yield _Weight(parts, fmt, k, tuple(nodes), layout)
 
 
 def _reads(gm: GraphModule) -> Iterator[tuple[Node, Node, tuple[str, ...]]]:

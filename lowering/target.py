@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch.fx import GraphModule
 
-from ..formats import BitfoldError, Format, Layout, nearest
+from ..formats import BitfoldError, Format, Layout, Quantized, nearest
 from ..passes import Miss
 
 GROUP = "bitfold.targets"
@@ -47,6 +47,10 @@ class Target(ABC):
     def layout(self, format: Format, k: int) -> Layout:
         """How a weight with rows of `k` numbers in `format` shall lie in memory: as it does, by default."""
         return format.layout
+
+    def takes(self, codes: Quantized) -> bool:
+        """Whether a weight with these very codes can be laid out so; asked once, before it is."""
+        return True
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         """A function that runs the lowered graph, for `torch.compile`; by default the graph itself, eagerly.

@@ -121,6 +121,18 @@ def test_a_cast_model_gets_kernels_of_the_new_type_or_none(here: object) -> None
         assert torch.equal(model(x), wanted)
 
 
+@pytest.mark.parametrize("code", [0x7E, 0x7F])
+def test_a_weight_with_a_nan_keeps_its_dequantize(here: object, code: int) -> None:
+    torch.manual_seed(0)
+    gm = bf.capture(Net().bfloat16().eval(), (torch.randn(2, 64, dtype=torch.bfloat16),))
+    bf.Pipeline.parse('annotate{recipe="fp8"},fold,fuse').run(gm)
+    gm.first_weight_codes.view(torch.uint8)[3, 5] = code  # the largest number, and NaN
+    bf.Pipeline.parse("lower{target=here}").run(gm)
+    inline(gm)
+    fused = gm.graph.find_nodes(op="call_function", target=torch.ops.bitfold.fused.default)
+    assert len(fused) == (2 if code == 0x7E else 1)
+
+
 def test_float32_activations_stay_with_inductor(here: object) -> None:
     gm = lowered(torch.float32, "int4[g32]")
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.bitfold.fused.default)
