@@ -31,7 +31,7 @@ from ..passes.annotate import Annotate
 from ..passes.core import META_KEY
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
-from ..passes.fuse import Fuse
+from ..passes.fuse import Fuse, inline
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
@@ -119,7 +119,9 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     deliver(options.trace, trace)
     _warn_unmatched(steps, trace, graph)
     _warn_unversioned(graph, weights)
-    share_regions(graph)
+    if target.shares_regions:
+        share_regions(graph)
+    inline(graph)
     slots = _lift(graph, weights, positions)
     kept, watched = _drop_unused(graph, slots, inputs, positions)
     graph.recompile()

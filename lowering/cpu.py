@@ -91,6 +91,8 @@ class CpuTarget(InductorTarget):
 
     name: ClassVar[str] = "cpu"
     device: ClassVar[str] = "cpu"
+    # Thirty layers then take as long to compile as plain Inductor's (benchmarks/compile_time.py), not twice.
+    shares_regions: ClassVar[bool] = True
 
     def layout(self, format: Format, k: int) -> Layout:
         return vector_layout(format, k) or format.layout

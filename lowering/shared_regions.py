@@ -1,7 +1,7 @@
 """Regions that are alike are compiled once: thirty layers of a transformer have seven kinds of linear.
 
 In: a lowered graph with outlined regions. Out: the same graph, in which regions that occur several times are
-calls of one subgraph (torch's `invoke_subgraph`), and the rest stand in the graph.
+calls of one subgraph (torch's `invoke_subgraph`); the rest stay as they are.
 
     fused_q_0(x, codes0, scales0), .., fused_q_29(x, codes29, scales29)
     ->  invoke_subgraph(alike_0, "..", x, codes0, scales0), .., the same alike_0 for all thirty
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..passes.edit import free_name
-from ..passes.fuse import inline, region_of
+from ..passes.fuse import region_of
 
 # Fewer calls than this, and a subgraph of its own saves nothing.
 FEWEST = 2
@@ -40,7 +40,6 @@ def share_regions(gm: GraphModule) -> int:
         if len(calls) >= FEWEST:
             _share(gm, calls)
             shared += len(calls)
-    inline(gm)
     return shared
 
 

@@ -35,6 +35,8 @@ class Target(ABC):
     """Subclasses say what they take (`supports`) and how (`lower`); the rest has a sensible default."""
 
     name: ClassVar[str]
+    shares_regions: ClassVar[bool] = False
+    """Whether a compiled graph calls one body for regions that are alike (`shared_regions.py`)."""
 
     @abstractmethod
     def supports(self, region: GraphModule) -> bool | Miss:
