@@ -25,8 +25,9 @@ from .spec import GemmSpec
 # Codes of a slice: longer ones leave fewer runs to share, shorter ones load less than 128 bytes a row.
 LONGEST = 64
 SHORTEST = 16
-# Longer runs leave too few of them to share between programs (a row of 4096 is eight).
-MOST_CODES = 512
+# Longer runs leave too few of them to share between programs (a row of 4096 is sixteen), and their loads do
+# not fit the registers of two warps where a code lies in several planes: three bits spilled with 512.
+MOST_CODES = 256
 # Past this many rows the tensor cores are the limit, and a plain product on decoded weights is faster.
 MOST_ROWS = 256
 # Programs wanted at least: four for each of 132 multiprocessors.
