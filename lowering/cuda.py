@@ -7,12 +7,14 @@ weight is laid out for the kernels.
     ->  %f = bitfold.fused([%x, %c, %s, %b], "linear 4096x4096 bf16 int4[g128,halves256] bias"); %y = %f[0]
 
 What no kernel takes (float32 activations, a group of no multiple of 16, a convolution) keeps its dequantize:
-Inductor puts the decoding into the loop of a matrix vector product, and in front of a larger matmul.
+Inductor puts the decoding into the loop of a matrix vector product, and in front of a larger matmul. One
+warning says so.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +57,12 @@ class CudaTarget(InductorTarget):
             if weight is not None and isinstance(spec, GemmSpec):
                 node.replace_all_uses_with(_fused(node, weight, spec))
                 region.graph.erase_node(node)
+            elif isinstance(spec, Miss):
+                # Python shows a warning once for each text, and the text names no layer.
+                warnings.warn(
+                    f"{spec.reason}, so such linears run on the slower code that Inductor makes",
+                    stacklevel=2,
+                )
         region.graph.eliminate_dead_code()
         region.recompile()
         return region
