@@ -9,7 +9,8 @@ Decoding comes from the element (`decode.py`), walking over a row from the layou
 named in this folder. Passes are unknown here.
 """
 
-from .choose import choose, kernel_layout, runs_on_kernels
+from .choose import choose
+from .layouts import kernel_layout, runs_on_kernels
 from .schedule import Schedule, scales
 from .slices import Walk, walk
 from .spec import CodegenError, GemmSpec

@@ -1,9 +1,8 @@
-"""Which layout and which schedule: what a spec gets when nobody has tuned it.
+"""Which schedule: what a spec gets when nobody has tuned it.
 
-In: a format and the length of a row; a spec and a number of rows of x. Out: a format laid out for kernels; a
-`Schedule`, or None where decoding the weight once and calling the library is faster.
+In: a spec and a number of rows of x. Out: a `Schedule`, or None where decoding the weight once and calling
+the library is faster.
 
-    kernel_layout(format("int4[g128]"), 4096)   ->   int4[g128,halves256]
     choose(spec, 1)                             ->   m8 n64 w2 s3 k4 sum
 
 Measured on one H200 (torch 2.11, Triton 3.6; see docs/notes/gpu.md): 64 rows of weights to two warps and
@@ -15,52 +14,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ..formats import Format, Layout
-from ..formats.layout import Halfwords
-from ..formats.sparsity import Dense
 from .schedule import Schedule, scales
 from .slices import Walk, walk
 from .spec import GemmSpec
 
-# Codes of a slice: longer ones leave fewer runs to share, shorter ones load less than 128 bytes a row.
-LONGEST = 64
-SHORTEST = 16
-# Longer runs leave too few of them to share between programs (a row of 4096 is sixteen), and their loads do
-# not fit the registers of two warps where a code lies in several planes: three bits spilled with 512.
-MOST_CODES = 256
 # Past this many rows the tensor cores are the limit, and a plain product on decoded weights is faster.
 MOST_ROWS = 256
 # Programs wanted at least: four for each of 132 multiprocessors.
 PROGRAMS = 528
-
-
-@lru_cache(maxsize=1024)
-def kernel_layout(format: Format, k: int) -> Format | None:
-    """`format` in the layout that kernels walk over, None if there is none: groups of no multiple of 16, a
-    stored sparsity, arithmetic that is not float32's."""
-    scale = format.scale
-    if not isinstance(format.sparsity, Dense) or (scale is not None and scale.native):
-        return None
-    cols = scale.granularity.cols if scale is not None else None
-    bits = format.element.bits
-    narrowest = bits & -bits
-    best: Format | None = None
-    padding = 0.0
-    for length in (LONGEST, 32, SHORTEST):
-        if cols is not None and cols % length:
-            continue
-        span = length * 16 // narrowest
-        if span > MOST_CODES and length > SHORTEST:
-            continue
-        waste = -(-k // span) * span / k
-        if best is None or waste < padding - 0.05:
-            best, padding = format.with_layout(Halfwords(span)), waste
-    return best
-
-
-def runs_on_kernels(layout: Layout) -> bool:
-    """Whether codes in this layout were put there for these kernels."""
-    return isinstance(layout, Halfwords)
 
 
 @lru_cache(maxsize=4096)
