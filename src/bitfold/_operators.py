@@ -34,3 +34,14 @@ torch.library.register_fake("bitfold::fused", _later("fused", "fake"), lib=_libr
 torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
 )
+
+_library.define(
+    "cache_write(Tensor(a!)[] cache, Tensor k, Tensor v, Tensor positions, Tensor? pages, str spec) -> ()"
+)
+_library.define(
+    "attend(Tensor q, Tensor[] cache, Tensor limits, Tensor? mask, Tensor? pages, str spec) -> Tensor"
+)
+for _name in ("cache_write", "attend"):
+    _library.impl(_name, _later("attention", _name), "CUDA")
+    _library.impl(_name, _later("attention", f"{_name}_reference"), "CPU")
+    torch.library.register_fake(f"bitfold::{_name}", _later("attention", f"{_name}_fake"), lib=_library)
