@@ -1,44 +1,85 @@
-"""Which schedule: what a spec gets when nobody has tuned it.
+"""Which schedule: what was measured on this card, else what experience and the cost model say.
 
 In: a spec and a number of rows of x. Out: a `Schedule`, or None where decoding the weight once and calling
 the library is faster.
 
     choose(spec, 1)                             ->   m8 n64 w2 s3 k4 sum
 
-Measured on one H200 (torch 2.11, Triton 3.6; see docs/notes/gpu.md): 64 rows of weights to two warps and
-three stages was best or within 3 % of it on four shapes at M = 1 and 16; what is left is how many programs
-share the sum, so that every multiprocessor has about as much to do.
+First the user's table, then the shipped one (`table.py`). Without an entry a rule up to 16 rows: 64 rows of
+weights to two warps and three stages, and as many programs to a sum as give every multiprocessor four. Past
+that the fastest by the cost model. Which of the two is better where was measured (one H200, see
+`tests/codegen/test_cost.py`).
+
+What runs depends on the card that is there when a spec is first seen, and on nothing after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 
+from .candidates import bucket, candidates
+from .cost import facts, ranked, walkable
+from .device import Device, present
 from .schedule import Schedule, scales
-from .slices import Walk, walk
 from .spec import GemmSpec
+from .table import LIBRARY, lookup, tables
 
 # Past this many rows the tensor cores are the limit, and a plain product on decoded weights is faster.
 MOST_ROWS = 256
-# Programs wanted at least: four for each of 132 multiprocessors.
-PROGRAMS = 528
+# Up to this many the loads of the weight are all that counts.
+SKINNY = 16
+# Programs wanted at least, a multiprocessor.
+PROGRAMS = 4
+# What the model may choose unmeasured: what was measured somewhere.
+TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8
+
+
+def choose(spec: GemmSpec, m: int) -> Schedule | None:
+    """The schedule for m rows of x; None for so many that decoding first is faster."""
+    return _chosen(spec, bucket(m))
+
+
+def forget() -> None:
+    """Reads the tables anew, for what was tuned since."""
+    tables.cache_clear()
+    _chosen.cache_clear()
 
 
 @lru_cache(maxsize=4096)
-def choose(spec: GemmSpec, m: int) -> Schedule | None:
-    """The schedule for m rows of x; None for so many that decoding first is faster."""
-    if m > MOST_ROWS:
+def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
+    if not walkable(spec) or not scales(spec):
         return None
-    found = walk(spec.weight, spec.k)
+    card = present()
+    measured = lookup(spec, size, card)
+    if isinstance(measured, Schedule):
+        return measured
+    return None if measured == LIBRARY or size > MOST_ROWS else untuned(spec, size, card)
+
+
+def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
+    """Without measurements, for the rows of a bucket."""
+    if size <= SKINNY:
+        return rule(spec, size, card)
+    tried = [
+        schedule
+        for schedule in candidates(spec, size, card)
+        if schedule.block_n <= TRIED_N and schedule.stages <= TRIED_STAGES and schedule.split <= TRIED_SPLIT
+    ]
+    return next(iter(ranked(spec, size, tried, card)), None) or rule(spec, size, card)
+
+
+def rule(spec: GemmSpec, m: int, card: Device) -> Schedule | None:
+    """What served well before anybody tuned."""
     wanted = scales(spec)
-    if not isinstance(found, Walk) or not wanted:
+    if not walkable(spec) or not wanted:
         return None
+    known = facts(spec)
     block_m = next(size for size in (8, 16, 32, 64, 128) if m <= size or size == 128)
-    block_n, warps = (64, 2) if block_m <= 16 else (64, 4)
-    scale = _placed(wanted)
+    block_n, warps = (64, 2) if block_m <= SKINNY else (64, 4)
     programs = -(-spec.n // block_n) * -(-m // block_m)
-    split = max(1, min(round(PROGRAMS / programs), found.runs // 4, 8))
-    return Schedule(block_m, block_n, warps, _stages(found, block_m, block_n), split, scale)
+    split = max(1, min(round(PROGRAMS * card.multiprocessors / programs), int(known["runs"]) // 4, 8))
+    return Schedule(block_m, block_n, warps, _stages(known, block_m, block_n), split, _placed(wanted))
 
 
 def _placed(wanted: tuple[str, ...]) -> str:
@@ -46,7 +87,7 @@ def _placed(wanted: tuple[str, ...]) -> str:
     return "sum" if "sum" in wanted else wanted[0]
 
 
-def _stages(found: Walk, block_m: int, block_n: int) -> int:
+def _stages(known: Mapping[str, float], block_m: int, block_n: int) -> int:
     """Three where they fit: Triton keeps one fewer than that in shared memory, of codes and of x."""
-    stage = block_n * found.units * 2 + block_m * found.codes * 2
+    stage = block_n * known["weights"] * known["run_bytes"] + block_m * known["run"] * known["x_bytes"]
     return 3 if 2 * stage <= 96 * 1024 else 2

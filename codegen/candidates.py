@@ -1,0 +1,95 @@
+"""Schedules worth a try: the search space for a spec and a number of rows, as data.
+
+In: a spec, a number of rows of x, a device. Out: every schedule that can run there and is not hopeless.
+
+    candidates(spec, 1, device("NVIDIA H200"))   ->   m8 n16 w1 s2 k1 sum, m8 n16 w1 s2 k2 sum, ...
+    bucket(100)                                  ->   128: M from 65 to 128 shares a schedule
+
+No M needs a kernel of its own: all of a bucket run the same one, which covers x with blocks of rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from functools import lru_cache
+
+from .cost import evaluate, ranked
+from .device import Device
+from .schedule import Schedule, scales
+from .spec import GemmSpec
+
+SMALLEST = 8
+# Rows of x in a program, for M up to the key; past the last, as for the last.
+BLOCK_M = {
+    8: (8, 16), 16: (16,), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (64, 128, 256), 512: (128, 256),
+}  # fmt: skip
+BLOCK_N = (16, 32, 64, 128, 256)
+WARPS = (1, 2, 4, 8)
+STAGES = (2, 3, 4, 5, 6)
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Sums of a thread: more than half of its registers leave none for decoding.
+MOST_SUMS = 128
+# Of the registers that there are; what is over spills, but the model's count is rough.
+REGISTERS = 255 * 1.2
+# Programs a multiprocessor: a split past the most adds parts of sums and no parallelism.
+MOST_PROGRAMS = 12
+# Of a shortlist: of one tile and warps, and of those with one split too, which differ in stages alone.
+MOST_OF_TILE, MOST_OF_PIPELINE = 3, 2
+
+
+def bucket(m: int) -> int:
+    """The largest M that shares a schedule with this one: 8, 16, 32, ..."""
+    return SMALLEST if m <= SMALLEST else 1 << (m - 1).bit_length()
+
+
+def rows_of(size: int) -> int:
+    """The M that stands for a bucket when it is tuned: one token of one sequence, or the whole bucket."""
+    return 1 if size == SMALLEST else size
+
+
+@lru_cache(maxsize=64)
+def candidates(spec: GemmSpec, m: int, card: Device) -> tuple[Schedule, ...]:
+    """Schedules for m rows of x."""
+    modes = [mode for mode in scales(spec) if mode != "float"] or list(scales(spec))
+    blocks = BLOCK_M[min(bucket(m), max(BLOCK_M))]
+    tried = itertools.product(blocks, BLOCK_N, WARPS, STAGES, SPLITS, modes)
+    found = [
+        Schedule(block_m, block_n, warps, stages, split, mode)
+        for block_m, block_n, warps, stages, split, mode in tried
+        if _shaped(spec, m, block_m, block_n, warps, split, card)
+    ]
+    found = [schedule for schedule in found if schedule.obstacle(spec) is None]
+    if not found:
+        return ()
+    terms = evaluate(spec, m, found, card)
+    fits = (terms["room"] <= card.shared_of_program) & (terms["registers"] <= REGISTERS)
+    return tuple(schedule for schedule, fit in zip(found, fits, strict=True) if fit)
+
+
+def _shaped(spec: GemmSpec, m: int, block_m: int, block_n: int, warps: int, split: int, card: Device) -> bool:
+    """Whether every warp has rows of the weight, every thread room for its sums, and a split brings programs
+    that would else be missing."""
+    if warps * 16 > block_n or block_m * block_n > MOST_SUMS * 32 * warps:
+        return False
+    unsplit = -(-spec.n // block_n) * -(-m // block_m)
+    return split == 1 or unsplit * split <= MOST_PROGRAMS * card.multiprocessors
+
+
+def shortlist(
+    spec: GemmSpec, m: int, card: Device, count: int, first: Schedule | None = None
+) -> list[Schedule]:
+    """The few that are worth measuring: `first`, then by the model, and not one tile in all its variants."""
+    found = [] if first is None else [first]
+    tiles: Counter[tuple[object, ...]] = Counter()
+    pipelines: Counter[tuple[object, ...]] = Counter()
+    for one in ranked(spec, m, candidates(spec, m, card), card):
+        tile = (one.block_m, one.block_n, one.warps)
+        pipeline = (*tile, one.split, one.scale)
+        if len(found) >= count:
+            break
+        if one not in found and tiles[tile] < MOST_OF_TILE and pipelines[pipeline] < MOST_OF_PIPELINE:
+            found.append(one)
+            tiles[tile] += 1
+            pipelines[pipeline] += 1
+    return found
