@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..codegen.attention import AttentionSpec, grouped
-from ..formats import Format, Granularity, Quantized, cache_tag
+from ..formats import BitfoldError, Format, Granularity, Quantized, cache_tag
 
 # Past this many queries a head (a prompt), decoding the cache once and calling torch's attention is faster.
 MOST_QUERIES = 16
@@ -84,13 +85,13 @@ def attend_reference(
     q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
 ) -> Tensor:
     """Decoded keys and values, and torch's attention; in float32 in main memory."""
-    from ..codegen.triton.attention_build import check_cache, check_queries
+    from ..codegen.triton.attention_build import check_cache, check_queries, fresh
 
     spec = parsed(text)
     tokens = check_cache(spec, cache, q.shape[0], pages)
     check_queries(spec, q, limits, mask, tokens)
     if q.numel() == 0 or tokens == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
+        return fresh(q).zero_()
     dtype = torch.float32 if q.device.type == "cpu" else q.dtype
     k, v = decoded(spec, cache, pages, dtype)
     seen = (torch.arange(tokens, device=q.device) < limits[..., None])[:, None]
@@ -108,7 +109,7 @@ def attend_reference(
         scale=spec.softmax_scale, enable_gqa=spec.group > 1,
     )  # fmt: skip
     # A query that sees nothing has no result; some of torch's kernels say NaN then.
-    return torch.where(visible.any(-1, keepdim=True), y, 0).to(spec.dtype).contiguous()
+    return fresh(q).copy_(torch.where(visible.any(-1, keepdim=True), y, 0))
 
 
 def decoded(
@@ -156,7 +157,33 @@ def attend_fake(
     q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
 ) -> Tensor:
     """Shapes only."""
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    from ..codegen.triton.attention_build import fresh
+
+    return fresh(q)
+
+
+def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """How many tensors get no gradient."""
+    ctx.count = len(inputs[1])
+
+
+def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """An error in place of q's gradient, when it is computed: a compiled forward may hold a backward that
+    never runs."""
+    return torch.ops.bitfold.no_cache_gradient(grad), [None] * ctx.count, None, None, None, None
+
+
+def no_cache_gradient_shape(grad: Tensor) -> Tensor:
+    """Shapes only."""
+    return torch.empty_like(grad)
+
+
+def no_cache_gradient(grad: Tensor) -> NoReturn:
+    """Codes are integers, and the cache is another one by then."""
+    raise BitfoldError(
+        "no gradient goes through attention over a KV cache in codes; train without a cache, or call the "
+        "model under torch.inference_mode()"
+    )
 
 
 def cache_write_fake(

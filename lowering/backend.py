@@ -35,6 +35,7 @@ from ..passes.fuse import Fuse, inline
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
+from .cache import QuantizeCache, speaks_of_caches
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
 from .reference import ReferenceTarget
@@ -105,7 +106,9 @@ def pipeline(options: Options, target: Target) -> Pipeline:
         return Pipeline.parse(options.pipeline)
     names = ",".join(options.targets()) or target.name
     recipe = str(options.recipe or DEFAULT_RECIPE)
-    return Pipeline([Annotate(recipe=recipe), Fold(), Fuse(), Lower(target=names)])
+    # Buffers are the user's here: the pass says so of every cache that the recipe means.
+    caches = [QuantizeCache(recipe=recipe)] if speaks_of_caches(Recipe.parse(recipe)) else []
+    return Pipeline([*caches, Annotate(recipe=recipe), Fold(), Fuse(), Lower(target=names)])
 
 
 def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options) -> Compiled:

@@ -32,6 +32,7 @@ from ..passes.annotate import Annotate
 from ..passes.capture_module import is_stock
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
+from .cache import MODULE, speaks_of_caches
 from .folded import Folded
 from .folded_again import folded_sites
 from .parameters import with_all_names
@@ -112,6 +113,8 @@ def plan(
             found.sites.append(site)
     found.misses += _split_ties(found.sites)
     found.misses += _unmatched(recipe, known)
+    if speaks_of_caches(recipe):
+        found.misses.append(MissRecord("", "", "", recipe.name, MODULE))
     return found
 
 

@@ -23,6 +23,7 @@ from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
+from .cache import QuantizeCache, speaks_of_caches
 from .calibration import Batches
 from .folded import Canonical
 from .graph_data import dump
@@ -50,8 +51,11 @@ def quantize_program(
         )
     gm = capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
     state(gm).stored = with_all_names(stored, model)
+    caches = 0
+    if speaks_of_caches(recipe):
+        caches = Pipeline([QuantizeCache(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
     notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
-    if notes == 0 and any(not rule.skip for rule in recipe.rules):
+    if notes + caches == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:

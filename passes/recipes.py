@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..formats import BitfoldError, FormatError, format, nearest
-from .rules import STORED, Rule, Site
+from .rules import CACHE, STORED, Rule, Site
 
 HEAD_NAMES = ("lm_head", "head", "embed_out", "output_projection", "classifier", "score", "output")
 
@@ -52,7 +52,8 @@ class Recipe:
     def unmatched(self, sites: Iterable[Site]) -> list[Rule]:
         """Rules that name layers, none of which is among `sites` (all of a model's)."""
         known = list(sites)
-        named = [rule for rule in self.rules if rule.match != "*"]
+        # Caches are not among the layers; the pass that quantizes them says which of its rules found none.
+        named = [rule for rule in self.rules if rule.match != "*" and rule.op != CACHE]
         return [rule for rule in named if not any(rule.matches(site) for site in known)]
 
     def but(self, *rules: Rule, name: str = "") -> Recipe:
@@ -184,6 +185,10 @@ def _both(
     return ({"weight": linear, "input": activation, "observer": observer},), about
 
 
+def _cache(text: str, about: str) -> tuple[tuple[dict[str, str], ...], str]:
+    return ({"op": CACHE, "weight": text},), about
+
+
 def _all(linear: str, rest: str, about: str) -> tuple[tuple[dict[str, str], ...], str]:
     return ({"weight": linear}, {"op": "head|embedding", "weight": rest}), about
 
@@ -226,6 +231,11 @@ _NAMED: dict[str, tuple[tuple[dict[str, str], ...], str]] = {
     "nvfp4": _weights("nvfp4", "linears in NVFP4, two levels of scales"),
     "nf4": _weights("nf4[g64]", "linears nf4, a scale for each 64"),
     "ternary": _weights("ternary", "linears of -1, 0 and 1"),
+    "kv_int8": _cache("int8[bf16]", "KV caches int8, a bf16 scale a token and head; nothing else"),
+    "kv_int4": _cache(
+        "int4[g32]", "KV caches int4, a bf16 scale for each 32 numbers of a token; nothing else"
+    ),
+    "kv_fp8": _cache("float8_e4m3fn[bf16]", "KV caches float8_e4m3fn, a bf16 scale a token and head"),
     "q4_0": _weights("q4_0", "linears in GGUF's Q4_0"),
     "q4_1": _weights("q4_1", "linears in GGUF's Q4_1"),
     "q8_0": _weights("q8_0", "linears in GGUF's Q8_0"),

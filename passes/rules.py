@@ -19,7 +19,8 @@ from functools import lru_cache
 from ..formats import BitfoldError, format, nearest
 from .observers import observer
 
-OPS = ("linear", "head", "conv", "embedding")
+CACHE = "cache"
+OPS = ("linear", "head", "conv", "embedding", CACHE)
 MISFITS = ("error", "report")
 STORED = "stored"
 
@@ -57,7 +58,8 @@ class Rule:
     """Formats for the layers that match. Formats are text; "" leaves that edge as it is.
 
     match     a glob on the module path (`*` crosses dots), or `re:` and a regular expression (full match)
-    op        linear, head, conv, embedding, several with `|`, or `*`; a head is not a linear
+    op        linear, head, conv, embedding, several with `|`, or `*`; a head is not a linear;
+              cache: a buffer of keys or values, by its own path, its format as `weight`; `*` does not mean it
     where     a predicate on N (rows), K (the reduced size) and numel: "K >= 256 and N % 16 == 0"
     weight    format of the weight, or "stored": the codes of a checkpoint that came quantized, as they are
     input     format of the input activation; output: of the result
@@ -91,6 +93,8 @@ class Rule:
             raise BitfoldError(
                 f"rule {self.match!r} says nothing; give weight, input or output a format, or a skip reason"
             )
+        if self.op == CACHE and (self.input or self.output):
+            raise BitfoldError(f"rule {self.match!r} is about a cache; give its format as the weight")
         if self.observer and not (self.input or self.output):
             raise BitfoldError(f"rule {self.match!r} observes nothing; give input or output a format too")
         for edge in ("weight", "input", "output"):
@@ -102,11 +106,14 @@ class Rule:
 
     def matches(self, site: Site) -> bool:
         """True if the op kind, one of the paths and the sizes all fit."""
-        if self.op != "*" and site.op not in self.op.split("|"):
-            return False
-        if not any(_pattern(self.match)(path) for path in site.paths):
+        if not self.names(site):
             return False
         return _predicate(self.where)({"N": site.n, "K": site.k, "numel": site.numel})
+
+    def names(self, site: Site) -> bool:
+        """True if the op kind and one of the paths fit, whatever the sizes."""
+        meant = site.op in self.op.split("|") or (self.op == "*" and site.op != CACHE)
+        return meant and any(_pattern(self.match)(path) for path in site.paths)
 
     def to_dict(self) -> dict[str, str]:
         """Plain data; defaults are left out, but `match` and `op` always say whom it concerns."""

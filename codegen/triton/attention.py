@@ -406,7 +406,7 @@ class Kernel:
 
     def _tail(self, out: Lines) -> None:
         spec = self.spec
-        out.add("l = tl.sum(lt, 0)", "whole = pair.to(tl.int64) * rows + rm")
+        out.add("l = tl.sum(lt, 0)")
         if has_zero(spec.v):
             for group in range(groups(spec.v, spec.dim)):
                 out.add(*(f"o{i} -= oz{group}[None, :]" for i in self._slices_of(self.v, group)))
@@ -427,7 +427,10 @@ class Kernel:
                     with out.indent("if first < last:"):
                         self._store(out, slices, "partial", "o{i}")
                 else:
-                    out.add("by_l = tl.where(l == 0.0, 0.0, 1.0 / l)")
+                    out.add(
+                        "by_l = tl.where(l == 0.0, 0.0, 1.0 / l)",
+                        f"whole = (b.to(tl.int64) * t + rt) * {spec.heads} + (h * {spec.group} + g)",
+                    )
                     self._store(out, slices, "y", f"(o{{i}} * by_l[None, :]).to({TL[spec.x]})")
 
     def _store(self, out: Lines, slices: list[int], where: str, what: str) -> None:
@@ -445,8 +448,8 @@ class Kernel:
         """Adds the splits up in order: the same answer in every run."""
         dim = 1 << (self.spec.dim - 1).bit_length()
         keep = f" & (rd < {self.spec.dim})[None, :]" if dim != self.spec.dim else ""
-        out.add("@triton.jit(do_not_specialize=['rows', 'splits'])")
-        with out.indent("def combine(partial, sums, y, rows, splits, SPLITS: tl.constexpr):"):
+        out.add("@triton.jit(do_not_specialize=['rows', 'splits', 't'])")
+        with out.indent("def combine(partial, sums, y, rows, splits, t, SPLITS: tl.constexpr):"):
             if self.overlap:
                 out.add("gdc_wait()")
             out.add(
@@ -475,9 +478,11 @@ class Kernel:
                 )
             out.add("total = tl.where(l == 0.0, 0.0, total / l)")
             mask = f", mask=rd < {self.spec.dim}" if keep else ""
+            kv, group = self.spec.kv_heads, self.spec.group
             out.add(
-                f"tl.store(y + ((pair.to(tl.int64) * rows + r) * {self.spec.dim} + rd), "
-                f"total.to({TL[self.spec.x]}){mask})"
+                f"head = pair % {kv} * {group} + r // t",
+                f"whole = ((pair // {kv}).to(tl.int64) * t + r % t) * {self.spec.heads} + head",
+                f"tl.store(y + (whole * {self.spec.dim} + rd), total.to({TL[self.spec.x]}){mask})",
             )
 
 

@@ -52,9 +52,9 @@ def check_cache(spec: AttentionSpec, cache: Sequence[Tensor], batch: int, pages:
             raise CodegenError(
                 f"{name} of a cache of {spec} is {dtype} {list(shape)}, not {part.dtype} {list(part.shape)}"
             )
-        if not part.is_contiguous() or (name.endswith("codes") and part.data_ptr() % 16):
+        if not part.is_contiguous() or (part.is_cuda and part.data_ptr() % 16):
             raise CodegenError(
-                f"{name} must be contiguous and its codes start at a multiple of 16 bytes; clone it"
+                f"{name} must be contiguous and start at a multiple of 16 bytes; clone it"
             )
     if tokens * max(shape[3] for shape, _ in wanted.values()) >= 2**31:
         raise CodegenError(f"{tokens} tokens a head are past 32-bit addresses; use a paged cache")
@@ -96,8 +96,14 @@ def check_queries(spec: AttentionSpec, q: Tensor, limits: Tensor, mask: Tensor |
                 f"a mask is [{batch} or 1, {spec.heads} or 1, {queries} or 1, {tokens}], not "
                 f"{list(mask.shape)}"
             )
-        if (mask.dtype == torch.bool) != (spec.mask == "bool") or mask.stride(3) != 1:
-            raise CodegenError(f"{spec} takes a mask of {spec.mask} with contiguous rows, not {mask.dtype}")
+        if (mask.dtype == torch.bool) != (spec.mask == "bool"):
+            raise CodegenError(f"{spec} takes a mask of {spec.mask}, not of {mask.dtype}")
+
+
+def fresh(q: Tensor) -> Tensor:
+    """Memory for y: [B, Hq, T, D] with a token's heads side by side, as the next product wants them."""
+    batch, heads, queries, dim = q.shape
+    return q.new_empty(batch, queries, heads, dim).transpose(1, 2)
 
 
 def attend(
@@ -117,13 +123,13 @@ def attend(
     tokens = check_cache(spec, cache, q.shape[0], pages)
     check_queries(spec, q, limits, mask, tokens)
     batch, _, queries, _ = q.shape
-    y = q.new_empty(batch, spec.heads, queries, spec.dim) if out is None else out
+    y = fresh(q) if out is None else out
     if y.numel() == 0:
         return y
     if tokens == 0:
         return y.zero_()
-    if q.stride(3) != 1:
-        q = q.contiguous()
+    q = q if q.stride(3) == 1 else q.contiguous()
+    mask = mask if mask is None or mask.stride(3) == 1 else mask.contiguous()
     schedule = choose_attention(spec, queries) if schedule is None else schedule
     if splits is None:
         splits = choose_splits(spec, schedule, batch, queries, tokens)
@@ -140,7 +146,7 @@ def attend(
     if splits > 1:
         late = {"launch_pdl": True} if schedule.overlap and not plain else {}
         width = max(1 << (splits - 1).bit_length(), 2)
-        made.combine[pairs, rows](partial, sums, y, rows, splits, SPLITS=width, num_warps=4, **late)
+        made.combine[pairs, rows](partial, sums, y, rows, splits, queries, SPLITS=width, num_warps=4, **late)
     return y
 
 

@@ -45,3 +45,12 @@ for _name in ("cache_write", "attend"):
     _library.impl(_name, _later("attention", _name), "CUDA")
     _library.impl(_name, _later("attention", f"{_name}_reference"), "CPU")
     torch.library.register_fake(f"bitfold::{_name}", _later("attention", f"{_name}_fake"), lib=_library)
+_library.define("no_cache_gradient(Tensor gradient) -> Tensor")
+_library.impl("no_cache_gradient", _later("attention", "no_cache_gradient"), "CompositeExplicitAutograd")
+_library.impl("no_cache_gradient", _later("attention", "no_cache_gradient_shape"), "Meta")
+torch.library.register_autograd(
+    "bitfold::attend",
+    _later("attention", "backward"),
+    setup_context=_later("attention", "keep"),
+    lib=_library,
+)
