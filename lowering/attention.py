@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..codegen.attention import AttentionSpec, grouped
+from ..codegen.attention_operands import check_cache, check_queries, check_tokens, fresh
 from ..formats import BitfoldError, Format, Granularity, Quantized, cache_tag
 
 # Past this many queries a head (a prompt), decoding the cache once and calling torch's attention is faster.
@@ -47,8 +48,6 @@ def cache_write_reference(
     cache: Sequence[Tensor], k: Tensor, v: Tensor, positions: Tensor, pages: Tensor | None, text: str
 ) -> None:
     """In main memory: `Format.quantize`, and the rows put where they belong."""
-    from ..codegen.triton.attention_build import check_cache, check_tokens
-
     spec = parsed(text)
     tokens = check_cache(spec, cache, k.shape[0], pages)
     check_tokens(spec, k, v, positions)
@@ -85,8 +84,6 @@ def attend_reference(
     q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
 ) -> Tensor:
     """Decoded keys and values, and torch's attention; in float32 in main memory."""
-    from ..codegen.triton.attention_build import check_cache, check_queries, fresh
-
     spec = parsed(text)
     tokens = check_cache(spec, cache, q.shape[0], pages)
     check_queries(spec, q, limits, mask, tokens)
@@ -157,8 +154,6 @@ def attend_fake(
     q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
 ) -> Tensor:
     """Shapes only."""
-    from ..codegen.triton.attention_build import fresh
-
     return fresh(q)
 
 

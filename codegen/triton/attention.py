@@ -21,16 +21,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...formats import Format
 from ..attention import AttentionSpec, group_of, grouped, groups, has_zero, row
 from ..attention_schedule import AttentionSchedule
-from ..decode import decoder, finite
-from ..slices import Take, Walk
+from .attention_combine import add_combine
+from .attention_side import TL, Side
 from .source import Lines
-from .values import code_line, needs_table, value_lines
-
-TL = {"bf16": "tl.bfloat16", "f16": "tl.float16"}
-CHUNK = 16  # splits that `combine` adds up at a time
+from .values import needs_table
 
 ARGUMENTS = (
     "q, k_codes, k_scales, k_zeros, k_table, v_codes, v_scales, v_zeros, v_table, limits, mask, pages, y, "
@@ -40,81 +36,6 @@ INTEGERS = ("tokens", "t", "splits", "q_b", "q_h", "q_t", "l_b", "l_t", "m_b", "
 # Sizes that change from call to call must not compile anew. Strides of q are left to be specialized: that
 # they are multiples of 16 is what wide loads need.
 LOOSE = ("tokens", "t", "splits", "l_b", "l_t", "m_b", "m_h", "m_t", "p_b")
-
-
-@dataclass(frozen=True)
-class Side:
-    """K or V as the kernel reads it."""
-
-    name: str
-    format: Format
-    walk: Walk
-    lane: str
-    plain: bool
-
-    @property
-    def decodes_plainly(self) -> bool:
-        return self.plain or decoder(self.format.element, [self.walk.slices[0]], self.lane) is None
-
-    @property
-    def slices(self) -> list[tuple[int, int]]:
-        """(run, slice within the run) in the order of the codes."""
-        return [(run, i) for run in range(self.walk.runs) for i in range(len(self.walk.slices))]
-
-    def start(self, index: int) -> int:
-        """The first number of a slice."""
-        return index * self.walk.length
-
-    def calls(self) -> dict[str, tuple[list[list[Take]], list[int], list[int]]]:
-        """Assembly blocks of a run: name -> (slices with loads renumbered, loads, slices by number)."""
-        by_fours = hasattr(self.format.element, "table") and self.format.element.bits == 4
-        count = len(self.walk.slices)
-        found = {}
-        for i, numbers in enumerate([list(range(count))] if by_fours else [[j] for j in range(count)]):
-            slices = [self.walk.slices[j] for j in numbers]
-            loads = sorted({take.load for takes in slices for take in takes})
-            renumbered = [
-                [Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices
-            ]
-            found[f"{self.name.upper()}{i}"] = renumbered, loads, numbers
-        return found
-
-    def constants(self) -> list[str]:
-        if self.decodes_plainly:
-            return []
-        lines = []
-        for name, (slices, _, _) in self.calls().items():
-            made = decoder(self.format.element, slices, self.lane)
-            assert made is not None
-            lines.append(f'{name} = tl.constexpr("""{made.asm}""")')
-        return lines
-
-    def decoded(self, run: int, units: list[str]) -> list[str]:
-        """Assigns {name}a{index} for every slice of a run whose loads are `units`."""
-        n, dtype, count = self.name, TL[self.lane], len(self.walk.slices)
-        lines = []
-        if self.decodes_plainly:
-            lines += [f"{u} = {u}.to(tl.uint16, bitcast=True).to(tl.int32)" for u in units]
-            for i, takes in enumerate(self.walk.slices):
-                at = run * count + i
-                lines.append(code_line(takes, units, f"{n}c"))
-                code = value_lines(self.format.element, f"{n}c", f"{n}v")
-                lines += [line.replace("tl.load(table", f"tl.load({n}_table") for line in code]
-                lines.append(f"{n}a{at} = {n}v.to({dtype})")
-            return lines
-        for name, (_, loads, numbers) in self.calls().items():
-            results = [f"{n}a{run * count + i}" for i in numbers]
-            kinds = dtype if len(results) == 1 else f"({', '.join([dtype] * len(results))})"
-            lines.append(
-                f"{', '.join(results)} = tl.inline_asm_elementwise({name}, "
-                f'"{",".join(["=r"] * len(results) + ["r"] * len(loads))}", '
-                f"[{', '.join(units[load] for load in loads)}], dtype={kinds}, is_pure=True, pack=2)"
-            )
-            if not grouped(self.format) and not finite(self.format.element):
-                # Codes that are no number come from a number that was none; the program takes them for large.
-                high = self.format.element.high
-                lines += [f"{r} = tl.where(tl.abs({r}) > {high!r}, float('nan'), {r})" for r in results]
-        return lines
 
 
 @dataclass(frozen=True)
@@ -148,7 +69,7 @@ class Kernel:
             self._loop(out)
             self._tail(out)
         out.add("")
-        self._combine(out)
+        add_combine(out, self.spec, overlap=self.overlap)
         return "\n".join(out.text) + "\n"
 
     @property
@@ -442,47 +363,6 @@ class Kernel:
             out.add(
                 f"tl.store({where} + (whole[None, :] * {spec.dim} + ({start} + vr[:, None])), "
                 f"{what.format(i=i)}, mask={keep})"
-            )
-
-    def _combine(self, out: Lines) -> None:
-        """Adds the splits up in order: the same answer in every run."""
-        dim = 1 << (self.spec.dim - 1).bit_length()
-        keep = f" & (rd < {self.spec.dim})[None, :]" if dim != self.spec.dim else ""
-        out.add("@triton.jit(do_not_specialize=['rows', 'splits', 't'])")
-        with out.indent("def combine(partial, sums, y, rows, splits, t, SPLITS: tl.constexpr):"):
-            if self.overlap:
-                out.add("gdc_wait()")
-            out.add(
-                "pair, r = tl.program_id(0), tl.program_id(1)",
-                "start = pair.to(tl.int64) * splits * rows + r",
-                f"rd = tl.arange(0, {dim})",
-                "rs = tl.arange(0, SPLITS)",
-                "have = rs < splits",
-                "ms = tl.load(sums + (start + rs * rows) * 2, mask=have, other=float('-inf'))",
-                "ls = tl.load(sums + ((start + rs * rows) * 2 + 1), mask=have, other=0.0)",
-                "m = tl.max(ms, 0)",
-                "base = tl.where(m == float('-inf'), 0.0, m)",
-                "l = tl.sum(tl.exp2(ms - base) * ls, 0)",
-                f"total = tl.zeros(({dim},), dtype=tl.float32)",
-                f"rc = tl.arange(0, {CHUNK})",
-            )
-            with out.indent(f"for i in range(0, splits, {CHUNK}):"):
-                out.add(
-                    "at = start + (i + rc) * rows",
-                    "have = i + rc < splits",
-                    "mc = tl.load(sums + at * 2, mask=have, other=float('-inf'))",
-                    "lc = tl.load(sums + (at * 2 + 1), mask=have, other=0.0)",
-                    f"o = tl.load(partial + (at[:, None] * {self.spec.dim} + rd[None, :]), "
-                    f"mask=(lc != 0.0)[:, None]{keep}, other=0.0)",
-                    "total += tl.sum(o * tl.exp2(mc - base)[:, None], 0)",
-                )
-            out.add("total = tl.where(l == 0.0, 0.0, total / l)")
-            mask = f", mask=rd < {self.spec.dim}" if keep else ""
-            kv, group = self.spec.kv_heads, self.spec.group
-            out.add(
-                f"head = pair % {kv} * {group} + r // t",
-                f"whole = ((pair // {kv}).to(tl.int64) * t + r % t) * {self.spec.heads} + head",
-                f"tl.store(y + (whole * {self.spec.dim} + rd), total.to({TL[self.spec.x]}){mask})",
             )
 
 
