@@ -12,10 +12,7 @@ is both, every time.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +21,18 @@ from gpu_timing import copies_past_cache
 from torch import Tensor
 
 from bitfold.codegen import GemmSpec, Schedule, choose, kernel_layout
-from bitfold.codegen.triton.build import decode, grid, launch, warm
-from bitfold.formats import Format, Quantized, format
+from bitfold.codegen.compiling import Job
+from bitfold.codegen.compiling import compile_all as compile_all
+from bitfold.codegen.compiling import shaped_parts as shaped_parts
+from bitfold.codegen.trial import BOUND
+from bitfold.codegen.triton.build import decode, grid, launch
+from bitfold.formats import Quantized, format
 
 FORMATS = [
     "int4[g128]", "int8", "float8_e4m3fn", "float6_e3m2[g32,e8m0]", "mxfp4", "nvfp4", "nf4[g64]",
     "int3[g128]", "int2[g128]",
 ]  # fmt: skip
 Chooser = Callable[[GemmSpec, int], Schedule | None]
-Job = tuple[str, str]  # a spec and a schedule
-# The result is rounded to bfloat16 (2^-9 of each value) and so may each decoded weight be; sums are float32.
-BOUND = 2.0**-8
 
 
 def chooser(text: str | None) -> Chooser:
@@ -50,43 +48,6 @@ def spec_of(text: str, n: int, k: int) -> GemmSpec:
     if laid_out is None:
         raise ValueError(f"no kernel walks over {text} with rows of {k}; leave it out of --formats")
     return GemmSpec(laid_out, n, k)
-
-
-def shaped_parts(fmt: Format, n: int, k: int) -> list[Tensor]:
-    """What the compiler asks of a weight [n, k]: dtypes and strides, on `meta`."""
-    rows = 16
-    parts = fmt.quantize(torch.randn(rows, k)).parts
-    sizes = [(n if part.shape[0] == rows else part.shape[0], *part.shape[1:]) for part in parts]
-    return [torch.empty(size, dtype=p.dtype, device="meta") for size, p in zip(sizes, parts, strict=True)]
-
-
-def compile_one(job: Job) -> str | None:
-    """Compiles into the cache that all processes share; why not, if not."""
-    spec, schedule = GemmSpec.parse(job[0]), Schedule.parse(job[1])
-    obstacle = schedule.obstacle(spec)
-    if obstacle is None:
-        warm(spec, schedule, shaped_parts(spec.weight, spec.n, spec.k))
-    return obstacle
-
-
-def _niced() -> None:
-    os.nice(5)
-    torch.set_num_threads(1)
-
-
-def compile_all(jobs: Sequence[Job], workers: int, seconds: float) -> dict[Job, str]:
-    """Why each job failed, of those that did; those not begun after so many seconds are left."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_niced)
-    started = {pool.submit(compile_one, job): job for job in jobs}
-    done, late = wait(started, timeout=seconds)
-    pool.shutdown(wait=False, cancel_futures=True)
-    failed = {started[one]: "not compiled in time" for one in late}
-    for one in done:
-        reason = repr(one.exception())[:300] if one.exception() else one.result()
-        if reason:
-            failed[started[one]] = reason
-    return failed
 
 
 def jobs_of(

@@ -1,77 +1,23 @@
-"""Microseconds of a kernel on a GPU, and what the card can do at most.
+"""What a number on a GPU is worth nothing without: its card and versions, and what the card can do at most.
 
-In: the same call on several copies of its weights. Out: the median time of one call.
+In: the GPU. Out: names and versions; bytes and flops a second. `bitfold.codegen.timing` times calls.
 
-    copies = [weight.clone() for _ in range(copies_past_cache(weight.nbytes))]
-    microseconds([lambda w=w: linear(x, w) for w in copies])        ->   85.3
-
-The calls are replayed from a CUDA graph, behind a pause on the device that is longer than the submission of
-the graph: neither Python nor the driver is timed. The copies exceed the L2 several times over, as the layers
-of a model do.
+    card()   ->   {"card": "NVIDIA H200", "torch": "2.11.0+cu130", ...}
+    roof()   ->   {"read": 4.45e12, "bf16": 7.9e14, ...}
 """
 
 from __future__ import annotations
 
-import math
 import shutil
-import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-PAST_CACHE = 400e6  # bytes; the largest L2 of these cards holds 60e6
-LONG_ENOUGH = 1500.0  # microseconds in one graph, so that its start is below a percent
-PAUSE = 2_000_000  # clock cycles, about a millisecond
-MOST_CALLS = 600  # in a graph
+from bitfold.codegen.timing import copies_past_cache, microseconds
 
-
-def copies_past_cache(nbytes: float) -> int:
-    """How many tensors of this size do not fit the L2 together."""
-    return max(2, math.ceil(PAST_CACHE / nbytes))
-
-
-def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 11) -> float:
-    """One call's time: the median over `repeats` replays of all of them."""
-    graph = _captured(calls, 1)
-    once = _replayed(graph, 3)
-    rounds = min(math.ceil(LONG_ENOUGH / once), MOST_CALLS // len(calls))
-    if rounds > 1:
-        graph = _captured(calls, rounds)
-    rounds = max(rounds, 1)
-    return _replayed(graph, repeats) / (len(calls) * rounds)
-
-
-def _captured(calls: Sequence[Callable[[], Any]], rounds: int) -> torch.cuda.CUDAGraph:
-    torch.cuda.synchronize()  # operands come from another stream
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:  # compiles, tunes and allocates outside of the capture
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(rounds):
-                for call in calls:
-                    call()
-    torch.cuda.synchronize()
-    return graph
-
-
-def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    graph.replay()
-    torch.cuda.synchronize()
-    found = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(PAUSE)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(found)
+__all__ = ["card", "copies_past_cache", "microseconds", "read_bandwidth", "roof"]
 
 
 def card() -> dict[str, str]:

@@ -1,13 +1,15 @@
-"""Every schedule that could run a format at small M, timed: what `bitfold.codegen.choose` rests on.
+"""Schedules timed on the GPU that is there, and the table of the fastest that ships with bitfold.
 
-In: formats, shapes. Out: a JSON file of (format with its layout, n, k, m, schedule, microseconds, bytes), and
-the best few of each.
+In: formats, shapes, rows of x. Out: raw JSON of every schedule tried, a table, the best on the terminal.
 
-    python benchmarks/schedules.py --formats 'int4[g128]' mxfp4 --shapes 28672x4096 --out out.json
+    python benchmarks/schedules.py --out raw.json --table table.json --limit 560
+    python benchmarks/schedules.py --out raw.json --table table.json --limit 560 --resume raw.json
+    python benchmarks/schedules.py --table codegen/tables/nvidia_h200.json --from benchmarks/results/*.json
 
-Layouts of several slice lengths are tried too. As in `gemm.py` kernels are compiled beforehand in parallel,
-weights are rotated past the L2, and calls are replayed from a CUDA graph; each kernel's result is checked
-against the product with the decoded weight before it is timed.
+What is tried of each (format, shape, M) is what `bitfold tune` would: what runs untuned, and the cost
+model's best few. `--random` draws from all candidates instead, for fitting the model. Both files are written
+as rows come; with `--resume` what a file holds is not measured again. `--from` needs no GPU: it makes the
+table anew from raw files, of schedules that run today's layouts, where what runs untuned was measured too.
 """
 
 from __future__ import annotations
@@ -15,123 +17,223 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from gemm_ours import BOUND, FORMATS, Job, compile_all
-from gpu_timing import copies_past_cache, microseconds
+from gemm_ours import FORMATS
 
-from bitfold.codegen import GemmSpec, Schedule, scales, walk
-from bitfold.codegen.triton.build import launch
-from bitfold.formats import Quantized, format
+from bitfold.codegen import CodegenError, GemmSpec, Schedule, kernel_layout
+from bitfold.codegen.candidates import bucket, candidates, rows_each
+from bitfold.codegen.choose import MOST_ROWS, has_library, untuned
+from bitfold.codegen.device import Device, device, present
+from bitfold.codegen.table import LIBRARY, Table, best_of
+from bitfold.codegen.tune import Row, best_rows, tune
+from bitfold.formats import format
 from bitfold.formats.layout import Halfwords
 
-TILES = {1: ((8, 16, 1), (8, 32, 1), (8, 32, 2), (8, 64, 2), (8, 64, 4), (8, 128, 4)),
-         16: ((16, 32, 1), (16, 64, 2), (16, 128, 4))}  # fmt: skip
-STAGES = (3, 4, 6)
-# Past this many bytes of shared memory a program is alone on its multiprocessor.
-MOST_SHARED = 100_000
+SHAPES = ("28672x4096", "4096x14336", "4096x4096", "8192x8192", "6144x4096", "14336x4096")
+MS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
+# Schedules drawn at random among which a good one may be expected.
+MANY = 12
+# How the GEMM benchmark calls what the table calls `library`.
+BY_LIBRARY = "decode, then the library"
 
 
-def candidates(text: str, n: int, k: int) -> Iterator[tuple[int, GemmSpec, Schedule]]:
-    """(m, spec, schedule) worth a try."""
+def specs_of(text: str, n: int, k: int, every_layout: bool) -> Iterator[GemmSpec]:
+    """The format in the library's own layout, or with slices of 16 to 128 codes."""
     plain = format(text)
-    bits, scale = plain.element.bits, plain.scale
-    cols = scale.granularity.cols if scale is not None else None
+    own = kernel_layout(plain, k)
+    if own is None:
+        raise SystemExit(f"no kernel walks over {text} with rows of {k}; leave it out of --formats")
+    if not every_layout:
+        yield GemmSpec(own, n, k)
+        return
+    bits, cols = plain.element.bits, plain.scale.granularity.cols if plain.scale is not None else None
     for length in (16, 32, 64, 128):
         span = length * 16 // (bits & -bits)
-        if span > 1024 or (cols is not None and cols % length):
+        if span <= 1024 and (cols is None or cols % length == 0):
+            yield GemmSpec(plain.with_layout(Halfwords(span)), n, k)
+
+
+def record(rows: Sequence[Row]) -> dict[str, Any]:
+    """Raw results as they are committed: facts of the spec beside its text."""
+    import triton
+
+    found = []
+    for row in rows:
+        spec = GemmSpec.parse(row["spec"])
+        found.append({"format": str(spec.weight), "n": spec.n, "k": spec.k, **row})
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    return {"card": torch.cuda.get_device_name(), **versions, "rows": found}
+
+
+def write(path: Path, held: dict[str, Any]) -> None:
+    """One row a line."""
+    rows = ",\n".join("  " + json.dumps(row) for row in held["rows"])
+    head = json.dumps({name: value for name, value in held.items() if name != "rows"}, indent=1)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
+
+
+def rows_in(path: Path) -> tuple[str, list[Row]]:
+    """(card, rows) of a raw file: of this script, or ours in one of the GEMM benchmark."""
+    held = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in held["rows"]:
+        if row.get("peer", "bitfold") != "bitfold" or not row.get("us") or row.get("failed"):
             continue
-        spec = GemmSpec(plain.with_layout(Halfwords(span)), n, k)
-        found = walk(spec.weight, k)
-        assert found
-        modes = [mode for mode in scales(spec) if mode != "float"]
-        for m, stages, mode in itertools.product(TILES, STAGES, modes):
-            for (rows, block, warps), split in itertools.product(TILES[m], (1, 2, 4, 8)):
-                programs = n * split / block
-                shared = (stages - 1) * (block * found.units + rows * found.codes) * 2
-                schedule = Schedule(rows, block, warps, stages, split, mode)
-                if 132 <= programs <= 1400 and shared <= MOST_SHARED and not schedule.obstacle(spec):
-                    yield m, spec, schedule
+        text = row.get("spec")
+        if text is None:
+            laid_out = (
+                kernel_layout(format(row["format"]), row["k"]) if "peer" in row else format(row["format"])
+            )
+            text = str(GemmSpec(laid_out, row["n"], row["k"])) if laid_out is not None else None
+        if text is not None:
+            schedule = LIBRARY if row["schedule"] == BY_LIBRARY else row["schedule"]
+            rows.append({"spec": text, "m": row["m"], "schedule": schedule, "us": row["us"]})
+    return held["card"], rows
 
 
-def timed(spec: GemmSpec, tries: list[tuple[int, Schedule]]) -> Iterator[dict[str, Any]]:
-    """A row for each schedule of one spec."""
-    q = spec.weight.quantize(torch.randn(spec.n, spec.k, device="cuda") * 0.05)
-    nbytes = sum(part.nbytes for part in q.parts)
-    weights = [[part.clone() for part in q.parts] for _ in range(copies_past_cache(nbytes))]
-    decoded = (
-        spec.weight.dequantize(Quantized.from_parts(spec.weight, q.parts, spec.k)).to(spec.dtype).float()
-    )
-    for m, schedule in tries:
-        x = torch.randn(m, spec.k, device="cuda", dtype=spec.dtype)
-        y = x.new_full((m, spec.n), float("nan"))
-        room = None
-        if schedule.split > 1:
-            locks = torch.zeros(spec.n, device="cuda", dtype=torch.int32)
-            room = (torch.empty(schedule.split * m * spec.n, device="cuda"), locks)
-        row: dict[str, Any] = {"format": str(spec.weight), "n": spec.n, "k": spec.k, "m": m}
-        row |= {"schedule": str(schedule), "bytes": nbytes}
-        calls = [partial(launch, spec, schedule, x, w, out=y, workspace=room) for w in weights]
-        try:
-            calls[0]()
-            wanted = x.float() @ decoded.T
-            row["error"] = float((y.float() - wanted).norm() / wanted.norm())
-            if row["error"] < BOUND:
-                row["us"] = microseconds(calls, 7)
-        except Exception as error:  # a schedule that does not fit is a row that says so
-            row["failed"] = repr(error)[:200]
-        yield row
+def shipped(paths: Sequence[Path]) -> Table:
+    """The table of all files together. SystemExit if they are of several cards."""
+    found = [(path, *rows_in(path)) for path in paths]
+    cards = {card for _, card, _ in found}
+    if len(cards) != 1:
+        raise SystemExit(f"the raw files are of several cards: {', '.join(sorted(cards))}")
+    (name,) = cards
+    kept = list(holding([row for _, _, rows in found for row in rows], device(name)))
+    table = best_of(name, kept, "")
+    return Table(name, table.entries, tuple(path.name for path, _, rows in found if rows))
 
 
-def main() -> None:
+def holding(rows: Sequence[Row], card: Device) -> Iterator[Row]:
+    """Rows that say something today: their layout is the library's, their schedule runs, and what runs
+    untuned was measured beside them, or many others: the best of them is worth having in a table."""
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["spec"], row["m"]].append(row)
+    for (text, m), group in groups.items():
+        spec = GemmSpec.parse(text)
+        if kernel_layout(spec.weight, spec.k, *_activation(spec)) != spec.weight:
+            continue
+        size = bucket(rows_each(spec, m))
+        measured = {row["schedule"] for row in group}
+        if size > MOST_ROWS and has_library(spec) and LIBRARY not in measured:
+            continue
+        if str(untuned(spec, size, card)) in measured or len(group) >= MANY:
+            runs = (row for row in group if row["schedule"] == LIBRARY or _runs(row["schedule"], spec))
+            yield from runs
+
+
+def _activation(spec: GemmSpec) -> tuple[Any, ...]:
+    given = getattr(spec, "activation", None)
+    return () if given is None else (given,)
+
+
+def _runs(text: str, spec: GemmSpec) -> bool:
+    try:
+        return Schedule.parse(text).obstacle(spec) is None
+    except CodegenError:
+        return False
+
+
+def shown(rows: Sequence[Row]) -> str:
+    """The best of each, and how far the model was from it."""
+    lines = []
+    for row in best_rows(rows):
+        told = "" if row.get("model_us") is None else f"  (model {row['model_us']:.1f})"
+        lines.append(f"{row['us']:9.1f} us  M={row['m']:<5d} {row['spec']}  {row['schedule']}{told}")
+    return "\n".join(lines)
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--formats", nargs="+", default=FORMATS)
-    parser.add_argument("--shapes", nargs="+", default=["28672x4096", "4096x4096"])
-    parser.add_argument(
-        "--most", type=int, default=60, help="schedules of a format and shape, drawn at random"
-    )
-    parser.add_argument("--limit", type=float, default=300, help="seconds in all")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    began = time.time()
-    draw = random.Random(0)
-    chosen: list[tuple[int, GemmSpec, Schedule]] = []
-    for text, shape in itertools.product(given.formats, given.shapes):
-        n, k = (int(size) for size in shape.split("x"))
-        some = list(candidates(text, n, k))
-        chosen += draw.sample(some, min(given.most, len(some)))
-    jobs: list[Job] = list({(str(spec), str(schedule)): None for _, spec, schedule in chosen})
-    failed = compile_all(jobs, max(1, (os.cpu_count() or 2) - 1), given.limit / 2)
-    print(f"compiled {len(jobs) - len(failed)} of {len(jobs)} in {time.time() - began:.0f} s")
-    by_spec: dict[GemmSpec, list[tuple[int, Schedule]]] = {}
-    for m, spec, schedule in chosen:
-        if (str(spec), str(schedule)) not in failed:
-            by_spec.setdefault(spec, []).append((m, schedule))
-    rows: list[dict[str, Any]] = []
-    for spec, tries in by_spec.items():
-        if time.time() - began < given.limit:
-            rows += timed(spec, tries)
-            record = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}
-            given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    best: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    for row in sorted((row for row in rows if "us" in row), key=lambda row: row["us"]):
-        best.setdefault(
-            (row["format"].split(",halves")[0].split("[halves")[0], row["n"], row["m"]), []
-        ).append(row)
-    for (name, n, m), found in best.items():
-        shown = "; ".join(
-            f"{r['us']:.1f} {r['format'].rsplit('halves')[-1][:-1]} {r['schedule']}" for r in found[:4]
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="NxK")
+    parser.add_argument("--ms", nargs="+", type=int, default=MS, metavar="M")
+    parser.add_argument("--specs", nargs="+", default=[], metavar="TEXT", help="kernels' texts, instead")
+    parser.add_argument("--top", type=int, default=8, help="schedules of each")
+    parser.add_argument("--every-layout", action="store_true", help="other layouts than the library's too")
+    parser.add_argument("--random", type=int, metavar="SEED", help="any candidates, not the likeliest")
+    parser.add_argument("--limit", type=float, default=560, help="seconds in all")
+    parser.add_argument("--workers", type=int, help="processes that compile")
+    parser.add_argument("--out", type=Path, help="raw JSON")
+    parser.add_argument("--table", type=Path, help="the table of the best; by default the user's own")
+    parser.add_argument("--resume", type=Path, help="a raw file whose rows are kept")
+    parser.add_argument("--from", type=Path, nargs="+", dest="raw", help="make --table of raw files; no GPU")
+    given = parser.parse_args(arguments)
+    if given.raw and given.table is None:
+        parser.error("--from makes a table: say which file with --table")
+    return given
+
+
+def wanted(given: argparse.Namespace) -> list[tuple[GemmSpec, int]]:
+    """(spec, m), a weight after another."""
+    specs = [GemmSpec.parse(text) for text in given.specs]
+    if not specs:
+        for text, shape in itertools.product(given.formats, given.shapes):
+            n, k = (int(size) for size in shape.split("x"))
+            specs += specs_of(text, n, k, given.every_layout)
+    return [(spec, m) for spec in specs for m in given.ms]
+
+
+def main() -> None:
+    given = options()
+    if given.raw:
+        table = shipped(given.raw)
+        given.table.write_text(table.json(), encoding="utf-8")
+        print(
+            f"{given.table}: {sum(map(len, table.entries.values()))} entries of {len(table.entries)} kernels"
         )
-        print(f"{name} {n} M={m}: {shown}")
+        return
+    began = time.monotonic()
+    known: list[Row] = []
+    if given.resume is not None:
+        known = json.loads(given.resume.read_text(encoding="utf-8"))["rows"]
+        known = [{k: v for k, v in row.items() if k not in ("format", "n", "k")} for row in known]
+    rows, saved = list(known), began
+
+    def report(row: Row) -> None:
+        nonlocal saved
+        rows.append(row)
+        if given.out is not None and time.monotonic() - saved > 5:
+            write(given.out, record(rows))
+            saved = time.monotonic()
+
+    tune(
+        wanted(given),
+        top=given.top,
+        seconds=given.limit,
+        workers=given.workers,
+        table=given.table,
+        known=known,
+        report=report,
+        choices=_drawn(given.random) if given.random is not None else None,
+    )
+    if given.out is not None:
+        write(given.out, record(rows))
+    print(shown(rows))
+    failed = [row for row in rows if "failed" in row]
+    print(f"{len(rows) - len(known)} tried in {time.monotonic() - began:.0f} s, {len(failed)} failed")
+    for row in failed[:10]:
+        print(f"  {row['spec']} M={row['m']} {row['schedule']}: {row['failed']}")
+
+
+def _drawn(seed: int) -> Any:
+    """Candidates at random."""
+    draw, card = random.Random(seed), present()
+
+    def choices(spec: GemmSpec, m: int, count: int) -> list[Schedule]:
+        found = candidates(spec, m, card)
+        return draw.sample(found, min(count, len(found)))
+
+    return choices
 
 
 if __name__ == "__main__":

@@ -44,13 +44,19 @@ def bucket(m: int) -> int:
 
 
 def rows_of(size: int) -> int:
-    """The M that stands for a bucket when it is tuned: one token of one sequence, or the whole bucket."""
+    """The M that stands for a bucket: one token of one sequence, or the whole bucket."""
     return 1 if size == SMALLEST else size
+
+
+def rows_each(spec: GemmSpec, m: int) -> int:
+    """The rows of x that one weight multiplies: with experts their share, as if all had the same."""
+    experts = getattr(spec, "experts", 0)
+    return -(-m // experts) if experts else m
 
 
 @lru_cache(maxsize=64)
 def candidates(spec: GemmSpec, m: int, card: Device) -> tuple[Schedule, ...]:
-    """Schedules for m rows of x."""
+    """Schedules for m rows of x to each weight."""
     modes = [mode for mode in scales(spec) if mode != "float"] or list(scales(spec))
     blocks = BLOCK_M[min(bucket(m), max(BLOCK_M))]
     tried = itertools.product(blocks, BLOCK_N, WARPS, STAGES, SPLITS, modes)
@@ -59,7 +65,10 @@ def candidates(spec: GemmSpec, m: int, card: Device) -> tuple[Schedule, ...]:
         for block_m, block_n, warps, stages, split, mode in tried
         if _shaped(spec, m, block_m, block_n, warps, split, card)
     ]
-    found = [schedule for schedule in found if schedule.obstacle(spec) is None]
+    # What can stand in the way is where a scale multiplies and how often a row is split.
+    ways = {(one.split, one.scale): one for one in found}
+    barred = {way for way, one in ways.items() if one.obstacle(spec) is not None}
+    found = [one for one in found if (one.split, one.scale) not in barred]
     if not found:
         return ()
     terms = evaluate(spec, m, found, card)
@@ -72,7 +81,7 @@ def _shaped(spec: GemmSpec, m: int, block_m: int, block_n: int, warps: int, spli
     that would else be missing."""
     if warps * 16 > block_n or block_m * block_n > MOST_SUMS * 32 * warps:
         return False
-    unsplit = -(-spec.n // block_n) * -(-m // block_m)
+    unsplit = -(-spec.n // block_n) * -(-m // block_m) * max(1, getattr(spec, "experts", 0))
     return split == 1 or unsplit * split <= MOST_PROGRAMS * card.multiprocessors
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from .candidates import bucket, candidates
+from .candidates import bucket, candidates, rows_each
 from .cost import facts, ranked, walkable
 from .device import Device, present
 from .schedule import Schedule, scales
@@ -37,7 +37,7 @@ TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8
 
 def choose(spec: GemmSpec, m: int) -> Schedule | None:
     """The schedule for m rows of x; None for so many that decoding first is faster."""
-    return _chosen(spec, bucket(m))
+    return _chosen(spec, bucket(rows_each(spec, m)))
 
 
 def forget() -> None:
@@ -54,7 +54,14 @@ def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
     measured = lookup(spec, size, card)
     if isinstance(measured, Schedule):
         return measured
-    return None if measured == LIBRARY or size > MOST_ROWS else untuned(spec, size, card)
+    if has_library(spec) and (measured == LIBRARY or size > MOST_ROWS):
+        return None
+    return untuned(spec, size, card)
+
+
+def has_library(spec: GemmSpec) -> bool:
+    """Whether decoding weights and the library's products can take the kernel's place."""
+    return getattr(spec, "activation", None) is None and not getattr(spec, "experts", 0)
 
 
 def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:

@@ -174,7 +174,7 @@ def _compiled() -> tuple[tuple[str, tuple[str, ...], Callable[..., Any]], ...]:
 def evaluate(
     spec: GemmSpec, m: int, schedules: Sequence[Schedule], card: Device
 ) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Every term for each schedule."""
+    """Every term for each schedule; m: rows of x, of each expert if there are experts."""
     given = CONSTANTS | facts(spec) | _facts_of_card(card)
     values: dict[str, Any] = {name: np.float64(value) for name, value in given.items()}
     values["m"] = np.float64(m)
@@ -223,7 +223,7 @@ def facts(spec: GemmSpec) -> dict[str, float]:
     cols = scale.granularity.cols if scale is not None else None
     tensors = 1 + (scale is not None and scale.zero != "none")
     return {
-        "n": spec.n,
+        "n": spec.n * max(1, getattr(spec, "experts", 0)),
         "k": spec.k,
         "weights": getattr(spec, "weights", 1),
         "bits": spec.weight.bits_per_element((spec.n, spec.k)),

@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .candidates import bucket
+from .candidates import bucket, rows_each, rows_of
 from .device import Device
 from .schedule import Schedule
 from .spec import CodegenError, GemmSpec
@@ -85,7 +85,7 @@ class Table:
             if found["version"] != VERSION:
                 raise CodegenError(f"it is of version {found['version']!r}, and this bitfold's is {VERSION}")
             entries = {
-                str(name): {int(size): Entry(str(said), float(us)) for size, (said, us) in sizes.items()}
+                str(name): {int(size): _entry(value) for size, value in sizes.items()}
                 for name, sizes in found["entries"].items()
             }
             return cls(str(found["card"]), entries, tuple(str(one) for one in found["sources"]))
@@ -93,6 +93,12 @@ class Table:
             if isinstance(error, CodegenError):
                 raise
             raise CodegenError(f"it holds no table ({type(error).__name__}: {error})") from error
+
+
+def _entry(value: object) -> Entry:
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[0], str):
+        raise TypeError(f"{value!r} is no schedule and its time")
+    return Entry(value[0], float(value[1]))
 
 
 def key(spec: GemmSpec) -> str:
@@ -216,8 +222,15 @@ def _alone(path: Path) -> Iterator[None]:
 
 def best_of(card: str, rows: list[dict[str, Any]], source: str) -> Table:
     """A table of the fastest row of each spec and bucket; rows are {spec, m, schedule, us}."""
+    found: dict[tuple[str, int], dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if "us" in row:
+            spec = GemmSpec.parse(row["spec"])
+            each = rows_each(spec, row["m"])
+            found.setdefault((key(spec), bucket(each)), {}).setdefault(each, []).append(row)
     entries: dict[str, dict[int, Entry]] = {}
-    for row in sorted((row for row in rows if row.get("us")), key=lambda row: row["us"]):
-        name = key(GemmSpec.parse(row["spec"]))
-        entries.setdefault(name, {}).setdefault(bucket(row["m"]), Entry(row["schedule"], round(row["us"], 2)))
+    for (name, size), by_m in found.items():
+        # Times of different M do not compare: those of the one that stands for the bucket, or of the largest.
+        best = min(by_m.get(rows_of(size), by_m[max(by_m)]), key=lambda row: float(row["us"]))
+        entries.setdefault(name, {})[size] = Entry(best["schedule"], round(best["us"], 2))
     return Table(card, entries, (source,))

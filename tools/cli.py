@@ -1,4 +1,4 @@
-"""The command `bitfold`: formats, quantize, inspect, run, bench and demo.
+"""The command `bitfold`: formats, quantize, inspect, run, bench, tune and demo.
 
 In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or with one sentence
 on stderr 2 for something asked for that cannot be, 1 when the disk or the terminal fails.
@@ -37,6 +37,7 @@ examples:
   bitfold inspect --recipe 'int4[g64]' --html page.html    what the passes do to a model
   bitfold run --recipe stored --prompt "Why is the sky blue?"
   bitfold bench --recipe none --recipe int8_all  how fast it decodes
+  bitfold tune --recipe int4                     the fastest kernels for it on this GPU
 
 A recipe is a name (int8, int4, int8_all, fp8, mxfp4, stored, ...), a format (int4[g64]), or a JSON file.
 `bitfold COMMAND --help` says what a command takes.

@@ -2,7 +2,15 @@
 docstring is the command's help.
 """
 
-from . import bench_command, demo_command, formats_command, inspect_command, quantize_command, run_command
+from . import (
+    bench_command,
+    demo_command,
+    formats_command,
+    inspect_command,
+    quantize_command,
+    run_command,
+    tune_command,
+)
 
 COMMANDS = (
     formats_command,
@@ -10,6 +18,7 @@ COMMANDS = (
     inspect_command,
     run_command,
     bench_command,
+    tune_command,
     demo_command,
 )
 
