@@ -13,11 +13,12 @@ from .choose import choose
 from .layouts import kernel_layout, runs_on_kernels
 from .schedule import Schedule, scales
 from .slices import Walk, walk
-from .spec import CodegenError, GemmSpec
+from .spec import CodegenError, GemmSpec, Inputs
 
 __all__ = [
     "CodegenError",
     "GemmSpec",
+    "Inputs",
     "Schedule",
     "Walk",
     "choose",

@@ -21,6 +21,8 @@ import torch
 AND = 0xF0 & 0xCC
 AND_XOR = (0xF0 & 0xCC) ^ 0xAA
 AND_OR = (0xF0 & 0xCC) | 0xAA
+OR = 0xF0 | 0xCC
+XOR = 0xF0 ^ 0xCC
 SELECT = (0xF0 & 0xCC) | (~0xF0 & 0xAA)  # a ? b : c, bit by bit
 
 # How PTX and torch call the 16-bit floats.
@@ -39,7 +41,7 @@ Operand = int | Constant
 
 @dataclass(frozen=True)
 class Step:
-    """One instruction: `op` is shr, shl, lop3, prmt or fma; `detail` its shift, truth table or type."""
+    """One instruction: `op` is shr, shl, add, sub, lop3, prmt or fma; `detail` its shift, table or type."""
 
     op: str
     operands: tuple[Operand, ...]
@@ -75,6 +77,14 @@ class Program:
         """a * b + c in both lanes, rounded once; subnormals are kept."""
         return self._add("fma", a, b, c, detail=lane)
 
+    def add(self, a: int, b: int) -> int:
+        """a + b as 32-bit integers; where no lane carries, the sums of the lanes."""
+        return self._add("add", a, b)
+
+    def subtract(self, a: int, b: int) -> int:
+        """a - b as 32-bit integers; where no lane borrows, the differences of the lanes."""
+        return self._add("sub", a, b)
+
     def ptx(self, results: Sequence[int]) -> str:
         """The block for `inline asm`: results are $0.., inputs follow; everything else is local to it."""
         place = {r: f"${i}" for i, r in enumerate(results) if r >= self.inputs}
@@ -98,6 +108,8 @@ class Program:
     def _instruction(step: Step, out: str, operands: list[str]) -> list[str]:
         if step.op in ("shl", "shr"):
             return [f"{step.op}.b32 {out}, {operands[0]}, {step.detail};"]
+        if step.op in ("add", "sub"):
+            return [f"{step.op}.u32 {out}, {', '.join(operands)};"]
         if step.op == "lop3":
             return [f"lop3.b32 {out}, {', '.join(operands)}, 0x{step.detail:02X};"]
         if step.op == "prmt":
@@ -129,6 +141,10 @@ def _evaluate(step: Step, given: Sequence[np.ndarray | np.uint32]) -> np.ndarray
         return a << np.uint32(step.detail)
     if step.op == "shr":
         return a >> np.uint32(step.detail)
+    if step.op == "add":
+        return a + rest[0]
+    if step.op == "sub":
+        return a - rest[0]
     if step.op == "lop3":
         return _lop3(a, rest[0], rest[1], int(step.detail))
     if step.op == "prmt":

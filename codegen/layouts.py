@@ -1,48 +1,56 @@
-"""Which layout kernels want: halfwords of a span that suits the format's groups and the row's length.
+"""Which layout kernels want: halfwords of a span that suits the format's groups and the row's length, or
+bytes where x comes in 8-bit codes.
 
-In: a format and the length of a row. Out: the format laid out for kernels, or None if no layout can serve.
+In: a format, the length of a row, the format of x. Out: the format laid out for kernels, or None if no layout
+can serve.
 
-    kernel_layout(format("int4[g128]"), 4096)   ->   int4[g128,halves256]
+    kernel_layout(format("int4[g128]"), 4096)                     ->   int4[g128,halves256]
+    kernel_layout(format("int4[g128]"), 4096, format("int8"))     ->   int4[g128,planar256]
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-from ..formats import Format, Layout
+from ..formats import Format, Layout, Planar
 from ..formats.layout import Halfwords
 from ..formats.sparsity import Dense
 
 # Codes of a slice: longer ones leave fewer runs to share, shorter ones load less than 128 bytes a row.
-LONGEST = 64
 SHORTEST = 16
+LENGTHS = (64, 32, SHORTEST)
+LENGTHS_OF_BYTES = (128, 64, 32)
 # Longer runs leave too few of them to share between programs (a row of 4096 is sixteen), and their loads do
 # not fit the registers of two warps where a code lies in several planes: three bits spilled with 512.
 MOST_CODES = 256
 
 
 @lru_cache(maxsize=1024)
-def kernel_layout(format: Format, k: int) -> Format | None:
-    """`format` in the layout that kernels walk over, None if there is none: groups of no multiple of 16, a
-    stored sparsity, arithmetic that is not float32's."""
+def kernel_layout(format: Format, k: int, activation: Format | None = None) -> Format | None:
+    """`format` in the layout that kernels walk over, None if there is none: groups of no multiple of 16 (32
+    for 8-bit activations), a stored sparsity, arithmetic that is not float32's."""
     scale = format.scale
     if not isinstance(format.sparsity, Dense) or (scale is not None and scale.native):
         return None
-    cols = scale.granularity.cols if scale is not None else None
-    bits = format.element.bits
-    narrowest = bits & -bits
+    bits, spanned = format.element.bits, Halfwords if activation is None else Planar
+    if activation is not None and bits == 8:
+        return format.with_layout("bytes")
     best: Format | None = None
     padding = 0.0
-    for length in (LONGEST, 32, SHORTEST):
-        if cols is not None and cols % length:
+    for length in LENGTHS if activation is None else LENGTHS_OF_BYTES:
+        if any(cols is not None and cols % length for cols in (_cols(format), _cols(activation))):
             continue
-        span = length * 16 // narrowest
+        span = length * (16 if activation is None else 8) // (bits & -bits)
         if span > MOST_CODES and length > SHORTEST:
             continue
         waste = -(-k // span) * span / k
         if best is None or waste < padding - 0.05:
-            best, padding = format.with_layout(Halfwords(span)), waste
+            best, padding = format.with_layout(spanned(span)), waste
     return best
+
+
+def _cols(format: Format | None) -> int | None:
+    return None if format is None or format.scale is None else format.scale.granularity.cols
 
 
 def runs_on_kernels(layout: Layout) -> bool:

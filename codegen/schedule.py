@@ -9,6 +9,7 @@ In: numbers. Out: a value that prints and parses, and says whether it can run a 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,15 @@ import torch
 from ..formats import Float, Integer, Scale
 from ..formats.scale import LARGEST
 from ..formats.sparsity import Dense
+from .byte_lanes import byte_decoder
 from .decode import holds
-from .slices import Unwalkable, walk
+from .slices import Take, Unwalkable, Walk
 from .spec import CodegenError, GemmSpec
 
 SCALES = ("end", "sum", "lane", "float")
+# Shortest product of 8-bit tensor cores, and the most products of two int8 (-128 among them) in an int32.
+SHORTEST_OF_BYTES = 32
+MOST_INTEGERS = (2**31 - 1) // (128 * 128)
 _TEXT = re.compile(r"m(\d+) n(\d+) w(\d+) s(\d+) k(\d+) (\w+)(?: o(\d+))?")
 
 
@@ -30,12 +35,13 @@ class Schedule:
     split: programs that share the sum over k, added up in order; scale: where the scale multiplies:
 
         end     the finished sum (one scale a row or a tensor)
-        sum     the sum over each group, in float32
+        sum     the sum over each group, in float32; without groups, the sum over each run, which float8's
+                tensor cores would go on adding up with fewer bits
         lane    the decoded values, in x's dtype: those of `dequantize`, bit for bit
         float   the decoded values, in float32, then rounded: any format, slower
 
-    overlap: 0 for an ordinary launch; else the kernel starts while its predecessor still runs (programmatic
-    dependent launch, compute capability 9.0 on), and sends for this many runs of codes before it waits for x.
+    overlap: 0 for an ordinary launch; 1 if the kernel may start while its predecessor still runs, and waits
+    for it before it reads x (programmatic dependent launch, compute capability 9.0 on).
     """
 
     block_m: int
@@ -55,8 +61,8 @@ class Schedule:
             raise CodegenError(f"a schedule's scale is one of {', '.join(SCALES)}, not {self.scale!r}")
         if self.stages < 1 or self.split < 1:
             raise CodegenError("a schedule has at least one stage and one split")
-        if self.overlap < 0:
-            raise CodegenError(f"a schedule's overlap is 0 or a number of runs, not {self.overlap}")
+        if self.overlap not in (0, 1):
+            raise CodegenError(f"a schedule's overlap is 0 or 1, not {self.overlap}")
 
     def __str__(self) -> str:
         tail = f" o{self.overlap}" if self.overlap else ""
@@ -82,19 +88,22 @@ class Schedule:
                 f"leave out o{self.overlap}"
             )
 
+    def check(self, spec: GemmSpec, arch: int) -> None:
+        """CodegenError if a GPU of this compute capability cannot run the spec by this schedule."""
+        self.check_arch(arch)
+        if spec.lane == "e4m3" and arch < 89:
+            raise CodegenError(
+                f"tensor cores multiply float8_e4m3fn from compute capability 8.9 on, not {arch / 10}; "
+                "decode the activations to bfloat16"
+            )
+
     def obstacle(self, spec: GemmSpec) -> str | None:
         """Why this schedule cannot run the spec, or None."""
-        scale = spec.weight.scale
-        if not isinstance(spec.weight.sparsity, Dense):
-            return f"kernels read every number of a row; {spec.weight} stores {spec.weight.sparsity} of them"
-        if scale is not None and scale.native:
-            return f"kernels compute in float32; the arithmetic of {spec.weight} is that of its input"
-        found = walk(spec.weight, spec.k)
-        if isinstance(found, Unwalkable):
-            return found.reason
-        cols = scale.granularity.cols if scale is not None else None
-        if cols is not None and cols % found.length:
-            return f"slices of {found.length} codes straddle groups of {cols}"
+        return _unreadable(spec) or self._unfit(spec)
+
+    def _unfit(self, spec: GemmSpec) -> str | None:
+        found = spec.walk
+        assert isinstance(found, Walk)
         if self.split > found.runs:
             return f"{self.split} splits of {found.runs} runs of codes leave some without work"
         if self.scale not in scales(spec):
@@ -102,11 +111,42 @@ class Schedule:
         return None
 
 
+def _unreadable(spec: GemmSpec) -> str | None:
+    """Why no schedule can run the spec, or None."""
+    weight, activation = spec.weight, spec.activation
+    if not isinstance(weight.sparsity, Dense):
+        return f"kernels read every number of a row; {weight} stores {weight.sparsity} of them"
+    if weight.scale is not None and weight.scale.native:
+        return f"kernels compute in float32; the arithmetic of {weight} is that of its input"
+    found = spec.walk
+    if isinstance(found, Unwalkable):
+        return found.reason
+    if activation is not None:
+        if byte_decoder(weight.element, _renumbered(found.slices[0]), spec.lane) is None:
+            return f"{spec.lane}, in which {activation} is multiplied, has not the values of {weight}"
+        if found.length < SHORTEST_OF_BYTES:
+            return f"8-bit tensor cores take {SHORTEST_OF_BYTES} numbers, and slices have {found.length}"
+        if spec.lane == "int8" and spec.k > MOST_INTEGERS:
+            return f"a sum of {spec.k} products of 8-bit integers may not fit in 32 bits"
+    for held in (weight, activation):
+        cols = held.scale.granularity.cols if held is not None and held.scale is not None else None
+        if cols is not None and cols % found.length:
+            return f"slices of {found.length} codes straddle groups of {cols}"
+    return None
+
+
+def _renumbered(takes: Sequence[Take]) -> list[Take]:
+    loads = sorted({take.load for take in takes})
+    return [Take(loads.index(take.load), take.low, take.width, take.bit) for take in takes]
+
+
 def scales(spec: GemmSpec) -> tuple[str, ...]:
     """Where this format's scale may multiply, fastest first."""
     scale = spec.weight.scale
     if scale is not None and scale.native:
         return ()
+    if spec.activation is not None:
+        return _scales_of_bytes(spec)
     if not holds(spec.weight.element, spec.x):
         return ("float",)
     if scale is None or scale.granularity.cols is None:
@@ -114,6 +154,13 @@ def scales(spec: GemmSpec) -> tuple[str, ...]:
     if scale.zero == "none" and _exact_in_lane(scale, spec):
         return ("lane", "sum", "float")
     return ("sum", "float")
+
+
+def _scales_of_bytes(spec: GemmSpec) -> tuple[str, ...]:
+    held = [f.scale.granularity.cols for f in (spec.weight, spec.activation) if f is not None and f.scale]
+    if any(cols is not None for cols in held):
+        return ("sum",)
+    return ("end",) if spec.lane == "int8" else ("sum", "end")
 
 
 def _exact_in_lane(scale: Scale, spec: GemmSpec) -> bool:

@@ -7,11 +7,12 @@ In: a format and the length of a row. Out: a `Walk`, or a Miss that says why its
     int3[...,halves1024]  ->  the 2-bit plane as two loads of 64 units, the 1-bit plane as one; 16 slices
 
 A slice is a stretch of codes that one shift and one mask take out of contiguous units, so that a kernel never
-moves a code from one thread to another.
+moves a code from one thread to another. Where the tensor cores multiply 8-bit numbers, units are bytes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -21,6 +22,9 @@ import numpy as np
 from ..formats import Format, mover
 
 UNIT = 16
+BYTE = 8
+# Codes that lie in order, a byte each, are walked over in runs of this many: 128 bytes of a row at a time.
+RUN_OF_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Take:
 
 @dataclass(frozen=True)
 class Walk:
-    """A row is `runs` runs of `codes` codes in `units` 16-bit units.
+    """A row is `runs` runs of `codes` codes in `units` units; rows are `stride` units apart, which is less
+    than all runs where the last one is cut short.
 
     loads: first unit, within the run, of each load of `length` units; slices: how slice i, the codes from
     i * length on, is taken out.
@@ -44,6 +49,7 @@ class Walk:
     codes: int
     units: int
     runs: int
+    stride: int
     length: int
     loads: tuple[int, ...]
     slices: tuple[tuple[Take, ...], ...]
@@ -60,18 +66,23 @@ class Unwalkable:
 
 
 @lru_cache(maxsize=512)
-def walk(format: Format, k: int) -> Walk | Unwalkable:
-    """How a kernel walks over rows of `k` codes."""
+def walk(format: Format, k: int, width: int = UNIT, cut: int = 0) -> Walk | Unwalkable:
+    """How a kernel walks over rows of `k` codes, in units of `width` bits, in slices that `cut` (if any) is a
+    multiple of."""
     bits, run = format.element.bits, format.run
     codes, size = format.layout.period(bits, run, k)
+    if (codes, size, width) == (1, 1, BYTE):
+        codes = size = RUN_OF_BYTES
     if k == 0 or codes > 1 << 14:
         return Unwalkable(f"the layout {format.layout} repeats after {codes} codes; lay it out as halves")
-    if size % 2:
-        return Unwalkable(f"a run of {codes} codes of {format} takes {size} bytes, no whole 16-bit units")
+    if size % (width // 8):
+        return Unwalkable(
+            f"a run of {codes} codes of {format} takes {size} bytes, no whole {width}-bit units"
+        )
     byte, bit, low = mover.evaluate(format.layout, bits, run, codes)
     place = byte * 8 + bit
-    unit, inside = place // UNIT, place % UNIT
-    length = _length(unit, inside)
+    unit, inside = place // width, place % width
+    length = math.gcd(_length(unit, inside), cut)
     starts = unit[:, ::length]
     loads = tuple(int(u) for u in np.unique(starts))
     if length < 16 or length & (length - 1):
@@ -97,7 +108,8 @@ def walk(format: Format, k: int) -> Walk | Unwalkable:
             else:
                 takes.append(Take(load, low[row], 1, at))
         slices.append(tuple(takes))
-    return Walk(codes, size // 2, -(-k // codes), length, loads, tuple(slices))
+    stride = format.layout.row_bytes(bits, run, k) * 8 // width
+    return Walk(codes, size * 8 // width, -(-k // codes), stride, length, loads, tuple(slices))
 
 
 def _length(unit: np.ndarray, inside: np.ndarray) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -134,7 +135,7 @@ class Format:
         params = self._params(kept, params)
         codes = by_rows(lambda x, p: self.pack(self._encode(x, p)), kept, params, self._rows)
         present = [codes, *params] + ([] if indices is None else [indices])
-        return Quantized.from_parts(self, present, x.shape[-1])
+        return Quantized(self, x.shape[-1], **dict(zip(self.parts, present, strict=True)))
 
     def dequantize(self, q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values [..., K] of q: computed in float32, rounded to `dtype` once."""
@@ -181,6 +182,11 @@ class Format:
         """Bytes -> unpacked codes; k is the length of the decoded row (with 2:4, twice the stored codes)."""
         return self.layout.unpack(packed, self.sparsity.kept(k), self.element.bits, self.run)
 
+    def turned(self, name: str, part: Tensor) -> Tensor:
+        """A part [.., N, K / group] as the layout stores it, or back: turned if scales lie by group."""
+        by_group = self.layout.by_group and self.scale is not None and self.scale.granularity.cols is not None
+        return part.mT if by_group and name in ("scales", "zeros") and part.ndim > 1 else part
+
     def with_layout(self, layout: Layout | str) -> Format:
         """The same numbers, laid out otherwise."""
         if isinstance(layout, str):
@@ -193,7 +199,8 @@ class Format:
         """q with its codes moved to another layout; every value stays."""
         target = self.with_layout(layout)
         codes = target.pack(self.unpack(q.codes, q.k))
-        return replace(q, format=target, codes=codes)
+        params = {name: getattr(q, name) for name in self.parts if name != "codes"}
+        return Quantized(target, q.k, codes, **params)
 
     def bits_per_element(self, shape: Sequence[int] | None = None) -> float:
         """Bits that a number costs, scales and metadata included: exact for a shape, else for a large one."""
@@ -248,12 +255,15 @@ class Quantized:
         """From the stored tensors in the order of `format.parts`."""
         if len(parts) != len(format.parts):
             raise FormatError(f"{format} stores {', '.join(format.parts)}, not {len(parts)} tensors")
-        return cls(format, k, **dict(zip(format.parts, parts, strict=True)))
+        held = dict(zip(format.parts, parts, strict=True))
+        found = cls(format, k, **{name: format.turned(name, part) for name, part in held.items()})
+        object.__setattr__(found, "parts", list(parts))
+        return found
 
-    @property
+    @cached_property
     def parts(self) -> list[Tensor]:
-        """The stored tensors, in the order of `format.parts`."""
-        return [getattr(self, name) for name in self.format.parts]
+        """The stored tensors, in the order of `format.parts`: contiguous, scales as the layout has them."""
+        return [self.format.turned(name, getattr(self, name)).contiguous() for name in self.format.parts]
 
     @property
     def params(self) -> list[Tensor]:

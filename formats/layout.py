@@ -28,9 +28,14 @@ from .mover import Field, K, k
 
 class Layout(ABC):
     """A layout is a frozen dataclass with a `name`; `bits` is the width of a code, `run` the length of a
-    group (None: the whole row)."""
+    group (None: the whole row).
+
+    by_group: whether scales and zero points are stored [.., K / group, N], those of neighbouring rows side by
+    side, as a kernel that takes many rows at once reads them, instead of [.., N, K / group].
+    """
 
     name: str
+    by_group: bool = False
 
     @abstractmethod
     def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
@@ -110,17 +115,20 @@ class Planar(Layout):
 
     A width that is no power of two is split into planes that are (3 = 2 + 1, 6 = 4 + 2), low bits first, one
     plane behind the other in each run. The run is the group of the scale, or `span` if given, or the row.
+    `planar256t` is one of span 256 with scales by group.
     """
 
     span: int | None = None
     name: str = "planar"
+    by_group: bool = False
 
     def __post_init__(self) -> None:
         if self.span is not None and self.span < 1:
             raise FormatError(f"a planar layout's span is 1 or more codes, not {self.span}")
 
     def __str__(self) -> str:
-        return self.name if self.span is None else f"{self.name}{self.span}"
+        turned = "t" if self.by_group else ""
+        return f"{self.name}{self.span or ''}{turned}"
 
     def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
         span = self.span or run
@@ -154,17 +162,21 @@ class Halfwords(Planar):
 
     4 bits, 16 codes a .. p:  bytes  i<<4|a  m<<4|e  j<<4|b  n<<4|f  k<<4|c  o<<4|g  l<<4|d  p<<4|h
 
-    The bytes are those of `planar`; the two halves of each plane of a run are woven together, so that byte b
-    of a plane of 2*S bytes lies at 2*(b mod S) + b // S.
+    Scales lie by group. The bytes are those of `planar`; the two halves of each plane of a run are woven
+    together, so that byte b of a plane of 2*S bytes lies at 2*(b mod S) + b // S.
     """
 
     span: int | None = 512
     name: str = "halves"
+    by_group: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.span is None or self.span % 16 != 0:
             raise FormatError(f"a layout of halfwords spans a multiple of 16 codes, not {self.span}")
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.span}"
 
     def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
         assert self.span is not None
@@ -223,6 +235,8 @@ def parse(text: str) -> Layout | None:
     for prefix, spanned in (("planar", Planar), ("halves", Halfwords)):
         if text.startswith(prefix) and text[len(prefix) :].isdecimal():
             return spanned(int(text[len(prefix) :]))
+    if text.startswith("planar") and text[len("planar") : -1].isdecimal() and text.endswith("t"):
+        return Planar(int(text[len("planar") : -1]), by_group=True)
     return BUILT_IN.get(text)
 
 

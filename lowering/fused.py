@@ -1,7 +1,7 @@
 """The operator that a fused region becomes on a GPU: its text regenerates the kernel anywhere.
 
-In: `[x, *parts, bias?]` and the text of a `GemmSpec`. Out: `[y]`. Registered by `_operators.py`; packed
-weights are inputs, never constants.
+In: a kernel's inputs and the text of its `GemmSpec` (see `codegen/spec.py`). Out: `[y]`. Registered by
+`_operators.py`; packed weights are inputs, never constants.
 
     bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]")   ->   [y]
 
@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from ..codegen import CodegenError, GemmSpec, choose
-from ..formats import cache_tag
+from ..codegen import CodegenError, GemmSpec, Inputs, choose
+from ..formats import FormatError, cache_tag
+from ..formats.ops import no_gradient_text
 
 
 @lru_cache(maxsize=4096)
@@ -29,45 +31,75 @@ def parsed(text: str) -> GemmSpec:
     return GemmSpec.parse(text)
 
 
-def split_inputs(spec: GemmSpec, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """(x, parts of the weight, bias or None)."""
-    x, *rest = inputs
-    wanted = len(spec.weight.parts) + int(spec.bias)
-    if len(rest) != wanted:
-        raise CodegenError(f"the kernel {spec} takes x and {wanted} tensors, not {len(rest)}")
-    return x, rest[: len(spec.weight.parts)], rest[-1] if spec.bias else None
-
-
-def weight_of(node: Node) -> tuple[list[object], str, int]:
-    """(parts, format, K) of the weight that a call of the operator reads."""
+def weights_of(node: Node) -> list[tuple[list[object], str, int]]:
+    """(parts, format, K) of each weight that a call of the operator reads."""
     inputs, text = node.args
     assert isinstance(inputs, list | tuple) and isinstance(text, str)
     spec = parsed(text)
-    return list(inputs[1 : 1 + len(spec.weight.parts)]), str(spec.weight), spec.k
+    first, count = 1 + (spec.activation is not None) + bool(spec.experts), len(spec.weight.parts)
+    starts = range(first, first + spec.weights * count, count)
+    return [(list(inputs[at : at + count]), str(spec.weight), spec.k) for at in starts]
 
 
 def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     """What runs on a GPU."""
     # Triton is imported when the first kernel runs, not with bitfold.
-    from ..codegen.triton.build import check, decode, launch
+    from ..codegen.triton.build import check, launch
 
     spec = parsed(text)
-    x, parts, bias = split_inputs(spec, inputs)
-    rows = x.reshape(-1, spec.k).contiguous()
-    check(spec, rows, parts, bias)
-    schedule = choose(spec, rows.shape[0])
-    if schedule is None:
-        y = torch.nn.functional.linear(rows, decode(spec, parts, rows), bias)
-    else:
-        y = launch(spec, schedule, rows, parts, bias)
+    x = inputs[0]
+    rows = _as_rows(spec, inputs)
+    given = check(spec, rows)
+    schedule = choose(spec, given.x.shape[0])
+    y = launch(spec, schedule, rows) if schedule is not None else by_library(spec, given)
     return [y.reshape(*x.shape[:-1], spec.n)]
 
 
+def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The inputs with x [M, k], its scales and the epilogue's matrices [M, n] as the kernel takes them."""
+    found = list(inputs)
+    found[0] = inputs[0].reshape(-1, spec.k).contiguous()
+    if spec.activation is not None:
+        found[1] = inputs[1].contiguous()
+    first = spec.arity - spec.epilogue.count("e") - spec.epilogue.count("v")
+    for i in range(first, first + spec.epilogue.count("e")):
+        found[i] = inputs[i].reshape(-1, spec.n).contiguous()
+    return found
+
+
+def by_library(spec: GemmSpec, given: Inputs) -> Tensor:
+    """The same by the library's product, for so many rows that it is faster: each weight is decoded into
+    memory for as long as its product takes."""
+    from ..codegen.triton.build import decode
+
+    if spec.activation is not None or spec.experts:
+        raise CodegenError(f"no schedule runs {spec}, and no product of the library does what it says")
+    if spec.epilogue.plain:
+        bias = given.biases[0] if spec.bias else None
+        return torch.nn.functional.linear(given.x, decode(spec, given.parts[0], given.x), bias)
+    sums = [torch.nn.functional.linear(given.x, decode(spec, parts, given.x)) for parts in given.parts]
+    return finish(spec, sums, given)
+
+
+def finish(spec: GemmSpec, sums: Sequence[Tensor], given: Inputs) -> Tensor:
+    """Biases and the epilogue on sums [M, n], in float32, rounded once."""
+    named = {f"y{i}": y.float() + given.biases[i] if spec.bias else y for i, y in enumerate(sums)}
+    matrices = spec.epilogue.count("e")
+    named |= {f"e{i}": extra for i, extra in enumerate(given.extras[:matrices])}
+    named |= {f"v{i}": extra for i, extra in enumerate(given.extras[matrices:])}
+    return spec.epilogue.run(named).to(spec.out)
+
+
 def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
-    """Shapes only."""
+    """Shapes only. Sets the memory aside that kernels count in, before a CUDA graph is captured."""
     spec = parsed(text)
     x = inputs[0]
-    return [x.new_empty(*x.shape[:-1], spec.n)]
+    if x.device.type == "cuda" and torch.cuda.is_available():
+        from ..codegen.triton.locks import reserve
+
+        with unset_fake_temporarily():
+            reserve(x.device)
+    return [x.new_empty(*x.shape[:-1], spec.n, dtype=spec.out)]
 
 
 def not_in_main_memory(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
@@ -78,23 +110,35 @@ def not_in_main_memory(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
 
 
 def keep(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:
-    """Saves the weight's parts for the backward."""
-    tensors, text = inputs
-    ctx.text, ctx.count = text, len(tensors)
-    spec = parsed(text)
-    ctx.save_for_backward(*tensors[1 : 1 + len(spec.weight.parts)])
+    """Saves the inputs for the backward."""
+    tensors, ctx.text = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], None]:
-    """The gradient of x (and of the bias); codes are constants."""
-    spec = parsed(ctx.text)
-    (grad,) = grads
-    weight = torch.ops.bitfold.dequantize(list(ctx.saved_tensors), str(spec.weight), spec.k, grad.dtype)
-    found: list[Tensor | None] = [grad @ weight] + [None] * (ctx.count - 1)
-    if spec.bias:
-        found[-1] = grad.reshape(-1, spec.n).sum(0)
-    return found, None
+    """The gradients of x, of biases and of what the epilogue reads; codes are constants."""
+    spec, tensors, (grad,) = parsed(ctx.text), list(ctx.saved_tensors), grads
+    if spec.activation is not None or spec.experts:
+        raise FormatError(no_gradient_text(str(spec.activation or spec)))
+    given = spec.inputs(tensors)
+    floats = {
+        i
+        for i, tensor in enumerate(tensors)
+        if any(tensor is t for t in (given.x, *given.biases, *given.extras))
+    }
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(i in floats) for i, t in enumerate(tensors)]
+        again = spec.inputs(leaves)
+        weights = [
+            torch.ops.bitfold.dequantize(list(parts), str(spec.weight), spec.k, grad.dtype)
+            for parts in again.parts
+        ]
+        y = finish(spec, [again.x @ weight.mT for weight in weights], again)
+    wanted = sorted(floats)
+    found = torch.autograd.grad(y, [leaves[i] for i in wanted], grad)
+    by_place = dict(zip(wanted, found, strict=True))
+    return [by_place.get(i) for i in range(len(tensors))], None
 
 
 # Torch's compile caches know the operator by name only; what it computes is the text's and codegen's.
-cache_tag.add("fused 1")
+cache_tag.add("fused 2")

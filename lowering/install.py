@@ -27,7 +27,7 @@ from ..passes import MissRecord, Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
 from .folded import Canonical, FoldedWeight, Steps, fold_module
-from .fused import weight_of
+from .fused import weights_of
 from .graph_data import Data, tensor_names
 from .graph_data import load as load_graph
 from .graph_values import enum_value
@@ -207,7 +207,7 @@ def _read_by(node: Node) -> Iterator[tuple[Sequence[object], str, int]]:
     if node.op != "call_function":
         return
     if node.target is torch.ops.bitfold.fused.default:
-        yield weight_of(node)
+        yield from weights_of(node)
         return
     for parts, text, k in zip(node.args, node.args[1:], node.args[2:], strict=False):
         if isinstance(parts, list | tuple) and isinstance(text, str) and isinstance(k, int):

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -91,9 +92,8 @@ def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
         text = json.dumps(module.canonical.graph)
         modules[path] = _entry(module, graphs.setdefault(text, len(graphs)))
         for weight in module.folded_weights:
-            made = _in_canonical(module.quantized(weight), weight.canonical)
-            if made is not None:
-                relaid[join(path, weight.parts[0])] = made
+            names = [join(path, part) for part in weight.parts]
+            relaid |= _in_canonical(module.quantized(weight), weight.canonical, names)
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
@@ -132,13 +132,22 @@ def _weight(weight: FoldedWeight) -> dict[str, Any]:
     }
 
 
-def _in_canonical(held: Quantized, canonical: str) -> tuple[Kind, Callable[[], Tensor]] | None:
-    """How the codes look in the file, and what makes them; None if they lie that way."""
+def _in_canonical(
+    held: Quantized, canonical: str, names: Sequence[str]
+) -> dict[str, tuple[Kind, Callable[[], Tensor]]]:
+    """By name, how the parts look in the file and what makes them; nothing if they lie that way."""
     if str(held.format) == canonical:
-        return None
-    layout = format(canonical).layout
-    kind = part_kinds(canonical, (*held.codes.shape[:-1], held.k))[0]
-    return kind, lambda: held.format.relayout(held, layout).codes
+        return {}
+    wanted = held.format.with_layout(format(canonical).layout)
+    kinds = part_kinds(canonical, (*held.codes.shape[:-1], held.k))
+
+    def part(index: int) -> Tensor:
+        if index == 0:
+            return held.format.relayout(held, wanted.layout).codes
+        name = wanted.parts[index]
+        return wanted.turned(name, getattr(held, name)).contiguous()
+
+    return {name: (kinds[i], partial(part, i)) for i, name in enumerate(names)}
 
 
 def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
@@ -154,9 +163,7 @@ def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
     files = {parts: text for parts, text, _ in canonical_parts(canonical.graph)}
     for parts, text, k in weight_parts(gm):
         held = Quantized.from_parts(format(text), [find_attribute(gm, part) for part in parts], k)
-        made = _in_canonical(held, files.get(parts, text))
-        if made is not None:
-            relaid[parts[0]] = made
+        relaid |= _in_canonical(held, files.get(parts, text), parts)
     parameters = dict(gm.named_parameters(remove_duplicate=False))
     for name in tensor_names(canonical.graph):
         tensor = find_attribute(gm, name)

@@ -2,7 +2,7 @@
 
 In: a spec, a schedule, tensors. Out: y. `launch` is the only place that imports Triton.
 
-    launch(spec, schedule, x, parts)   ->   y [M, n]
+    launch(spec, schedule, [x, codes, scales])   ->   y [M, n]
 
 Triton reads a function's source from its file, so generated modules live in a folder beside torch's own
 compile caches, named by what is in them: a file is written once, by whoever comes first, and renamed in.
@@ -26,7 +26,9 @@ from torch import Tensor
 from ...formats import Quantized
 from ..schedule import Schedule
 from ..slices import Walk, walk
-from ..spec import CodegenError, GemmSpec
+from ..spec import CodegenError, GemmSpec, Inputs
+from .arguments import arguments, stored_bytes, sums_are_integers, table, values
+from .locks import locks
 from .source import source
 from .values import needs_table
 from .whole import BLOCK_N, whole_source
@@ -70,76 +72,127 @@ def _whole_kernel(spec: GemmSpec) -> Any:
 
 def decode(spec: GemmSpec, parts: Sequence[Tensor], x: Tensor) -> Tensor:
     """The weight [n, k] in x's dtype, bit for bit `dequantize`'s, in fresh memory."""
-    w = x.new_empty(spec.n, spec.k)
-    given = _arguments(spec, x, parts, None, w, None)
+    w = x.new_empty(spec.n, spec.k, dtype=spec.dtype)
     found = walk(spec.weight, spec.k)
     assert isinstance(found, Walk)
-    wanted = ("codes", "scales", "zeros", "level", "table", "SN", "SG")
-    _whole_kernel(spec)[-(-spec.n // BLOCK_N), found.runs](w=w, **{name: given[name] for name in wanted})
+    q = Quantized.from_parts(spec.weight, parts, spec.k)
+    scales = w if q.scales is None else stored_bytes(q.scales)
+    strides = scales.stride() if q.scales is not None and scales.ndim == 2 else (0, 0)
+    _whole_kernel(spec)[-(-spec.n // BLOCK_N), found.runs](
+        codes=q.codes.view(torch.int16),
+        scales=scales,
+        zeros=w if q.zeros is None else q.zeros,
+        level=w if q.tensor_scale is None else q.tensor_scale,
+        table=table(spec, w.device) if needs_table(spec.weight.element) else w,
+        w=w,
+        SN=strides[0],
+        SG=strides[1],
+    )
     return w
 
 
-@lru_cache(maxsize=64)
-def _table(spec: GemmSpec, device: torch.device) -> Tensor:
-    return torch.tensor(spec.weight.element.values(), dtype=torch.float32, device=device)
-
-
 def grid(spec: GemmSpec, schedule: Schedule, m: int) -> tuple[int, int, int]:
-    """Programs: tiles of the weight's rows, parts of the sum, blocks of x's rows."""
-    return -(-spec.n // schedule.block_n), schedule.split, -(-m // schedule.block_m)
+    """Programs: tiles of the weight's rows, parts of the sum, blocks of x's rows. With experts there are at
+    most so many blocks: each expert may leave one unfilled."""
+    blocks = -(-m // schedule.block_m)
+    if spec.experts:
+        blocks = min(blocks + spec.experts - 1, m)
+    return -(-spec.n // schedule.block_n), schedule.split, blocks
 
 
-def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> None:
-    """One sentence if these are no operands of this spec; before anything is launched."""
-    if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != spec.dtype:
+def check(spec: GemmSpec, inputs: Sequence[Tensor]) -> Inputs:
+    """The tensors told apart; one sentence, before anything is launched, if they are no operands of this
+    spec."""
+    given = spec.inputs(inputs)
+    x = given.x
+    wanted = spec.dtype if spec.activation is None else torch.uint8
+    if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != wanted:
         raise CodegenError(
-            f"the kernel {spec} takes x [M, {spec.k}] in {spec.x}, not {tuple(x.shape)} in {x.dtype}"
+            f"the kernel {spec} takes x [M, {spec.k}] in {wanted}, not {tuple(x.shape)} in {x.dtype}"
         )
-    if len(parts) != len(spec.weight.parts):
-        raise CodegenError(f"{spec.weight} stores {', '.join(spec.weight.parts)}, not {len(parts)} tensors")
     if x.stride(1) != 1 and x.shape[0] > 0:
         raise CodegenError("the rows of x must be contiguous; call x.contiguous() before the kernel")
-    codes = parts[0]
-    if not codes.is_contiguous() or codes.data_ptr() % 16:
-        raise CodegenError("packed codes must be contiguous and start at a multiple of 16 bytes; clone them")
-    if (bias is not None) != spec.bias:
-        raise CodegenError(f"the kernel {spec} {'needs' if spec.bias else 'takes no'} bias")
+    if any(tensor.device != x.device for tensor in inputs):
+        raise CodegenError("x and the weight's parts are on different devices; move them to one")
     if x.shape[0] * max(spec.k, spec.n) >= 2**31:
         raise CodegenError(f"x of shape {tuple(x.shape)} is past 32-bit addresses; split it along its rows")
+    for codes, *_ in given.parts:
+        _check_codes(spec, codes)
+    if given.x_scales is not None:
+        _check_scales(spec, given.x_scales, x.shape[0])
+    extras = spec.epilogue.count("e")
+    for i, extra in enumerate(given.extras):
+        shape = (x.shape[0], spec.n) if i < extras else (spec.n,)
+        if extra.shape != shape or extra.dtype != spec.dtype or not extra.is_contiguous():
+            raise CodegenError(
+                f"the epilogue {spec.epilogue} reads a contiguous tensor {shape} in {spec.dtype}, not "
+                f"{tuple(extra.shape)} in {extra.dtype}"
+            )
+    return given
+
+
+def _check_codes(spec: GemmSpec, codes: Tensor) -> None:
+    if not codes.is_contiguous() or codes.data_ptr() % 16:
+        raise CodegenError("packed codes must be contiguous and start at a multiple of 16 bytes; clone them")
+    rows = spec.n * max(spec.experts, 1)
+    size = spec.weight.layout.row_bytes(spec.weight.element.bits, spec.weight.run, spec.k)
+    if codes.numel() != rows * size:
+        raise CodegenError(
+            f"the kernel {spec} reads {rows} rows of {size} bytes of codes, not a tensor {tuple(codes.shape)}"
+        )
+
+
+def _check_scales(spec: GemmSpec, scales: Tensor, m: int) -> None:
+    assert spec.activation is not None and spec.activation.scale is not None
+    grain = spec.activation.scale.granularity
+    wanted = 1 if grain.rows is None else m * (1 if grain.cols is None else spec.k // grain.cols)
+    if scales.numel() != wanted or not scales.is_contiguous():
+        raise CodegenError(
+            f"the kernel {spec} reads {wanted} scales of x, not a tensor {tuple(scales.shape)}"
+        )
 
 
 def launch(
     spec: GemmSpec,
     schedule: Schedule,
-    x: Tensor,
-    parts: Sequence[Tensor],
-    bias: Tensor | None = None,
+    inputs: Sequence[Tensor],
     *,
     out: Tensor | None = None,
     workspace: tuple[Tensor, Tensor] | None = None,
     plain: bool = False,
 ) -> Tensor:
-    """x [M, k] times the weight's parts, transposed: y [M, n].
+    """The result [M, n] of a kernel on its inputs (see `spec.py`), x [M, k] among them.
 
-    workspace: for a split schedule, (float32 [split * M * n], int32 zeros [programs]); made if None, and left
-    as it was found: the locks are zero again.
+    workspace: for a split schedule, (sums, float32 or int32 [`workspace_size`], int32 zeros [programs]); made
+    if None, and left as it was found: the locks are zero again.
     """
-    m = x.shape[0]
-    y = x.new_empty(m, spec.n) if out is None else out
+    given = spec.inputs(inputs)
+    m = given.x.shape[0]
+    y = given.x.new_empty(m, spec.n, dtype=spec.out) if out is None else out
     if m == 0:
         return y
-    if schedule.overlap and x.is_cuda:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        schedule.check_arch(10 * major + minor)
+    if given.x.is_cuda:
+        schedule.check(spec, capability(given.x.device))
     programs = grid(spec, schedule, m)
     if schedule.split > 1 and workspace is None:
-        workspace = (
-            x.new_empty(schedule.split * m * spec.n, dtype=torch.float32),
-            x.new_zeros(programs[0] * programs[2], dtype=torch.int32),
-        )
-    given = _arguments(spec, x, parts, bias, y, workspace)
-    kernel(spec, schedule, plain)[programs](**given, **_options(schedule))
+        kind = torch.int32 if sums_are_integers(spec, schedule) else torch.float32
+        sums = given.x.new_empty(workspace_size(spec, schedule, m), dtype=kind)
+        workspace = (sums, locks(given.x.device, programs[0] * programs[2]))
+    found = values(spec, schedule, given, y, workspace, plain=plain)
+    kernel(spec, schedule, plain)[programs](**found, **_options(schedule))
     return y
+
+
+def workspace_size(spec: GemmSpec, schedule: Schedule, m: int) -> int:
+    """Numbers that the parts of a split hold until they are added up."""
+    return schedule.split * spec.weights * m * spec.n
+
+
+@lru_cache(maxsize=64)
+def capability(device: torch.device) -> int:
+    """Compute capability: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _options(schedule: Schedule) -> dict[str, Any]:
@@ -147,47 +200,23 @@ def _options(schedule: Schedule) -> dict[str, Any]:
     return {"num_warps": schedule.warps, "num_stages": schedule.stages, **overlap}
 
 
-def _arguments(
-    spec: GemmSpec,
-    x: Tensor,
-    parts: Sequence[Tensor],
-    bias: Tensor | None,
-    y: Tensor,
-    workspace: tuple[Tensor, Tensor] | None,
-) -> dict[str, Any]:
-    """The kernel's arguments by name; y stands for tensors that this spec does not have."""
-    q = Quantized.from_parts(spec.weight, parts, spec.k)
-    partial, locks = workspace if workspace is not None else (y, y)
-    scales = y if q.scales is None else q.scales
-    if scales.dtype == torch.float8_e4m3fn:
-        scales = scales.view(torch.uint8)
-    strides = scales.stride() if q.scales is not None and scales.ndim == 2 else (0, 0)
-    return {
-        "x": x,
-        "codes": q.codes.view(torch.int16),
-        "scales": scales,
-        "zeros": y if q.zeros is None else q.zeros,
-        "level": y if q.tensor_scale is None else q.tensor_scale,
-        "table": _table(spec, x.device) if needs_table(spec.weight.element) else y,
-        "bias": y if bias is None else bias,
-        "y": y,
-        "partial": partial,
-        "locks": locks,
-        "m": x.shape[0],
-        "x_stride": x.stride(0),
-        "SN": strides[0],
-        "SG": strides[1],
-    }
-
-
 def warm(spec: GemmSpec, schedule: Schedule, parts: Sequence[Tensor]) -> None:
-    """Compiles the kernel into Triton's cache without running it; `parts` may be on `meta`."""
-    x = torch.empty(2, spec.k, dtype=spec.dtype, device="meta")
-    bias = torch.empty(spec.n, dtype=spec.dtype, device="meta") if spec.bias else None
-    y = torch.empty(2, spec.n, dtype=spec.dtype, device="meta")
-    locks = torch.empty(1, dtype=torch.int32, device="meta")
-    workspace = (torch.empty(1, device="meta"), locks) if schedule.split > 1 else None
-    given = _arguments(spec, x, parts, bias, y, workspace)
-    types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in given.items()}
+    """Compiles the kernel into Triton's cache without running it; `parts` of one weight, may be on `meta`."""
+
+    def empty(*shape: int, dtype: torch.dtype = spec.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inputs = [empty(2, spec.k, dtype=spec.dtype if spec.activation is None else torch.uint8)]
+    if spec.activation is not None:
+        inputs.append(spec.activation.quantize(torch.zeros(2, spec.k)).parts[1].to("meta"))
+    inputs += [empty(max(spec.experts, 1), dtype=torch.int32)] if spec.experts else []
+    inputs += [*parts] * spec.weights + [empty(spec.n)] * (spec.weights * spec.bias)
+    inputs += [empty(2, spec.n)] * spec.epilogue.count("e") + [empty(spec.n)] * spec.epilogue.count("v")
+    sums = torch.int32 if sums_are_integers(spec, schedule) else torch.float32
+    room = (empty(1, dtype=sums), empty(1, dtype=torch.int32)) if schedule.split > 1 else None
+    y = empty(2, spec.n, dtype=spec.out)
+    found = values(spec, schedule, spec.inputs(inputs), y, room, plain=False)
+    types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in found.items()}
     # Triton stands tensors in for dtypes among positional arguments only.
-    kernel(spec, schedule).warmup(*types.values(), grid=(1,), **_options(schedule))
+    ordered = [types[name] for name in arguments(spec, schedule, False)]
+    kernel(spec, schedule).warmup(*ordered, grid=(1,), **_options(schedule))

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from ..schedule import Schedule
 from ..spec import GemmSpec
+from .arguments import arguments
 from .build import _options, kernel
-
-_SIGNATURE = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8", "e4m3": "*u8"}
 
 
 @dataclass(frozen=True)
@@ -32,44 +31,19 @@ class Compiled:
     ttgir: str
 
 
-def signature(spec: GemmSpec) -> dict[str, str]:
-    """Types of the kernel's arguments, as Triton writes them; absent tensors stand as y does."""
-    y = _SIGNATURE[spec.x]
-    scale = spec.weight.scale
-    stored = y if scale is None else _SIGNATURE[scale.dtype]
-    zeros = y
-    if scale is not None and scale.zero != "none":
-        zeros = "*i8" if scale.zero == "int" else stored
-    return {
-        "x": y,
-        "codes": "*i16",
-        "scales": stored,
-        "zeros": zeros,
-        "level": "*fp32" if scale is not None and scale.two_level else y,
-        "table": "*fp32",
-        "bias": y,
-        "y": y,
-        "partial": "*fp32",
-        "locks": "*i32",
-        "m": "i32",
-        "x_stride": "i32",
-        "SN": "constexpr",
-        "SG": "constexpr",
-    }
-
-
 @lru_cache(maxsize=256)
 def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
     """Compiled for compute capability `arch` (80, 90, 100), scales with the rows next to each other."""
-    schedule.check_arch(arch)
+    schedule.check(spec, arch)
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     function = kernel(spec, schedule)
-    types = signature(spec)
+    types = arguments(spec, schedule, False)
     names = function.arg_names
-    constants = {(names.index("SN"),): 1, (names.index("SG"),): spec.n}
+    strides = {"SN": 1, "SG": spec.n, "SE": spec.n}
+    constants = {(names.index(name),): value for name, value in strides.items() if name in names}
     # Without this the compiler sees unaligned pointers: two-byte loads and no asynchronous copies.
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -77,7 +51,7 @@ def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
         if types[name].startswith("*") or (name == "x_stride" and spec.k % 16 == 0)
     }
     made = triton.compile(
-        ASTSource(function, types, constants, aligned),
+        ASTSource(function, dict(types), constants, aligned),
         target=GPUTarget("cuda", arch, 32),
         options=_options(schedule),
     )

@@ -16,125 +16,201 @@ from ...formats.rules import middle
 from ..schedule import Schedule
 from ..slices import Walk
 from ..spec import GemmSpec
+from .arguments import has_offset
 from .values import value_lines
 
 # Scales of 8 bits are bytes to Triton, which has the one type nowhere and the other on few GPUs.
 BYTES = ("e8m0", "e4m3")
 
 
+def functions(spec: GemmSpec) -> list[str]:
+    """Functions that decode stored bytes, where scales are such."""
+    held = [f.scale.dtype for f in (spec.weight, spec.activation) if f is not None and f.scale is not None]
+    return [line for dtype in dict.fromkeys(held) if dtype in BYTES for line in _function(dtype)]
+
+
+def _function(dtype: str) -> list[str]:
+    lines = ["code = byte.to(tl.int32)"]
+    if dtype == "e8m0":
+        # 2**(byte - 127): the byte is the exponent, but for 2**-127, a subnormal, and 255, NaN.
+        lines.append("bits = tl.where(code == 0, 0x00400000, code << 23)")
+        lines.append("value = tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)")
+    else:
+        lines += value_lines(Float(4, 3, "fn"), "code", "value")
+    lines.append("return value")
+    return ["", "@triton.jit", f"def {dtype}(byte):", *("    " + line for line in lines), ""]
+
+
+def group(walk: Walk, cols: int | None, i: int) -> int:
+    """Which group of `cols` codes of its run slice i is in; its own where runs and groups do not divide each
+    other."""
+    if cols is None:
+        return 0
+    aligned = walk.codes % cols == 0 or cols % walk.codes == 0
+    return i * walk.length // cols if aligned else i
+
+
+def groups(walk: Walk, cols: int | None) -> list[int]:
+    """Groups of a run; none if there is one for a whole row."""
+    return [] if cols is None else sorted({group(walk, cols, i) for i in range(len(walk.slices))})
+
+
+def column(walk: Walk, k: int, cols: int | None, run: str, of: int) -> str:
+    """The column of the scales [.., k / cols] that group `of` of a run reads."""
+    assert cols is not None
+    if cols % walk.codes == 0:
+        found = run if cols == walk.codes else f"({run} // {cols // walk.codes})"
+    elif walk.codes % cols == 0:
+        found = f"({run} * {walk.codes // cols} + {of})"
+    else:
+        found = f"(({run} * {walk.codes} + {of * walk.length}) // {cols})"
+    return found if walk.runs * walk.codes == k else f"tl.minimum({found}, {-(-k // cols) - 1})"
+
+
 @dataclass(frozen=True)
 class Scales:
-    """Scales of one kernel; `scale` None means that there are none."""
+    """Scales of one weight; `scale` None means that there are none. suffix: what its arguments' names end in;
+    factor, middle: a lane's number times `factor`, plus `middle`, is the element's value (`byte_lanes.py`).
+    """
 
     spec: GemmSpec
     schedule: Schedule
     walk: Walk
     lane: str
+    suffix: str = ""
+    factor: float = 1.0
+    middle: float = 0.0
 
     @property
     def scale(self) -> Scale | None:
         return self.spec.weight.scale
 
-    def function(self) -> list[str]:
-        """A function that decodes stored bytes, where scales are such."""
-        if self.scale is None or self.scale.dtype not in BYTES:
-            return []
-        lines = ["code = byte.to(tl.int32)"]
-        if self.scale.dtype == "e8m0":
-            # 2**(byte - 127): the byte is the exponent, but for 2**-127, a subnormal, and 255, NaN.
-            lines.append("bits = tl.where(code == 0, 0x00400000, code << 23)")
-            lines.append("value = tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)")
-        else:
-            lines += value_lines(Float(4, 3, "fn"), "code", "value")
-        lines.append("return value")
-        return ["", "@triton.jit", f"def {self.scale.dtype}(byte):", *("    " + line for line in lines), ""]
-
     @property
     def has_offset(self) -> bool:
-        return self.scale is not None and self.scale.zero != "none"
+        return has_offset(self.spec)
+
+    @property
+    def cols(self) -> int | None:
+        """Numbers of a row that share a scale; None where all do."""
+        return self.scale.granularity.cols if self.scale is not None else None
 
     @property
     def groups(self) -> list[int]:
         """Groups of a run that have scales of their own; empty if one scale serves a whole row."""
-        if self.scale is None or self.scale.granularity.cols is None:
-            return []
-        return sorted({self.group(i) for i in range(len(self.walk.slices))})
+        return groups(self.walk, self.cols)
 
     def group(self, i: int) -> int:
-        """Which group of its run slice i is in; its own where runs and groups do not divide each other."""
-        cols = self.scale.granularity.cols if self.scale is not None else None
-        if cols is None:
-            return 0
-        aligned = self.walk.codes % cols == 0 or cols % self.walk.codes == 0
-        return i * self.walk.length // cols if aligned else i
-
-    def column(self, run: str, group: int) -> str:
-        """The column of the scales, for a run."""
-        assert self.scale is not None
-        cols = self.scale.granularity.cols
-        assert cols is not None
-        codes = self.walk.codes
-        if cols % codes == 0:
-            column = run if cols == codes else f"({run} // {cols // codes})"
-        elif codes % cols == 0:
-            column = f"({run} * {codes // cols} + {group})"
-        else:
-            column = f"(({run} * {codes} + {group * self.walk.length}) // {cols})"
-        last = -(-self.spec.k // cols) - 1
-        return column if self.walk.runs * codes == self.spec.k else f"tl.minimum({column}, {last})"
+        """Which group of its run slice i is in."""
+        return group(self.walk, self.cols, i)
 
     def names(self) -> list[str]:
         """Registers carried from run to run: scales and offsets of the next groups."""
-        offset = self.has_offset
-        return [f"{kind}_{g}" for g in self.groups for kind in ("s", "z")[: 2 if offset else 1]]
+        kinds = ("s", "z") if self.has_offset else ("s",)
+        return [f"{kind}_{g}{self.suffix}" for g in self.groups for kind in kinds]
 
     def carried(self, run: str, prefix: str = "") -> list[str]:
         """Loads of all scales of a run. Only loads that feed a dot are pipelined by the compiler, so these
         are fetched a run ahead by hand."""
         lines = []
         for g in self.groups:
-            lines += self.load(f"{prefix}s_{g}", f"{prefix}z_{g}", self.column(run, g))
+            s, z = (f"{prefix}{kind}_{g}{self.suffix}" for kind in "sz")
+            lines += self.load(s, z, column(self.walk, self.spec.k, self.cols, run, g))
         return lines
 
     def load(self, s: str, z: str, column: str) -> list[str]:
-        """s: what multiplies the element's value; z: what is added to the product (the stored zero point, in
-        the mode `float`)."""
-        assert self.scale is not None
+        """s: what multiplies a lane's number; z: what is added to the product (the stored zero point, in the
+        mode `float`)."""
+        if self.scale is None:
+            value = f"{s} = tl.full(({self.schedule.block_n},), {self.factor!r}, dtype=tl.float32)"
+            return [value, f"{z} = {s} * {self.middle / self.factor!r}"][: 1 + self.has_offset]
         rows = self.scale.granularity.rows
         row = "row * 0" if rows is None else ("row" if rows == 1 else f"(row // {rows})")
-        place = f"{row} * SN + {column} * SG"
-        load = f"tl.load(scales + {place})"
+        place = f"{row} * SN + {column} * SG" + (" + expert * SE" if self.spec.experts else "")
+        load = f"tl.load(scales{self.suffix} + {place})"
         decoded = f"{self.scale.dtype}({load})" if self.scale.dtype in BYTES else f"{load}.to(tl.float32)"
         if self.schedule.scale == "lane":
             decoded += f".to({self.lane})"
         elif self.schedule.scale == "float" and self.scale.two_level:
-            decoded += " * tl.load(level)"
+            decoded += f" * tl.load(level{self.suffix})"
         lines = [f"{s} = {decoded}"]
         if self.has_offset:
-            lines.append(f"{z} = {self._offset(f'tl.load(zeros + {place}).to(tl.float32)', s)}")
-        return lines
+            lines.append(f"{z} = {self._offset(f'tl.load(zeros{self.suffix} + {place}).to(tl.float32)', s)}")
+        return lines + ([f"{s} = {s} * {self.factor!r}"] if self.factor != 1.0 else [])
 
     def _offset(self, zero: str, s: str) -> str:
         assert self.scale is not None
         if self.schedule.scale == "float":
             return zero
-        if self.scale.zero == "int":
-            return f"-{zero} * {s}"
-        return f"{zero} - {self._middle} * {s}" if self.scale.zero == "float" else zero
+        terms = {
+            "none": f"{self.middle!r} * {s}",
+            "int": f"({self.middle!r} - {zero}) * {s}" if self.middle else f"-{zero} * {s}",
+            "float": f"{zero} - {self._middle - self.middle!r} * {s}",
+            "min": f"{zero} + {self.middle!r} * {s}" if self.middle else zero,
+        }
+        return terms[self.scale.zero]
 
     @property
     def _middle(self) -> float:
-        assert isinstance(self.spec.weight.element, Integer)
-        return float(middle(self.spec.weight.element))
+        element = self.spec.weight.element
+        return float(middle(element)) if isinstance(element, Integer) else 0.0
 
     def affine(self, value: str, group: int) -> str:
         """The reference's arithmetic on decoded float32 values (`formats/affine.py`)."""
         if self.scale is None:
             return value
-        s, z = f"s_{group}[:, None]", f"z_{group}[:, None]"
+        s, z = f"s_{group}{self.suffix}[:, None]", f"z_{group}{self.suffix}[:, None]"
         by_zero = {
             "none": f"{value} * {s}",
             "int": f"({value} - {z}) * {s}",
             "min": f"{value} * {s} + {z}",
         }
         return by_zero.get(self.scale.zero) or f"({value} - {self._middle}) * {s} + {z}"
+
+
+@dataclass(frozen=True)
+class TokenScales:
+    """Scales of quantized activations: t names what multiplies a column of the sums."""
+
+    spec: GemmSpec
+    walk: Walk
+
+    @property
+    def scale(self) -> Scale | None:
+        return self.spec.activation.scale if self.spec.activation is not None else None
+
+    @property
+    def cols(self) -> int | None:
+        return self.scale.granularity.cols if self.scale is not None else None
+
+    @property
+    def groups(self) -> list[int]:
+        """Blocks of a run that have scales of their own."""
+        return groups(self.walk, self.cols)
+
+    def names(self) -> list[str]:
+        """Registers carried from run to run."""
+        return [f"t_{g}" for g in self.groups]
+
+    def carried(self, run: str, prefix: str = "") -> list[str]:
+        """Loads of all scales of a run."""
+        return [
+            self._load(f"{prefix}t_{g}", column(self.walk, self.spec.k, self.cols, run, g))
+            for g in self.groups
+        ]
+
+    def load(self) -> list[str]:
+        """The one of a token, or of the tensor."""
+        return [self._load("t", "0")] if self.scale is not None and self.cols is None else []
+
+    def _load(self, name: str, at: str) -> str:
+        assert self.scale is not None
+        if self.scale.granularity.rows is None:
+            return f"{name} = {self._decoded('tl.load(x_scales + rm * 0)')}"
+        stride = 1 if self.cols is None else self.spec.k // self.cols
+        row = "rm" if stride == 1 else f"rm * {stride}"
+        place = row if at == "0" else f"{row} + {at}"
+        return f"{name} = {self._decoded(f'tl.load(x_scales + {place}, mask=here, other=0)')}"
+
+    def _decoded(self, load: str) -> str:
+        assert self.scale is not None
+        return f"{self.scale.dtype}({load})" if self.scale.dtype in BYTES else f"{load}.to(tl.float32)"

@@ -32,22 +32,25 @@ def receive(of: BinaryIO) -> Any:
     return torch.load(io.BytesIO(pickle.load(of)), weights_only=False)
 
 
-def answer(spec: Any, schedule: Any, x: torch.Tensor, parts: list[torch.Tensor], bias: Any) -> dict[str, Any]:
+def answer(spec: Any, schedule: Any, inputs: list[torch.Tensor]) -> dict[str, Any]:
     """y [M, N] of two runs (without a split, of one) with poisoned outputs and workspaces, the locks after
     them, and whether the memory around y is as it was."""
-    from bitfold.codegen.triton.build import grid, launch
+    from bitfold.codegen.triton.arguments import sums_are_integers
+    from bitfold.codegen.triton.build import grid, launch, workspace_size
 
-    m, n = x.shape[0], spec.n
+    m, n = inputs[0].shape[0], spec.n
     programs = grid(spec, schedule, m)
     locks = torch.zeros(max(programs[0] * programs[2], 1), dtype=torch.int32)
     runs = []
     # The order of programs is not the question without a split, nor a second run then.
     for poison in (float("nan"), 3e4)[: 1 if schedule.split == 1 else 2]:
-        memory = torch.full((m * n + 2 * GUARD,), -77.0, dtype=x.dtype)
+        memory = torch.full((m * n + 2 * GUARD,), -77.0, dtype=spec.out)
         out = memory[GUARD : GUARD + m * n].view(m, n)
         out.fill_(poison)
-        partial = torch.full((schedule.split * m * n + GUARD,), poison)
-        y = launch(spec, schedule, x, parts, bias, out=out, workspace=(partial, locks), plain=True)
+        partial = torch.full((workspace_size(spec, schedule, m) + GUARD,), poison)
+        if sums_are_integers(spec, schedule):
+            partial = torch.full_like(partial, 77777, dtype=torch.int32)
+        y = launch(spec, schedule, inputs, out=out, workspace=(partial, locks), plain=True)
         assert y.data_ptr() == out.data_ptr()
         guarded = (memory[:GUARD] == -77).all() and (memory[GUARD + m * n :] == -77).all()
         runs.append((out.clone(), bool(guarded)))

@@ -12,41 +12,44 @@ import pytest
 import torch
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule
+from bitfold.codegen.epilogue import Epilogue
 from bitfold.codegen.triton import build
 from bitfold.formats import format
 
 SPEC = GemmSpec(format("int4[g64,halves256]"), 32, 256)
 
 
-def operands() -> dict[str, Any]:
-    parts = SPEC.weight.quantize(torch.randn(32, 256)).parts
-    return {"x": torch.zeros(3, 256, dtype=torch.bfloat16), "parts": parts, "bias": None}
+def operands(**changed: Any) -> list[torch.Tensor]:
+    """x, codes and scales, and what else is named."""
+    codes, scales = SPEC.weight.quantize(torch.randn(32, 256)).parts
+    given = {"x": torch.zeros(3, 256, dtype=torch.bfloat16), "codes": codes, "scales": scales}
+    return list((given | changed).values())
 
 
 def refused(match: str, spec: GemmSpec = SPEC, **changed: Any) -> None:
     with pytest.raises(CodegenError, match=match):
-        build.check(spec, **(operands() | changed))
+        build.check(spec, operands(**changed))
 
 
 def test_operands_that_fit() -> None:
-    build.check(SPEC, **operands())
-    build.check(SPEC, **(operands() | {"x": torch.zeros(0, 256, dtype=torch.bfloat16)}))
-    build.check(SPEC, **(operands() | {"x": torch.zeros(3, 300, dtype=torch.bfloat16)[:, :256]}))
+    build.check(SPEC, operands())
+    build.check(SPEC, operands(x=torch.zeros(0, 256, dtype=torch.bfloat16)))
+    build.check(SPEC, operands(x=torch.zeros(3, 300, dtype=torch.bfloat16)[:, :256]))
 
 
 def test_operands_that_do_not() -> None:
     half = torch.bfloat16
     for x in (torch.zeros(3, 255, dtype=half), torch.zeros(256, dtype=half), torch.zeros(3, 256)):
-        refused(r"takes x \[M, 256\] in bf16, not", x=x)
-    refused(r"stores codes, scales, not 1 tensors", parts=operands()["parts"][:1])
+        refused(r"takes x \[M, 256\] in torch.bfloat16, not", x=x)
     refused(r"call x.contiguous\(\) before the kernel", x=torch.zeros(256, 3, dtype=half).T)
-    refused("takes no bias", bias=torch.zeros(32, dtype=half))
-    refused("needs bias", spec=GemmSpec(SPEC.weight, 32, 256, bias=True))
-    codes, scales = operands()["parts"]
+    refused("takes 3 tensors, not 4", bias=torch.zeros(32, dtype=half))
+    refused("takes 4 tensors, not 3", spec=GemmSpec(SPEC.weight, 32, 256, bias=True))
+    _, codes, _ = operands()
     wide = torch.cat([codes, codes], -1)
-    refused("contiguous and start at a multiple of 16 bytes", parts=[wide[:, : codes.shape[1]], scales])
+    refused("contiguous and start at a multiple of 16 bytes", codes=wide[:, : codes.shape[1]])
     shifted = torch.cat([codes.flatten(), codes.flatten()])[1 : 1 + codes.numel()].view(codes.shape)
-    refused("contiguous and start at a multiple of 16 bytes", parts=[shifted, scales])
+    refused("contiguous and start at a multiple of 16 bytes", codes=shifted)
+    refused("reads 32 rows of 128 bytes of codes, not", codes=codes[:16])
     many = torch.zeros(1, 256, dtype=half).expand(2**23, 256)
     refused("is past 32-bit addresses; split it along its rows", x=many)
 
@@ -57,9 +60,32 @@ def test_the_grid() -> None:
     assert build.grid(GemmSpec(SPEC.weight, 64, 256), schedule, 1) == (1, 3, 1)
 
 
+def test_the_grid_of_experts_has_a_block_more_for_each() -> None:
+    spec = GemmSpec(SPEC.weight, 64, 256, experts=8)
+    assert build.grid(spec, Schedule(16, 64, scale="sum"), 40) == (1, 1, 3 + 7)
+    assert build.grid(spec, Schedule(16, 64, scale="sum"), 2) == (1, 1, 2)
+
+
+def test_what_comes_beside_the_weight_is_checked() -> None:
+    spec = GemmSpec(SPEC.weight, 32, 256, epilogue=Epilogue.parse("add(y0,e0)"))
+    build.check(spec, operands(e0=torch.zeros(3, 32, dtype=torch.bfloat16)))
+    for wrong in (torch.zeros(3, 31), torch.zeros(3, 32), torch.zeros(32, 3, dtype=torch.bfloat16).T):
+        refused(r"reads a contiguous tensor \(3, 32\) in torch.bfloat16", spec, e0=wrong)
+    codes = format("int8").quantize(torch.randn(3, 256))
+    spec = GemmSpec(format("int4[g64,planar256]"), 32, 256, activation=codes.format)
+    weight = spec.weight.quantize(torch.randn(32, 256)).parts
+    build.check(spec, [*codes.parts, *weight])
+    with pytest.raises(CodegenError, match="reads 3 scales of x"):
+        build.check(spec, [codes.codes, torch.ones(2, 1), *weight])
+    with pytest.raises(CodegenError, match=r"in torch.uint8, not .* in torch.float32"):
+        build.check(spec, [torch.zeros(3, 256), codes.parts[1], *weight])
+
+
 def test_no_rows_launch_nothing() -> None:
     """Nor compile anything: this runs where there is no GPU."""
-    y = build.launch(SPEC, Schedule(16, 16, scale="sum"), torch.zeros(0, 256, dtype=torch.bfloat16), [])
+    y = build.launch(
+        SPEC, Schedule(16, 16, scale="sum"), operands(x=torch.zeros(0, 256, dtype=torch.bfloat16))
+    )
     assert y.shape == (0, 32) and y.dtype == torch.bfloat16
 
 

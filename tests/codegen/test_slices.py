@@ -90,6 +90,7 @@ def test_int4_by_hand() -> None:
         codes=512,
         units=128,
         runs=8,
+        stride=1024,
         length=128,
         loads=(0,),
         slices=tuple((Take(0, 0, 4, bit),) for bit in (0, 8, 4, 12)),

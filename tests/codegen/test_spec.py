@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule, scales
-from bitfold.codegen.triton import arguments_needed, source
+from bitfold.codegen.triton import source
+from bitfold.codegen.triton.arguments import arguments
 from bitfold.formats import BitfoldError, Codebook, Format, FormatError, Scale, format
 from bitfold.formats.granularity import Granularity
 
@@ -46,7 +47,7 @@ def test_a_spec_parses_from_its_text(text: str, n: int, k: int, x: str, bias: bo
     stages=st.integers(1, 9),
     split=st.integers(1, 100),
     scale=st.sampled_from(["end", "sum", "lane", "float"]),
-    overlap=st.integers(0, 100),
+    overlap=st.integers(0, 1),
 )
 def test_a_schedule_parses_from_its_text(
     block_m: int, block_n: int, warps: int, stages: int, split: int, scale: str, overlap: int
@@ -59,7 +60,7 @@ def test_texts_by_hand() -> None:
     spec = GemmSpec(format("int4[g128,bf16,halves512]"), 4096, 2048, bias=True)
     assert str(spec) == "linear 4096x2048 bf16 int4[g128,halves512] bias"
     assert str(Schedule(16, 64, split=2, scale="sum")) == "m16 n64 w4 s3 k2 sum"
-    assert str(Schedule(16, 64, overlap=4)) == "m16 n64 w4 s3 k1 end o4"
+    assert str(Schedule(16, 64, overlap=1)) == "m16 n64 w4 s3 k1 end o1"
 
 
 @pytest.mark.parametrize(
@@ -131,8 +132,8 @@ def test_other_fields_of_a_schedule() -> None:
     for field in ("stages", "split"):
         with pytest.raises(CodegenError, match="at least one stage and one split"):
             Schedule(16, 16, **{field: 0})
-    with pytest.raises(CodegenError, match="overlap is 0 or a number of runs, not -1"):
-        Schedule(16, 16, overlap=-1)
+    with pytest.raises(CodegenError, match="overlap is 0 or 1, not 2"):
+        Schedule(16, 16, overlap=2)
     assert issubclass(CodegenError, BitfoldError)
 
 
@@ -196,15 +197,20 @@ def test_a_table_past_the_lane_is_scaled_in_float32(value: float, x: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("text", "bias", "want"),
+    ("text", "want"),
     [
-        ("int4[unscaled,halves256]", False, []),
-        ("int4[halves256]", True, ["scales", "bias"]),
-        ("uint4[g128,zero,halves256]", False, ["scales", "zeros"]),
-        ("nvfp4[halves64]", False, ["scales", "level"]),
-        ("nf4[g128,halves256]", True, ["scales", "table", "bias"]),
+        ("linear 128x512 bf16 int4[unscaled,halves256]", "x codes y"),
+        ("linear 128x512 bf16 int4[halves256] bias", "x codes scales bias y"),
+        ("linear 128x512 bf16 uint4[g128,zero,halves256]", "x codes scales zeros y"),
+        ("linear 128x512 bf16 nvfp4[halves64]", "x codes scales level y"),
+        ("linear 128x512 bf16 nf4[g128,halves256] bias", "x codes scales table bias y"),
+        ("linear 128x512 bf16 int8[bytes] x:int8 -> add(y0,e0)", "x x_scales codes scales matrix0 y"),
+        ("linear 128x512 bf16 2*int8[halves128] -> mul(y0,y1)", "x codes scales codes_b scales_b y"),
+        ("grouped 4 128x512 bf16 int8[halves128]", "x ends codes scales y"),
     ],
 )
-def test_arguments_needed(text: str, bias: bool, want: list[str]) -> None:
-    spec = GemmSpec(format(text), 128, 512, bias=bias)
-    assert list(arguments_needed(spec, plain=False)) == want
+def test_a_kernel_takes_what_it_reads(text: str, want: str) -> None:
+    found = list(arguments(GemmSpec.parse(text), Schedule(16, 64), plain=False))
+    constants = ["SN", "SG"] if "scales" in want.replace("x_scales", "") else []
+    constants += ["SE"] if "grouped" in text else []
+    assert found == [*want.split(), "m", "x_stride", *constants]

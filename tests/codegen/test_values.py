@@ -171,7 +171,8 @@ def tolerance(case: Case, x: Tensor, q: Quantized, bias: Tensor | None, want: Te
 
 def check(interpret: Interpret, case: Case, seed: int = 0) -> None:
     x, q, bias = operands(case, seed)
-    told = interpret(spec=case.spec, schedule=case.schedule, x=x, parts=q.parts, bias=bias)
+    inputs = [x, *q.parts] if bias is None else [x, *q.parts, bias]
+    told = interpret(spec=case.spec, schedule=case.schedule, inputs=inputs)
     y = told["y"]
     want = x.double() @ q.dequantize(torch.float64).T
     want = want if bias is None else want + bias.double()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, format
+from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, Quantized, format
 from bitfold.formats.layout import Halfwords
 from bitfold.formats.mover import K, evaluate, k
 
@@ -186,3 +186,21 @@ def test_a_layout_that_forgets_bits_is_refused() -> None:
 
     with pytest.raises(FormatError, match="places bits"):
         Forgetful().pack(codes_of(4, 1, 8), 4)
+
+
+def test_scales_by_group_are_stored_turned() -> None:
+    """Kernels read the scales of neighbouring rows side by side: the part is [K / group, N], and contiguous."""
+    w = torch.randn(6, 64)
+    plain = format("uint4[g32,zero]").quantize(w)
+    for layout in ("halves64", "planar64t"):
+        turned = plain.format.relayout(plain, layout)
+        assert str(turned.format) == f"uint4[g32,zero,{layout}]"
+        codes, scales, zeros = turned.parts
+        assert scales.shape == zeros.shape == (2, 6) and scales.is_contiguous()
+        assert torch.equal(scales, plain.scales.mT) and torch.equal(zeros, plain.zeros.mT)
+        read = Quantized.from_parts(turned.format, [codes, scales, zeros], 64)
+        assert all(a is b for a, b in zip(read.parts, (codes, scales, zeros), strict=True))
+        assert torch.equal(read.dequantize(), plain.dequantize())
+        back = turned.format.relayout(turned, plain.format.layout)
+        assert all(torch.equal(a, b) for a, b in zip(back.parts, plain.parts, strict=True))
+    assert format("int8[halves64]").quantize(w).parts[1].shape == (6, 1)
