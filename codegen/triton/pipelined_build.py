@@ -1,0 +1,168 @@
+"""From a pipelined schedule to a kernel that runs.
+
+In: a spec, a schedule, tensors. Out: y. Triton is imported inside functions.
+
+    launch(spec, schedule, x, parts)   ->   y [M, n]
+
+x, codes and y come to the kernel as tensor maps of the copy engine, made anew for each call on the host: a
+pointer, sizes and strides, in an argument of 128 bytes. A captured graph holds them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...formats import Quantized
+from ..pipelined import Pipelined
+from ..slices import Walk
+from ..spec import CodegenError, GemmSpec
+from .build import module
+from .pipelined import pipelined_source
+
+ALIGNED = 16  # bytes: what addresses and strides of the copy engine are multiples of
+
+
+@lru_cache(maxsize=1024)
+def pipelined_kernel(spec: GemmSpec, schedule: Pipelined) -> Any:
+    """The jitted function for this spec and schedule."""
+    return module(pipelined_source(spec, schedule)).kernel
+
+
+def grid(spec: GemmSpec, schedule: Pipelined, m: int, multiprocessors: int) -> int:
+    """Programs: what the multiprocessors hold, or fewer where there is less to do."""
+    assert isinstance(spec.walk, Walk)
+    tiles = -(-spec.n // schedule.block_n) * -(-m // schedule.block_m)
+    # Every program that shares tiles must have a part in one: those beside it wait for that part.
+    return min(multiprocessors * schedule.programs, tiles * spec.walk.runs if schedule.streamk else tiles)
+
+
+def workspace(
+    spec: GemmSpec, schedule: Pipelined, multiprocessors: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Parts of tiles, float32, and flags, int32 zeros, for any M: one tile a program. Calls that overlap in
+    time need one each."""
+    programs = multiprocessors * schedule.programs if schedule.streamk else 0
+    size = programs * schedule.block_n * schedule.block_m
+    flags = like.new_zeros(max(programs * schedule.groups, 1), dtype=torch.int32)
+    return like.new_empty(max(size, 1), dtype=torch.float32), flags
+
+
+def launch(
+    spec: GemmSpec,
+    schedule: Pipelined,
+    x: Tensor,
+    parts: Sequence[Tensor],
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    room: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x [M, k] times the weight's parts, transposed: y [M, n].
+
+    room: `workspace`'s, for a schedule with streamk; made if None, left with flags of zero.
+    """
+    m = x.shape[0]
+    y = x.new_empty(m, spec.n) if out is None else out
+    if m == 0:
+        return y
+    check(spec, x, parts, y)
+    found = torch.cuda.get_device_properties(x.device)
+    if found.major != 9:
+        raise CodegenError(
+            f"pipelined kernels need compute capability 9.0, not {found.major}.{found.minor}; take a Schedule"
+        )
+    if room is None:
+        room = workspace(spec, schedule, found.multi_processor_count, x)
+    given = _arguments(spec, schedule, x, parts, bias, y, room)
+    programs = grid(spec, schedule, m, found.multi_processor_count)
+    pipelined_kernel(spec, schedule)[(programs,)](*given, **options(schedule))
+    return y
+
+
+def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
+    """One sentence if the copy engine cannot take these; before anything is launched."""
+    if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != spec.dtype:
+        raise CodegenError(
+            f"the kernel {spec} takes x [M, {spec.k}] in {spec.x}, not {tuple(x.shape)} in {x.dtype}"
+        )
+    if len(parts) != len(spec.weight.parts):
+        raise CodegenError(f"{spec.weight} stores {', '.join(spec.weight.parts)}, not {len(parts)} tensors")
+    for name, held in (("x", x), ("codes", parts[0]), ("y", y)):
+        strides = [stride * held.element_size() for stride in held.stride()[:-1]]
+        if held.stride(-1) != 1 or any(place % ALIGNED for place in (*strides, held.data_ptr())):
+            raise CodegenError(
+                f"the rows of {name} must be contiguous and start at multiples of {ALIGNED} bytes; clone it"
+            )
+
+
+def options(schedule: Pipelined) -> dict[str, Any]:
+    """What the compiler is told beside the source."""
+    most = {"maxnreg": schedule.at_start} if schedule.programs > 1 else {}
+    return {"num_warps": schedule.warps} | most
+
+
+def blocks(spec: GemmSpec, schedule: Pipelined) -> dict[str, list[int]]:
+    """What one copy moves, of each tensor that the copy engine sees."""
+    assert isinstance(spec.walk, Walk)
+    length = spec.walk.length
+    return {
+        "x": [schedule.block_m, length],
+        "codes": [schedule.rows, length],
+        "y": [schedule.block_m, schedule.rows],
+    }
+
+
+def shared_layout(block: Sequence[int]) -> Any:
+    """Rows of up to 128 bytes, swizzled so that neither the tensor cores nor eight rows at once collide."""
+    from triton.experimental.gluon.language._layouts import NVMMASharedLayout
+
+    return NVMMASharedLayout(min(128, 2 * block[1]), 16, 2)
+
+
+def _arguments(
+    spec: GemmSpec,
+    schedule: Pipelined,
+    x: Tensor,
+    parts: Sequence[Tensor],
+    bias: Tensor | None,
+    y: Tensor,
+    room: tuple[Tensor, Tensor],
+) -> list[Any]:
+    """The kernel's arguments in order; y stands for tensors that this spec does not have."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    q = Quantized.from_parts(spec.weight, parts, spec.k)
+    tensors = {"x": x, "codes": q.codes.view(torch.int16), "y": y}
+    maps = [
+        TensorDescriptor.from_tensor(tensors[name], block, shared_layout(block))
+        for name, block in blocks(spec, schedule).items()
+    ]
+    scales = y if q.scales is None else q.scales
+    strides = scales.stride() if q.scales is not None and scales.ndim == 2 else (0, 0)
+    return [
+        *maps,
+        scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales,
+        y if q.zeros is None else q.zeros,
+        y if q.tensor_scale is None else q.tensor_scale,
+        y if bias is None else bias,
+        *room,
+        x.shape[0],
+        *strides,
+    ]
+
+
+def warm(spec: GemmSpec, schedule: Pipelined, parts: Sequence[Tensor]) -> None:
+    """Compiles the kernel into Triton's cache without running it; `parts` may be on `meta`."""
+    x = torch.empty(16, spec.k, dtype=spec.dtype, device="meta")
+    y = torch.empty(16, spec.n, dtype=spec.dtype, device="meta")
+    bias = torch.empty(spec.n, dtype=spec.dtype, device="meta") if spec.bias else None
+    room = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
+    given = _arguments(spec, schedule, x, parts, bias, y, room)
+    # Triton stands tensors in for dtypes; tensor maps it takes as they are.
+    types = [value.dtype if isinstance(value, Tensor) else value for value in given]
+    pipelined_kernel(spec, schedule).warmup(*types, grid=(1,), **options(schedule))

@@ -1,0 +1,389 @@
+"""A machine that runs the text of a pipelined kernel on a CPU: what it stands in for is Gluon's language.
+
+In: source, tensors, a number of programs. Out: y, written where the kernel would.
+
+    run(source, x, parts of the weight ..., programs=3)
+
+It is unkind in what hardware leaves open. Copies arrive the moment they are sent off, products and stores
+are computed when they are waited for and no sooner, and a warp that frees something waits until the fetching
+warp has used it: what is freed too early is overwritten before it is read. Where all warps wait, or a barrier
+counts other bytes than come, it raises. Shared memory starts as NaN. Programs run last to first, since each
+waits for its successors only.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitfold.codegen.lanes import Step, _evaluate
+
+SPINS = 3
+
+
+class Stuck(Exception):
+    """Every warp waits for another."""
+
+
+class Tile(torch.Tensor):
+    """A tensor with the one conversion that torch spells differently."""
+
+    def to(self, dtype: torch.dtype, bitcast: bool = False) -> Any:
+        return self.view(dtype) if bitcast else torch.Tensor.to(self, dtype)
+
+
+def tile(held: Tensor) -> Any:
+    return held.as_subclass(Tile)
+
+
+@dataclass
+class Pointer:
+    """An address: a place, or many, in a tensor seen as memory."""
+
+    memory: Tensor
+    at: Any = 0
+
+    def __add__(self, by: Any) -> Pointer:
+        return Pointer(self.memory, self.at + by)
+
+
+def pointer(held: Tensor) -> Pointer:
+    return Pointer(held.as_strided((held.untyped_storage().nbytes() // held.element_size(),), (1,), 0))
+
+
+@dataclass
+class Map:
+    """A tensor as the copy engine sees it."""
+
+    held: Tensor
+    layout: Any = None
+
+
+@dataclass
+class Barrier:
+    pending: int = 0
+    count: int = 0
+    coming: int = 0
+    completed: int = 0
+
+    def settle(self) -> None:
+        if self.pending == 0 and self.coming == 0:
+            self.completed += 1
+            self.pending = self.count
+
+
+@dataclass
+class Shared:
+    held: Any
+
+    def index(self, i: int) -> Any:
+        return self.held[i] if isinstance(self.held, list) else Shared(self.held[i])
+
+    def permute(self, order: Sequence[int]) -> Shared:
+        return Shared(self.held.permute(*order))
+
+    def load(self, layout: Any) -> Any:
+        return tile(self.held.clone())
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.held.dtype and value.shape == self.held.shape
+        self.held.copy_(value)
+
+
+@dataclass
+class Sums:
+    """An accumulator with products on their way."""
+
+    value: Any
+    coming: list[tuple[Any, Shared]] = field(default_factory=list)
+
+
+class Machine:
+    """One run of a kernel."""
+
+    def __init__(self) -> None:
+        self.change = threading.Condition()
+        self.waiting: dict[int, bool] = {}
+        self.fetching: int | None = None
+        self.stores: dict[int, list[Callable[[], None]]] = {}
+        self.program = self.programs = 0
+        self.fault: BaseException | None = None
+
+    # --- barriers and copies ---
+
+    def _changed(self) -> None:
+        self.waiting = dict.fromkeys(self.waiting, False)
+        self.change.notify_all()
+
+    def _pause(self) -> None:
+        """Until something changes; Stuck if nothing can."""
+        me = threading.get_ident()
+        self.waiting[me] = True
+        self.change.notify_all()
+        if all(self.waiting.values()):
+            self.fault = self.fault or Stuck("every warp waits")
+        while self.waiting.get(me) and self.fault is None:
+            self.change.wait()
+        if self.fault is not None:
+            raise Stuck("every warp waits, or one failed")
+
+    def wait(self, bar: Barrier, phase: int) -> None:
+        with self.change:
+            while bar.completed & 1 == phase:
+                self._pause()
+
+    def expect(self, bar: Barrier, size: int) -> None:
+        with self.change:
+            bar.coming += size
+            bar.pending -= 1
+            assert bar.pending >= 0, "more arrivals than the barrier counts"
+
+    def arrive(self, bar: Barrier, pred: bool = True) -> None:
+        if not pred:
+            return
+        with self.change:
+            bar.pending -= 1
+            assert bar.pending >= 0, "more arrivals than the barrier counts"
+            bar.settle()
+            self._changed()
+            if self.fetching is not None and self.fetching != threading.get_ident():
+                busy = self.fetching
+                self.change.wait_for(lambda: self.waiting.get(busy, True) or self.fault is not None)
+
+    def fetch(self, source: Map, at: Sequence[int], bar: Barrier, to: Shared) -> None:
+        rows, cols = to.held.shape
+        with self.change:
+            to.held.zero_()
+            found = source.held[at[0] : at[0] + rows, at[1] : at[1] + cols]
+            to.held[: found.shape[0], : found.shape[1]] = found
+            bar.coming -= to.held.numel() * to.held.element_size()
+            assert bar.coming >= 0, "more bytes than the barrier expects"
+            bar.settle()
+            self._changed()
+
+    def put(self, to: Map, at: Sequence[int], source: Shared) -> None:
+        def copy() -> None:
+            place = to.held[at[0] : at[0] + source.held.shape[0], at[1] : at[1] + source.held.shape[1]]
+            place.copy_(source.held[: place.shape[0], : place.shape[1]])
+
+        self.stores.setdefault(threading.get_ident(), []).append(copy)
+
+    def store_wait(self, pending: int) -> None:
+        mine = self.stores.setdefault(threading.get_ident(), [])
+        while len(mine) > pending:
+            mine.pop(0)()
+
+    # --- warps ---
+
+    def warp_specialize(
+        self, parts: Sequence[tuple[Any, Any]], warps: list[int], registers: list[int]
+    ) -> None:
+        """The last part is the one that fetches."""
+        assert len(warps) == len(registers) == len(parts) - 1
+        threads = [threading.Thread(target=self._work, args=part) for part in parts]
+        with self.change:
+            for thread in threads:
+                thread.start()
+                assert thread.ident is not None
+                self.waiting[thread.ident] = False
+            self.fetching = threads[-1].ident
+        for thread in threads:
+            thread.join()
+        if self.fault is not None:
+            raise self.fault
+
+    def _work(self, function: Callable[..., None], given: Sequence[Any]) -> None:
+        with self.change:
+            me = threading.get_ident()
+        try:
+            function(*given)
+        except BaseException as fault:
+            self.fault = self.fault or fault
+        with self.change:
+            del self.waiting[me]
+            if self.fetching == me:
+                self.fetching = None
+            if self.waiting and all(self.waiting.values()):
+                self.fault = self.fault or Stuck("every warp waits")
+            self.change.notify_all()
+
+
+def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
+    if layout == "barrier":
+        return Shared([Barrier() for _ in range(shape[0])])
+    held = torch.empty(tuple(shape), dtype=dtype)
+    return Shared(held.fill_(float("nan") if dtype.is_floating_point else 0x7ABC))
+
+
+def _init(bar: Barrier, count: int) -> None:
+    bar.count = bar.pending = count
+
+
+def _mma(a: Tensor, b: Shared, sums: Any, is_async: bool) -> Sums:
+    held = sums if isinstance(sums, Sums) else Sums(sums)
+    return Sums(held.value, [*held.coming, (a, b)])
+
+
+def _mma_wait(left: int, deps: Sequence[Any]) -> Any:
+    sums, *rest = deps
+    value, coming = sums.value, list(sums.coming)
+    while len(coming) > left:
+        a, b = coming.pop(0)
+        value = value + a.to(torch.float32) @ b.held.to(torch.float32)
+    return (Sums(value, coming) if left else value, *rest)
+
+
+def _load(place: Pointer, cache_modifier: str = "") -> Any:
+    found = place.memory[place.at]
+    return tile(found.clone()) if isinstance(found, Tensor) else found
+
+
+def _store(place: Pointer, value: Tensor) -> None:
+    place.memory[place.at] = value
+
+
+def _exchange(place: Pointer, value: int, sem: str) -> int:
+    before = int(place.memory[place.at])
+    place.memory[place.at] = value
+    return before
+
+
+def _words(held: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(held.contiguous().view(torch.int16).numpy()).view(np.uint32)
+
+
+def assembly(text: str, inputs: Sequence[np.ndarray], results: int) -> list[np.ndarray]:
+    """The registers $0 .. of a block that `lanes.py` printed, for input registers of one shape."""
+    held: dict[str, Any] = {f"${results + i}": words for i, words in enumerate(inputs)}
+
+    def value(name: str) -> Any:
+        return held[name] if name in held else np.uint32(int(name, 0))
+
+    for statement in re.sub(r"[{}\n]", " ", text).split(";"):
+        op, _, rest = statement.strip().partition(" ")
+        if not op or op.startswith(".reg"):
+            continue
+        out, *operands = (word.strip() for word in rest.split(","))
+        kind, *more = op.split(".")
+        if kind == "mov":
+            held[out] = value(operands[0])
+            continue
+        detail: Any = more[-1].removesuffix("x2") if kind == "fma" else 0
+        if kind in ("shl", "shr", "lop3"):
+            detail = int(operands.pop(), 0)
+        given = [value(name) for name in operands]
+        held[out] = _evaluate(Step(kind, (), detail), given)
+    return [held[f"${i}"] for i in range(results)]
+
+
+def _asm(text: str, constraint: str, args: Sequence[Any], *, dtype: Any, is_pure: bool, pack: int) -> Any:
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    shape = torch.broadcast_shapes(*(arg.shape for arg in args))
+    registers = [_words(arg.as_subclass(torch.Tensor).expand(shape)) for arg in args]
+    words = assembly(text, registers, len(dtypes))
+    made = []
+    for word, kind in zip(words, dtypes, strict=True):
+        halves = np.ascontiguousarray(word).view(np.int16).reshape(shape)
+        made.append(tile(torch.from_numpy(halves.copy()).view(kind)))
+    return made[0] if not isinstance(dtype, tuple) else tuple(made)
+
+
+def _pick(test: Any, a: Any, b: Any) -> Any:
+    if not isinstance(test, Tensor):
+        return a if test else b
+    return torch.where(test, a, b)
+
+
+def _least(a: Any, b: Any) -> Any:
+    return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
+
+
+def language(machine: Machine) -> SimpleNamespace:
+    """What a module imports as `tl`."""
+    return SimpleNamespace(
+        constexpr=lambda value: value,
+        static_range=range,
+        bfloat16=torch.bfloat16,
+        float16=torch.float16,
+        float32=torch.float32,
+        int16=torch.int16,
+        int32=torch.int32,
+        int64=torch.int64,
+        minimum=_least,
+        maximum=max,
+        where=_pick,
+        arange=lambda start, end, layout: tile(torch.arange(start, end)),
+        zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype)),
+        load=_load,
+        store=_store,
+        atomic_add=_Spun(),
+        atomic_xchg=_exchange,
+        barrier=lambda: None,
+        inline_asm_elementwise=_asm,
+        allocate_shared_memory=_allocate,
+        NVMMADistributedLayout=lambda *of: None,
+        DotOperandLayout=lambda *of: None,
+        SliceLayout=lambda *of: None,
+        program_id=lambda axis: machine.program,
+        num_programs=lambda axis: machine.programs,
+        warp_specialize=machine.warp_specialize,
+    )
+
+
+class _Spun:
+    """An atomic addition that may not find 0 for ever."""
+
+    def __init__(self) -> None:
+        self.zeros = 0
+
+    def __call__(self, place: Pointer, value: int, sem: str) -> int:
+        found = int(place.memory[place.at])
+        self.zeros = 0 if found else self.zeros + 1
+        if self.zeros > SPINS:
+            raise Stuck("a program waits for a part that none of its successors wrote")
+        place.memory[place.at] += value
+        return found
+
+
+def _jit(function: Any = None, **_: Any) -> Any:
+    return function if function is not None else lambda inner: inner
+
+
+def run(source: str, *, maps: Sequence[Tensor], rest: Sequence[Any], programs: int) -> None:
+    """Runs `kernel` of this module: maps are x, codes and y; rest what follows, tensors as pointers."""
+    machine = Machine()
+    text = "\n".join(line for line in source.split("\n") if not line.startswith("from triton"))
+    held: dict[str, Any] = {
+        "gluon": SimpleNamespace(jit=_jit),
+        "tl": language(machine),
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=lambda: "barrier",
+            init=_init,
+            wait=machine.wait,
+            expect=machine.expect,
+            arrive=machine.arrive,
+        ),
+        "tma": SimpleNamespace(
+            async_copy_global_to_shared=machine.fetch,
+            async_copy_shared_to_global=machine.put,
+            store_wait=machine.store_wait,
+        ),
+        "warpgroup_mma": _mma,
+        "warpgroup_mma_wait": _mma_wait,
+        "fence_async_shared": lambda: None,
+    }
+    exec(compile(text, "kernel", "exec"), held)
+    arguments = [pointer(value) if isinstance(value, Tensor) else value for value in rest]
+    machine.programs = programs
+    for program in reversed(range(programs)):
+        machine.program = program
+        held["kernel"](*(Map(value) for value in maps), *arguments)
+        assert not any(machine.stores.values()), "a store nobody waited for"
