@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from gpu_timing import copies_past_cache
@@ -25,7 +24,7 @@ from bitfold.codegen.compiling import Job
 from bitfold.codegen.compiling import compile_all as compile_all
 from bitfold.codegen.compiling import shaped_parts as shaped_parts
 from bitfold.codegen.trial import BOUND
-from bitfold.codegen.triton.build import decode, grid, launch
+from bitfold.codegen.triton.build import decode, launch
 from bitfold.formats import Quantized, format
 
 FORMATS = [
@@ -93,19 +92,13 @@ class Ours:
         return "decode, then the library" if chosen is None else str(chosen)
 
     def calls(self, x: Tensor) -> list[Callable[[], Tensor]]:
-        """One for each copy; the outputs and the workspace are one and the same memory, NaN before."""
+        """One for each copy; the outputs are one and the same memory, NaN before."""
         spec, m = self.spec, x.shape[0]
         schedule = self.pick(spec, m)
         if schedule is None:
             return [lambda p=p: torch.nn.functional.linear(x, decode(spec, p, x)) for p in self.copies]
         y = torch.full((m, spec.n), float("nan"), device="cuda", dtype=x.dtype)
-        workspace = None
-        if schedule.split > 1:
-            programs = grid(spec, schedule, m)
-            sums = torch.full((schedule.split * m * spec.n,), float("nan"), device="cuda")
-            workspace = (sums, torch.zeros(programs[0] * programs[2], dtype=torch.int32, device="cuda"))
-        given: dict[str, Any] = {"out": y, "workspace": workspace}
-        return [lambda p=p: launch(spec, schedule, x, p, **given) for p in self.copies]
+        return [lambda p=p: launch(spec, schedule, [x, *p], out=y) for p in self.copies]
 
     def problem(self, x: Tensor, error: float, calls: Sequence[Callable[[], Tensor]]) -> str | None:
         """Why a time of these calls would be worth nothing: a wrong result, or another one each run."""

@@ -118,7 +118,7 @@ def holding(rows: Sequence[Row], card: Device) -> Iterator[Row]:
         groups[row["spec"], row["m"]].append(row)
     for (text, m), group in groups.items():
         spec = GemmSpec.parse(text)
-        if kernel_layout(spec.weight, spec.k, *_activation(spec)) != spec.weight:
+        if kernel_layout(spec.weight, spec.k, spec.activation) != spec.weight:
             continue
         size = bucket(rows_each(spec, m))
         measured = {row["schedule"] for row in group}
@@ -127,11 +127,6 @@ def holding(rows: Sequence[Row], card: Device) -> Iterator[Row]:
         if str(untuned(spec, size, card)) in measured or len(group) >= MANY:
             runs = (row for row in group if row["schedule"] == LIBRARY or _runs(row["schedule"], spec))
             yield from runs
-
-
-def _activation(spec: GemmSpec) -> tuple[Any, ...]:
-    given = getattr(spec, "activation", None)
-    return () if given is None else (given,)
 
 
 def _runs(text: str, spec: GemmSpec) -> bool:

@@ -50,8 +50,7 @@ def rows_of(size: int) -> int:
 
 def rows_each(spec: GemmSpec, m: int) -> int:
     """The rows of x that one weight multiplies: with experts their share, as if all had the same."""
-    experts = getattr(spec, "experts", 0)
-    return -(-m // experts) if experts else m
+    return -(-m // spec.experts) if spec.experts else m
 
 
 @lru_cache(maxsize=64)
@@ -81,7 +80,7 @@ def _shaped(spec: GemmSpec, m: int, block_m: int, block_n: int, warps: int, spli
     that would else be missing."""
     if warps * 16 > block_n or block_m * block_n > MOST_SUMS * 32 * warps:
         return False
-    unsplit = -(-spec.n // block_n) * -(-m // block_m) * max(1, getattr(spec, "experts", 0))
+    unsplit = -(-spec.n // block_n) * -(-m // block_m) * max(1, spec.experts)
     return split == 1 or unsplit * split <= MOST_PROGRAMS * card.multiprocessors
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 from .candidates import bucket, candidates, rows_each
-from .cost import facts, ranked, walkable
+from .cost import facts, ranked
 from .device import Device, present
 from .schedule import Schedule, scales
 from .spec import GemmSpec
@@ -48,7 +48,7 @@ def forget() -> None:
 
 @lru_cache(maxsize=4096)
 def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
-    if not walkable(spec) or not scales(spec):
+    if not spec.walk or not scales(spec):
         return None
     card = present()
     measured = lookup(spec, size, card)
@@ -61,7 +61,7 @@ def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
 
 def has_library(spec: GemmSpec) -> bool:
     """Whether decoding weights and the library's products can take the kernel's place."""
-    return getattr(spec, "activation", None) is None and not getattr(spec, "experts", 0)
+    return spec.activation is None and not spec.experts
 
 
 def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
@@ -79,7 +79,7 @@ def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
 def rule(spec: GemmSpec, m: int, card: Device) -> Schedule | None:
     """What served well before anybody tuned."""
     wanted = scales(spec)
-    if not walkable(spec) or not wanted:
+    if not spec.walk or not wanted:
         return None
     known = facts(spec)
     block_m = next(size for size in (8, 16, 32, 64, 128) if m <= size or size == 128)

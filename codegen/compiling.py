@@ -56,7 +56,7 @@ def compile_one(job: Job) -> str | None:
     spec, schedule = GemmSpec.parse(job[0]), Schedule.parse(job[1])
     obstacle = schedule.obstacle(spec)
     if obstacle is None:
-        warm(spec, schedule, shaped_parts(spec.weight, spec.n, spec.k, getattr(spec, "experts", 0)))
+        warm(spec, schedule, shaped_parts(spec.weight, spec.n, spec.k, spec.experts))
     return obstacle
 
 

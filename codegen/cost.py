@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import sympy as sp
 
+from .byte_lanes import byte_decoder
 from .decode import decoder
 from .device import Device
 from .schedule import Schedule
-from .slices import Take, Unwalkable, Walk, walk
+from .slices import Take, Unwalkable, Walk
 from .spec import CodegenError, GemmSpec
 
 # Fitted: seconds, warp instructions, bytes; each is a symbol of its own in the formulas.
@@ -56,7 +57,7 @@ CONSTANTS = {
 # Not measured: instructions that Triton makes of decoding two values where no program of registers exists.
 PLAIN = 24.0
 _NAMES = (
-    "n k m weights bits x_bytes run run_bytes runs length closes decode lane sum warp_group "
+    "n k m weights bits x_bytes rate run run_bytes runs length closes decode lane sum warp_group "
     "block_n block_m warps stages split SMs read flops shared clock"
 )
 
@@ -139,7 +140,7 @@ def terms() -> tuple[Term, ...]:
     tensor = term(
         "tensor",
         "seconds: products in the tensor cores, of eight rows of x at least",
-        each * turns * 2 * values * most(bm, 8) * s["SMs"] / (s["flops"] * s["DENSE"]),
+        each * turns * 2 * values * most(bm, 8) * s["SMs"] / (s["flops"] * s["rate"] * s["DENSE"]),
     )
     latency = term(
         "latency",
@@ -216,16 +217,16 @@ def _facts_of_card(card: Device) -> dict[str, float]:
 @lru_cache(maxsize=512)
 def facts(spec: GemmSpec) -> dict[str, float]:
     """What the formulas need to know of a spec. CodegenError if no kernel can walk over its rows."""
-    found, scale = walkable(spec), spec.weight.scale
+    found, scale = spec.walk, spec.weight.scale
     if isinstance(found, Unwalkable):
         raise CodegenError(found.reason)
-    quantized = getattr(spec, "activation", None) is not None
+    quantized = spec.activation is not None
     cols = scale.granularity.cols if scale is not None else None
     tensors = 1 + (scale is not None and scale.zero != "none")
     return {
-        "n": spec.n * max(1, getattr(spec, "experts", 0)),
+        "n": spec.n * max(1, spec.experts),
         "k": spec.k,
-        "weights": getattr(spec, "weights", 1),
+        "weights": spec.weights,
         "bits": spec.weight.bits_per_element((spec.n, spec.k)),
         "x_bytes": 1 if quantized else 2,
         "run": found.codes,
@@ -233,14 +234,10 @@ def facts(spec: GemmSpec) -> dict[str, float]:
         "runs": found.runs,
         "length": found.length,
         "closes": tensors * max(1, round(found.codes / cols)) if cols else 1,
-        "decode": PLAIN if quantized else _steps(spec, found),
+        # Tensor cores multiply 8-bit numbers twice as fast.
+        "rate": 2 if quantized else 1,
+        "decode": _steps_of_bytes(spec, found) if quantized else _steps(spec, found),
     }
-
-
-def walkable(spec: GemmSpec) -> Walk | Unwalkable:
-    """How kernels of this spec walk over a row, or why none can."""
-    own: Walk | Unwalkable | None = getattr(spec, "walk", None)
-    return walk(spec.weight, spec.k) if own is None else own
 
 
 def _steps(spec: GemmSpec, found: Walk) -> float:
@@ -248,11 +245,21 @@ def _steps(spec: GemmSpec, found: Walk) -> float:
     element = spec.weight.element
     # A table of sixteen entries is decoded for a whole run in one program.
     fours = element.bits == 4 and hasattr(element, "table")
-    slices = list(found.slices) if fours else [found.slices[0]]
-    loads = sorted({take.load for takes in slices for take in takes})
-    numbered = [[Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices]
-    made = decoder(element, numbered, spec.x)
+    slices = _numbered(found.slices if fours else found.slices[:1])
+    made = decoder(element, slices, spec.x)
     return PLAIN if made is None else len(made.program.steps) / len(slices)
+
+
+def _steps_of_bytes(spec: GemmSpec, found: Walk) -> float:
+    """The same where four values share a register."""
+    made = byte_decoder(spec.weight.element, _numbered(found.slices[:1])[0], spec.lane)
+    return PLAIN if made is None else len(made.program.steps) / 2
+
+
+def _numbered(slices: Sequence[Sequence[Take]]) -> list[list[Take]]:
+    """Slices with the loads that they read numbered from 0."""
+    loads = sorted({take.load for takes in slices for take in takes})
+    return [[Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices]
 
 
 def page() -> str:

@@ -180,3 +180,8 @@ def test_small_batches_stay_where_the_rule_is_and_large_ones_leave_it() -> None:
     assert wide in candidates(SPEC, 128, H200) and wide.block_m in BLOCK_M[bucket(128)]
     assert shortlist(SPEC, 128, H200, 4, wide)[0] == wide
     assert [rows_of(size) for size in (8, 16, 256)] == [1, 16, 256]
+
+
+def test_the_notes_hold_the_formulas() -> None:
+    notes = Path(__file__).parents[2] / "docs" / "notes" / "tuning.md"
+    assert f"```text\n{page()}```\n" in notes.read_text(encoding="utf-8"), "put page() into the notes again"

@@ -101,7 +101,7 @@ def _spec(weight: Format, n: int, k: int, lane: str, activation: str) -> Iterato
     """The kernel, if there is one: for activations in codes where kernels multiply those, else in `lane`."""
     given = format(activation) if activation else None
     for codes in [given, None] if given is not None else [None]:
-        laid_out = kernel_layout(weight, k) if codes is None else kernel_layout(weight, k, codes)
+        laid_out = kernel_layout(weight, k, codes)
         if laid_out is None:
             continue
         try:
