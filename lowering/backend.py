@@ -125,6 +125,7 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     if target.shares_regions:
         share_regions(graph)
     inline(graph)
+    target.finish(graph)
     slots = _lift(graph, weights, positions)
     kept, watched = _drop_unused(graph, slots, inputs, positions)
     graph.recompile()

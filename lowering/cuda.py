@@ -6,6 +6,9 @@ weight is laid out for the kernels.
     %w = dequantize([%c, %s], "int4[g128,halves256]", 4096, bf16); %y = linear(%x, %w, %b)
     ->  %f = bitfold.fused([%x, %c, %s, %b], "linear 4096x4096 bf16 int4[g128,halves256] bias"); %y = %f[0]
 
+Activations that come quantized to int8 or float8_e4m3fn are multiplied as they are, by weights that such a
+lane holds; pointwise operations around a kernel become part of it (`splice.py`).
+
 What no kernel takes (float32 activations, a group of no multiple of 16, a convolution) keeps its dequantize:
 Inductor puts the decoding into the loop of a matrix vector product, and in front of a larger matmul. One
 warning says so.
@@ -23,12 +26,18 @@ from torch.fx import GraphModule, Node
 
 from ..codegen import CodegenError, GemmSpec, choose, kernel_layout, runs_on_kernels
 from ..codegen.decode import finite
+from ..codegen.device import present
 from ..codegen.lanes import LANE_TYPES
+from ..codegen.spec import NATIVE
 from ..formats import Format, Layout, Quantized, format
+from ..formats.layout import Halfwords
 from ..passes import Miss, inherit
 from .inductor import InductorTarget, dequantized
+from .splice import splice
 
 aten = torch.ops.aten
+# Compute capability from which tensor cores multiply float8.
+FLOAT8_FROM = 89
 
 
 class CudaTarget(InductorTarget):
@@ -47,6 +56,18 @@ class CudaTarget(InductorTarget):
         if finite(element):
             return True
         return bool(element.decode(codes.format.unpack(codes.codes, codes.k)).isfinite().all())
+
+    def layout_for(self, reader: Node, format: Format, k: int) -> Layout:
+        """In bytes where tensor cores multiply the activations' own codes."""
+        for user in reader.users:
+            codes = activation_codes(user)
+            if codes is not None and (found := _in_bytes(user, codes, format, k)) is not None:
+                return found
+        return self.layout(format, k)
+
+    def finish(self, gm: GraphModule) -> int:
+        """Operations around kernels become part of them."""
+        return splice(gm)
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):
@@ -68,21 +89,54 @@ class CudaTarget(InductorTarget):
         return region
 
 
+def activation_codes(node: Node) -> Node | None:
+    """The `dequantize` of a linear's activations, if a kernel can multiply their codes."""
+    if node.target is not aten.linear.default:
+        return None
+    given = dequantized(node.args[0])
+    if given is None:
+        return None
+    fmt = format(str(given.args[1]))
+    element = fmt.element
+    if element not in NATIVE or fmt.layout.name != "bytes":
+        return None
+    # The tensor cores of GPUs before 8.9 have no float8: such activations are decoded.
+    return None if NATIVE[element] == "e4m3" and present().arch < FLOAT8_FROM else given
+
+
+def _in_bytes(node: Node, codes: Node, weight: Format, k: int) -> Layout | None:
+    """The layout of a weight for such a product; None if there is no kernel of it."""
+    activation = format(str(codes.args[1]))
+    laid_out = kernel_layout(weight, k, activation)
+    if laid_out is None:
+        return None
+    rows = int(node.meta["val"].shape[-1])
+    return None if isinstance(_spec(node, laid_out, rows, k, activation), Miss) else laid_out.layout
+
+
 def spec_of(node: Node, weight: Node) -> GemmSpec | Miss:
     """What a kernel would compute for this linear, or why there is none."""
-    text, k = weight.args[1], weight.args[2]
+    fmt, rows, k = format(str(weight.args[1])), int(weight.meta["val"].shape[0]), int(str(weight.args[2]))
+    codes = activation_codes(node)
+    if codes is not None and not isinstance(fmt.layout, Halfwords):
+        activation = format(str(codes.args[1]))
+        if kernel_layout(fmt, k, activation) == fmt:
+            return _spec(node, fmt, rows, k, activation)
+    if not runs_on_kernels(fmt.layout):
+        return Miss(f"no kernel walks over {fmt}")
+    return _spec(node, fmt, rows, k, None)
+
+
+def _spec(node: Node, weight: Format, n: int, k: int, activation: Format | None) -> GemmSpec | Miss:
     x: Any = node.args[0]
     lane = next((name for name, dtype in LANE_TYPES.items() if dtype == x.meta["val"].dtype), None)
     if lane is None:
         return Miss(f"the activations are {x.meta['val'].dtype}, and kernels take bfloat16 or float16")
-    fmt = format(str(text))
-    if not runs_on_kernels(fmt.layout):
-        return Miss(f"no kernel walks over {fmt}")
     bias = node.args[2] if len(node.args) > 2 else None
     if isinstance(bias, Node) and bias.meta["val"].dtype != x.meta["val"].dtype:
         return Miss("the bias has another dtype than the activations")
     try:
-        spec = GemmSpec(fmt, int(weight.meta["val"].shape[0]), int(str(k)), lane, bias is not None)
+        spec = GemmSpec(weight, n, k, lane, bias is not None, activation)
     except CodegenError as error:
         return Miss(str(error))
     return spec if choose(spec, 1) is not None else Miss(f"no schedule runs {spec}")
@@ -93,10 +147,13 @@ def _fused(node: Node, weight: Node, spec: GemmSpec) -> Node:
     bias = [node.args[2]] if spec.bias else []
     value: Tensor = node.meta["val"]
     parts: Any = weight.args[0]
+    x: Any = [node.args[0]]
+    if spec.activation is not None:
+        codes = activation_codes(node)
+        assert codes is not None
+        x = codes.args[0]
     with graph.inserting_before(node):
-        call = graph.call_function(
-            torch.ops.bitfold.fused.default, ([node.args[0], *parts, *bias], str(spec))
-        )
+        call = graph.call_function(torch.ops.bitfold.fused.default, ([*x, *parts, *bias], str(spec)))
         call.meta["val"] = [value]
         new = graph.call_function(operator.getitem, (call, 0))
         new.meta["val"] = value

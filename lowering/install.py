@@ -268,6 +268,8 @@ def lower_graph(gm: GraphModule, target: str) -> GraphModule:
         return gm
     Pipeline([Fuse(), Lower(target=target)]).run(gm)
     inline(gm)
+    for name in target.split(","):
+        get_target(name.strip()).finish(gm)
     gm.recompile()
     return gm
 

@@ -94,7 +94,9 @@ def _weights(gm: GraphModule, found: Partition) -> Iterator[_Weight]:
     readers: dict[tuple[str, ...], list[Node]] = {}
     wanted: dict[tuple[str, ...], Target] = {}
     for call, node, parts in _reads(gm):
-        readers.setdefault(parts, []).append(node)
+        # The first reader is one in a region that is taken, if there is any: it says which layout.
+        first = call in found.taken and parts not in wanted
+        readers.setdefault(parts, []).insert(0 if first else len(readers.get(parts, [])), node)
         if call in found.taken:
             wanted.setdefault(parts, found.taken[call])
     for parts, target in wanted.items():
@@ -103,7 +105,7 @@ def _weights(gm: GraphModule, found: Partition) -> Iterator[_Weight]:
         if isinstance(k, int):
             fmt = format(str(text))
             codes = Quantized.from_parts(fmt, [find_attribute(gm, name) for name in parts], k)
-            layout = target.layout(fmt, k) if target.takes(codes) else fmt.layout
+            layout = target.layout_for(nodes[0], fmt, k) if target.takes(codes) else fmt.layout
             yield _Weight(parts, fmt, k, tuple(nodes), layout)
 
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from ..codegen.lanes import LANE_TYPES
 from .fused import parsed
 from .graph_data import Data
+from .splice import expanded
 
 _RETYPED = "bitfold_retyped"
 """In the meta of a body: what `retyped_body` made of it."""
@@ -76,14 +77,4 @@ def _rewrite_kernel(body: GraphModule, call: Node, new: torch.dtype) -> None:
     if lane is not None:
         call.args = (inputs, str(replace(spec, x=lane)))
         return
-    x, *rest = inputs
-    count = len(spec.weight.parts)
-    (result,) = call.users
-    with body.graph.inserting_before(call):
-        weight = body.graph.call_function(
-            torch.ops.bitfold.dequantize.default, (rest[:count], str(spec.weight), spec.k, new)
-        )
-        y = body.graph.call_function(torch.ops.aten.linear.default, (x, weight, *rest[count:]))
-    result.replace_all_uses_with(y)
-    body.graph.erase_node(result)
-    body.graph.erase_node(call)
+    expanded(body.graph, call, new)

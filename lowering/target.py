@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, Layout, Quantized, nearest
 from ..passes import Miss
@@ -49,6 +49,14 @@ class Target(ABC):
     def layout(self, format: Format, k: int) -> Layout:
         """How a weight with rows of `k` numbers in `format` shall lie in memory: as it does, by default."""
         return format.layout
+
+    def layout_for(self, reader: Node, format: Format, k: int) -> Layout:
+        """The same for one reader, a `dequantize` in a region, for a target that cares what it multiplies."""
+        return self.layout(format, k)
+
+    def finish(self, gm: GraphModule) -> int:
+        """Rewrites of the whole lowered graph, its regions put back into it; how many there were."""
+        return 0
 
     def takes(self, codes: Quantized) -> bool:
         """Whether a weight with these very codes can be laid out so; asked once, before it is."""
