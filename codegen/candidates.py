@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 
 from .cost import evaluate, ranked
@@ -87,17 +88,33 @@ def _shaped(spec: GemmSpec, m: int, block_m: int, block_n: int, warps: int, spli
 def shortlist(
     spec: GemmSpec, m: int, card: Device, count: int, first: Schedule | None = None
 ) -> list[Schedule]:
-    """The few that are worth measuring: `first`, then by the model, and not one tile in all its variants."""
+    """The few that are worth measuring: `first`, then by turns the likeliest by the model, not one tile in
+    all its variants, and the likeliest next to `first`: the model was fitted to little that is far off."""
+    order = ranked(spec, m, candidates(spec, m, card), card)
     found = [] if first is None else [first]
+    far = _varied(one for one in order if one != first)
+    near = (one for one in order if first is not None and one != first and _apart(one, first) == 1)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(far, near))
+    found += dict.fromkeys(one for one in turns if one is not None)
+    return found[:count]
+
+
+def _varied(order: Iterable[Schedule]) -> list[Schedule]:
+    """The same without most variants of each tile."""
+    found = []
     tiles: Counter[tuple[object, ...]] = Counter()
     pipelines: Counter[tuple[object, ...]] = Counter()
-    for one in ranked(spec, m, candidates(spec, m, card), card):
+    for one in order:
         tile = (one.block_m, one.block_n, one.warps)
         pipeline = (*tile, one.split, one.scale)
-        if len(found) >= count:
-            break
-        if one not in found and tiles[tile] < MOST_OF_TILE and pipelines[pipeline] < MOST_OF_PIPELINE:
+        if tiles[tile] < MOST_OF_TILE and pipelines[pipeline] < MOST_OF_PIPELINE:
             found.append(one)
             tiles[tile] += 1
             pipelines[pipeline] += 1
     return found
+
+
+def _apart(one: Schedule, other: Schedule) -> int:
+    """In how many of tile, stages, split and place of the scale two schedules differ."""
+    first, second = (((s.block_m, s.block_n, s.warps), s.stages, s.split, s.scale) for s in (one, other))
+    return sum(a != b for a, b in zip(first, second, strict=True))
