@@ -8,9 +8,10 @@ In: heads, the formats of K and V, the kind of mask, the page size. Out: a value
     y [B, Hq, T, D] = softmax(q k^T * scale + mask) v,  k, v = dequantize(cache) [B, Hkv, S, D]
 
 The cache is the parts of K and then those of V, each token and head a row of its format: codes [B, Hkv, S,
-bytes] and scales (zero points) [B, Hkv, S, groups]; a static scale, `[tensor]` in the format's text, is one a
-head, [1, Hkv, 1, 1]. A paged cache has [pages, Hkv, page] in the place of [B, Hkv, S], and a table [B, pages
-of an entry] says which page holds an entry's tokens i * page .. (i + 1) * page - 1.
+bytes] and scales (zero points) [B, Hkv, S, 1], or [B, Hkv, groups, S]; a static scale, `[tensor]` in the
+format's text, is one a head, [1, Hkv, 1, 1]. A paged cache has [pages, Hkv] in the place of [B, Hkv] and the
+tokens of a page in the place of S, and a table [B, pages of an entry] says which page holds an entry's tokens
+i * page .. (i + 1) * page - 1.
 
 Query t of entry b sees the tokens below limits[b, t] that the mask, if there is one, shows.
 """
@@ -187,6 +188,8 @@ def cache_format(fmt: Format | str, dim: int) -> Format:
 def _obstacle(fmt: Format, dim: int, lane: str) -> str | None:
     """Why kernels cannot read or write such a cache, or None."""
     scale, element = fmt.scale, fmt.element
+    if not isinstance(fmt.layout, Halfwords):
+        return "kernels read halfwords; cache_format lays a format out"
     if not isinstance(fmt.sparsity, Dense):
         return "a cache stores every number"
     if not holds(element, lane):
@@ -232,11 +235,11 @@ def cache_shapes(
         found[f"{which}_codes"] = (batch, spec.kv_heads, length, 2 * units), torch.uint8
         if fmt.scale is None:
             continue
-        each = (
-            (batch, spec.kv_heads, length, groups(fmt, spec.dim))
-            if grouped(fmt)
-            else (1, spec.kv_heads, 1, 1)
-        )
+        by_group = fmt.scale.granularity.cols is not None
+        each = (1, spec.kv_heads, 1, 1)
+        if grouped(fmt):
+            last = (groups(fmt, spec.dim), length) if by_group else (length, 1)
+            each = (batch, spec.kv_heads, *last)
         found[f"{which}_scales"] = each, fmt.scale.stored
         if has_zero(fmt):
             assert isinstance(fmt.element, Integer)
@@ -250,13 +253,8 @@ def empty_cache(
     """A cache of zeros; a static scale is 1."""
     made = []
     for name, (shape, dtype) in cache_shapes(spec, batch, tokens).items():
-        static = (
-            name.endswith("scales")
-            and shape[0] == 1
-            and shape[2] == 1
-            and not grouped(spec.k if name[0] == "k" else spec.v)
-        )
-        if not static:
+        static = not grouped(spec.k if name[0] == "k" else spec.v)
+        if name.endswith("codes") or not static:
             made.append(torch.zeros(shape, dtype=dtype, device=device))
         elif dtype == torch.uint8:
             made.append(torch.full(shape, 127, dtype=dtype, device=device))

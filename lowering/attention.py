@@ -63,9 +63,10 @@ def cache_write_reference(
     head = torch.arange(heads, device=k.device)[None, :, None]
     for (which, fmt), x in zip(spec.formats, (k, v), strict=True):
         made = _by_token(fmt).quantize(x, _static(spec, fmt, parts, which, x))
-        for name, part in zip(fmt.parts, made.parts, strict=True):
-            if part is not None and (name == "codes" or grouped(fmt)):
-                parts[f"{which}_{name}"][entry[:, None], head, at[:, None]] = part
+        for name in fmt.parts:
+            if name == "codes" or grouped(fmt):
+                held = fmt.turned(name, parts[f"{which}_{name}"])
+                held[entry[:, None], head, at[:, None]] = getattr(made, name)
 
 
 def attend(
@@ -116,15 +117,12 @@ def decoded(
     parts = dict(zip(spec.parts, cache, strict=True))
     found = []
     for which, fmt in spec.formats:
-        codes = parts[f"{which}_codes"]
-        held = [codes]
-        if fmt.scale is not None:
-            scales = parts[f"{which}_scales"]
-            held.append(scales if grouped(fmt) else scales.expand(*codes.shape[:3], 1))
-        if f"{which}_zeros" in parts:
-            held.append(parts[f"{which}_zeros"])
-        held = held if pages is None else [_contiguous(part, pages) for part in held]
-        found.append(Quantized.from_parts(_by_token(fmt), held, spec.dim).dequantize(dtype))
+        held = {name: fmt.turned(name, parts[f"{which}_{name}"]) for name in fmt.parts}
+        if fmt.scale is not None and not grouped(fmt):
+            held["scales"] = held["scales"].expand(*held["codes"].shape[:3], 1)
+        if pages is not None:
+            held = {name: _contiguous(part, pages) for name, part in held.items()}
+        found.append(Quantized(_by_token(fmt), spec.dim, **held).dequantize(dtype))
     return found[0], found[1]
 
 

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from ..attention import AttentionSpec, group_of, grouped, groups, has_zero, row
 from ..attention_schedule import AttentionSchedule
 from .attention_combine import add_combine
-from .attention_side import TL, Side
-from .source import Lines
+from .attention_side import Side
+from .lines import TL, Lines
 from .values import needs_table
 
 ARGUMENTS = (
@@ -201,6 +201,13 @@ class Kernel:
         page = f"{prefix}page" if spec.page >= self.schedule.block else f"{prefix}page{page_axis}"
         return f"({page} * {spec.kv_heads * spec.page * each} + {prefix}held{page_axis} * {each})"
 
+    def _place_of_scale(self, prefix: str, group: int, count: int) -> str:
+        """Offset of a token's scale: those of neighbouring tokens lie side by side."""
+        spec = self.spec
+        if not spec.page:
+            return f"{group} * tokens + {prefix}at" if group else f"{prefix}at"
+        return f"{prefix}page * {spec.kv_heads * spec.page * count} + ({group * spec.page} + {prefix}held)"
+
     def _ahead(self, start: str, prefix: str) -> list[str]:
         """Scales, zero points and the mask of a block of tokens. Only loads that feed a dot are pipelined by
         the compiler, so these are fetched a block ahead by hand."""
@@ -213,13 +220,12 @@ class Kernel:
             fmt = side.format
             assert fmt.scale is not None
             count = groups(fmt, spec.dim)
-            place = self._place(prefix, count)
             for group in range(count):
-                more = f" + {group}" if group else ""
-                load = f"tl.load({side.name}s + ({place}{more}))"
+                place = self._place_of_scale(prefix, group, count)
+                load = f"tl.load({side.name}s + ({place}))"
                 lines.append(f"{prefix}{side.name}s{group} = {load}")
                 if has_zero(fmt):
-                    lines.append(f"{prefix}{side.name}z{group} = tl.load({side.name}z + ({place}{more}))")
+                    lines.append(f"{prefix}{side.name}z{group} = tl.load({side.name}z + ({place}))")
         if spec.mask != "none":
             lines.append(
                 f"{prefix}mk = tl.load(shown[None, :] + {prefix}at[:, None], mask=here[None, :], other=0)"

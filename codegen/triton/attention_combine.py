@@ -9,8 +9,7 @@ the values. Out: source lines of `combine`, one program a head and query.
 from __future__ import annotations
 
 from ..attention import AttentionSpec
-from .attention_side import TL
-from .source import Lines
+from .lines import TL, Lines
 
 CHUNK = 16  # splits that are added up at a time
 

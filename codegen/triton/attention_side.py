@@ -14,9 +14,8 @@ from ...formats import Format
 from ..attention import grouped
 from ..decode import decoder, finite
 from ..slices import Take, Walk
+from .lines import TL
 from .values import code_line, value_lines
-
-TL = {"bf16": "tl.bfloat16", "f16": "tl.float16"}
 
 
 @dataclass(frozen=True)

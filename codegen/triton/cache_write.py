@@ -15,7 +15,7 @@ from __future__ import annotations
 from ...formats import Format, Integer
 from ..attention import AttentionSpec, group_of, grouped, groups, has_zero, row
 from .encode import code_lines, magnitude_lines, read_lines, scale_lines, zero_lines
-from .source import Lines
+from .lines import Lines
 
 ROWS = 4  # tokens of a program
 ARGUMENTS = (
@@ -46,10 +46,11 @@ def source(spec: AttentionSpec) -> str:
         if spec.page:
             out.add(
                 f"page = tl.load(pages + (b.to(tl.int64) * p_b + at // {spec.page}), mask=here, other=0)",
-                f"place = (page.to(tl.int64) * {heads} + h) * {spec.page} + at % {spec.page}",
+                f"head, at, length = page.to(tl.int64) * {heads} + h, at % {spec.page}, {spec.page}",
             )
         else:
-            out.add(f"place = (b.to(tl.int64) * {heads} + h) * tokens + at")
+            out.add(f"head, length = b.to(tl.int64) * {heads} + h, tokens")
+        out.add("place = head * length + at")
         for number, (which, fmt) in enumerate(spec.formats):
             with out.indent(f"if tl.program_id(1) == {number}:"):
                 _side(out, spec, which, fmt)
@@ -108,7 +109,7 @@ def _scale(out: Lines, spec: AttentionSpec, which: str, fmt: Format, group: int,
     if not grouped(fmt):
         out.add(f"s = tl.load({which}_scales + h)", *read_lines(scale, "s"))
         return
-    where = f"place * {groups(fmt, spec.dim)} + {group}"
+    where = f"(head * {groups(fmt, spec.dim)} + {group}) * length + at"
     if has_zero(fmt):
         assert isinstance(fmt.element, Integer)
         out.add(*zero_lines(fmt.element, scale, values, "s"))
