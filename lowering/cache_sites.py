@@ -32,6 +32,11 @@ _COPIED = (aten.index_copy_.default, aten.index_copy.default)
 _NEW = (aten.index_put.default, aten.index_copy.default, aten.slice_scatter.default)
 _SAME = (aten.contiguous.default, aten.clone.default, aten.alias.default)
 
+_REPEATS = (
+    *_SAME, aten.repeat_interleave.self_int, aten.unsqueeze.default, aten.expand.default,
+    aten.reshape.default, aten.view.default, aten.flatten.using_ints,
+)  # fmt: skip
+
 Positions = Node | tuple[int, int]
 """A node of positions [T], or first and last + 1."""
 
@@ -124,7 +129,7 @@ def unrepeated(operand: Any) -> tuple[Any, int]:
 def _root(operand: Any) -> Node | None:
     """The buffer behind an operand of the attention."""
     base, _ = unrepeated(operand)
-    if isinstance(base, Node) and base.target in (*_INDEXED, *_COPIED, *_NEW):
+    while isinstance(base, Node) and base.target in (*_INDEXED, *_COPIED, *_NEW):
         base = base.args[0]
     return base if isinstance(base, Node) and base.op in ("get_attr", "placeholder") else None
 
@@ -150,7 +155,7 @@ def _held(gm: GraphModule, node: Node, root: Node, order: dict[Node, int]) -> He
     sources = (root,)
     if root.op == "get_attr":
         sources = tuple(gm.graph.find_nodes(op="get_attr", target=root.target))
-    writes: list[Write] = []
+    writes: list[Any] = []
     put_back: dict[Node, Node] = {}
     readers: list[Node] = []
     for use in [use for source in sources for use in source.users]:
@@ -160,7 +165,13 @@ def _held(gm: GraphModule, node: Node, root: Node, order: dict[Node, int]) -> He
             writes += [_sliced(use, copy) for copy in use.users]
         elif use.args and use.args[0] in sources and use.target in (*_INDEXED, *_COPIED, *_NEW):
             writes.append(_written(use))
-            readers += list(use.users)
+            again = [
+                user
+                for user in use.users
+                if user.args[0] is use and user.target in (*_INDEXED, *_COPIED, *_NEW)
+            ]
+            writes += [None] * len(again)
+            readers += [user for user in use.users if user not in again]
         else:
             readers.append(use)
     if len(writes) != 1 or None in writes:
@@ -185,7 +196,7 @@ def _held(gm: GraphModule, node: Node, root: Node, order: dict[Node, int]) -> He
 def _leads_to(use: Node, node: Node) -> bool:
     """Whether a use of the buffer is the attention, or repeats heads for it and nothing else."""
     while use is not node:
-        if len(use.users) != 1 or use.target in (aten.copy_.default, *_INDEXED, *_COPIED):
+        if len(use.users) != 1 or use.target not in _REPEATS:
             return False
         use = next(iter(use.users))
     return True
