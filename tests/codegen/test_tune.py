@@ -269,7 +269,7 @@ def test_compilers_in_processes_say_why_not() -> None:
 @pytest.mark.parametrize("m", [32, 64, 128, 256])
 @pytest.mark.parametrize("text", SPECS[:5])
 def test_what_the_model_chooses_unmeasured_fits_the_card(text: str, m: int) -> None:
-    """As compiled for compute capability 9.0: a program's shared memory, without which it would not start, and
+    """As compiled for compute capability 9.0: shared memory, without which a program would not start, and
     few spilled registers. The model's count of those is rough: nf4 at M = 128 spills 168 bytes, the others at
     most 64; m128 n128 w8 sum, which spills 24 of int4, was among the fastest that were measured."""
     pytest.importorskip("triton")
