@@ -181,6 +181,8 @@ class Pipelined:
             )
         if len(w.slices) % self.joined:
             return f"{len(w.slices)} slices of a run are not joined by {self.joined}"
+        if self.joined > 1 and self.scale == "float" and decodes_together(spec.weight.element):
+            return f"slices of {spec.weight.element.name} are not joined: the compiler would not overlap them"
         room = SHARED // self.programs - RESERVED
         if self.shared(spec) > room:
             return f"{self} takes {self.shared(spec)} bytes of shared memory, of {room}"

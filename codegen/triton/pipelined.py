@@ -248,14 +248,24 @@ class Kernel:
             out.add("b = x_step % X_STAGES", "mbarrier.wait(x_full.index(b), x_step // X_STAGES & 1)")
         x = f"x_ring.index({self._x_slot('b', j)}).permute((1, 0))"
         before = f"a{i - 1}" if i else "held"
+        kept = ", ".join(["total", before, *self._left(i)])
         out.add(
             f"total = warpgroup_mma(a{i}, {x}, total, is_async=True)",
-            f"total, {before} = warpgroup_mma_wait(1, [total, {before}])",
+            f"{kept} = warpgroup_mma_wait(1, [{kept}])",
         )
         if j == 0:
             out.add(self._free("" if i else ", pred=run > begin"))
         if j == self.schedule.joined - 1:
             out.add("x_step += 1")
+
+    def _left(self, i: int) -> list[str]:
+        """What later slices are made of. It passes through the wait after slice i, so that nothing of them is
+        computed between a product's start and that wait: the compiler would then wait for each product (C7513,
+        "non wgmma instructions defining input registers")."""
+        slices = self.walk.slices
+        if len(self._calls) == 1:
+            return [f"a{j}" for j in range(i + 1, len(slices))]
+        return [f"u{load}" for load in sorted({take.load for takes in slices[i + 1 :] for take in takes})]
 
     @staticmethod
     def _free(when: str = "") -> str:

@@ -353,6 +353,10 @@ class _Spun:
         return found
 
 
+def jit_namespace() -> SimpleNamespace:
+    return SimpleNamespace(jit=_jit)
+
+
 def _jit(function: Any = None, **_: Any) -> Any:
     return function if function is not None else lambda inner: inner
 
@@ -362,7 +366,7 @@ def run(source: str, *, maps: Sequence[Tensor], rest: Sequence[Any], programs: i
     machine = Machine()
     text = "\n".join(line for line in source.split("\n") if not line.startswith("from triton"))
     held: dict[str, Any] = {
-        "gluon": SimpleNamespace(jit=_jit),
+        "gluon": jit_namespace(),
         "tl": language(machine),
         "mbarrier": SimpleNamespace(
             MBarrierLayout=lambda: "barrier",
