@@ -260,7 +260,7 @@ class Kernel:
 
     def _left(self, i: int) -> list[str]:
         """What later slices are made of. It passes through the wait after slice i, so that nothing of them is
-        computed between a product's start and that wait: the compiler would then wait for each product (C7513,
+        computed between a product's start and that wait: the compiler would wait for each product (C7513,
         "non wgmma instructions defining input registers")."""
         slices = self.walk.slices
         if len(self._calls) == 1:

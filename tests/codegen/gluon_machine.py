@@ -246,8 +246,10 @@ def _load(place: Pointer, cache_modifier: str = "") -> Any:
     return tile(found.clone()) if isinstance(found, Tensor) else found
 
 
-def _store(place: Pointer, value: Tensor) -> None:
-    place.memory[place.at] = value
+def _store(place: Pointer, value: Tensor, mask: Any = True) -> None:
+    at = torch.as_tensor(place.at)
+    here = torch.as_tensor(mask).expand(at.shape)
+    place.memory[at[here]] = value.expand(at.shape)[here].as_subclass(torch.Tensor)
 
 
 def _exchange(place: Pointer, value: int, sem: str) -> int:
@@ -320,7 +322,9 @@ def language(machine: Machine) -> SimpleNamespace:
         minimum=_least,
         maximum=max,
         where=_pick,
-        arange=lambda start, end, layout: tile(torch.arange(start, end)),
+        arange=lambda start, end, layout=None: tile(torch.arange(start, end)),
+        broadcast_to=lambda held, shape: held.expand(shape),
+        uint16=torch.uint16,
         zeros=lambda shape, dtype, layout: tile(torch.zeros(shape, dtype=dtype)),
         load=_load,
         store=_store,
