@@ -37,9 +37,9 @@ CONTEXTS = (8192, 32768)
 BATCHES = (1, 16)
 SWEPT = ["int8[bf16]", "int4[bf16]"]
 # (block, warps)
-TILES = ((32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 4))
+TILES = ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4))
 STAGES = (3, 4)
-PROGRAMS = (264, 528, 1056)
+PROGRAMS = (264, 528, 792, 1056)
 
 
 def spec_of(text: str, page: int = 0) -> AttentionSpec:

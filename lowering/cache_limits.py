@@ -46,7 +46,13 @@ def _prefix(mask: Node) -> tuple[Node, bool, list[int]] | None:
     seen, the unsqueezes' dimensions); None for another mask."""
     dims: list[int] = []
     node: Any = mask
-    while isinstance(node, Node) and node.target is aten.unsqueeze.default:
+    while isinstance(node, Node) and node.target in (aten.unsqueeze.default, aten.expand.default):
+        if node.target is aten.expand.default:  # limits of one entry or query serve all
+            inner: Any = node.args[0]
+            if inner.meta["val"].ndim != node.meta["val"].ndim:
+                return None
+            node = inner
+            continue
         # Counted from the front, since the last dimension is another one here.
         dim = int(node.args[1])  # type: ignore[arg-type]
         dims.append(dim + node.meta["val"].ndim if dim < 0 else dim)
@@ -61,8 +67,10 @@ def _prefix(mask: Node) -> tuple[Node, bool, list[int]] | None:
         return None
     if mask.meta["val"].ndim > 4 or any(dim >= node.meta["val"].ndim + len(dims) - 1 for dim in dims):
         return None
-    heads = mask.meta["val"].shape[1] if mask.meta["val"].ndim == 4 else 1
-    return (last, itself, dims[::-1]) if heads == 1 else None
+    shape = list(last.meta["val"].shape)
+    for dim in reversed(dims):
+        shape.insert(dim, 1)
+    return (last, itself, dims[::-1]) if len(shape) < 4 or shape[1] == 1 else None
 
 
 def _counts(node: Any, tokens: int) -> bool:
@@ -75,6 +83,8 @@ def _counts(node: Any, tokens: int) -> bool:
         shape = node.meta["val"].shape
         if shape[-1] != tokens or node.meta["val"].numel() != tokens:
             return False
+        node = node.args[0]
+    while isinstance(node, Node) and node.target is aten.add.Tensor and node.args[1] == 0:
         node = node.args[0]
     if not isinstance(node, Node):
         return False

@@ -15,8 +15,8 @@ from bitfold.codegen.triton.attention_inspect import inspect_attention, inspect_
 from bitfold.codegen.triton.inspect import Compiled
 
 PAIRS = [
-    ("int8[bf16]", "int8[bf16]", "", "r8 b64 w4 s3"),
-    ("int4[g32]", "int4[g32]", "", "r8 b64 w4 s3"),
+    ("int8[bf16]", "int8[bf16]", "", "r8 b64 w2 s3"),
+    ("int4[g32]", "int4[g32]", "", "r8 b64 w2 s3"),
     ("int4[bf16]", "int4[bf16]", " page:64", "r8 b64 w2 s4"),
     ("float8_e4m3fn[tensor]", "float8_e4m3fn[tensor]", " mask:bool page:16", "r16 b64 w4 s3"),
     ("uint4[g64,zero]", "mxfp4", " mask:float", "r8 b32 w2 s3"),

@@ -334,3 +334,35 @@ def test_compiled_program() -> None:
         for at in (3, 4):
             given = inputs([at])
             torch.testing.assert_close(compiled(*given), program(*given), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_transformers_with_its_static_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
+
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=64, vocab_size=200, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.generation_config = transformers.GenerationConfig(
+        use_cache=True, cache_implementation="static", max_length=64,
+        cache_config={"batch_size": 1, "max_cache_len": 64},
+    )  # fmt: skip
+
+    def given(token: int, at: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[token]]), "cache_position": torch.tensor([at])}
+
+    with torch.no_grad():
+        program = bf.quantize(
+            TorchExportableModuleWithStaticCache(model), "kv_int8", scope="program", target="cpu",
+            example_inputs=given(5, 0),
+        )  # fmt: skip
+        texts = [str(n.args[-1]) for n in program.graph.nodes if n.target is torch.ops.bitfold.attend.default]
+        assert len(texts) == 2 and not any("mask" in text for text in texts)
+        net = TorchExportableModuleWithStaticCache(model)
+        for at, token in enumerate((5, 7, 9, 11)):
+            want, got = net(**given(token, at)), program(**given(token, at))
+            assert (got - want).float().norm() < 0.02 * want.float().norm()
