@@ -65,9 +65,9 @@ class AttentionSchedule:
 def choose_attention(spec: AttentionSpec, queries: int) -> AttentionSchedule:
     """The schedule for this many queries of each head.
 
-    Two warps: what they issue for a token, counted in the machine code for 9.0, takes 0.55 (int8), 0.66 (int4)
-    and 0.77 (int4[g32]) of the time in which an H200 reads it. With four, int4's slices of 32 numbers give
-    only two of them rows of the second product, and the others repeat it: 0.60, 0.98 and 1.13.
+    Two warps: what they issue for a token, counted in the machine code for 9.0, takes 0.55 (int8), 0.66
+    (int4) and 0.77 (int4[g32]) of the time in which an H200 reads it. With four, int4's slices of 32 numbers
+    give only two of them rows of the second product, and the others repeat it: 0.60, 0.98 and 1.13.
     """
     rows = spec.group * queries
     width = next(size for size in (8, 16, 32, 64) if rows <= size or size == 64)

@@ -39,9 +39,9 @@ def add_combine(out: Lines, spec: AttentionSpec, *, overlap: bool) -> None:
         with out.indent(f"for i in range(0, splits, {CHUNK}):"):
             out.add(
                 "at = start + (i + rc) * rows",
-                "have = i + rc < splits",
-                "mc = tl.load(sums + at * 2, mask=have, other=float('-inf'))",
-                "lc = tl.load(sums + (at * 2 + 1), mask=have, other=0.0)",
+                "inside = i + rc < splits",
+                "mc = tl.load(sums + at * 2, mask=inside, other=float('-inf'))",
+                "lc = tl.load(sums + (at * 2 + 1), mask=inside, other=0.0)",
                 f"o = tl.load(partial + (at[:, None] * {spec.dim} + rd[None, :]), "
                 f"mask=(lc != 0.0)[:, None]{keep}, other=0.0)",
                 "total += tl.sum(o * tl.exp2(mc - base)[:, None], 0)",

@@ -28,6 +28,14 @@ def inspect_attention(spec: AttentionSpec, schedule: AttentionSchedule, arch: in
 
 
 @lru_cache(maxsize=256)
+def inspect_combine(spec: AttentionSpec, schedule: AttentionSchedule, arch: int = 90) -> Compiled:
+    """The kernel that adds 64 splits up, compiled."""
+    options = {"num_warps": 4} | ({"launch_pdl": True} if schedule.overlap else {})
+    integers = {"rows", "splits", "t"}
+    return _compiled(kernels(spec, schedule).combine, spec, integers, set(), arch, options, {"SPLITS": 64})
+
+
+@lru_cache(maxsize=256)
 def inspect_write(spec: AttentionSpec, arch: int = 90) -> Compiled:
     """The quantizing write, compiled."""
     options = {"num_warps": 1, "enable_fp_fusion": False}
@@ -42,19 +50,23 @@ def _compiled(
     aligned: set[str],
     arch: int,
     options: dict[str, Any],
+    constants: dict[str, int] | None = None,
 ) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    fixed = constants or {}
     types = {name: "i32" if name in integers else _type(spec, name) for name in function.arg_names}
+    types |= dict.fromkeys(fixed, "constexpr")
+    constexprs = {(function.arg_names.index(name),): value for name, value in fixed.items()}
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(function.arg_names)
         if types[name].startswith("*") or name in aligned
     }
     made = triton.compile(
-        ASTSource(function, types, {}, divisible), target=GPUTarget("cuda", arch, 32), options=options
+        ASTSource(function, types, constexprs, divisible), target=GPUTarget("cuda", arch, 32), options=options
     )
     registers, spills = _resources(made.asm["cubin"])
     return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])

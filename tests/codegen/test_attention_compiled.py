@@ -11,7 +11,7 @@ from bitfold.codegen.attention_schedule import AttentionSchedule, choose_attenti
 from bitfold.codegen.slices import Walk, walk
 
 pytest.importorskip("triton")
-from bitfold.codegen.triton.attention_inspect import inspect_attention, inspect_write
+from bitfold.codegen.triton.attention_inspect import inspect_attention, inspect_combine, inspect_write
 from bitfold.codegen.triton.inspect import Compiled
 
 PAIRS = [
@@ -76,6 +76,18 @@ def test_chosen_schedules_do_not_spill(text: str, queries: int) -> None:
         spec = spec_of(text, text, x=x)
         made = inspect_attention(spec, choose_attention(spec, queries), 90)
         assert made.spills <= 16, f"{spec}: {made.spills}"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_combination_as_compiled(overlap: bool) -> None:
+    """It waits for its predecessor before it reads, if it is launched before that one ends."""
+    spec, schedule = spec_of("int8[bf16]", "int8[bf16]"), AttentionSchedule(8, 64, overlap=overlap)
+    made = inspect_combine(spec, schedule, 90)
+    assert made.spills == 0
+    assert ("griddepcontrol.wait" in made.ptx) == overlap
+    assert not overlap or made.ptx.index("griddepcontrol.wait") < made.ptx.index("ld.global")
+    first = inspect_attention(spec, schedule, 90)
+    assert ("griddepcontrol.launch_dependents" in first.ptx) == overlap
 
 
 @pytest.mark.parametrize("text", ["int8[bf16]", "uint4[g32,zero]"])
