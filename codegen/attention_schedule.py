@@ -21,6 +21,8 @@ from .spec import CodegenError
 PROCESSORS = 132
 # Warps of a multiprocessor that registers and shared memory have room for, for every format looked at.
 RESIDENT = 12
+# Rows -> tokens of a step, warps, stages.
+_TILES = {8: (64, 2, 3), 16: (64, 4, 3), 32: (32, 4, 3), 64: (32, 4, 2)}
 _TEXT = re.compile(r"r(\d+) b(\d+) w(\d+) s(\d+)( overlap)?")
 
 
@@ -67,11 +69,12 @@ def choose_attention(spec: AttentionSpec, queries: int) -> AttentionSchedule:
 
     Two warps: what they issue for a token, counted in the machine code for 9.0, takes 0.55 (int8), 0.66
     (int4) and 0.77 (int4[g32]) of the time in which an H200 reads it. With four, int4's slices of 32 numbers
-    give only two of them rows of the second product, and the others repeat it: 0.60, 0.98 and 1.13.
+    give only two of them rows of the second product, and the others repeat it: 0.60, 0.98 and 1.13. More rows
+    take the largest tiles that leave no register in memory.
     """
     rows = spec.group * queries
     width = next(size for size in (8, 16, 32, 64) if rows <= size or size == 64)
-    return AttentionSchedule(width, 64, 2, 3) if width <= 16 else AttentionSchedule(width, 64, 4, 2)
+    return AttentionSchedule(width, *_TILES[width])
 
 
 @lru_cache(maxsize=4096)

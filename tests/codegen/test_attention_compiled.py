@@ -20,7 +20,7 @@ PAIRS = [
     ("int4[bf16]", "int4[bf16]", " page:64", "r8 b64 w2 s4"),
     ("float8_e4m3fn[tensor]", "float8_e4m3fn[tensor]", " mask:bool page:16", "r16 b64 w4 s3"),
     ("uint4[g64,zero]", "mxfp4", " mask:float", "r8 b32 w2 s3"),
-    ("nf4[g32]", "int8", "", "r64 b64 w4 s2"),
+    ("nf4[g32]", "int8", "", "r32 b32 w4 s3"),
 ]
 FAST = {(i, 90) for i in range(4)} | {(0, 80)}
 
@@ -70,12 +70,13 @@ def test_a_kernel_as_compiled(pair: int, arch: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["int8[bf16]", "int4[g32]", "float8_e4m3fn[bf16]", "mxfp4", "nf4[g32]"])
-@pytest.mark.parametrize("queries", [1, 4, 16])
+@pytest.mark.parametrize("queries", [1, 4, 8, 16])
 def test_chosen_schedules_do_not_spill(text: str, queries: int) -> None:
+    """But for a few words of nf4's tables, under 64 rows."""
     for x in ("bf16", "f16"):
         spec = spec_of(text, text, x=x)
         made = inspect_attention(spec, choose_attention(spec, queries), 90)
-        assert made.spills <= 16, f"{spec}: {made.spills}"
+        assert made.spills <= (48 if text.startswith("nf4") else 0), f"{spec}: {made.spills}"
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -138,7 +138,7 @@ def test_heads_are_known_by_their_path() -> None:
 
 
 MISTAKES = {
-    "int44": "unknown recipe or format 'int44'; did you mean 'int4' or 'int8'?",
+    "int44": "unknown recipe or format 'int44'; did you mean 'int4' or 'kv_int4'?",
     "int8_al": "unknown recipe or format 'int8_al'; did you mean 'int8_all'",
     "zzz": "unknown recipe or format 'zzz'; give one of none, int8,",
     "int4[q3]": "'int4[q3]' is neither a recipe nor a format: ",
