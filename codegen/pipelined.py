@@ -30,7 +30,7 @@ REGISTERS, MOST_REGISTERS = 65536, 255
 GROUPS = ((1, 4), (1, 8), (2, 4))
 # Registers for addresses, masks, scales and counters: with fewer left int4's kernels spilled, with these
 # none.
-SPARE = 32
+SPARE = 40
 _TEXT = re.compile(r"tma m(\d+) n(\d+) g(\d+) w(\d+) x(\d+) j(\d+) c(\d+) p(\d+) (\w+)( streamk)?")
 
 

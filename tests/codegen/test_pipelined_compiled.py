@@ -20,7 +20,7 @@ PLANS = [
     "tma m128 n128 g2 w4 x5 j1 c3 p1 {}",
     "tma m64 n128 g2 w4 x3 j2 c3 p1 {} streamk",
     "tma m32 n64 g1 w4 x3 j2 c3 p3 {}",
-    "tma m64 n128 g1 w8 x3 j1 c2 p2 {}",
+    "tma m32 n128 g1 w8 x3 j1 c2 p2 {}",
     "tma m16 n64 g1 w4 x4 j1 c2 p2 {} streamk",
 ]
 FORMATS = [

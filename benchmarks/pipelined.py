@@ -1,0 +1,203 @@
+"""Pipelined kernels timed on the GPU that is there, beside bf16 and beside decoding first.
+
+In: shapes, rows of x. Out: raw JSON of everything tried, the best of each on the terminal.
+
+    python benchmarks/pipelined.py --out benchmarks/results/pipelined-nvidia-h200.json --limit 300
+
+Every schedule is held against float32 first, on fresh numbers with poisoned results, twice: a wrong one, or
+one whose two results differ, is reported and not timed. `slices` decodes some rows of the weight at a time,
+so few that they stay in the L2, and multiplies them by the library before the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_timing import card, copies_past_cache, microseconds
+from torch import Tensor
+
+from bitfold.codegen import GemmSpec, kernel_layout
+from bitfold.codegen.compiling import shaped_parts
+from bitfold.codegen.pipelined import Pipelined, modes
+from bitfold.codegen.triton.build import decode
+from bitfold.codegen.triton.pipelined_build import launch, warm, workspace
+from bitfold.formats import Quantized, format
+
+SHAPES = ("28672x4096", "4096x4096", "4096x14336", "8192x8192")
+MS = (32, 64, 128, 256, 512, 1024, 4096)
+ALLOWED = 2**-8  # of the error's norm: bf16 results of bf16 products
+# Tiles, groups, stages and programs, by the most rows of x that they are tried for.
+PLANS = {
+    32: (
+        "m32 n128 g2 w4 x3 j4 c4 p1", "m32 n64 g1 w4 x3 j2 c3 p3", "m32 n64 g1 w4 x3 j4 c3 p2",
+        "m32 n128 g1 w8 x3 j4 c3 p2", "m32 n64 g1 w4 x2 j4 c2 p4",
+    ),
+    64: (
+        "m64 n128 g2 w4 x4 j2 c4 p1", "m64 n128 g2 w4 x6 j1 c4 p1", "m64 n64 g1 w4 x3 j2 c3 p2",
+        "m64 n64 g1 w4 x4 j1 c3 p3", "m64 n128 g1 w8 x6 j1 c3 p1", "m64 n128 g1 w8 x3 j4 c3 p1",
+        "m32 n64 g1 w4 x3 j4 c3 p2",
+    ),
+    128: (
+        "m128 n128 g2 w4 x6 j1 c4 p1", "m128 n128 g2 w4 x3 j2 c3 p1", "m128 n64 g1 w4 x4 j1 c2 p2",
+        "m128 n128 g1 w8 x6 j1 c3 p1", "m64 n128 g2 w4 x4 j2 c3 p1", "m64 n64 g1 w4 x4 j1 c3 p3",
+    ),
+    256: (
+        "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n64 g1 w4 x4 j1 c2 p2",
+        "m256 n64 g1 w4 x4 j1 c2 p1", "m64 n128 g2 w4 x4 j2 c3 p1",
+    ),
+    1 << 30: ("m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
+}  # fmt: skip
+SLICES = (2048, 4096, 8192)
+
+
+def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
+    """What is tried for m rows of x."""
+    most = next(limit for limit in PLANS if m <= limit)
+    found = [
+        Pipelined.parse(f"tma {text} {modes(spec)[0]}{tail}")
+        for text in PLANS[most]
+        for tail in ("", " streamk")
+    ]
+    return [plan for plan in found if plan.obstacle(spec) is None]
+
+
+def compile_one(job: tuple[str, str]) -> None:
+    spec = GemmSpec.parse(job[0])
+    warm(spec, Pipelined.parse(job[1]), shaped_parts(spec.weight, spec.n, spec.k))
+
+
+def compiled(jobs: Sequence[tuple[str, str]], workers: int, seconds: float) -> set[tuple[str, str]]:
+    """Which of the jobs are in the compiler's cache in time; says why others are not."""
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    futures = {pool.submit(compile_one, job): job for job in jobs}
+    done, late = wait(futures, timeout=seconds)
+    pool.shutdown(wait=False, cancel_futures=True)
+    for future in done:
+        if (fault := future.exception()) is not None:
+            print("not compiled:", futures[future], repr(fault)[:300])
+    if late:
+        print(f"{len(late)} kernels were not compiled within {seconds:.0f} s")
+    return {futures[future] for future in done if future.exception() is None}
+
+
+def by_slices(spec: GemmSpec, rows: int, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
+    """Decodes `rows` rows of the weight at a time, and multiplies them."""
+    for start in range(0, spec.n, rows):
+        end = min(start + rows, spec.n)
+        few = GemmSpec(spec.weight, end - start, spec.k, spec.x)
+        w = decode(few, [part[start:end] for part in parts], x)
+        torch.mm(x, w.t(), out=y[:, start:end])
+
+
+def by_decoding(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
+    torch.mm(x, decode(spec, parts, x).t(), out=y)
+
+
+def fault_of(call: Callable[[], Any], y: Tensor, want: Tensor) -> str | None:
+    """Why a call's results are not what they should be, or None."""
+    results = []
+    for _ in range(2):
+        y.fill_(float("nan"))
+        call()
+        results.append(y.clone())
+    error = ((results[0].float() - want).norm() / want.norm()).item()
+    if not error < ALLOWED:
+        return f"error {error:.3g}"
+    return None if torch.equal(*results) else "two results differ"
+
+
+def measured(
+    spec: GemmSpec, ms: Sequence[int], ready: set[tuple[str, str]], until: float
+) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    n, k = spec.n, spec.k
+    q = spec.weight.quantize(torch.randn(n, k, device="cuda") * 0.02)
+    parts = [q.parts[0], *(p.mT.contiguous().mT if p.ndim == 2 else p for p in q.parts[1:])]
+    weight = spec.weight.dequantize(Quantized.from_parts(spec.weight, parts, k)).bfloat16()
+    nbytes = sum(part.nbytes for part in parts)
+    copies = [
+        [p.clone(memory_format=torch.preserve_format) for p in parts]
+        for _ in range(copies_past_cache(nbytes))
+    ]
+    wide = [weight.clone() for _ in range(copies_past_cache(weight.nbytes))]
+    assert torch.equal(decode(spec, parts, weight), weight), "decoding is bit for bit"
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    rows: list[dict[str, Any]] = []
+
+    def note(m: int, what: str, us: float | None, fault: str | None = None) -> None:
+        rows.append(
+            {"n": n, "k": k, "m": m, "format": str(spec.weight), "what": what, "us": us, "fault": fault}
+        )
+
+    note(0, "decode", microseconds([partial(decode, spec, p, weight) for p in copies], 7))
+    for m in ms:
+        x, y = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
+        want = x.float() @ weight.float().T
+        note(m, "bf16", microseconds([partial(torch.nn.functional.linear, x, w) for w in wide], 7))
+        calls: dict[str, list[Callable[[], Any]]] = {}
+        if m >= 512:
+            calls["decode, then the library"] = [partial(by_decoding, spec, x, p, y) for p in copies]
+            for size in SLICES:
+                calls[f"slices of {size}"] = [partial(by_slices, spec, size, x, p, y) for p in copies]
+        for plan in plans(spec, m):
+            if (str(spec), str(plan)) in ready:
+                room = workspace(spec, plan, count, x)
+                calls[str(plan)] = [partial(launch, spec, plan, x, p, out=y, room=room) for p in copies]
+        for what, each in calls.items():
+            if time.monotonic() > until:
+                break
+            fault = fault_of(each[0], y, want)
+            note(m, what, None if fault else microseconds(each, 7), fault)
+    return rows
+
+
+def shown(rows: Sequence[dict[str, Any]]) -> str:
+    """The fastest of each shape and number of rows, and what went wrong."""
+    lines = []
+    for n, k, m in sorted({(row["n"], row["k"], row["m"]) for row in rows}):
+        here = [row for row in rows if (row["n"], row["k"], row["m"]) == (n, k, m)]
+        timed = sorted((row for row in here if row["us"] is not None), key=lambda row: row["us"])
+        best = " | ".join(f"{row['us']:.1f} {row['what']}" for row in timed[:5])
+        bf16 = next((f"{row['us']:.1f}" for row in here if row["what"] == "bf16"), "-")
+        lines.append(f"{n}x{k} M={m} bf16 {bf16}: {best}")
+        lines += [f"    {row['what']}: {row['fault']}" for row in here if row["fault"]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--format", default="int4[g128]")
+    parser.add_argument("--shapes", nargs="*", default=SHAPES)
+    parser.add_argument("--m", nargs="*", type=int, default=MS)
+    parser.add_argument("--workers", type=int, default=15)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
+    given = parser.parse_args()
+    until = time.monotonic() + given.limit
+    specs = []
+    for shape in given.shapes:
+        n, k = (int(size) for size in shape.split("x"))
+        layout = kernel_layout(format(given.format), k)
+        if layout is None:
+            raise SystemExit(f"no kernel walks over {given.format} with rows of {k}; take another --format")
+        specs.append(GemmSpec(layout, n, k))
+    wanted = {(str(spec), str(plan)): None for spec in specs for m in given.m for plan in plans(spec, m)}
+    ready = compiled(list(wanted), given.workers, given.limit / 3)
+    rows: list[dict[str, Any]] = []
+    for spec in specs:
+        rows += measured(spec, given.m, ready, until)
+        given.out.write_text(json.dumps({**card(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(shown(rows))
+
+
+if __name__ == "__main__":
+    main()
