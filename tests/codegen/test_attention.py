@@ -176,7 +176,7 @@ def test_sizes_of_heads(ask: Ask, case: Any) -> None:
     check(ask, case, AttentionSchedule(8, 32), 2)
 
 
-@pytest.mark.parametrize("page", [0, 8, 32])
+@pytest.mark.parametrize("page", [0, pytest.param(8, marks=pytest.mark.slow), 32])
 def test_each_query_sees_one_token(ask: Ask, page: int) -> None:
     """Then y is that token's value, whichever it is: no token is taken for another."""
     case = Case(

@@ -325,6 +325,7 @@ def test_frame_scope_leaves_the_users_buffers() -> None:
     assert net.layers[0].k.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_program() -> None:
     net = Net().eval()
     program, other = quantized(copy.deepcopy(net)), quantized(copy.deepcopy(net))
