@@ -66,7 +66,7 @@ def attend(
     if splits > 1:
         partial = q.new_empty(pairs * splits * rows * spec.dim, dtype=torch.float32)
         sums = q.new_empty(pairs * splits * rows * 2, dtype=torch.float32)
-    given = _arguments(spec, schedule, q, cache, limits, mask, pages, plain=plain)
+    given = _arguments(spec, schedule, q, cache, limits, mask, pages, plain=plain) | {"tokens": tokens}
     made = kernels(spec, schedule, plain)
     grid = (pairs, splits, -(-rows // schedule.rows))
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
@@ -104,7 +104,6 @@ def _arguments(
         "limits": limits,
         "mask": q if seen is None else seen,
         "pages": q if pages is None else pages,
-        "tokens": cache[0].shape[2],
         "t": q.shape[2],
         "q_b": q.stride(0),
         "q_h": q.stride(1),
@@ -114,7 +113,6 @@ def _arguments(
         "m_b": b_m,
         "m_h": h_m,
         "m_t": t_m,
-        # A paged cache's table is as wide as its rows are apart, or it would be read past its end.
         "p_b": 0 if pages is None else pages.stride(0),
     }
 
@@ -159,7 +157,7 @@ def cache_write(
         positions=positions,
         pages=k if pages is None else pages,
         count=count,
-        tokens=cache[0].shape[2],
+        tokens=tokens,
         t=k.shape[2],
         at_b=_stride(positions, 0),
         at_t=_stride(positions, 1),

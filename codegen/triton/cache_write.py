@@ -38,10 +38,9 @@ def source(spec: AttentionSpec) -> str:
             "here = r < count",
             f"b, h, rt = r // ({heads} * t), r // t % {heads}, r % t",
             "at = tl.load(positions + (b * at_b + rt * at_t), mask=here, other=0).to(tl.int32)",
-            f"held = {f'p_b * {spec.page}' if spec.page else 'tokens'}",
-            "at = tl.where(at < 0, at + held, at)",
+            "at = tl.where(at < 0, at + tokens, at)",
             # What lies outside is not written.
-            "here = here & (at >= 0) & (at < held)",
+            "here = here & (at >= 0) & (at < tokens)",
         )
         if spec.page:
             out.add(

@@ -206,6 +206,19 @@ def test_each_query_sees_one_token(ask: Ask, page: int) -> None:
         assert ((y.double() - want).abs() <= bound).all()
 
 
+def test_entries_may_share_a_row_of_the_table(ask: Ask) -> None:
+    case = Case("int8[bf16]", "int4[g32]", batch=1, tokens=37, page=16, limits="full")
+    given = cases.operands(case)
+    want, bound = cases.answer(case, given)
+    assert given.pages is not None
+    told = ask(
+        what="attend", runs=[{"schedule": AttentionSchedule(8, 16), "splits": 2}], spec=case.spec,
+        q=given.q.expand(3, -1, -1, -1), cache=given.cache, limits=given.limits, mask=None,
+        pages=given.pages.expand(3, -1),
+    )  # fmt: skip
+    assert ((told["y"][0].double() - want).abs() <= bound).all()
+
+
 def test_nan_reaches_the_queries_that_see_it_and_no_others(ask: Ask) -> None:
     case = Case("int8[bf16]", "int8[bf16]", tokens=20, queries=2, limits="causal", batch=1)
     for part in (1, 3):
