@@ -1,10 +1,13 @@
-"""The CUDA target: linears on codes become generated kernels, the rest of a region stays with Inductor.
+"""The CUDA target: products with codes become generated kernels, the rest of a region stays with Inductor.
 
 In: a region around a matmul, its weight behind a `dequantize`. Out: the region on `bitfold.fused`, whose
 weight is laid out for the kernels.
 
     %w = dequantize([%c, %s], "int4[g128,halves256]", 4096, bf16); %y = linear(%x, %w, %b)
     ->  %f = bitfold.fused([%x, %c, %s, %b], "linear 4096x4096 bf16 int4[g128,halves256] bias"); %y = %f[0]
+
+    %w = dequantize(.., "int8[halves64]", ..); %y = _grouped_mm(%x, transpose(%w), %ends)
+    ->  %f = bitfold.fused([%x, %ends, ..], "grouped 8 4096x4096 bf16 int8[halves64]"); %y = %f[0]
 
 Activations that come quantized to int8 or float8_e4m3fn are multiplied as they are, by weights that such a
 lane holds; pointwise operations around a kernel become part of it (`splice.py`).
@@ -33,6 +36,7 @@ from ..formats import Format, Layout, Quantized, format
 from ..formats.layout import Halfwords
 from ..passes import Miss, inherit
 from .inductor import InductorTarget, dequantized
+from .product import Product, product, products
 from .splice import splice
 
 aten = torch.ops.aten
@@ -59,7 +63,7 @@ class CudaTarget(InductorTarget):
 
     def layout_for(self, reader: Node, format: Format, k: int) -> Layout:
         """In bytes where tensor cores multiply the activations' own codes."""
-        for user in reader.users:
+        for user in products(reader):
             codes = activation_codes(user)
             if codes is not None and (found := _in_bytes(user, codes, format, k)) is not None:
                 return found
@@ -71,12 +75,10 @@ class CudaTarget(InductorTarget):
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):
-            if node.target is not aten.linear.default:
-                continue
-            weight = dequantized(node.args[1])
-            spec = None if weight is None else spec_of(node, weight)
-            if weight is not None and isinstance(spec, GemmSpec):
-                node.replace_all_uses_with(_fused(node, weight, spec))
+            found = product(node)
+            spec = spec_of(found) if isinstance(found, Product) else found
+            if isinstance(found, Product) and isinstance(spec, GemmSpec):
+                node.replace_all_uses_with(_fused(found, spec))
                 region.graph.erase_node(node)
             elif isinstance(spec, Miss):
                 # Python shows a warning once for each text, and the text names no layer.
@@ -89,11 +91,9 @@ class CudaTarget(InductorTarget):
         return region
 
 
-def activation_codes(node: Node) -> Node | None:
-    """The `dequantize` of a linear's activations, if a kernel can multiply their codes."""
-    if node.target is not aten.linear.default:
-        return None
-    given = dequantized(node.args[0])
+def activation_codes(of: Product) -> Node | None:
+    """The `dequantize` of a product's activations, if a kernel can multiply their codes."""
+    given = dequantized(of.x)
     if given is None:
         return None
     fmt = format(str(given.args[1]))
@@ -104,59 +104,59 @@ def activation_codes(node: Node) -> Node | None:
     return None if NATIVE[element] == "e4m3" and present().arch < FLOAT8_FROM else given
 
 
-def _in_bytes(node: Node, codes: Node, weight: Format, k: int) -> Layout | None:
+def _in_bytes(of: Product, codes: Node, weight: Format, k: int) -> Layout | None:
     """The layout of a weight for such a product; None if there is no kernel of it."""
     activation = format(str(codes.args[1]))
     laid_out = kernel_layout(weight, k, activation)
     if laid_out is None:
         return None
-    rows = int(node.meta["val"].shape[-1])
-    return None if isinstance(_spec(node, laid_out, rows, k, activation), Miss) else laid_out.layout
+    return None if isinstance(_spec(of, laid_out, k, activation), Miss) else laid_out.layout
 
 
-def spec_of(node: Node, weight: Node) -> GemmSpec | Miss:
-    """What a kernel would compute for this linear, or why there is none."""
-    fmt, rows, k = format(str(weight.args[1])), int(weight.meta["val"].shape[0]), int(str(weight.args[2]))
-    codes = activation_codes(node)
+def spec_of(of: Product) -> GemmSpec | Miss:
+    """What a kernel would compute for this product, or why there is none."""
+    fmt, k = format(str(of.weight.args[1])), int(str(of.weight.args[2]))
+    codes = activation_codes(of)
     if codes is not None and not isinstance(fmt.layout, Halfwords):
         activation = format(str(codes.args[1]))
         if kernel_layout(fmt, k, activation) == fmt:
-            return _spec(node, fmt, rows, k, activation)
+            return _spec(of, fmt, k, activation)
     if not runs_on_kernels(fmt.layout):
         return Miss(f"no kernel walks over {fmt}")
-    return _spec(node, fmt, rows, k, None)
+    return _spec(of, fmt, k, None)
 
 
-def _spec(node: Node, weight: Format, n: int, k: int, activation: Format | None) -> GemmSpec | Miss:
-    x: Any = node.args[0]
-    lane = next((name for name, dtype in LANE_TYPES.items() if dtype == x.meta["val"].dtype), None)
+def _spec(of: Product, weight: Format, k: int, activation: Format | None) -> GemmSpec | Miss:
+    dtype = of.x.meta["val"].dtype
+    lane = next((name for name, held in LANE_TYPES.items() if held == dtype), None)
     if lane is None:
-        return Miss(f"the activations are {x.meta['val'].dtype}, and kernels take bfloat16 or float16")
-    bias = node.args[2] if len(node.args) > 2 else None
-    if isinstance(bias, Node) and bias.meta["val"].dtype != x.meta["val"].dtype:
+        return Miss(f"the activations are {dtype}, and kernels take bfloat16 or float16")
+    if of.bias is not None and of.bias.meta["val"].dtype != dtype:
         return Miss("the bias has another dtype than the activations")
     try:
-        spec = GemmSpec(weight, n, k, lane, bias is not None, activation)
+        spec = GemmSpec(weight, of.n, k, lane, of.bias is not None, activation, experts=of.experts)
     except CodegenError as error:
         return Miss(str(error))
     return spec if choose(spec, 1) is not None else Miss(f"no schedule runs {spec}")
 
 
-def _fused(node: Node, weight: Node, spec: GemmSpec) -> Node:
-    graph = node.graph
-    bias = [node.args[2]] if spec.bias else []
+def _fused(of: Product, spec: GemmSpec) -> Node:
+    node, graph = of.node, of.node.graph
     value: Tensor = node.meta["val"]
-    parts: Any = weight.args[0]
-    x: Any = [node.args[0]]
+    parts: Any = of.weight.args[0]
+    x: Any = [of.x]
     if spec.activation is not None:
-        codes = activation_codes(node)
+        codes = activation_codes(of)
         assert codes is not None
         x = codes.args[0]
+    inputs = [*x, of.ends, *parts, of.bias]
     with graph.inserting_before(node):
-        call = graph.call_function(torch.ops.bitfold.fused.default, ([*x, *parts, *bias], str(spec)))
+        call = graph.call_function(
+            torch.ops.bitfold.fused.default, ([one for one in inputs if one is not None], str(spec))
+        )
         call.meta["val"] = [value]
         new = graph.call_function(operator.getitem, (call, 0))
         new.meta["val"] = value
     for made in (call, new):
-        inherit(made, [node, weight])
+        inherit(made, [node, of.weight])
     return new

@@ -61,6 +61,9 @@ def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
     found[0] = inputs[0].reshape(-1, spec.k).contiguous()
     if spec.activation is not None:
         found[1] = inputs[1].contiguous()
+    if spec.experts:
+        ends = 1 + (spec.activation is not None)
+        found[ends] = inputs[ends].contiguous()
     first = spec.arity - spec.epilogue.count("e") - spec.epilogue.count("v")
     for i in range(first, first + spec.epilogue.count("e")):
         found[i] = inputs[i].reshape(-1, spec.n).contiguous()
@@ -102,11 +105,20 @@ def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], spec.n, dtype=spec.out)]
 
 
-def not_in_main_memory(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
-    """The same call on CPU tensors is an error: nothing falls back in silence."""
-    raise CodegenError(
-        "bitfold.fused is a CUDA kernel and was given tensors in main memory; lower the graph with target cpu"
-    )
+def build_for_cpu(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
+    """The first call on CPU tensors of a process: builds the operator in C++, which takes its own place."""
+    spec = parsed(text)
+    device = inputs[0].device.type if inputs else "no device"
+    if device != "cpu":
+        raise CodegenError(f"bitfold.fused runs on CUDA devices and CPUs, not on {device}")
+    from ..codegen.cpp.build import know
+    from ..codegen.cpp.support import obstacle
+
+    if (why := obstacle(spec)) is not None:
+        raise CodegenError(f"no CPU kernel computes {spec}: {why}; lower the graph with target cpu")
+    know([spec])
+    found: list[Tensor] = torch.ops.bitfold.fused(list(inputs), text)
+    return found
 
 
 def keep(ctx: Any, inputs: tuple[list[Tensor], str], output: list[Tensor]) -> None:

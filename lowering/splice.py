@@ -134,7 +134,7 @@ def _open(result: Node, user: Node, draft: _Draft, since: dict[Node, int]) -> bo
 def _joined(first: _Draft, second: _Draft) -> tuple[_Draft, Expression] | None:
     """Both as one kernel, and the second's expression in it; None if they are no kernels of one x."""
     mine, other = first.spec, second.spec
-    if mine != other or mine.experts or len(first.calls) + len(second.calls) > MOST_WEIGHTS:
+    if mine != other or len(first.calls) + len(second.calls) > MOST_WEIGHTS:
         return None
     if not all(map(_same, _of_x(first.calls[0], mine), _of_x(second.calls[0], mine))):
         return None
@@ -160,10 +160,10 @@ def _renamed(of: Expression, moved: dict[str, int]) -> Expression:
 
 
 def _of_x(call: Node, spec: GemmSpec) -> list[Any]:
-    """x, and its scales if it comes in codes."""
+    """x, its scales if it comes in codes, and where each expert's rows end."""
     inputs = call.args[0]
     assert isinstance(inputs, list | tuple)
-    return list(inputs[: 1 + (spec.activation is not None)])
+    return list(inputs[: 1 + (spec.activation is not None) + bool(spec.experts)])
 
 
 def _same(a: Node, b: Node) -> bool:
@@ -242,13 +242,13 @@ def _operation(node: Node) -> tuple[str, list[Node | float]] | None:
 def _write(graph: Graph, node: Node, draft: _Draft) -> bool:
     """The kernel in the place of its last operation; False if no kernel is that large."""
     spec = draft.spec
-    calls = [call.args[0] for call in draft.calls]
-    first, each = len(_of_x(draft.calls[0], spec)) + bool(spec.experts), len(spec.weight.parts)
-    inputs: list[Any] = [*calls[0][:first]]  # type: ignore[index]
+    calls: list[Any] = [call.args[0] for call in draft.calls]
+    first, each = len(_of_x(draft.calls[0], spec)), len(spec.weight.parts)
+    inputs: list[Any] = [*calls[0][:first]]
     for given in calls:
-        inputs += given[first : first + each]  # type: ignore[index]
+        inputs += given[first : first + each]
     for given in calls:
-        inputs += given[first + each :]  # type: ignore[index]
+        inputs += given[first + each :]
     inputs += [*draft.matrices, *draft.vectors]
     try:
         wanted = replace(spec, weights=len(calls), epilogue=Epilogue(draft.root))
@@ -276,8 +276,12 @@ def expanded(graph: Graph, call: Node, dtype: torch.dtype) -> None:
         names: dict[str, Any] = {}
         for i, parts in enumerate(given.parts):
             weight = graph.call_function(DEQUANTIZE, (list(parts), str(spec.weight), spec.k, dtype))
-            bias = given.biases[i : i + 1]
-            names[f"y{i}"] = graph.call_function(aten.linear.default, (x, weight, *bias))
+            if spec.experts:
+                swapped = graph.call_function(aten.transpose.int, (weight, -2, -1))
+                names[f"y{i}"] = graph.call_function(aten._grouped_mm.default, (x, swapped, given.ends))
+            else:
+                bias = given.biases[i : i + 1]
+                names[f"y{i}"] = graph.call_function(aten.linear.default, (x, weight, *bias))
         matrices = spec.epilogue.count("e")
         names |= {f"e{i}": node for i, node in enumerate(given.extras[:matrices])}
         names |= {f"v{i}": node for i, node in enumerate(given.extras[matrices:])}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..passes import Expression
+from ..passes.anchors import BATCHED
 from .folded import Steps
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def back_from(expression: Expression, kind: str) -> Steps | None:
             return None
     if kind.startswith("conv"):
         back.append(("reshape", tuple(value.shape)))
-    if kind == "bmm":
+    if kind in BATCHED:
         back.append(("permute", _unpermuted(aten.transpose.int, (-2, -1), value.ndim)))
     return tuple(reversed(back))
 

@@ -9,7 +9,7 @@ operand.
 
 A format counts along the last dimension, the one that the anchor reduces over, so an operand is brought to
 that form before it is quantized (`to_rows`) and back afterwards (`from_rows`): a convolution's weight is
-reshaped to [O, I*kh*kw], the right-hand side of a bmm is transposed.
+reshaped to [O, I*kh*kw], the right-hand side of a bmm, or of a grouped product of experts, is transposed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,18 @@ TARGETS: dict[object, tuple[str, int, int]] = {
     aten.bmm.default: ("bmm", 0, 1),
     aten.baddbmm.default: ("bmm", 1, 2),
     aten.matmul.default: ("bmm", 0, 1),
+    aten._grouped_mm.default: ("grouped", 0, 1),
 }
+# Kinds whose weight is a batch of matrices [.., K, N].
+BATCHED = ("bmm", "grouped")
 
 # Kind of anchor -> what rules call it.
-OPS = {"linear": "linear", "bmm": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}
+OPS = {
+    **dict.fromkeys(("linear", *BATCHED), "linear"),
+    "conv1d": "conv",
+    "conv2d": "conv",
+    "embedding": "embedding",
+}
 
 # Modules that have a weight of their own, be it tied to another's.
 LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag)
@@ -101,7 +109,7 @@ class Anchor:
     """One place where a constant weight meets an activation."""
 
     node: Node
-    kind: str  # linear | conv1d | conv2d | embedding | bmm
+    kind: str  # linear | conv1d | conv2d | embedding | bmm | grouped
     op: str  # as rules say it: linear | head | conv | embedding
     layer: str
     paths: tuple[str, ...]
@@ -174,7 +182,7 @@ def _why_no_anchor(gm: GraphModule, node: Node) -> tuple[Node, str] | None:
     """The operand that a person would call the weight, and why it is not taken; None if there is none."""
     kind, input_index, weight_index = TARGETS[node.target]
     left, right = node.args[input_index], node.args[weight_index]
-    if kind == "bmm":
+    if kind in BATCHED:
         # The products inside an attention have no weight at all.
         if isinstance(left, Node) and _is_parameter(gm, left):
             return left, "its weight is the left operand; write it as linear, or on the right"
@@ -280,7 +288,7 @@ def _anchor(gm: GraphModule, node: Node, seen: Modules) -> Anchor | None:
     if not isinstance(operand, Node):
         return None
     source = expression(gm, operand)
-    if source is None or (kind == "bmm" and operand.meta["val"].ndim < 3):
+    if source is None or (kind in BATCHED and operand.meta["val"].ndim < 3):
         return None
     # A buffer is a table of the model's own (rotary frequencies, a window), not a weight.
     if not isinstance(source.parameter, nn.Parameter) or source.parameter.layout is not torch.strided:
@@ -303,7 +311,7 @@ def rows_shape(anchor_kind: str, weight: Node) -> tuple[int, ...]:
     full = tuple(int(size) for size in weight.meta["val"].shape)
     if anchor_kind.startswith("conv"):
         return (full[0], math.prod(full[1:]))
-    return (*full[:-2], full[-1], full[-2]) if anchor_kind == "bmm" else full
+    return (*full[:-2], full[-1], full[-2]) if anchor_kind in BATCHED else full
 
 
 def to_rows(gm: GraphModule, anchor_kind: str, weight: Node, before: Node) -> Node:
@@ -311,7 +319,7 @@ def to_rows(gm: GraphModule, anchor_kind: str, weight: Node, before: Node) -> No
     if anchor_kind.startswith("conv"):
         rows = (weight, list(rows_shape(anchor_kind, weight)))
         return call(gm, aten.reshape.default, rows, before=before, origin_from=before)
-    if anchor_kind == "bmm":
+    if anchor_kind in BATCHED:
         return call(gm, aten.transpose.int, (weight, -2, -1), before=before, origin_from=before)
     return weight
 
@@ -321,6 +329,6 @@ def from_rows(gm: GraphModule, anchor_kind: str, rows: Node, like: Node, before:
     if anchor_kind.startswith("conv"):
         full = (rows, list(like.meta["val"].shape))
         return call(gm, aten.reshape.default, full, before=before, origin_from=before)
-    if anchor_kind == "bmm":
+    if anchor_kind in BATCHED:
         return call(gm, aten.transpose.int, (rows, -2, -1), before=before, origin_from=before)
     return rows

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, FormatError, format, nearest
-from .anchors import Anchor, anchors, fixed_size, identity, untaken
+from .anchors import BATCHED, Anchor, anchors, fixed_size, identity, untaken
 from .core import Miss, MissRecord, Pass, report, state
 from .note import KEY, Note
 from .recipes import Recipe
@@ -176,7 +176,7 @@ def _stored(gm: GraphModule, anchor: Anchor) -> tuple[str, str] | None:
     known = state(gm).stored
     paths = (anchor.source.path, *(f"{path}.weight" for path in anchor.paths))
     path = next((path for path in paths if path in known), None)
-    if path is None or anchor.kind == "bmm" or anchor.source.text:
+    if path is None or anchor.kind in BATCHED or anchor.source.text:
         return None
     if tuple(known[path].shape) != anchor.shape:
         given, wanted = list(known[path].shape), list(anchor.shape)

@@ -74,7 +74,8 @@ def capture_module(
     """One module as a normalized graph; its parameters are shared, not copied.
 
     With `dynamic_batch`, every size of a floating input but the last is symbolic (for a convolution: all but
-    the channels), and every size of an integer one. Raises BitfoldError, naming `path`, if it does not trace.
+    the channels), and every size of an integer one, but for numbers one for each expert. Raises BitfoldError,
+    naming `path`, if it does not trace.
     """
     key = _signature(module, example_args, dynamic_batch) if cache is not None else None
     known = cache.get(key) if cache is not None and key is not None else None
@@ -273,7 +274,12 @@ def _symbolic(mode: FakeTensorMode, module: nn.Module, value: Any, dynamic_batch
 
 def _fixed_dims(module: nn.Module, value: Tensor) -> set[int]:
     if not value.is_floating_point():
-        return set()
+        return {0} if _counts_experts(module, value) else set()
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         return {1}
     return {value.dim() - 1}
+
+
+def _counts_experts(module: nn.Module, value: Tensor) -> bool:
+    """Whether these are numbers one for each matrix of a weight [E, .., ..]: where each expert's rows end."""
+    return value.dim() == 1 and any(p.dim() == 3 and p.shape[0] == len(value) for p in module.parameters())

@@ -20,7 +20,7 @@ class Note:
     """One anchor (a matmul, a convolution, an embedding) and the format of each of its edges, as text."""
 
     layer: str  # module path of the layer, or the path of a bare parameter
-    anchor: str  # linear | conv1d | conv2d | embedding | bmm
+    anchor: str  # linear | conv1d | conv2d | embedding | bmm | grouped
     rule: str  # the recipe's rule that decided, as text
     weight: str | None = None
     input: str | None = None

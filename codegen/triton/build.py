@@ -118,6 +118,11 @@ def check(spec: GemmSpec, inputs: Sequence[Tensor]) -> Inputs:
         raise CodegenError(f"x of shape {tuple(x.shape)} is past 32-bit addresses; split it along its rows")
     for codes, *_ in given.parts:
         _check_codes(spec, codes)
+    if given.ends is not None and (given.ends.shape != (spec.experts,) or given.ends.dtype != torch.int32):
+        raise CodegenError(
+            f"the kernel {spec} reads where the rows of each expert end from int32 [{spec.experts}], not "
+            f"{tuple(given.ends.shape)} in {given.ends.dtype}"
+        )
     if given.x_scales is not None:
         _check_scales(spec, given.x_scales, x.shape[0])
     extras = spec.epilogue.count("e")
