@@ -19,6 +19,7 @@ one (int32 [experts]); each weight's parts; each weight's bias; what the epilogu
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -106,6 +107,15 @@ class GemmSpec:
         ):
             raise CodegenError(f"activations have a scale a tensor, a token or a block of one, not {given}")
         given.check((1, self.k))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Kept: each call of a kernel looks its schedule up by the spec. The same in every process, since what
+        # is kept travels with a pickled spec.
+        return int.from_bytes(hashlib.sha256(str(self).encode()).digest()[:8], "little")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -35,6 +35,7 @@ from ..codegen.spec import NATIVE
 from ..formats import Format, Layout, Quantized, format
 from ..formats.layout import Halfwords
 from ..passes import Miss, inherit
+from .fused import parsed
 from .inductor import InductorTarget, dequantized
 from .product import Product, product, products
 from .splice import splice
@@ -137,6 +138,8 @@ def _spec(of: Product, weight: Format, k: int, activation: Format | None) -> Gem
         spec = GemmSpec(weight, of.n, k, lane, of.bias is not None, activation, experts=of.experts)
     except CodegenError as error:
         return Miss(str(error))
+    # The very value that calls will look up, so that they compare no two.
+    spec = parsed(str(spec))
     return spec if choose(spec, 1) is not None else Miss(f"no schedule runs {spec}")
 
 
