@@ -8,7 +8,8 @@ the library is faster.
 First the user's table, then the shipped one (`table.py`). Without an entry a rule up to 16 rows: 64 rows of
 weights to two warps and three stages, and as many programs to a sum as give every multiprocessor four. Past
 that the fastest by the cost model. Which of the two is better where was measured (one H200, see
-`tests/codegen/test_cost.py`).
+`tests/codegen/test_cost.py`). What the rule says starts before its predecessor has ended, where a GPU can,
+and is split further then: a program more fills the gap between two kernels (`docs/notes/gpu.md`).
 
 What runs depends on the card that is there when a spec is first seen, and on nothing after.
 """
@@ -16,6 +17,7 @@ What runs depends on the card that is there when a spec is first seen, and on no
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 from .candidates import bucket, candidates, rows_each
@@ -31,6 +33,9 @@ MOST_ROWS = 256
 SKINNY = 16
 # Programs wanted at least, a multiprocessor.
 PROGRAMS = 4
+# Launches overlap from this compute capability on, and then want so many, in so many parts of a sum at most.
+OVERLAP_FROM = 90
+OVERLAPPED_PROGRAMS, MOST_OVERLAPPED = 6, 6
 # What the model may choose unmeasured: what was measured somewhere.
 TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8
 
@@ -56,7 +61,24 @@ def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
         return measured
     if has_library(spec) and (measured == LIBRARY or size > MOST_ROWS):
         return None
-    return untuned(spec, size, card)
+    return unmeasured(spec, size, card)
+
+
+def unmeasured(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
+    """What runs where no table has an entry: `untuned`, overlapped where that was faster."""
+    found = untuned(spec, size, card)
+    return found if found is None or size > SKINNY else overlapped(spec, found, size, card)
+
+
+def overlapped(spec: GemmSpec, schedule: Schedule, m: int, card: Device) -> Schedule:
+    """The same overlapping its predecessor, in as many programs as was best so; as it is where no GPU can.
+    Each part of the sum keeps two runs, so that loads of one run beside the products of the other."""
+    if card.arch < OVERLAP_FROM:
+        return schedule
+    programs = -(-spec.n // schedule.block_n) * -(-m // schedule.block_m) * max(1, spec.experts)
+    parts = round(OVERLAPPED_PROGRAMS * card.multiprocessors / programs)
+    split = max(1, min(parts, int(facts(spec)["runs"]) // 2, MOST_OVERLAPPED))
+    return replace(schedule, split=split, overlap=1)
 
 
 def has_library(spec: GemmSpec) -> bool:
@@ -65,7 +87,7 @@ def has_library(spec: GemmSpec) -> bool:
 
 
 def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
-    """Without measurements, for the rows of a bucket."""
+    """Without measurements, for the rows of a bucket, in an ordinary launch."""
     if size <= SKINNY:
         return rule(spec, size, card)
     tried = [

@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from .candidates import bucket, rows_each, shortlist
-from .choose import forget, has_library, untuned
+from .choose import OVERLAP_FROM, SKINNY, forget, has_library, unmeasured, untuned
 from .compiling import Job, Made, compiling, default_workers
 from .cost import microseconds as predicted
 from .device import Device, present
@@ -116,13 +116,24 @@ def plan(spec: GemmSpec, m: int, card: Device, top: int = TOP, choices: Choices 
     first = untuned(spec, bucket(each), card)
     if first is None:
         raise CodegenError(f"no schedule runs {spec}, so there is nothing to tune")
-    found = shortlist(spec, each, card, top, first) if choices is None else choices(spec, each, top)
+    found = _likely(spec, each, card, top, first) if choices is None else choices(spec, each, top)
     texts = [str(schedule) for schedule in found]
     told: list[float | None] = [round(us, 2) for us in predicted(spec, each, found, card)]
     # An epilogue after the library's product is others' to time: the entry serves with and without.
     if bucket(each) >= LIBRARY_FROM and has_library(spec) and " -> " not in str(spec):
         texts, told = [*texts, LIBRARY], [*told, None]
     return Plan(spec, m, tuple(texts), tuple(told))
+
+
+def _likely(spec: GemmSpec, m: int, card: Device, top: int, first: Schedule) -> list[Schedule]:
+    """The shortlist; for few rows also what runs unmeasured, and the model's first, in overlapped launches,
+    of which the model knows nothing."""
+    found = shortlist(spec, m, card, top, first)
+    if bucket(m) > SKINNY or card.arch < OVERLAP_FROM:
+        return found
+    likely = [unmeasured(spec, bucket(m), card), *(replace(one, overlap=1) for one in found[:2])]
+    tried = [*found[:1], *(one for one in likely if one is not None), *found[1:]]
+    return list(dict.fromkeys(tried))[:top]
 
 
 def on_gpu(spec: GemmSpec) -> Callable[[int], Tried]:

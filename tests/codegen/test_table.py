@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule, choose
-from bitfold.codegen.choose import forget, untuned
+from bitfold.codegen.choose import forget, unmeasured
 from bitfold.codegen.device import device, from_properties
 from bitfold.codegen.table import (
     LIBRARY,
@@ -67,7 +67,7 @@ def test_a_table_reads_as_it_was_written() -> None:
 def test_what_was_measured_is_chosen_for_its_bucket_and_no_other() -> None:
     kept(table(b8=FAST, b64=LIBRARY, b512=OTHER))
     assert str(choose(SPEC, 1)) == str(choose(SPEC, 8)) == FAST
-    assert choose(SPEC, 9) == untuned(SPEC, 16, H200)
+    assert choose(SPEC, 9) == unmeasured(SPEC, 16, H200)
     assert choose(SPEC, 33) is None and choose(SPEC, 64) is None and choose(SPEC, 65) is not None
     assert str(choose(SPEC, 512)) == OTHER and choose(SPEC, 4096) is None
 
@@ -112,7 +112,7 @@ def test_an_entry_serves_the_other_activations_where_it_can() -> None:
 )
 def test_an_entry_that_cannot_run_is_passed_over(text: str) -> None:
     kept(table(b8=text, b16=FAST))
-    assert choose(SPEC, 1) == untuned(SPEC, 8, H200)
+    assert choose(SPEC, 1) == unmeasured(SPEC, 8, H200)
     assert str(choose(SPEC, 16)) == FAST
 
 
@@ -144,7 +144,7 @@ def test_a_broken_file_is_one_warning_and_made_anew(what: str) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(BROKEN[what]())
     with pytest.warns(UserWarning, match="cannot be read.*`bitfold tune` makes the file anew") as told:
-        assert choose(SPEC, 1) == untuned(SPEC, 8, H200)
+        assert choose(SPEC, 1) == unmeasured(SPEC, 8, H200)
     assert len(told) == 1 and str(path) in str(told[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -13,7 +13,7 @@ import torch
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule, choose
 from bitfold.codegen.candidates import bucket, candidates, shortlist
-from bitfold.codegen.choose import forget, rule, untuned
+from bitfold.codegen.choose import forget, rule, unmeasured, untuned
 from bitfold.codegen.compiling import Job, Made, compile_all, shaped_parts
 from bitfold.codegen.cost import evaluate, ranked
 from bitfold.codegen.device import device
@@ -132,7 +132,7 @@ def test_what_is_wrong_or_fails_is_a_row_that_says_why() -> None:
 def test_nothing_that_runs_leaves_no_table() -> None:
     rows, _ = tuned([(SPEC, 1)], choices=lambda spec, m, count: [Schedule.parse(OFF)])
     assert [row["failed"] for row in rows] == ["error 1.0 is over 0.004"]
-    assert not user_file(H200).exists() and choose(SPEC, 1) == untuned(SPEC, 8, H200)
+    assert not user_file(H200).exists() and choose(SPEC, 1) == unmeasured(SPEC, 8, H200)
 
 
 def test_the_library_is_tried_from_32_rows_on() -> None:
@@ -210,6 +210,15 @@ def test_candidates_run_and_fit(text: str, m: int) -> None:
     left = [one for one in ranked(spec, m, found, H200) if one != few[0]]
     assert few[1] == left[0]
     assert next((one for one in left if _near(one, few[0])), few[0]) in few[:3]
+
+
+def test_few_rows_are_tried_in_overlapped_launches_too() -> None:
+    for card, want in (("NVIDIA H200", 3), ("NVIDIA A100-SXM4-80GB", 0)):
+        tried = [Schedule.parse(text) for text in plan(SPEC, 1, device(card)).schedules]
+        assert sum(one.overlap for one in tried) == want and len(tried) == len(set(tried)) == 8
+        assert tried[0] == untuned(SPEC, 8, device(card))
+    wide = plan(SPEC, 64, H200).schedules
+    assert not any(" o1" in text for text in wide)
 
 
 def _near(one: Schedule, other: Schedule) -> bool:
