@@ -32,6 +32,7 @@ from .fused import parsed
 aten = torch.ops.aten
 FUSED = torch.ops.bitfold.fused.default
 DEQUANTIZE = torch.ops.bitfold.dequantize.default
+QUANTIZE = torch.ops.bitfold.quantize.default
 
 # aten operator -> what an epilogue calls it, for operators whose arguments are the operands in order.
 POINTWISE: dict[object, str] = {
@@ -71,6 +72,7 @@ class _Draft:
 def splice(gm: GraphModule) -> int:
     """Number of kernels that took something in."""
     since = epochs(gm)
+    _quantized_once(gm.graph, since)
     drafts: dict[Node, _Draft] = {}
     for node in gm.graph.nodes:
         draft = _first(node) or _grown(node, drafts, since)
@@ -87,6 +89,18 @@ def splice(gm: GraphModule) -> int:
     if found:
         gm.graph.eliminate_dead_code()
     return found
+
+
+def _quantized_once(graph: Graph, since: dict[Node, int]) -> None:
+    """One `quantize` for all readers of an x, which modules that were folded one by one each have made."""
+    made: dict[tuple[object, ...], Node] = {}
+    for node in graph.find_nodes(op="call_function", target=QUANTIZE):
+        if len(node.args) != 2 or node.kwargs:
+            continue
+        first = made.setdefault((*node.args, since[node]), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
 def _first(node: Node) -> _Draft | None:
@@ -167,9 +181,10 @@ def _of_x(call: Node, spec: GemmSpec) -> list[Any]:
 
 
 def _same(a: Node, b: Node) -> bool:
-    """Whether two nodes are one value: the same node, or the same codes decoded twice."""
-    decoded = a.target is DEQUANTIZE and b.target is DEQUANTIZE and a.args == b.args
-    return a is b or decoded
+    """Whether two nodes are one value: the same node, the same part, or the same codes decoded twice."""
+    return a is b or (
+        a.target is b.target and a.target in (DEQUANTIZE, operator.getitem) and a.args == b.args
+    )
 
 
 def _applied(
