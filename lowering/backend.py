@@ -36,6 +36,7 @@ from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
 from .cache import QuantizeCache, speaks_of_caches
+from .inductor import STATIC
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
 from .reference import ReferenceTarget
@@ -118,6 +119,7 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     weights = GraphWeights(_store)
     state(graph).store = weights
     positions = {node.name: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    _mark_static(gm, graph)
     trace = steps.run(graph)
     deliver(options.trace, trace)
     _warn_unmatched(steps, trace, graph)
@@ -133,6 +135,14 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     inner = target.compile(graph, examples, options.config())
     graph.meta.pop(META_KEY)  # it holds the user's parameters, which a target that keeps the graph must not
     return _Call(inner, kept, slots, watched)
+
+
+def _mark_static(given: GraphModule, graph: GraphModule) -> None:
+    """Say of each input whether it is a module's own tensor, as Dynamo does."""
+    old, new = (gm.graph.find_nodes(op="placeholder") for gm in (given, graph))
+    for before, node in zip(old, new, strict=True):
+        known = before.meta.get("tensor_dict") or {}
+        node.meta[STATIC] = bool(known.get("_dynamo_static_input_type"))
 
 
 def _warn_unmatched(steps: Pipeline, trace: Trace, graph: GraphModule) -> None:
@@ -206,7 +216,7 @@ def _lift(graph: GraphModule, weights: GraphWeights, positions: Mapping[str, int
 def _as_input(graph: GraphModule, readers: Sequence[Node], tensor: Tensor, after: Node) -> Node:
     with graph.graph.inserting_after(after):
         new = graph.graph.placeholder(readers[0].name if readers else "unused")
-    new.meta["val"] = fake_mode(graph).from_tensor(tensor, static_shapes=True)
+    new.meta["val"], new.meta[STATIC] = fake_mode(graph).from_tensor(tensor, static_shapes=True), True
     for node in readers:
         node.replace_all_uses_with(new)
         graph.graph.erase_node(node)

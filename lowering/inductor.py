@@ -4,7 +4,9 @@ In: a lowered graph and fake inputs. Out: a compiled function, or one clear warn
 
     CpuTarget().compile(gm, inputs, {"max_autotune": True})  ->  Inductor's C++ (Triton on a GPU)
 
-Inductor's own fusion, memory planning and CUDA graphs do the rest: nothing of them is written again here.
+Inductor's own fusion, memory planning and CUDA graphs do the rest: nothing of them is written again here. A
+CUDA graph reads weights, codes and caches where they lie, if it is told that they stay there (`STATIC`); all
+else it copies before each replay, and what the graph writes to keeps it from being made at all.
 """
 
 from __future__ import annotations
@@ -17,8 +19,35 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ..formats import cache_tag
 from ..passes import Miss
 from .target import Compiled, Target
+
+STATIC = "bitfold_static"
+"""In the `meta` of a placeholder whose tensor has one address in all calls: a parameter, a buffer, codes."""
+
+# Torch's compile caches keep what was compiled with these told.
+cache_tag.add("static inputs 1")
+
+
+def _inner_compile(gm: GraphModule) -> Any:
+    """What compiles the graph's functional form, told which inputs are static. Torch itself reads that off
+    Dynamo's own graph only, not off one that passes have rewritten."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    # The graph's own tensors become inputs in front of the others.
+    held = len(list(gm.parameters())) + len(list(gm.buffers()))
+    static = [*range(held), *(held + i for i, node in enumerate(placeholders) if node.meta.get(STATIC))]
+    wanted = held + len(placeholders)
+
+    def compile(functional: GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        from torch._inductor import compile_fx
+
+        # Inputs that are one tensor twice are merged, and the places are not these then.
+        if options.get("is_inference") and len(inputs) == wanted:
+            options["static_input_idxs"] = static
+        return compile_fx.compile_fx_inner(functional, inputs, **options)
+
+    return compile
 
 
 class InductorTarget(Target):
@@ -52,7 +81,8 @@ class InductorTarget(Target):
             return gm.forward
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=dict(config) or None)
+        inner, patches = _inner_compile(gm), dict(config) or None
+        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
         return cast(Compiled, compiled)
 
 
