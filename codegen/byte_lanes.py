@@ -56,6 +56,12 @@ def byte_decoder(element: Element, takes: Sequence[Take], lane: str) -> ByteDeco
     return None
 
 
+def codes_of(takes: Sequence[Take], flip: int) -> tuple[Program, int]:
+    """(program, register): the codes of one slice in the low bits of their bytes, XORed with `flip`."""
+    program = Program(1 + max(take.load for take in takes))
+    return program, _placed(program, takes, 0, flip)
+
+
 def fits(element: Float) -> bool:
     """Whether the element's codes are e4m3 codes but for the exponent's bias."""
     narrow = element.exponent <= E4M3.exponent and element.mantissa_bits <= E4M3.mantissa_bits

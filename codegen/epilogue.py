@@ -32,11 +32,12 @@ _SMALL = 0.05
 
 @dataclass(frozen=True)
 class Op:
-    """count: operands; run: on float32 tensors; triton: the same as an expression of {0}, {1}, .."""
+    """count: operands; run: on float32 tensors; triton, cpp: the same as an expression of {0}, {1}, .."""
 
     count: int
     run: Callable[..., Tensor]
     triton: str
+    cpp: str
 
 
 def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
@@ -45,35 +46,53 @@ def _rounded(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 # Comparisons are written so that NaN takes the branch that keeps it.
 OPS: dict[str, Op] = {
-    "add": Op(2, torch.add, "({0} + {1})"),
-    "sub": Op(2, torch.sub, "({0} - {1})"),
-    "mul": Op(2, torch.mul, "({0} * {1})"),
-    "div": Op(2, torch.div, "({0} / {1})"),
-    "neg": Op(1, torch.neg, "(-{0})"),
-    "relu": Op(1, torch.relu, "tl.where({0} < 0.0, 0.0, {0})"),
-    "sigmoid": Op(1, torch.sigmoid, "(1.0 / (1.0 + tl.exp(-{0})))"),
-    "silu": Op(1, torch.nn.functional.silu, "({0} / (1.0 + tl.exp(-{0})))"),
-    "tanh": Op(1, torch.tanh, "hyperbolic_tangent({0})"),
-    "gelu": Op(1, torch.nn.functional.gelu, f"(0.5 * {{0}} * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r})))"),
+    "add": Op(2, torch.add, "({0} + {1})", "({0} + {1})"),
+    "sub": Op(2, torch.sub, "({0} - {1})", "({0} - {1})"),
+    "mul": Op(2, torch.mul, "({0} * {1})", "({0} * {1})"),
+    "div": Op(2, torch.div, "({0} / {1})", "({0} / {1})"),
+    "neg": Op(1, torch.neg, "(-{0})", "(-{0})"),
+    "relu": Op(1, torch.relu, "tl.where({0} < 0.0, 0.0, {0})", "({0} < 0.0f ? 0.0f : {0})"),
+    "sigmoid": Op(1, torch.sigmoid, "(1.0 / (1.0 + tl.exp(-{0})))", "(1.0f / (1.0f + std::exp(-{0})))"),
+    "silu": Op(
+        1,
+        torch.nn.functional.silu,
+        "({0} / (1.0 + tl.exp(-{0})))",
+        "({0} / (1.0f + std::exp(-{0})))",
+    ),
+    "tanh": Op(1, torch.tanh, "hyperbolic_tangent({0})", "std::tanh({0})"),
+    "gelu": Op(
+        1,
+        torch.nn.functional.gelu,
+        f"(0.5 * {{0}} * (1.0 + tl.erf({{0}} * {math.sqrt(0.5)!r})))",
+        f"(0.5f * {{0}} * (1.0f + std::erf({{0}} * {math.sqrt(0.5)!r}f)))",
+    ),
     "gelu_tanh": Op(
         1,
         lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
         "(0.5 * {0} * (1.0 + hyperbolic_tangent(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))))",
+        "(0.5f * {0} * (1.0f + std::tanh(0.7978845608f * ({0} + 0.044715f * {0} * {0} * {0}))))",
     ),
     "hardswish": Op(
         1,
         torch.nn.functional.hardswish,
         "({0} * tl.where({0} < -3.0, 0.0, tl.where({0} > 3.0, 6.0, {0} + 3.0)) / 6.0)",
+        "({0} * ({0} < -3.0f ? 0.0f : {0} > 3.0f ? 6.0f : {0} + 3.0f) / 6.0f)",
     ),
-    "leaky_relu": Op(2, lambda x, s: torch.where(x < 0, x * s, x), "tl.where({0} < 0.0, {0} * {1}, {0})"),
+    "leaky_relu": Op(
+        2,
+        lambda x, s: torch.where(x < 0, x * s, x),
+        "tl.where({0} < 0.0, {0} * {1}, {0})",
+        "({0} < 0.0f ? {0} * {1} : {0})",
+    ),
     "clamp": Op(
         3,
         lambda x, a, b: torch.clamp(x, a, b),
         "tl.where({0} < {1}, {1}, tl.where({0} > {2}, {2}, {0}))",
+        "({0} < {1} ? {1} : {0} > {2} ? {2} : {0})",
     ),
-    "bf16": Op(1, _rounded(torch.bfloat16), "{0}.to(tl.bfloat16).to(tl.float32)"),
-    "f16": Op(1, _rounded(torch.float16), "{0}.to(tl.float16).to(tl.float32)"),
-    "f32": Op(1, lambda x: x, "{0}"),
+    "bf16": Op(1, _rounded(torch.bfloat16), "{0}.to(tl.bfloat16).to(tl.float32)", "rounded<bf16>({0})"),
+    "f16": Op(1, _rounded(torch.float16), "{0}.to(tl.float16).to(tl.float32)", "rounded<f16>({0})"),
+    "f32": Op(1, lambda x: x, "{0}", "{0}"),
 }
 
 TANGENT = f"""
@@ -159,6 +178,19 @@ class Epilogue:
 
     def triton(self, names: Mapping[str, str]) -> tuple[list[str], str]:
         """(lines that assign each step once, the name of the result); `names`: what the leaves are called."""
+        return self._steps(names, lambda op: op.triton, _number, "{0} = {1}")
+
+    def cpp(self, names: Mapping[str, str]) -> tuple[list[str], str]:
+        """The same in C++."""
+        return self._steps(names, lambda op: op.cpp, _float, "const float {0} = {1};")
+
+    def _steps(
+        self,
+        names: Mapping[str, str],
+        template: Callable[[Op], str],
+        number: Callable[[float], str],
+        assign: str,
+    ) -> tuple[list[str], str]:
         lines: list[str] = []
         made: dict[Apply, str] = {}
 
@@ -166,11 +198,11 @@ class Epilogue:
             if isinstance(of, str):
                 return names[of]
             if isinstance(of, float):
-                return _number(of)
+                return number(of)
             if of not in made:
-                text = OPS[of.op].triton.format(*(value(operand) for operand in of.operands))
+                text = template(OPS[of.op]).format(*(value(operand) for operand in of.operands))
                 made[of] = f"r{len(lines)}"
-                lines.append(f"{made[of]} = {text}")
+                lines.append(assign.format(made[of], text))
             return made[of]
 
         return lines, value(self.root)
@@ -207,6 +239,12 @@ def _text(of: Expression) -> str:
 
 def _number(of: float) -> str:
     return repr(of) if math.isfinite(of) else f"float('{of}')"
+
+
+def _float(of: float) -> str:
+    if math.isfinite(of):
+        return f"{of!r}f"
+    return "NAN" if of != of else ("INFINITY" if of > 0 else "-INFINITY")
 
 
 def _tokens(text: str) -> list[str]:

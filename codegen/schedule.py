@@ -19,6 +19,7 @@ from ..formats.scale import LARGEST
 from ..formats.sparsity import Dense
 from .byte_lanes import byte_decoder
 from .decode import holds
+from .lanes import LANE_TYPES
 from .slices import Take, Unwalkable, Walk
 from .spec import CodegenError, GemmSpec
 
@@ -114,6 +115,8 @@ class Schedule:
 def _unreadable(spec: GemmSpec) -> str | None:
     """Why no schedule can run the spec, or None."""
     weight, activation = spec.weight, spec.activation
+    if spec.x not in LANE_TYPES:
+        return f"tensor cores multiply {' or '.join(LANE_TYPES)}, not {spec.x}"
     if not isinstance(weight.sparsity, Dense):
         return f"kernels read every number of a row; {weight} stores {weight.sparsity} of them"
     if weight.scale is not None and weight.scale.native:
@@ -143,7 +146,7 @@ def _renumbered(takes: Sequence[Take]) -> list[Take]:
 def scales(spec: GemmSpec) -> tuple[str, ...]:
     """Where this format's scale may multiply, fastest first."""
     scale = spec.weight.scale
-    if scale is not None and scale.native:
+    if spec.x not in LANE_TYPES or (scale is not None and scale.native):
         return ()
     if spec.activation is not None:
         return _scales_of_bytes(spec)

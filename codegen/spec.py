@@ -36,6 +36,8 @@ from .slices import BYTE, Unwalkable, Walk, walk
 
 # Elements that tensor cores multiply as they are, and the name that Triton's lanes go by.
 NATIVE: dict[Integer | Float, str] = {Integer(8): "int8", Float(4, 3, "fn"): "e4m3"}
+# Activations and results: float32 is for CPUs, whose kernels compute in it.
+TYPES = {**LANE_TYPES, "f32": torch.float32}
 MOST_WEIGHTS = 4
 _KIND = re.compile(r"linear|grouped (\d+)")
 _ONE = "one reads: linear 4096x4096 bf16 int8 bias"
@@ -59,9 +61,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class GemmSpec:
-    """weight [n, k] in a format, its layout included; x: the dtype of the result, bf16 or f16, and of x
-    unless `activation` says in which codes x comes; bias [n] in that dtype; weights: how many of the kind x
-    is multiplied with; experts: 0, or how many weights [n, k] lie behind one another, each for its own rows.
+    """weight [n, k] in a format, its layout included; x: the dtype of the result, bf16, f16 or (on CPUs) f32,
+    and of x unless `activation` says in which codes x comes; bias [n] in that dtype; weights: how many of the
+    kind x is multiplied with; experts: 0, or how many weights [n, k] lie behind one another, each for its own
+    rows.
     """
 
     weight: Format
@@ -75,8 +78,8 @@ class GemmSpec:
     experts: int = 0
 
     def __post_init__(self) -> None:
-        if self.x not in LANE_TYPES:
-            raise CodegenError(f"fused kernels take activations in {' or '.join(LANE_TYPES)}, not {self.x!r}")
+        if self.x not in TYPES:
+            raise CodegenError(f"fused kernels take activations in {' or '.join(TYPES)}, not {self.x!r}")
         if self.n < 1 or self.k < 1:
             raise CodegenError(f"a weight of shape [{self.n}, {self.k}] has nothing to multiply")
         if self.n * self.k >= 2**31:
@@ -120,7 +123,7 @@ class GemmSpec:
     @property
     def dtype(self) -> torch.dtype:
         """Of the result, unless the epilogue says another, and of x where it is not quantized."""
-        return LANE_TYPES[self.x]
+        return TYPES[self.x]
 
     @property
     def out(self) -> torch.dtype:

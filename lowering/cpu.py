@@ -27,12 +27,19 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..formats import Format, Layout, cache_tag, format
+from ..codegen import GemmSpec
+from ..codegen.cpp.support import cpu_layout, obstacle
+from ..codegen.spec import TYPES
+from ..formats import BitfoldError, Format, Integer, Layout, cache_tag
+from ..formats import format as parse
 from ..passes import inherit
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
+from .fused import parsed
 from .inductor import InductorTarget, dequantized
+from .splice import splice
 
 aten = torch.ops.aten
+FUSED = torch.ops.bitfold.fused.default
 
 
 def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +49,7 @@ def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tens
     written; the sum is float32, rounded to x's dtype once. Otherwise, and run eagerly, the weight is decoded
     and multiplied by the library. The choice adds no guard, so a varying number of rows stays one graph.
     """
-    fmt = format(text)
+    fmt = parse(text)
     walk = plan(fmt, k) if _may_fuse(x) and isinstance(k, int) else None
     count = x.numel() // k if k else 0
     if (
@@ -95,13 +102,42 @@ class CpuTarget(InductorTarget):
     shares_regions: ClassVar[bool] = True
 
     def layout(self, format: Format, k: int) -> Layout:
+        found = cpu_layout(format, k) if self.has_kernels() else None
+        if found is not None and (found.element.bits == 8 or plan(found, k)):
+            return found.layout
         return vector_layout(format, k) or format.layout
+
+    def layout_for(self, reader: Node, format: Format, k: int) -> Layout:
+        """Slices of whole vectors where activations' own codes are multiplied."""
+        for user in reader.users:
+            codes = activation_codes(user)
+            if codes is not None and self.has_kernels():
+                found = cpu_layout(format, k, parse(str(codes.args[1])))
+                if found is not None:
+                    return found.layout
+        return self.layout(format, k)
+
+    def has_kernels(self) -> bool:
+        """Whether kernels can be compiled here: there is a C++ compiler."""
+        return self.missing() is None
+
+    def finish(self, gm: GraphModule) -> int:
+        """Operations around kernels become part of them; then all kernels are compiled, side by side."""
+        if not self.has_kernels():
+            return 0
+        found = splice(gm)
+        calls = gm.graph.find_nodes(op="call_function", target=FUSED)
+        if calls:
+            from ..codegen.cpp.build import know
+
+            know(parsed(str(call.args[1])) for call in calls)
+        return found
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):
             if node.target in (aten.linear.default, aten.embedding.default):
                 weight = dequantized(node.args[1 if node.target is aten.linear.default else 0])
-                new = None if weight is None else _lowered(node, weight)
+                new = None if weight is None else _lowered(node, weight, self.has_kernels())
                 if new is not None:
                     node.replace_all_uses_with(new)
                     region.graph.erase_node(node)
@@ -120,10 +156,55 @@ class CpuTarget(InductorTarget):
         return None
 
 
-def _lowered(node: Node, weight: Node) -> Node | None:
+def _lowered(node: Node, weight: Node, kernels: bool) -> Node | None:
     if node.target is aten.linear.default:
-        return _linear(node, weight)
+        return (_kernel(node, weight) if kernels else None) or _linear(node, weight)
     return _embedding(node, weight)
+
+
+def activation_codes(node: Node) -> Node | None:
+    """The `dequantize` of a linear's activations, if a kernel multiplies their codes: int8."""
+    given = dequantized(node.args[0]) if node.target is aten.linear.default else None
+    if given is None:
+        return None
+    fmt = parse(str(given.args[1]))
+    return given if fmt.element == Integer(8) and fmt.layout.name == "bytes" else None
+
+
+def _kernel(node: Node, weight: Node) -> Node | None:
+    """The linear as a kernel, where there is one for these dtypes and this layout."""
+    parts: Any = weight.args[0]
+    value, (_, text, k, _) = node.meta["val"], weight.args
+    lane = next((name for name, dtype in TYPES.items() if dtype == value.dtype), None)
+    bias = node.args[2] if len(node.args) > 2 else None
+    if (
+        lane is None
+        or not isinstance(k, int)
+        or (isinstance(bias, Node) and bias.meta["val"].dtype != value.dtype)
+    ):
+        return None
+    codes = activation_codes(node)
+    rows, x = int(weight.meta["val"].shape[0]), [node.args[0]]
+    for given in (codes, None) if codes is not None else (None,):
+        activation = None if given is None else parse(str(given.args[1]))
+        try:
+            spec = GemmSpec(parse(str(text)), rows, k, lane, bias is not None, activation)
+        except BitfoldError:
+            continue
+        if obstacle(spec) is None:
+            x = [node.args[0]] if given is None else list(given.args[0])  # type: ignore[arg-type]
+            return _call(node, weight, spec, [*x, *parts, *([bias] if bias is not None else [])])
+    return None
+
+
+def _call(node: Node, weight: Node, spec: GemmSpec, inputs: list[Any]) -> Node:
+    with node.graph.inserting_before(node):
+        call = node.graph.call_function(FUSED, (inputs, str(spec)))
+        new = node.graph.call_function(operator.getitem, (call, 0))
+    call.meta["val"], new.meta["val"] = [node.meta["val"]], node.meta["val"]
+    for made in (call, new):
+        inherit(made, [node, weight])
+    return new
 
 
 def _linear(node: Node, weight: Node) -> Node | None:
@@ -140,7 +221,7 @@ def _linear(node: Node, weight: Node) -> Node | None:
 def _embedding(node: Node, weight: Node) -> Node | None:
     """Gather rows of codes, then decode only those; bitwise what the lookup in the decoded table gives."""
     parts, text, k, dtype = weight.args
-    fmt = format(str(text))
+    fmt = parse(str(text))
     if fmt.scale is not None and fmt.scale.granularity.is_block:
         return None  # neighbouring rows share a scale, so a row alone is no tensor of this format
     graph = node.graph

@@ -49,7 +49,8 @@ def _key(region: GraphModule) -> object:
     described: list[object] = []
     for index, node in enumerate(region.graph.nodes):
         names[node] = index
-        if node.op == "get_attr" or node.op == "call_module":
+        # A kernel is compiled apart from the graph, and operations around it may yet become part of it.
+        if node.op in ("get_attr", "call_module") or node.target is torch.ops.bitfold.fused.default:
             return None
         arguments = _placed((node.args, node.kwargs), names)
         value = _described(node.meta.get("val")) if node.op == "placeholder" else ()

@@ -29,7 +29,8 @@ for _name in ("cpu_linear", "rows"):
 
 _library.define("fused(Tensor[] inputs, str spec) -> Tensor[]")
 _library.impl("fused", _later("fused", "fused"), "CUDA")
-_library.impl("fused", _later("fused", "not_in_main_memory"), "CPU")
+# On CPU tensors until the operator in C++ is built and takes its place (`codegen/cpp/build.py`).
+_library.impl("fused", _later("fused", "build_for_cpu"), "CompositeExplicitAutograd")
 torch.library.register_fake("bitfold::fused", _later("fused", "fake"), lib=_library)
 torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library

@@ -87,8 +87,8 @@ def test_what_is_no_spec(text: str) -> None:
 def test_a_spec_in_an_unknown_format_or_type() -> None:
     with pytest.raises(FormatError, match="int9"):
         GemmSpec.parse("linear 64x64 bf16 int9")
-    with pytest.raises(CodegenError, match="fused kernels take activations in bf16 or f16, not 'f32'"):
-        GemmSpec.parse("linear 64x64 f32 int8")
+    with pytest.raises(CodegenError, match="fused kernels take activations in bf16 or f16 or f32, not 'f64'"):
+        GemmSpec.parse("linear 64x64 f64 int8")
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (-1, 4)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.lowering.backend import bitfold as backend
+from bitfold.lowering.cpu import CpuTarget
 from bitfold.lowering.shared_regions import share_regions
 from bitfold.passes.fuse import inline
 
@@ -28,6 +30,12 @@ class Tower(nn.Module):
         return self.wide(torch.relu(self.active(x)))
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one linears are torch that Inductor fuses; kernels are compiled apart, and share nothing."""
+    monkeypatch.setattr(CpuTarget, "missing", lambda self: "there is no C++ compiler")
+
+
 def lowered(recipe: str = "int8") -> torch.fx.GraphModule:
     torch.manual_seed(0)
     gm = bf.capture(Tower().eval(), (torch.randn(2, 64),))
@@ -35,7 +43,11 @@ def lowered(recipe: str = "int8") -> torch.fx.GraphModule:
     return gm
 
 
-def test_alike_regions_share_one_subgraph_and_give_the_same_numbers() -> None:
+def test_kernels_share_nothing() -> None:
+    assert share_regions(lowered()) == 0
+
+
+def test_alike_regions_share_one_subgraph_and_give_the_same_numbers(no_compiler: None) -> None:
     x = torch.randn(2, 64)
     plain = lowered()
     inline(plain)

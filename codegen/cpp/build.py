@@ -1,0 +1,247 @@
+"""From source text to a kernel that runs on this processor: compiled by torch's C++ builder, kept on disk.
+
+In: specs. Out: `bitfold::fused` knows them, so that a call goes from the graph to the kernel without Python.
+
+    know([spec, ...])            compiled side by side, those that are not on disk yet
+    torch.ops.bitfold.fused([x, codes, scales], str(spec))
+
+The operator itself (`headers/runtime.cpp`) is compiled once for a machine. A library lies in a folder beside
+torch's own compile caches, named by all that went into it; it is built beside its place and renamed in, so
+that processes may share the folder. Where that folder cannot be written, one of this process's own serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from ...formats.granularity import Granularity
+from ..spec import CodegenError, GemmSpec
+from .source import Body, kind, source
+
+HEADERS = Path(__file__).with_name("headers")
+# Vectors -> how GCC and Clang are told of them. What Inductor adds for speed must not drop NaN.
+FLAGS = {
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4",),
+    "avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "neon": (),
+    "portable": (),
+}
+_STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
+_OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Facts(ctypes.Structure):
+    """What `runtime.cpp` knows of a spec, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("run", "decode", "end")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "padded", "stride")),
+        *((name, ctypes.c_int64) for name in ("scale_row", "scale_group", "groups", "sum_cols")),
+        *((name, ctypes.c_int32) for name in ("weights", "parts", "scales", "zeros", "level")),
+        *((name, ctypes.c_int32) for name in ("bias", "matrices", "vectors", "codes", "out", "token_scales")),
+    ]
+
+
+@cache
+def vectors() -> str:
+    """The widest vectors that this processor has and a header is written for."""
+    found = torch.backends.cpu.get_cpu_capability()
+    if found == "AVX512":
+        return "avx512vnni" if torch.cpu._is_vnni_supported() else "avx512"
+    if found == "AVX2":
+        return "avx2"
+    return "neon" if os.uname().machine in ("aarch64", "arm64") else "portable"
+
+
+def folder() -> Path:
+    """Where libraries lie."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "bitfold" / "cpu"
+
+
+@cache
+def _private() -> Path:
+    return Path(tempfile.mkdtemp(prefix="bitfold"))
+
+
+@dataclass(frozen=True)
+class Library:
+    """A file to compile: its text, the vectors it is written in, and whether it is torch's operator."""
+
+    text: str
+    vectors: str
+    operator: bool = False
+
+    @property
+    def name(self) -> str:
+        """By all that goes into it."""
+        made = hashlib.sha256(_headers().encode())
+        version = torch.__version__ if self.operator else ""
+        for part in (self.text, self.vectors, *FLAGS[self.vectors], *_STRICT, version):
+            made.update(part.encode() + b"\0")
+        return "c" + made.hexdigest()[:32]
+
+    def path(self) -> Path:
+        """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
+        for place in (folder(), _private):
+            here = place if isinstance(place, Path) else place()
+            if (found := here / f"{self.name}.so").exists():
+                return found
+            try:
+                here.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=here) as beside:
+                    os.replace(self._compiled(Path(beside)), found)
+                return found
+            except OSError as error:
+                warnings.warn(
+                    f"compiled kernels cannot be kept in {here} ({error.strerror}), so they are compiled "
+                    "anew by each process",
+                    stacklevel=2,
+                )
+        raise CodegenError(f"no folder can be written in which to compile {self.name}")
+
+    def _compiled(self, beside: Path) -> Path:
+        from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
+        from torch._inductor.exc import CppCompileError
+
+        file = beside / "source.cpp"
+        file.write_text(self.text, encoding="utf-8")
+        header = self.vectors.removesuffix("vnni")
+        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *_STRICT]
+        if self.operator:
+            # The interface as of torch 2.10, which later versions keep.
+            flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
+            options: CppOptions = CppTorchOptions(warning_all=False, extra_flags=flags)
+        else:
+            options = CppOptions(warning_all=False, extra_flags=flags)
+        builder = CppBuilder("library", str(file), options, str(beside))
+        try:
+            builder.build()
+        except CppCompileError as error:
+            raise CodegenError(f"the C++ compiler refused a kernel: {str(error)[-2000:]}") from error
+        return Path(builder.get_target_file_path())
+
+
+@cache
+def _headers() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(HEADERS.glob("*.h")))
+
+
+def library_of(spec: GemmSpec, words: str | None = None) -> Library:
+    """The kernel's, in this processor's vectors or others."""
+    return Library(source(spec), words or vectors())
+
+
+@lru_cache(maxsize=1024)
+def _entries(library: Library) -> dict[str, int | None]:
+    """The addresses of the kernel's functions; None where it has not got one."""
+    loaded = ctypes.CDLL(str(library.path()))
+    found = {name: getattr(loaded, name, None) for name in ("run", "decode", "end")}
+    return {name: ctypes.cast(f, ctypes.c_void_p).value if f else None for name, f in found.items()}
+
+
+@cache
+def operator() -> ctypes.CDLL:
+    """Torch's operator, loaded; a text that it does not know yet is built when it is called."""
+    text = (HEADERS / "runtime.cpp").read_text(encoding="utf-8")
+    path = Library(text, "portable" if vectors() == "portable" else vectors(), operator=True).path()
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    loaded = ctypes.CDLL(str(path))
+    loaded.bitfold_builder(_builder())
+    return loaded
+
+
+@cache
+def _builder() -> Callable[[bytes], int]:
+    """Kept alive: the operator calls it."""
+
+    def build(text: bytes) -> int:
+        try:
+            know([GemmSpec.parse(text.decode())])
+        except Exception as error:  # nothing may be raised through C
+            warnings.warn(str(error), stacklevel=2)
+            return 1
+        return 0
+
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(build)
+
+
+_known: set[tuple[str, str]] = set()
+
+
+def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
+    """Makes the operator know these specs; their kernels are compiled side by side."""
+    words = words or vectors()
+    wanted = [spec for spec in dict.fromkeys(specs) if (str(spec), words) not in _known]
+    if not wanted:
+        return
+    libraries: dict[str, Library] = {}
+    for spec in wanted:
+        libraries.setdefault(kind(spec), library_of(spec, words))
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        first = pool.submit(operator)
+        entries = dict(zip(libraries, pool.map(_entries, libraries.values()), strict=True))
+        loaded = first.result()
+    for spec in wanted:
+        facts = facts_of(spec, entries[kind(spec)])
+        loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts))
+        # One text has one kernel at a time: another's vectors, in a test, take its place.
+        _known.difference_update({(str(spec), other) for other in FLAGS})
+        _known.add((str(spec), words))
+
+
+def facts_of(spec: GemmSpec, entries: Mapping[str, int | None]) -> Facts:
+    """The numbers that `runtime.cpp` needs."""
+    body, parts = Body(spec), spec.weight.parts
+    walk, scale = body.walk, spec.weight.scale
+    place = {name: parts.index(name) if name in parts else -1 for name in ("scales", "zeros", "tensor_scale")}
+    grain = scale.granularity if scale is not None else Granularity(None, None)
+    groups = 1 if grain.cols is None else -(-spec.k // grain.cols)
+    rows = 1 if grain.rows is None else spec.n // grain.rows
+    by_group = spec.weight.layout.by_group and grain.cols is not None
+    tokens = 0
+    if spec.activation is not None and spec.activation.scale is not None:
+        of_x = spec.activation.scale.granularity
+        tokens = 1 if of_x.rows is None else 1 + (1 if of_x.cols is None else spec.k // of_x.cols)
+    return Facts(
+        **entries,
+        n=spec.n,
+        k=spec.k,
+        padded=walk.runs * walk.codes,
+        stride=walk.stride,
+        scale_row=1 if by_group else groups,
+        scale_group=rows if by_group else 1,
+        groups=groups,
+        sum_cols=body.sum_cols,
+        weights=spec.weights,
+        parts=len(parts),
+        scales=place["scales"],
+        zeros=place["zeros"],
+        level=place["tensor_scale"],
+        bias=int(spec.bias),
+        matrices=spec.epilogue.count("e"),
+        vectors=spec.epilogue.count("v"),
+        codes=int(spec.activation is not None),
+        out=_OUTS[spec.out],
+        token_scales=tokens,
+    )
+
+
+def call(spec: GemmSpec, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """y of one call, for tests and benchmarks."""
+    know([spec])
+    found: list[torch.Tensor] = torch.ops.bitfold.fused(list(inputs), str(spec))
+    return found[0]

@@ -1,0 +1,79 @@
+// Vectors for AVX-512 (F, BW, DQ, VL): 32 bytes, 16 floats; with VNNI, products of bytes in one instruction.
+#pragma once
+#include <immintrin.h>
+
+namespace bitfold {
+
+constexpr int kFloats = 16;  // of a vector of floats; a vector of bytes has 32
+using Bytes = __m256i;
+using Floats = __m512;
+using Ints = __m256i;
+
+inline Bytes load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Bytes load16(const uint8_t* p) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Bytes all(uint8_t v) { return _mm256_set1_epi8(static_cast<char>(v)); }
+template <int n> inline Bytes shl(Bytes v) { return _mm256_slli_epi32(v, n); }
+template <int n> inline Bytes shr(Bytes v) { return _mm256_srli_epi32(v, n); }
+inline Bytes and_(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+inline Bytes or_(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+inline Bytes xor_(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+inline Bytes look_up(const int8_t* table, Bytes v) {
+  const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(t), v);
+}
+
+inline void store(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+template <int part> inline __m128i half(const uint8_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * part));
+}
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats loadf(const float* p) { return _mm512_loadu_ps(p); }
+inline void storef(float* p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Floats same(float v) { return _mm512_set1_ps(v); }
+inline Floats madd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+
+template <int part> inline Floats of_integers(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(half<part>(p)));
+}
+template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+  const __m256i wide = _mm256_cvtepu8_epi16(half<part>(p));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(1 << (bits - 1))), 16 - bits);
+  const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi16((1 << (bits - 1)) - 1));
+  return _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(low, 10 - mantissa)));
+}
+template <int part, int bits> inline Floats of_table(const float* table, const uint8_t* p) {
+  const __m512i at = _mm512_cvtepu8_epi32(half<part>(p));
+  if constexpr (bits <= 4) return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table));
+  return _mm512_i32gather_ps(at, table, 4);
+}
+
+inline Ints no_ints() { return _mm256_setzero_si256(); }
+inline int32_t sum(Ints v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
+  const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+#ifdef __AVX512VNNI__
+  return _mm256_dpbusd_epi32(onto, codes, other);  // four products, added in 32 bits
+#else
+  if constexpr (bits <= 7) {
+    const __m256i pairs = _mm256_maddubs_epi16(codes, other);
+    return _mm256_add_epi32(onto, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  const __m512i c = _mm512_cvtepu8_epi16(codes), x16 = _mm512_cvtepi8_epi16(other);
+  const __m512i four = _mm512_madd_epi16(c, x16);
+  const __m256i two = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+  return _mm256_add_epi32(onto, two);
+#endif
+}
+
+inline float of_half(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t to_half(float f) { return static_cast<uint16_t>(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
+
+}  // namespace bitfold

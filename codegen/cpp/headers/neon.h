@@ -1,0 +1,95 @@
+// Vectors for NEON (AArch64): 32 bytes, 8 floats; with the dot product extension, products of bytes by fours.
+#pragma once
+#include <arm_neon.h>
+
+namespace bitfold {
+
+constexpr int kFloats = 8;
+struct Bytes {
+  uint8x16_t a, b;
+};
+struct Floats {
+  float32x4_t a, b;
+};
+struct Ints {
+  int32x4_t a, b;
+};
+
+inline Bytes load32(const uint8_t* p) { return {vld1q_u8(p), vld1q_u8(p + 16)}; }
+inline Bytes load16(const uint8_t* p) { return {vld1q_u8(p), vdupq_n_u8(0)}; }
+inline Bytes all(uint8_t v) { return {vdupq_n_u8(v), vdupq_n_u8(v)}; }
+template <int n> inline Bytes shl(Bytes v) { return {vshlq_n_u8(v.a, n), vshlq_n_u8(v.b, n)}; }
+template <int n> inline Bytes shr(Bytes v) { return {vshrq_n_u8(v.a, n), vshrq_n_u8(v.b, n)}; }
+inline Bytes and_(Bytes x, Bytes y) { return {vandq_u8(x.a, y.a), vandq_u8(x.b, y.b)}; }
+inline Bytes or_(Bytes x, Bytes y) { return {vorrq_u8(x.a, y.a), vorrq_u8(x.b, y.b)}; }
+inline Bytes xor_(Bytes x, Bytes y) { return {veorq_u8(x.a, y.a), veorq_u8(x.b, y.b)}; }
+inline Bytes look_up(const int8_t* table, Bytes v) {
+  const uint8x16_t t = vreinterpretq_u8_s8(vld1q_s8(table));
+  return {vqtbl1q_u8(t, v.a), vqtbl1q_u8(t, v.b)};
+}
+inline void store(uint8_t* p, Bytes v) { vst1q_u8(p, v.a), vst1q_u8(p + 16, v.b); }
+template <int part> inline uint8x8_t eighth(const uint8_t* p) { return vld1_u8(p + 8 * part); }
+
+inline Floats zeros() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
+inline Floats loadf(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+inline void storef(float* p, Floats v) { vst1q_f32(p, v.a), vst1q_f32(p + 4, v.b); }
+inline Floats same(float v) { return {vdupq_n_f32(v), vdupq_n_f32(v)}; }
+inline Floats madd(Floats x, Floats y, Floats z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
+inline float sum(Floats v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
+
+template <int part> inline Floats of_integers(const uint8_t* p) {
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(eighth<part>(p)));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+}
+template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+  const uint16x8_t wide = vmovl_u8(eighth<part>(p));
+  const uint16x8_t sign = vshlq_n_u16(vandq_u16(wide, vdupq_n_u16(1 << (bits - 1))), 16 - bits);
+  const uint16x8_t low = vandq_u16(wide, vdupq_n_u16((1 << (bits - 1)) - 1));
+  const float16x8_t h = vreinterpretq_f16_u16(vorrq_u16(sign, vshlq_n_u16(low, 10 - mantissa)));
+  return {vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
+}
+template <int part, int bits> inline Floats of_table(const float* table, const uint8_t* p) {
+  float found[8];
+  for (int i = 0; i < 8; ++i) found[i] = table[p[8 * part + i]];
+  return loadf(found);
+}
+
+inline Ints no_ints() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+inline int32_t sum(Ints v) { return vaddvq_s32(vaddq_s32(v.a, v.b)); }
+// Codes of 8 bits are no signed bytes: as 128 less, with 128 times the sum of x beside them.
+template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
+  const int8x16_t x0 = vld1q_s8(x), x1 = vld1q_s8(x + 16);
+  const uint8x16_t flip = vdupq_n_u8(bits == 8 ? 0x80 : 0);
+  const int8x16_t c0 = vreinterpretq_s8_u8(veorq_u8(codes.a, flip));
+  const int8x16_t c1 = vreinterpretq_s8_u8(veorq_u8(codes.b, flip));
+#ifdef __ARM_FEATURE_DOTPROD
+  onto = {vdotq_s32(onto.a, c0, x0), vdotq_s32(onto.b, c1, x1)};
+  if (bits == 8) {
+    const int8x16_t some = vdupq_n_s8(64);  // 128 is no signed byte: 64 twice
+    onto = {vdotq_s32(vdotq_s32(onto.a, some, x0), some, x0), vdotq_s32(vdotq_s32(onto.b, some, x1), some, x1)};
+  }
+  return onto;
+#else
+  const auto four = [bits_of = bits](int8x16_t c, int8x16_t y, int32x4_t s) {
+    s = vpadalq_s16(s, vmull_s8(vget_low_s8(c), vget_low_s8(y)));
+    s = vpadalq_s16(s, vmull_s8(vget_high_s8(c), vget_high_s8(y)));
+    if (bits_of == 8) s = vaddq_s32(s, vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(y)), 7));
+    return s;
+  };
+  return {four(c0, x0, onto.a), four(c1, x1, onto.b)};
+#endif
+}
+
+inline float of_half(uint16_t h) {
+  float16_t f;
+  __builtin_memcpy(&f, &h, 2);
+  return static_cast<float>(f);
+}
+inline uint16_t to_half(float f) {
+  const float16_t h = static_cast<float16_t>(f);
+  uint16_t bits;
+  __builtin_memcpy(&bits, &h, 2);
+  return bits;
+}
+
+}  // namespace bitfold

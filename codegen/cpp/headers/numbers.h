@@ -1,0 +1,64 @@
+// Stored numbers as float32, and float32 as what is stored; what the body of a kernel is written with.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace bitfold {
+
+inline float from_bits(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+struct f32 {
+  using type = float;
+  static float get(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
+  static void put(void* p, int64_t i, float f) { static_cast<float*>(p)[i] = f; }
+};
+struct bf16 {
+  static float get(const void* p, int64_t i) { return from_bits(uint32_t(static_cast<const uint16_t*>(p)[i]) << 16); }
+  static void put(void* p, int64_t i, float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    static_cast<uint16_t*>(p)[i] = static_cast<uint16_t>(f == f ? rounded : 0x7fc0);
+  }
+};
+struct f16 {
+  static float get(const void* p, int64_t i) { return of_half(static_cast<const uint16_t*>(p)[i]); }
+  static void put(void* p, int64_t i, float f) { static_cast<uint16_t*>(p)[i] = to_half(f); }
+};
+struct e8m0 {  // 2**(byte - 127); 255 is NaN
+  static float get(const void* p, int64_t i) {
+    const uint32_t byte = static_cast<const uint8_t*>(p)[i];
+    return byte == 255 ? NAN : from_bits(byte ? byte << 23 : 0x00400000);
+  }
+};
+struct e4m3 {
+  static float get(const void* p, int64_t i) {
+    const uint32_t byte = static_cast<const uint8_t*>(p)[i], rest = byte & 127;
+    const float magnitude = rest == 127 ? NAN
+                            : rest < 8  ? float(rest) * 0.001953125f
+                                        : from_bits((rest << 20) + (120u << 23));
+    return byte & 128 ? -magnitude : magnitude;
+  }
+};
+struct i8 {
+  static float get(const void* p, int64_t i) { return static_cast<const int8_t*>(p)[i]; }
+};
+struct u8 {
+  static float get(const void* p, int64_t i) { return static_cast<const uint8_t*>(p)[i]; }
+};
+
+// f(0), f(1), .. f(count - 1), each number a constant.
+template <int... i, class F> inline void each(std::integer_sequence<int, i...>, F&& f) {
+  (f(std::integral_constant<int, i>{}), ...);
+}
+template <int count, class F> inline void unrolled(F&& f) {
+  each(std::make_integer_sequence<int, count>{}, static_cast<F&&>(f));
+}
+
+}  // namespace bitfold
