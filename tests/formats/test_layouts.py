@@ -189,7 +189,7 @@ def test_a_layout_that_forgets_bits_is_refused() -> None:
 
 
 def test_scales_by_group_are_stored_turned() -> None:
-    """Kernels read the scales of neighbouring rows side by side: the part is [K / group, N], and contiguous."""
+    """Kernels read the scales of neighbouring rows side by side: the part is [K / group, N], contiguous."""
     w = torch.randn(6, 64)
     plain = format("uint4[g32,zero]").quantize(w)
     for layout in ("halves64", "planar64t"):
