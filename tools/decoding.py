@@ -72,12 +72,14 @@ class Decoder:
         self.position.fill_(prompt.shape[1])
         return token
 
-    def compile(self) -> None:
-        """Compile the three pieces of a step; it happens in the next call of `step`."""
+    def compile(self, backend: str | None = None) -> None:
+        """Compile the three pieces of a step; it happens in the next call of `step`. backend: Inductor, or
+        "bitfold", which puts the operations around a quantized model's kernels into them."""
         torch._dynamo.reset()  # each decoder compiles anew, and Dynamo limits how often one function may be
         pieces = (_begin, _layer, _end)
+        how: dict[str, Any] = {"backend": backend, "options": {"recipe": "none"}} if backend else {}
         self._begin, self._layer, self._end = (
-            torch.compile(piece, fullgraph=True, dynamic=False) for piece in pieces
+            torch.compile(piece, fullgraph=True, dynamic=False, **how) for piece in pieces
         )
 
     def step(self, token: Tensor) -> Tensor:

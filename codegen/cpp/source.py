@@ -130,27 +130,22 @@ class Body:
         return "\n".join(lines) + "\n"
 
     def _scales(self) -> list[str]:
-        """What multiplies the sum over a group of codes from `k` on, and what is added to the products."""
+        """Where a row's scales begin; what multiplies the sum over a group of codes, and what is added to the
+        products."""
         scale = self.scale
-        if scale is None:
-            body = ["  s = 1.0f;"]
-        else:
-            rows = scale.granularity.rows
-            row = "0" if rows is None else ("row" if rows == 1 else f"row / {rows}")
-            stored = scale.dtype
-            body = [
-                f"  const int64_t at = {row} * call.scale_row + group * call.scale_group;",
-                f"  s = {stored}::get(w.scales, at);",
-            ]
+        rows = scale.granularity.rows if scale is not None else None
+        row = "0" if rows is None else ("row" if rows == 1 else f"row / {rows}")
+        body = ["  s = 1.0f;"]
+        if scale is not None:
+            body = [f"  s = {scale.dtype}::get(w.scales, at);"]
             if scale.zero != "none":
-                kind = ("i8" if self._base else "u8") if scale.zero == "int" else stored
+                kind = ("i8" if self._base else "u8") if scale.zero == "int" else scale.dtype
                 body.append(f"  const float zero = {kind}::get(w.zeros, at);")
-        added = self._added()
         return [
-            "inline void scales(",
-            "    const Call& call, const Weight& w, int64_t row, int64_t group, float& s, float& z) {",
+            f"inline int64_t scales_of(const Call& call, int64_t row) {{ return {row} * call.scale_row; }}",
+            "inline void scales(const Weight& w, int64_t at, float& s, float& z) {",
             *body,
-            *([f"  z = {added};"] if self.needs_sums else ["  z = 0.0f;"]),
+            f"  z = {self._added() if self.needs_sums else '0.0f'};",
             *([f"  s *= {self._factor!r}f;"] if self._factor != 1.0 else []),
             "}",
             "",
@@ -191,18 +186,11 @@ class Body:
             "  float rest[R][M];",
             "  for (int r = 0; r < R; ++r)",
             "    for (int m = 0; m < M; ++m) total[r][m] = zeros(), rest[r][m] = 0.0f;",
-            "  const uint8_t* end = w.codes + call.n * call.stride;",
+            "  int64_t base[R];",
+            "  for (int r = 0; r < R; ++r) base[r] = scales_of(call, row + r);",
+            *self._end(),
             "  for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {",
-            "    const uint8_t* u[R];",
-            "    uint8_t last[R][kUnits + 32];",
-            "    for (int r = 0; r < R; ++r) {",
-            "      u[r] = w.codes + (row + r) * call.stride + at;",
-            "      if (u[r] + kUnits > end) {  // the last row of a weight whose rows are no whole runs",
-            "        std::memset(last[r], 0, sizeof last[r]);",
-            "        std::memcpy(last[r], u[r], end - u[r]);",
-            "        u[r] = last[r];",
-            "      }",
-            "    }",
+            *self._units(),
             f"    const {element}* x = static_cast<const {element}*>(call.x) + m0 * call.padded + k;",
         ]
         fresh = [
@@ -211,7 +199,7 @@ class Body:
             f"  for (int m = 0; m < M; ++m) p[r][m] = {'no_ints' if self.by_integers else 'zeros'}();",
         ]
         if self.whole_rows:
-            at = next(i for i, line in enumerate(lines) if "const uint8_t* end" in line)
+            at = next(i for i, line in enumerate(lines) if "int64_t base[R]" in line)
             lines[at:at] = [f"  {line}" for line in fresh]
         for first, slices in self._groups():
             lines += ["    {", *(f"      {line}" for line in ([] if self.whole_rows else fresh))]
@@ -240,6 +228,33 @@ class Body:
                 found.append((start, []))
             found[-1][1].append(i)
         return found
+
+    @property
+    def _cut_short(self) -> bool:
+        """Whether a row may end within a run, so that the last row's loads would pass the end of memory."""
+        return self.spec.weight.layout.name == "bytes"
+
+    def _end(self) -> list[str]:
+        return ["  const uint8_t* end = w.codes + call.n * call.stride;"] if self._cut_short else []
+
+    def _units(self) -> list[str]:
+        """Where the units of this run are, for each row."""
+        lines = [
+            "    const uint8_t* u[R];",
+            "    for (int r = 0; r < R; ++r) u[r] = w.codes + (row + r) * call.stride + at;",
+        ]
+        if not self._cut_short:
+            return lines
+        return [
+            *lines,
+            "    uint8_t last[R][kUnits + 32];",
+            "    if (u[R - 1] + kUnits > end)",
+            "      for (int r = 0; r < R; ++r) {",
+            "        std::memset(last[r], 0, sizeof last[r]);",
+            "        std::memcpy(last[r], u[r], std::min<int64_t>(kUnits, end - u[r]));",
+            "        u[r] = last[r];",
+            "      }",
+        ]
 
     def _slice(self, i: int) -> list[str]:
         w = self.walk
@@ -289,10 +304,10 @@ class Body:
         """Sums over a group, scaled, go to the sums over the row."""
         k = f"k + {first}"
         lines = [
-            f"      const int64_t group = {self._group(first)};",
+            f"      const int64_t column = ({self._group(first)}) * call.scale_group;",
             "      for (int r = 0; r < R; ++r) {",
             "        float s, z;",
-            "        scales(call, w, row + r, group, s, z);",
+            "        scales(w, base[r] + column, s, z);",
             "        for (int m = 0; m < M; ++m) {",
         ]
         times = "s"
@@ -343,7 +358,7 @@ class Body:
             if self.needs_sums and self.sum_cols < 0:
                 lines += [
                     "      float s, z;" if i == 0 else "",
-                    f"      scales(call, call.weights[{i}], row + r, 0, s, z);",
+                    f"      scales(call.weights[{i}], scales_of(call, row + r), s, z);",
                 ]
                 value = f"(whole ? {value} : {value} + z * call.x_sums[m0 + m])"
             if self.scale is not None and self.scale.two_level:
@@ -376,16 +391,11 @@ class Body:
             return []
         lines = [
             "inline void decoded(const Call& call, const Weight& w, int64_t row, float* to) {",
-            "  const uint8_t* end = w.codes + call.n * call.stride;",
+            "  constexpr int R = 1;",
+            "  const int64_t base = scales_of(call, row);",
+            *self._end(),
             "  for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {",
-            "    const uint8_t* given = w.codes + row * call.stride + at;",
-            "    uint8_t last[kUnits + 32];",
-            "    if (given + kUnits > end) {",
-            "      std::memset(last, 0, sizeof last);",
-            "      std::memcpy(last, given, end - given);",
-            "      given = last;",
-            "    }",
-            "    const uint8_t* u[1] = {given};",
+            *self._units(),
             "    constexpr int r = 0;",
             "    alignas(64) float run[kCodes];",
         ]
@@ -393,9 +403,8 @@ class Body:
         for first, slices in self._groups():
             lines += [
                 "    {",
-                f"      const int64_t group = {self._group(first)};",
                 "      float s, z;",
-                "      scales(call, w, row, group, s, z);",
+                f"      scales(w, base + ({self._group(first)}) * call.scale_group, s, z);",
                 *([f"      s = s{level};"] if level else []),
             ]
             for i in slices:
