@@ -11,8 +11,9 @@ float32 where their weights are known, ours always, with fresh input, output poi
 equal to the bit. Our kernels are compiled by other processes while the peers are timed: only the device's own
 clock is read, so a busy host does not show.
 
-Peers that cannot be imported are reported as absent. `--formats` limits ours; `--schedule` fixes their
-schedule, which bitfold otherwise chooses.
+Peers that cannot be imported are reported as absent. `--formats` limits ours, `--pairs` those on activations
+in codes (the product alone, and with the quantization of x); `--schedule` fixes the schedule of formats, that
+bitfold otherwise chooses. `mlp` and `experts` are more than one product (`gemm_blocks.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gemm_blocks import BLOCKS, time_block
+from gemm_blocks import jobs as jobs_of_blocks
 from gemm_ours import FORMATS, Ours, chooser, compile_all, jobs_of
+from gemm_pairs import PAIRS, time_pair
+from gemm_pairs import jobs as jobs_of_pairs
 from gemm_peers import PEERS
 from gemm_rows import OURS, Row, band_lines, finish, formats, label, ratio_lines, shapes, sizes, time_lines
 from gpu_timing import card, microseconds, roof
@@ -46,11 +51,12 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [*[*PEERS][:AT_FIRST], OURS, *[*PEERS][AT_FIRST:]]
+    names = [*[*PEERS][:AT_FIRST], OURS, *BLOCKS, *[*PEERS][AT_FIRST:]]
     parser.add_argument("--shapes", nargs="+", type=shape, default=[shape(text) for text in SHAPES])
     parser.add_argument("--ms", nargs="+", type=int, default=MS)
     parser.add_argument("--peers", nargs="+", choices=names, default=names, metavar="PEER")
     parser.add_argument("--formats", nargs="+", default=FORMATS, help="of ours")
+    parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=[*PAIRS], metavar="PAIR", help="of ours")
     parser.add_argument("--schedule", help='of ours, for every row: "m16 n64 w2 s3 k1 sum"')
     parser.add_argument("--repeats", type=int, default=11, help="replays, of which the median counts")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything")
@@ -150,7 +156,7 @@ def child(given: argparse.Namespace) -> None:
         given.out.write_text(json.dumps({**card(), "roof": roof()}))
         return
     if given.one == COMPILE:
-        jobs = jobs_of(given.formats, given.shapes, given.ms, chooser(given.schedule))
+        jobs = all_jobs(given)
         started = time.time()
         failed = compile_all(jobs, max(1, (os.cpu_count() or 1) - 2), given.limit)
         print(f"compiled {len(jobs) - len(failed)} of {len(jobs)} kernels in {time.time() - started:.0f} s")
@@ -166,14 +172,32 @@ def child(given: argparse.Namespace) -> None:
         beside.replace(given.out)
 
     with torch.no_grad():
-        (time_peer if given.one in PEERS else time_ours)(given.one, given, report)
+        if given.one in PEERS:
+            time_peer(given.one, given, report)
+        elif given.one in PAIRS:
+            time_pair(given.one, given, chooser(None), report)
+        elif given.one in BLOCKS:
+            time_block(given.one, given, chooser(None), report)
+        else:
+            time_ours(given.one, given, report)
+
+
+def all_jobs(given: argparse.Namespace) -> list[tuple[str, str]]:
+    """Every kernel of ours that the rows need, once, in the order in which they are timed."""
+    found: list[tuple[str, str]] = []
+    if OURS in given.peers:
+        found += jobs_of(given.formats, given.shapes, given.ms, chooser(given.schedule))
+        found += jobs_of_pairs(given.pairs, given.shapes, given.ms, chooser(None))
+    found += jobs_of_blocks(given.peers, given.ms, chooser(None))
+    return list(dict.fromkeys(found))
 
 
 def start(one: str, given: argparse.Namespace, out: Path) -> subprocess.Popen[str]:
     """A process that imports what it needs, and then waits for a line."""
     command = [sys.executable, __file__, "--one", one, "--out", str(out), "--repeats", str(given.repeats)]
     command += ["--shapes", *(f"{n}x{k}" for n, k in given.shapes), "--ms", *map(str, given.ms)]
-    command += ["--limit", str(given.limit * 0.5), "--formats", *given.formats]
+    command += ["--limit", str(given.limit * 0.5), "--formats", *given.formats, "--pairs", *given.pairs]
+    command += ["--peers", *given.peers]
     command += ["--schedule", given.schedule] if given.schedule else []
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
@@ -196,12 +220,14 @@ def last_line(printed: str) -> str:
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything that was asked for, as far as the time goes; --out is rewritten after each process."""
     deadline = time.time() + given.limit
-    compiling = start(COMPILE, given, folder / "compile") if OURS in given.peers else None
+    ours = any(name in given.peers for name in (OURS, *BLOCKS))
+    compiling = start(COMPILE, given, folder / "compile") if ours else None
     if compiling is not None and compiling.stdin is not None:
         compiling.stdin.write("go\n")
         compiling.stdin.flush()
     found: dict[str, Any] = {**_measured_roof(given, folder), "absent": {}, "rows": []}
-    turns = [one for name in given.peers for one in (given.formats if name == OURS else [name])]
+    mine = [*given.formats, *given.pairs]
+    turns = [one for name in given.peers for one in (mine if name == OURS else [name])]
     outs = [folder / f"{i}.json" for i in range(len(turns))]
     following = start(turns[0], given, outs[0]) if turns else None
     for i, one in enumerate(turns):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gemm_pairs import WITH_X
 from gemm_rows import ALL
 from gpu_timing import copies_past_cache
 from torch import Tensor
@@ -193,6 +194,55 @@ def int_mm(n: int, k: int) -> Loaded:
     return Loaded(made.copies, made.nbytes, made.run, made.weight, prepare)
 
 
+def scaled_mm_blocks(n: int, k: int) -> Loaded:
+    """1 x 128 of x by 128 x 128 of the weight; scales of x lie with its rows side by side."""
+    weight = torch.randn(n, k, device="cuda").to(FP8)
+    scale = torch.rand(n // 128, k // 128, device="cuda") + 0.5
+
+    def prepare(x: Tensor) -> tuple[Any, Tensor]:
+        of_x = (torch.rand(k // 128, x.shape[0], device="cuda") + 0.5).t()
+        return (x.to(FP8), of_x), x.to(FP8).float() * of_x.repeat_interleave(128, 1)
+
+    def run(w: Any, given: Any) -> Tensor:
+        x, of_x = given
+        return torch._scaled_mm(x, w[0].t(), of_x, w[1].t(), out_dtype=BF16)
+
+    decoded = weight.float() * scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
+    made = repeated((weight, scale), run, decoded)
+    return Loaded(made.copies, made.nbytes, run, decoded, prepare)
+
+
+def quantized_then(by_integers: bool) -> Callable[[int, int], Loaded]:
+    """What one writes by hand: x quantized by row, then the library's product, in one compiled function."""
+
+    def load(n: int, k: int) -> Loaded:
+        source = random_weight(n, k).float()
+        most = 127.0 if by_integers else 448.0
+        scale = source.abs().amax(1, keepdim=True) / most
+        codes = (source / scale).round().to(torch.int8) if by_integers else (source / scale).to(FP8)
+
+        def run(x: Tensor, w: Tensor, of_w: Tensor) -> Tensor:
+            of_x = x.float().abs().amax(1, keepdim=True) / most
+            if by_integers:
+                rows = (x.float() / of_x).round().to(torch.int8)
+                return (torch._int_mm(rows, w.t()).float() * of_x * of_w).to(BF16)
+            return torch._scaled_mm(
+                (x.float() / of_x).to(FP8), w.t(), of_x, of_w, out_dtype=BF16, use_fast_accum=True
+            )
+
+        def prepare(x: Tensor) -> tuple[Any, Tensor]:
+            if x.shape[0] > 1:
+                torch._dynamo.mark_dynamic(x, 0)
+            return x, x.float()
+
+        compiled = torch.compile(run, fullgraph=True)
+        decoded = codes.float() * scale
+        made = repeated((codes, scale.t().contiguous()), lambda w, x: compiled(x, *w), decoded)
+        return Loaded(made.copies, made.nbytes, made.run, decoded, prepare)
+
+    return load
+
+
 # In the order in which they are measured: those that most formats are compared with come first.
 PEERS = {
     "bf16": Peer((ALL,), bf16),
@@ -211,8 +261,19 @@ PEERS = {
     "gemlite-float8": Peer(("float8_e4m3fn",), gemlite_bytes(FP8), "float8_e4m3 row"),
     "gemlite-mxfp4": Peer(("mxfp4",), gemlite_mxfp4, "mxfp4"),
     "scaled_mm-row": Peer(("fp8 x fp8",), scaled_mm(rows=True), "fp8 x fp8 row", "fp8"),
+    "scaled_mm-blocks": Peer(("fp8 x fp8 blocks",), scaled_mm_blocks, "fp8 x fp8 blocks", "fp8"),
+    "compiled-fp8": Peer(
+        ("fp8 x fp8" + WITH_X,), quantized_then(by_integers=False), "quantize + scaled_mm row", "fp8"
+    ),
+    "compiled-int8": Peer(
+        ("int8 x int8" + WITH_X,), quantized_then(by_integers=True), "quantize + int_mm", "int8"
+    ),
     "scaled_mm-tensor": Peer(("fp8 x fp8",), scaled_mm(rows=False), "fp8 x fp8 tensor", "fp8"),
     "int_mm": Peer(("int8 x int8",), int_mm, "int8 x int8", "int8"),
-    "humming-uint4-fp8": Peer(("int4 x fp8",), humming("uint4", GROUP, "float8e4m3"), "uint4 x fp8", "fp8"),
-    "humming-uint4-int8": Peer(("int4 x int8",), humming("uint4", GROUP, "int8"), "uint4 x int8", "int8"),
+    "humming-uint4-fp8": Peer(
+        ("int4 x fp8", "int4 x fp8" + WITH_X), humming("uint4", GROUP, "float8e4m3"), "uint4 x fp8", "fp8"
+    ),
+    "humming-uint4-int8": Peer(
+        ("int4 x int8", "int4 x int8" + WITH_X), humming("uint4", GROUP, "int8"), "uint4 x int8", "int8"
+    ),
 }

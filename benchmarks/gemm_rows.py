@@ -35,7 +35,7 @@ def finish(rows: Iterable[Row], roof: dict[str, float]) -> list[Row]:
 
 def least_time(row: Row, roof: dict[str, float]) -> float:
     """Microseconds that the card needs at least for this row's bytes, or for its products."""
-    flops = 2 * row["m"] * row["n"] * row["k"]
+    flops = 2 * row["m"] * row["n"] * row["k"] * row.get("products", 1)
     return max(row["bytes"] / roof["read"], flops / roof[row["compute"]]) * 1e6
 
 

@@ -157,7 +157,7 @@ def test_options(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_format_of_a_peer_is_one_of_ours(script: Any) -> None:
     """A misspelt name would leave a format without that peer, silently."""
     ours = {str(format(text)) for text in script("gemm_ours").FORMATS}
-    two_operands = {"fp8 x fp8", "int8 x int8", "int4 x fp8", "int4 x int8"}
+    two_operands = set(script("gemm_pairs").LABELS)
     for name, peer in script("gemm_peers").PEERS.items():
         assert set(peer.beside) <= ours | two_operands | {"all"}, name
 
@@ -176,3 +176,95 @@ def test_what_is_compiled_is_what_runs(script: Any) -> None:
         assert [(p.shape, p.stride(), p.dtype) for p in shaped] == [
             (p.shape, p.stride(), p.dtype) for p in real
         ]
+
+
+PICK = "m16 n64 w2 s3 k1 sum"
+
+
+def test_pairs_are_compiled_and_labelled_alike(script: Any) -> None:
+    pairs = script("gemm_pairs")
+    specs = {name: str(pairs.spec_of(name, 512, 1024)) for name in pairs.PAIRS}
+    assert specs == {
+        "fp8 x fp8": "linear 512x1024 bf16 float8_e4m3fn x:float8_e4m3fn",
+        "fp8 x fp8 blocks": "linear 512x1024 bf16 float8_e4m3fn[128x128] x:float8_e4m3fn[g128]",
+        "int8 x int8": "linear 512x1024 bf16 int8 x:int8",
+        "int4 x fp8": "linear 512x1024 bf16 int4[g128,planar256] x:float8_e4m3fn",
+        "int4 x int8": "linear 512x1024 bf16 int4[g128,planar256] x:int8",
+    }
+    jobs = list(pairs.jobs([*pairs.PAIRS], [(512, 1024)], [1, 4096], script("gemm_ours").chooser(None)))
+    assert {spec for spec, _ in jobs} == set(specs.values()) and len(jobs) == 2 * len(specs)
+    spec = pairs.spec_of("int4 x fp8", 512, 1024)
+    alone, both = (pairs.row_of("int4 x fp8", spec, 4, 1000, flag, PICK) for flag in (False, True))
+    assert [alone["format"], both["format"]] == ["int4 x fp8", "int4 x fp8, quantizing x"]
+    assert both["bytes"] - alone["bytes"] == 4 * 1024 and alone["compute"] == "fp8"
+
+
+def test_what_x_must_give_is_that_of_its_codes(script: Any) -> None:
+    pairs, trial = script("gemm_pairs"), importlib.import_module("bitfold.codegen.trial")
+    spec = pairs.spec_of("int8 x int8", 64, 128)
+    weights = trial.Weights.of(spec, "cpu")
+    x = torch.randn(3, 128, dtype=torch.bfloat16)
+    made = pairs.of_x(trial.Trial.of(weights, 3), x)
+    exact = x.float() @ weights.decoded[0].T
+    assert 0 < (made.reference - exact).norm() < 0.02 * exact.norm()
+    wrong = pairs.timed({}, made, lambda: [lambda: exact.to(torch.bfloat16)] * 2, 9)
+    assert wrong["failed"].startswith("error 0.0") and "us" not in wrong
+
+
+def by_operators(inputs: list[torch.Tensor], text: str) -> list[torch.Tensor]:
+    """What a kernel computes, by torch."""
+    from bitfold.codegen import GemmSpec
+    from bitfold.lowering.fused import finish
+
+    spec = GemmSpec.parse(text)
+    given = spec.inputs(inputs)
+    weights = [
+        torch.ops.bitfold.dequantize(list(p), str(spec.weight), spec.k, torch.bfloat16) for p in given.parts
+    ]
+    return [finish(spec, [given.x.float() @ w.float().T for w in weights], given)]
+
+
+def test_the_mlp_is_the_same_fused_and_not(script: Any) -> None:
+    blocks = script("gemm_blocks")
+    torch.manual_seed(0)
+    mlp, x = blocks.Mlp.of("int4[g128]", 256, 512, "cpu"), torch.randn(5, 256, dtype=torch.bfloat16)
+    want = blocks.plain(x.float(), [w.float() for w in mlp.decoded()])
+    copy = blocks.copied(mlp.weights)
+    for y in (mlp.fused(x, copy, by_operators), mlp.unfused(x, copy, by_operators)):
+        assert (y.float() - want).norm() < 4 * blocks.BOUND * want.norm()
+    assert [str(spec).partition(" -> ")[2] for spec in mlp.specs] == ["mul(silu(y0),y1)", "add(y0,e0)"]
+
+
+def test_blocks_are_compiled_beforehand(script: Any) -> None:
+    blocks, gemm = script("gemm_blocks"), script("gemm")
+    given = gemm.options(["--peers", "mlp", "experts", "bf16", "--ms", "1", "16"])
+    jobs = gemm.all_jobs(given)
+    assert {spec.partition(" ")[0] for spec, _ in jobs} == {"linear", "grouped"} and len(jobs) == len(
+        set(jobs)
+    )
+    assert sum("mul(silu(y0),y1)" in spec for spec, _ in jobs) == 2
+    assert gemm.all_jobs(gemm.options(["--peers", "bf16"])) == []
+    row = blocks.row_of("bitfold", "8 experts", 16, 1000)
+    assert row["n"] * row["products"] == blocks.HIDDEN and row["format"] == "8 experts int4[g128]"
+    assert blocks.row_of("unfused", "MLP", 16, 1000)["beside"] == ["MLP int4[g128]"]
+
+
+def test_a_loop_over_experts_leaves_out_those_without_tokens(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = script("gemm_blocks")
+    build, called = importlib.import_module("bitfold.codegen.triton.build"), []
+
+    def launch(spec: Any, schedule: Any, inputs: Any, *, out: torch.Tensor) -> None:
+        called.append(inputs[0].shape[0])
+        out.copy_(by_operators(inputs, str(spec))[0])
+
+    monkeypatch.setattr(build, "launch", launch)
+    spec = blocks.laid_out("int4[g128]", 64, 256)
+    parts = spec.weight.quantize(torch.randn(3, 64, 256)).parts
+    x = torch.randn(6, 256, dtype=torch.bfloat16)
+    y = blocks.by_loop(spec, parts, x, [0, 2, 2, 6])
+    assert called == [2, 4] and y.shape == (6, 64)
+    weight = torch.ops.bitfold.dequantize(parts, str(spec.weight), 256, torch.bfloat16)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    torch.testing.assert_close(y, blocks.grouped(x, weight, ends), rtol=2**-6, atol=2**-4)
