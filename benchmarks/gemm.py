@@ -12,8 +12,8 @@ equal to the bit. Our kernels are compiled by other processes while the peers ar
 clock is read, so a busy host does not show.
 
 Peers that cannot be imported are reported as absent. `--formats` limits ours, `--pairs` those on activations
-in codes (the product alone, and with the quantization of x); `--schedule` fixes the schedule of formats, that
-bitfold otherwise chooses. `mlp` and `experts` are more than one product (`gemm_blocks.py`).
+in codes (the product alone, and with the quantization of x); `--schedule` fixes for formats what bitfold
+otherwise chooses. `mlp` and `experts` are more than one product (`gemm_blocks.py`).
 """
 
 from __future__ import annotations
