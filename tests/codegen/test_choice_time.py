@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
-import subprocess
-import sys
 import timeit
 
 import pytest
@@ -31,6 +30,5 @@ def test_equal_specs_have_one_hash_in_every_process() -> None:
     spec = GemmSpec.parse(TEXTS[0])
     assert hash(spec) == hash(GemmSpec.parse(TEXTS[0])) != hash(GemmSpec.parse(TEXTS[1]))
     assert choose(pickle.loads(pickle.dumps(spec)), 1) == choose(spec, 1)
-    program = f"from bitfold.codegen import GemmSpec; print(hash(GemmSpec.parse({TEXTS[0]!r})))"
-    printed = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
-    assert int(printed.stdout) == hash(spec)
+    # Python's own hash of a text differs from process to process.
+    assert spec.__hash__() == int.from_bytes(hashlib.sha256(TEXTS[0].encode()).digest()[:8], "little")

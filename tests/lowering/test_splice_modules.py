@@ -78,7 +78,7 @@ ONE_BLOCK = ["1 y0", "1 add(e0,y0)", "2 mul(silu(y0),y1)", "1 add(e0,y0)"]
 
 @pytest.mark.parametrize(
     ("recipe", "ahead"),
-    [("int4[g32]", True), ("int8_dynamic", True), ("fp8_dynamic", True), ("int4[g32]", False)],
+    [("int4[g32]", True), ("int8_dynamic", True), ("int4[g32]", False)],
 )
 def test_kernels_are_spliced_across_modules(here: Any, recipe: str, ahead: bool) -> None:
     given, x = model(), torch.randn(2, 1, 64, dtype=torch.bfloat16)
