@@ -66,13 +66,15 @@ class Unwalkable:
 
 
 @lru_cache(maxsize=512)
-def walk(format: Format, k: int, width: int = UNIT, cut: int = 0) -> Walk | Unwalkable:
+def walk(
+    format: Format, k: int, width: int = UNIT, cut: int = 0, run_of_bytes: int = RUN_OF_BYTES
+) -> Walk | Unwalkable:
     """How a kernel walks over rows of `k` codes, in units of `width` bits, in slices that `cut` (if any) is a
-    multiple of."""
+    multiple of; in runs of so many where codes lie in order, a byte each."""
     bits, run = format.element.bits, format.run
     codes, size = format.layout.period(bits, run, k)
     if (codes, size, width) == (1, 1, BYTE):
-        codes = size = RUN_OF_BYTES
+        codes = size = run_of_bytes
     if k == 0 or codes > 1 << 14:
         return Unwalkable(f"the layout {format.layout} repeats after {codes} codes; lay it out as halves")
     if size % (width // 8):

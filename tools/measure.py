@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import BitfoldError
+from ..lowering.folded import Folded
 from .decoding import Decoder
 
 Step = Callable[[int, int], None]
@@ -74,7 +75,7 @@ def decode(
         tokens = [decoder.read(prompt.to(device))]
         _wait(device)
         if compiled:
-            decoder.compile()
+            decoder.compile("bitfold" if _is_quantized(model) else None)
         began = time.perf_counter()
         tokens.append(decoder.step(tokens[-1]))
         run = decoder.graph(tokens[-1]) if compiled and device.type == "cuda" else decoder.step
@@ -108,6 +109,10 @@ def time_calls(
             _wait(device)
             seconds.append(time.perf_counter() - began)
     return Calls(seconds[0], median(seconds[3:]))
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, Folded) for module in model.modules())
 
 
 def _rounded(length: int) -> int:

@@ -27,6 +27,7 @@ from .values import Decode, decode, raw
 # Rows of the weight taken together with 1, 2 and 4 rows of x: enough sums in flight for the multipliers.
 ROWS = {1: 4, 2: 4, 4: 2}
 CHUNK = 32  # bytes of a vector
+RUN_OF_BYTES = 64  # of codes in order: longer runs of a row of 576 would end in padding
 TYPES = ("f32", "bf16", "f16")
 
 
@@ -514,7 +515,8 @@ def kind(spec: GemmSpec) -> str:
 def walk_of(spec: GemmSpec) -> Walk | Unwalkable:
     """How the kernel walks over a row: in bytes."""
     held = [f.scale.granularity.cols for f in (spec.weight, spec.activation) if f is not None and f.scale]
-    return walk(spec.weight, spec.k, BYTE, math.gcd(*(cols for cols in held if cols is not None)))
+    cut = math.gcd(*(cols for cols in held if cols is not None))
+    return walk(spec.weight, spec.k, BYTE, cut, RUN_OF_BYTES)
 
 
 def source(spec: GemmSpec) -> str:
