@@ -87,8 +87,8 @@ OPS: dict[str, Op] = {
     "clamp": Op(
         3,
         lambda x, a, b: torch.clamp(x, a, b),
-        "tl.where({0} < {1}, {1}, tl.where({0} > {2}, {2}, {0}))",
-        "({0} < {1} ? {1} : {0} > {2} ? {2} : {0})",
+        "tl.where(tl.where({0} < {1}, {1}, {0}) > {2}, {2}, tl.where({0} < {1}, {1}, {0}))",
+        "(({0} < {1} ? {1} : {0}) > {2} ? {2} : ({0} < {1} ? {1} : {0}))",
     ),
     "bf16": Op(1, _rounded(torch.bfloat16), "{0}.to(tl.bfloat16).to(tl.float32)", "rounded<bf16>({0})"),
     "f16": Op(1, _rounded(torch.float16), "{0}.to(tl.float16).to(tl.float32)", "rounded<f16>({0})"),
@@ -243,7 +243,7 @@ def _number(of: float) -> str:
 
 def _float(of: float) -> str:
     if math.isfinite(of):
-        return f"{of!r}f"
+        return f"({of!r}f)"
     return "NAN" if of != of else ("INFINITY" if of > 0 else "-INFINITY")
 
 

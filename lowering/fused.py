@@ -1,4 +1,4 @@
-"""The operator that a fused region becomes on a GPU: its text regenerates the kernel anywhere.
+"""The operator that a fused region becomes on a GPU or a CPU: its text regenerates the kernel anywhere.
 
 In: a kernel's inputs and the text of its `GemmSpec` (see `codegen/spec.py`). Out: `[y]`. Registered by
 `_operators.py`; packed weights are inputs, never constants.
@@ -12,6 +12,7 @@ one graph. Past `MOST_ROWS` the weight is decoded into memory for the length of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -50,13 +51,17 @@ def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     x = inputs[0]
     rows = _as_rows(spec, inputs)
     given = check(spec, rows)
-    schedule = choose(spec, given.x.shape[0])
-    y = launch(spec, schedule, rows) if schedule is not None else by_library(spec, given)
+    # Triton launches on the current device, whatever the tensors are on.
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if elsewhere else nullcontext():
+        schedule = choose(spec, given.x.shape[0])
+        y = launch(spec, schedule, rows) if schedule is not None else by_library(spec, given)
     return [y.reshape(*x.shape[:-1], spec.n)]
 
 
 def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The inputs with x [M, k], its scales and the epilogue's matrices [M, n] as the kernel takes them."""
+    """The inputs as the kernel takes them: x [M, k], the epilogue's matrices [M, n]; a weight's parts as they
+    are, the rest contiguous."""
     found = list(inputs)
     found[0] = inputs[0].reshape(-1, spec.k).contiguous()
     if spec.activation is not None:
@@ -64,9 +69,10 @@ def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
     if spec.experts:
         ends = 1 + (spec.activation is not None)
         found[ends] = inputs[ends].contiguous()
-    first = spec.arity - spec.epilogue.count("e") - spec.epilogue.count("v")
-    for i in range(first, first + spec.epilogue.count("e")):
-        found[i] = inputs[i].reshape(-1, spec.n).contiguous()
+    extras = spec.arity - spec.epilogue.count("e") - spec.epilogue.count("v")
+    for i in range(extras - spec.weights * spec.bias, spec.arity):
+        matrix = extras <= i < extras + spec.epilogue.count("e")
+        found[i] = (inputs[i].reshape(-1, spec.n) if matrix else inputs[i]).contiguous()
     return found
 
 

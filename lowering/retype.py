@@ -14,7 +14,9 @@ from dataclasses import replace
 import torch
 from torch.fx import GraphModule, Node
 
+from ..codegen import runs_on_kernels
 from ..codegen.lanes import LANE_TYPES
+from ..codegen.spec import TYPES
 from .fused import parsed
 from .graph_data import Data
 from .splice import expanded
@@ -62,19 +64,24 @@ def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
             node.args = (*node.args[:3], new)
             changed = True
         elif node.target == torch.ops.bitfold.fused.default:
-            _rewrite_kernel(body, node, new)
-            changed = True
+            changed |= _rewrite_kernel(body, node, old, new)
     if changed:
         body.recompile()
 
 
-def _rewrite_kernel(body: GraphModule, call: Node, new: torch.dtype) -> None:
+def _rewrite_kernel(body: GraphModule, call: Node, old: torch.dtype, new: torch.dtype) -> bool:
     """A kernel for the new dtype, or, where kernels take no such activations, the operators it stands for."""
     inputs, text = call.args
     assert isinstance(inputs, list | tuple)
     spec = parsed(str(text))
-    lane = next((name for name, dtype in LANE_TYPES.items() if dtype == new), None)
-    if lane is not None:
+    if spec.dtype != old:
+        return False
+    lane = next((name for name, dtype in TYPES.items() if dtype == new), None)
+    value = next((node.meta["val"] for node in call.all_input_nodes if "val" in node.meta), None)
+    on_gpu = isinstance(value, torch.Tensor) and value.device.type != "cpu"
+    gpus_only = on_gpu or runs_on_kernels(spec.weight.layout)
+    if lane is None or (lane not in LANE_TYPES and gpus_only):
+        expanded(body.graph, call, new)
+    else:
         call.args = (inputs, str(replace(spec, x=lane)))
-        return
-    expanded(body.graph, call, new)
+    return True

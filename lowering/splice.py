@@ -15,12 +15,14 @@ moved past an operator that writes to a tensor.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..codegen import CodegenError, GemmSpec
 from ..codegen.epilogue import Apply, Epilogue, Expression
@@ -142,7 +144,13 @@ def _open(result: Node, user: Node, draft: _Draft, since: dict[Node, int]) -> bo
     ours, theirs = user.meta.get("val"), result.meta.get("val")
     if set(result.users) != {user} or not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         return False
-    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and since[user] == since[draft.calls[0]]
+    alike = ours.dtype == theirs.dtype and _same_shape(ours.shape, theirs.shape)
+    return alike and since[user] == since[draft.calls[0]]
+
+
+def _same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Whether two shapes are known to be one, with no guard put on sizes that vary."""
+    return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
 
 def _joined(first: _Draft, second: _Draft) -> tuple[_Draft, Expression] | None:
@@ -211,9 +219,9 @@ def _held(operand: Node, user: Node, spec: GemmSpec, matrices: list[Node], vecto
     value, result = operand.meta.get("val"), user.meta["val"]
     if not isinstance(value, Tensor) or value.dtype != spec.dtype:
         return None
-    if value.shape == result.shape and result.ndim > 0:
+    if result.ndim > 0 and _same_shape(value.shape, result.shape):
         kind, found = "e", matrices
-    elif value.shape == (spec.n,) and spec.n > 1 and not spec.experts:
+    elif spec.n > 1 and not spec.experts and _same_shape(value.shape, (spec.n,)):
         kind, found = "v", vectors
     else:
         return None

@@ -27,7 +27,7 @@ import torch
 
 from ...formats.granularity import Granularity
 from ..spec import CodegenError, GemmSpec
-from .source import Body, kind, source
+from .source import Body, source
 
 HEADERS = Path(__file__).with_name("headers")
 # Vectors -> how GCC and Clang are told of them. What Inductor adds for speed must not drop NaN.
@@ -50,7 +50,11 @@ class Facts(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n", "k", "padded", "stride")),
         *((name, ctypes.c_int64) for name in ("scale_row", "scale_group", "groups", "sum_cols")),
         *((name, ctypes.c_int32) for name in ("weights", "parts", "scales", "zeros", "level")),
-        *((name, ctypes.c_int32) for name in ("bias", "matrices", "vectors", "codes", "out", "token_scales")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("bias", "matrices", "vectors", "codes", "out", "token_scales", "x")
+        ),
+        *((name, ctypes.c_int64) for name in ("scale_count", "scale_bytes", "zero_bytes")),
     ]
 
 
@@ -188,15 +192,14 @@ def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
     wanted = [spec for spec in dict.fromkeys(specs) if (str(spec), words) not in _known]
     if not wanted:
         return
-    libraries: dict[str, Library] = {}
-    for spec in wanted:
-        libraries.setdefault(kind(spec), library_of(spec, words))
+    libraries = {spec: library_of(spec, words) for spec in wanted}
+    apart = list(dict.fromkeys(libraries.values()))
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         first = pool.submit(operator)
-        entries = dict(zip(libraries, pool.map(_entries, libraries.values()), strict=True))
+        entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
     for spec in wanted:
-        facts = facts_of(spec, entries[kind(spec)])
+        facts = facts_of(spec, entries[libraries[spec]])
         loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts))
         # One text has one kernel at a time: another's vectors, in a test, take its place.
         _known.difference_update({(str(spec), other) for other in FLAGS})
@@ -237,6 +240,10 @@ def facts_of(spec: GemmSpec, entries: Mapping[str, int | None]) -> Facts:
         codes=int(spec.activation is not None),
         out=_OUTS[spec.out],
         token_scales=tokens,
+        x=_OUTS[spec.dtype],
+        scale_count=rows * groups,
+        scale_bytes=scale.bits // 8 if scale is not None else 0,
+        zero_bytes=0 if scale is None else (1 if scale.zero == "int" else scale.bits // 8),
     )
 
 

@@ -189,7 +189,6 @@ class Body:
             "    for (int m = 0; m < M; ++m) total[r][m] = zeros(), rest[r][m] = 0.0f;",
             "  int64_t base[R];",
             "  for (int r = 0; r < R; ++r) base[r] = scales_of(call, row + r);",
-            *self._end(),
             "  for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {",
             *self._units(),
             f"    const {element}* x = static_cast<const {element}*>(call.x) + m0 * call.padded + k;",
@@ -232,11 +231,8 @@ class Body:
 
     @property
     def _cut_short(self) -> bool:
-        """Whether a row may end within a run, so that the last row's loads would pass the end of memory."""
+        """Whether a row may end within a run: its last loads would go on into the next row."""
         return self.spec.weight.layout.name == "bytes"
-
-    def _end(self) -> list[str]:
-        return ["  const uint8_t* end = w.codes + call.n * call.stride;"] if self._cut_short else []
 
     def _units(self) -> list[str]:
         """Where the units of this run are, for each row."""
@@ -249,10 +245,10 @@ class Body:
         return [
             *lines,
             "    uint8_t last[R][kUnits + 32];",
-            "    if (u[R - 1] + kUnits > end)",
+            "    if (k + kCodes > call.k)  // what follows is the next row, or no memory",
             "      for (int r = 0; r < R; ++r) {",
             "        std::memset(last[r], 0, sizeof last[r]);",
-            "        std::memcpy(last[r], u[r], std::min<int64_t>(kUnits, end - u[r]));",
+            "        std::memcpy(last[r], u[r], call.k - k);",
             "        u[r] = last[r];",
             "      }",
         ]
@@ -394,7 +390,6 @@ class Body:
             "inline void decoded(const Call& call, const Weight& w, int64_t row, float* to) {",
             "  constexpr int R = 1;",
             "  const int64_t base = scales_of(call, row);",
-            *self._end(),
             "  for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {",
             *self._units(),
             "    constexpr int r = 0;",

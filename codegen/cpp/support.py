@@ -60,6 +60,10 @@ def obstacle(spec: GemmSpec) -> str | None:
         return f"{activation} is multiplied by integers, not by {weight.element.name}"
     if activation is not None and activation.scale is not None and activation.scale.dtype != "f32":
         return f"CPU kernels read scales of x in float32, not those of {activation}"
+    held = [f.scale.granularity.cols for f in (weight, activation) if f is not None and f.scale is not None]
+    grouped = sorted(cols for cols in held if cols is not None)
+    if len(grouped) == 2 and grouped[1] % grouped[0]:
+        return f"groups of {grouped[0]} and {grouped[1]} do not divide each other"
     found = walk_of(spec)
     if isinstance(found, Unwalkable):
         return found.reason

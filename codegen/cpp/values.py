@@ -55,7 +55,8 @@ def decode(element: Element, takes: Sequence[Take]) -> Decode:
         return Decode(f"look_up(kTable, {codes})", "of_integers<part>(codes)", unit, 0.0, table)
     if isinstance(element, Float) and element.exponent <= HALF_EXPONENT and _as_half(element):
         factor = 2.0 ** (HALF_BIAS - element.bias)
-        return Decode(codes, f"of_floats<part, {element.bits}, {element.mantissa_bits}>(codes)", factor)
+        kind = f"{element.bits}, {element.mantissa_bits}, {str(_ends_in_nan(element)).lower()}"
+        return Decode(codes, f"of_floats<part, {kind}>(codes)", factor)
     size = max(16, 1 << element.bits)
     numbers = ", ".join(_number(v) for v in _padded(element, size))
     table = f"alignas(64) const float kTable[{size}] = {{{numbers}}};"
@@ -108,7 +109,17 @@ def _as_half(element: Float) -> bool:
     only where it means the same."""
     top = element.values()[: 1 << (element.bits - 1)][-1 << element.mantissa_bits :]
     narrower = element.exponent < HALF_EXPONENT
-    return element.mantissa_bits <= HALF_MANTISSA and (narrower or not any(map(math.isfinite, top)))
+    specials = [v for v in element.values() if not math.isfinite(v)]
+    known = not specials or not narrower or _ends_in_nan(element)
+    return known and element.mantissa_bits <= HALF_MANTISSA and (narrower or not any(map(math.isfinite, top)))
+
+
+def _ends_in_nan(element: Float) -> bool:
+    """Whether the largest magnitude, of either sign, is NaN, and nothing else is no number."""
+    values = element.values()
+    half = len(values) // 2
+    ends = (values[half - 1], values[-1])
+    return all(v != v for v in ends) and sum(not math.isfinite(v) for v in values) == 2
 
 
 def _padded(element: Element, size: int) -> list[float]:

@@ -116,8 +116,16 @@ def check(spec: GemmSpec, inputs: Sequence[Tensor]) -> Inputs:
         raise CodegenError("x and the weight's parts are on different devices; move them to one")
     if x.shape[0] * max(spec.k, spec.n) >= 2**31:
         raise CodegenError(f"x of shape {tuple(x.shape)} is past 32-bit addresses; split it along its rows")
-    for codes, *_ in given.parts:
+    for codes, *params in given.parts:
         _check_codes(spec, codes)
+        if not all(part.is_contiguous() for part in params):
+            raise CodegenError(f"the scales of {spec.weight} must be contiguous, as its layout stores them")
+    for bias in given.biases:
+        if bias.shape != (spec.n,) or bias.dtype != spec.dtype or not bias.is_contiguous():
+            raise CodegenError(
+                f"the kernel {spec} adds a contiguous bias ({spec.n},) in {spec.dtype}, not "
+                f"{tuple(bias.shape)} in {bias.dtype}"
+            )
     if given.ends is not None and (given.ends.shape != (spec.experts,) or given.ends.dtype != torch.int32):
         raise CodegenError(
             f"the kernel {spec} reads where the rows of each expert end from int32 [{spec.experts}], not "

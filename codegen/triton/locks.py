@@ -54,7 +54,7 @@ def locks(device: torch.device, count: int) -> Tensor:
     """`count` int32 zeros."""
     arena = _arenas.get(device) if device.type == "cuda" else None
     found = None
-    if arena is not None and torch.cuda.is_current_stream_capturing():
+    if arena is not None and torch.cuda.is_current_stream_capturing():  # of the current device: see `fused`
         found = arena.take(count)
     elif arena is not None and count <= OF_STREAM:
         stream = torch.cuda.current_stream(device).cuda_stream

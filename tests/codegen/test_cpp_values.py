@@ -247,6 +247,48 @@ def test_sums_of_integers_are_exact() -> None:
             assert (y == float(k * code * x)).all(), (text, code, x)
 
 
+def test_autocast_changes_no_sum() -> None:
+    """The product with many rows of x is the library's, and float32 whatever autocast says."""
+    spec = pair("int8")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(spec, 40)
+
+
+def test_rows_do_not_read_on_into_the_next(compiled: None) -> None:
+    """K is no whole run: an infinity in the next row must not meet a zero."""
+    f = format("float8_e5m2[unscaled]")
+    codes = torch.zeros(5, 40, dtype=torch.uint8)
+    codes[1, 0], codes[:, 1] = 0x7C, 0x3C
+    spec = GemmSpec(f, 5, 40, "f32")
+    build.know([spec])
+    for m in (1, 3, 40):
+        (y,) = torch.ops.bitfold.fused([torch.ones(m, 40), codes], str(spec))
+        assert (y[:, [0, 2, 3, 4]] == 1).all() and y[:, 1].isinf().all()
+
+
+def test_a_code_that_is_nan_is_nan(compiled: None) -> None:
+    spec = pair("float8_e4m3fn")
+    x, codes, scales = operands(spec, 2, 0)
+    codes[3, 5] = 0xFF
+    for m in (2, 40):
+        (y,) = torch.ops.bitfold.fused([x[:1].expand(m, -1), codes, scales], str(spec))
+        assert y[:, 3].isnan().all() and y[:, :3].isfinite().all()
+
+
+def test_clamp_with_its_ends_the_wrong_way_round() -> None:
+    f = cpu_layout(format("int4[g64]"), 192)
+    assert f is not None
+    check(GemmSpec(f, 21, 192, "f32", epilogue=Epilogue.parse("clamp(neg(y0),1.0,-1.0)")), 3)
+
+
+def test_layouts_that_follow_the_row_have_kernels_of_their_own() -> None:
+    f = format("int4[planar]")
+    specs = [GemmSpec(f, 8, 64, "f32"), GemmSpec(f, 8, 128, "f32")]
+    build.know(specs)
+    for spec in specs:
+        check(spec, 2)
+
+
 def test_specials_propagate(compiled: None) -> None:
     spec = pair("int4[g64]")
     x = torch.zeros(4, spec.k)
@@ -265,6 +307,7 @@ def test_specials_propagate(compiled: None) -> None:
         ("linear 32x64 f32 float8_e4m3fn[bytes] x:int8", "by integers, not by float8_e4m3fn"),
         ("linear 32x64 f32 int8[bytes] x:float8_e4m3fn", "multiply int8, not activations"),
         ("linear 32x64 f32 int4[packed]", "slices of 1 codes"),
+        ("linear 32x192 f32 uint4[g96,zero,planar64] x:int8[g64,f32]", "do not divide each other"),
     ],
 )
 def test_what_no_kernel_computes(text: str, says: str) -> None:
@@ -285,6 +328,9 @@ def test_wrong_operands_are_refused(compiled: None) -> None:
         ([inputs[0][:, :-1], *inputs[1:]], r"takes x \[.., "),
         ([inputs[0].double(), *inputs[1:]], "does not take x in this dtype"),
         ([inputs[0], inputs[1][:-1], inputs[2]], "rows of"),
+        ([inputs[0], inputs[1], inputs[2][:-1]], "reads .* scales"),
+        ([inputs[0], inputs[1], inputs[2].double()], "in the dtype that its format stores"),
+        ([inputs[0].bfloat16(), *inputs[1:]], "does not take x in this dtype"),
     ):
         with pytest.raises(RuntimeError, match=says):
             op(wrong, str(spec))

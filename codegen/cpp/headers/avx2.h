@@ -51,10 +51,13 @@ template <int part> inline Floats of_integers(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eighth<part>(p)));
 }
 // The same as small floats: the sign on top, the magnitude's `mantissa` last bits below the exponent's.
-template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+template <int part, int bits, int mantissa, bool nan> inline Floats of_floats(const uint8_t* p) {
   const __m128i wide = _mm_cvtepu8_epi16(eighth<part>(p));
   const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(1 << (bits - 1))), 16 - bits);
-  const __m128i rest = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16((1 << (bits - 1)) - 1)), 10 - mantissa);
+  const __m128i most = _mm_set1_epi16((1 << (bits - 1)) - 1), low = _mm_and_si128(wide, most);
+  __m128i rest = _mm_slli_epi16(low, 10 - mantissa);
+  if constexpr (nan)  // the largest magnitude is none
+    rest = _mm_or_si128(rest, _mm_and_si128(_mm_cmpeq_epi16(low, most), _mm_set1_epi16(0x7e00)));
   return _mm256_cvtph_ps(_mm_or_si128(sign, rest));
 }
 // The same as places of a table of floats.

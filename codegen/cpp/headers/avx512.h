@@ -39,11 +39,14 @@ inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 template <int part> inline Floats of_integers(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(half<part>(p)));
 }
-template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+template <int part, int bits, int mantissa, bool nan> inline Floats of_floats(const uint8_t* p) {
   const __m256i wide = _mm256_cvtepu8_epi16(half<part>(p));
   const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(1 << (bits - 1))), 16 - bits);
-  const __m256i low = _mm256_and_si256(wide, _mm256_set1_epi16((1 << (bits - 1)) - 1));
-  return _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_slli_epi16(low, 10 - mantissa)));
+  const __m256i most = _mm256_set1_epi16((1 << (bits - 1)) - 1), low = _mm256_and_si256(wide, most);
+  __m256i rest = _mm256_slli_epi16(low, 10 - mantissa);
+  if constexpr (nan)  // the largest magnitude is none
+    rest = _mm256_or_si256(rest, _mm256_and_si256(_mm256_cmpeq_epi16(low, most), _mm256_set1_epi16(0x7e00)));
+  return _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
 }
 template <int part, int bits> inline Floats of_table(const float* table, const uint8_t* p) {
   const __m512i at = _mm512_cvtepu8_epi32(half<part>(p));

@@ -21,8 +21,8 @@ struct Call {
   int64_t m, n, k, padded;
   int64_t stride, scale_row, scale_group, groups;  // groups: of a row, that have a scale of their own
   const void* x;
-  const float* x_sums;    // [m, groups]: the sum over each group, for what is added to values
-  const float* x_scales;  // [m]: of activations that are quantized
+  const float* x_sums;    // [m, ..]: sums over as many numbers as `sum_cols` says, for what is added to values
+  const float* x_scales;  // [m] or [m, blocks]: of activations that are quantized
   Weight weights[kWeights];
   const void* extras[kExtras];
   void* y;

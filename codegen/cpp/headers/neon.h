@@ -41,11 +41,13 @@ template <int part> inline Floats of_integers(const uint8_t* p) {
   const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(eighth<part>(p)));
   return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
 }
-template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+template <int part, int bits, int mantissa, bool nan> inline Floats of_floats(const uint8_t* p) {
   const uint16x8_t wide = vmovl_u8(eighth<part>(p));
   const uint16x8_t sign = vshlq_n_u16(vandq_u16(wide, vdupq_n_u16(1 << (bits - 1))), 16 - bits);
-  const uint16x8_t low = vandq_u16(wide, vdupq_n_u16((1 << (bits - 1)) - 1));
-  const float16x8_t h = vreinterpretq_f16_u16(vorrq_u16(sign, vshlq_n_u16(low, 10 - mantissa)));
+  const uint16x8_t most = vdupq_n_u16((1 << (bits - 1)) - 1), low = vandq_u16(wide, most);
+  uint16x8_t rest = vshlq_n_u16(low, 10 - mantissa);
+  if constexpr (nan) rest = vorrq_u16(rest, vandq_u16(vceqq_u16(low, most), vdupq_n_u16(0x7e00)));
+  const float16x8_t h = vreinterpretq_f16_u16(vorrq_u16(sign, rest));
   return {vcvt_f32_f16(vget_low_f16(h)), vcvt_f32_f16(vget_high_f16(h))};
 }
 template <int part, int bits> inline Floats of_table(const float* table, const uint8_t* p) {

@@ -106,12 +106,13 @@ template <int part> inline Floats of_integers(const uint8_t* p) {
   for (int i = 0; i < 8; ++i) r.v[i] = static_cast<int8_t>(p[8 * part + i]);
   return r;
 }
-template <int part, int bits, int mantissa> inline Floats of_floats(const uint8_t* p) {
+template <int part, int bits, int mantissa, bool nan> inline Floats of_floats(const uint8_t* p) {
   Floats r;
   for (int i = 0; i < 8; ++i) {
     const uint16_t code = p[8 * part + i];
     const uint16_t sign = (code & (1 << (bits - 1))) << (16 - bits);
-    r.v[i] = of_half(sign | (code & ((1 << (bits - 1)) - 1)) << (10 - mantissa));
+    const uint16_t most = (1 << (bits - 1)) - 1, low = code & most;
+    r.v[i] = of_half(sign | low << (10 - mantissa) | (nan && low == most ? 0x7e00 : 0));
   }
   return r;
 }

@@ -1,5 +1,6 @@
 // The operator `bitfold::fused` on CPU tensors: finds the kernel of a text, makes x ready, runs it on torch's
 // threads. Compiled once for a machine, against torch's stable interface.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,7 +35,9 @@ struct Facts {
   int64_t n, k, padded, stride, scale_row, scale_group, groups, sum_cols;
   int32_t weights, parts, scales, zeros, level;  // the last three: places among a weight's parts, or -1
   int32_t bias, matrices, vectors, codes, out;   // codes: x comes in int8; out: 0 float32, 1 bfloat16, 2 float16
-  int32_t token_scales;                          // of x: 0 none, 1 for all, else so many a row
+  int32_t token_scales;                          // of x: 0 none, 1 for all, else one more than a row has
+  int32_t x;                                     // 0 float32, 1 bfloat16, 2 float16: of biases and extras too
+  int64_t scale_count, scale_bytes, zero_bytes;  // numbers of a weight's scales, and the size of one
 };
 
 namespace {
@@ -79,6 +82,12 @@ void ready(const void* x, const Facts& f, int64_t m, To* to, float* sums) {
 struct Scratch {
   std::vector<float> numbers, sums, scales;
   std::vector<int8_t> codes;
+  // A long prompt's copy is not kept for the tokens after it.
+  void trim() {
+    constexpr size_t most = 16 << 20;
+    if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
+    if (codes.capacity() > most) std::vector<int8_t>().swap(codes);
+  }
 };
 
 // Straight to the allocator: through the dispatcher it takes a third of a small product's time.
@@ -110,12 +119,17 @@ void many(const Call& call, const Facts& f, const Tensor& like) {
     const int64_t count = std::min(each, call.n - first);
     std::vector<Tensor> products;
     const float* sums[kWeights];
+    const std::vector<int64_t> shape = {call.m, count};
     for (int w = 0; w < f.weights; ++w) {
       torch::stable::parallel_for(0, count, 8, [&](int64_t a, int64_t b) {
         f.decode(&call, w, first + a, first + b, decoded.data() + a * call.k);
       });
       const Tensor weight = floats(decoded.data(), count, call.k, call.k);
-      products.push_back(torch::stable::matmul(x, torch::stable::transpose(weight, 0, 1)));
+      const Tensor turned = torch::stable::transpose(weight, 0, 1);
+      products.push_back(fresh(shape, 0));
+      // Not through the dispatcher: autocast would make another dtype of it.
+      STD_TORCH_CHECK(aoti_torch_cpu_mm_out(products.back().get(), x.get(), turned.get()) == AOTI_TORCH_SUCCESS,
+                      "the library refused a product of ", call.m, " x ", call.k, " x ", count);
       sums[w] = static_cast<const float*>(products.back().const_data_ptr());
     }
     torch::stable::parallel_for(0, call.m, 8, [&](int64_t a, int64_t b) { f.end(&call, first, count, sums, a, b); });
@@ -135,9 +149,9 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   const Tensor& x = inputs[0];
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == f.k, "the kernel ", text, " takes x [.., ", f.k, "]");
   const auto kind = x.scalar_type();
-  STD_TORCH_CHECK(f.codes ? kind == ScalarType::Byte
-                          : kind == ScalarType::Float || kind == ScalarType::BFloat16 || kind == ScalarType::Half,
-                  "the kernel ", text, " does not take x in this dtype");
+  const ScalarType kinds[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  STD_TORCH_CHECK(kind == (f.codes ? ScalarType::Byte : kinds[f.x]), "the kernel ", text,
+                  " does not take x in this dtype");
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(f.n);
@@ -149,6 +163,7 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   call.stride = f.stride, call.scale_row = f.scale_row, call.scale_group = f.scale_group, call.groups = f.groups;
 
   thread_local Scratch scratch;
+  scratch.trim();
   const int64_t groups = f.sum_cols == 0 ? 0 : f.sum_cols < 0 ? 1 : f.k / f.sum_cols;
   scratch.sums.resize(call.m * groups);
   call.x_sums = scratch.sums.data();
@@ -181,6 +196,13 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   }
   for (int w = 0; w < f.weights; ++w) {
     const auto part = [&](int at) { return at < 0 ? nullptr : inputs[next + at].const_data_ptr(); };
+    const auto right = [&](int at, int64_t size) {
+      return at < 0 || (inputs[next + at].numel() == f.scale_count && inputs[next + at].element_size() == size);
+    };
+    STD_TORCH_CHECK(right(f.scales, f.scale_bytes) && right(f.zeros, f.zero_bytes), "the kernel ", text, " reads ",
+                    f.scale_count, " scales, in the dtype that its format stores");
+    STD_TORCH_CHECK(f.level < 0 || inputs[next + f.level].scalar_type() == ScalarType::Float, "the kernel ", text,
+                    " reads one scale of all scales in float32");
     STD_TORCH_CHECK(inputs[next].numel() == f.n * f.stride, "the kernel ", text, " reads ", f.n, " rows of ", f.stride,
                     " bytes of codes");
     call.weights[w].codes = static_cast<const uint8_t*>(part(0));
@@ -189,10 +211,15 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
     call.weights[w].level = static_cast<const float*>(part(f.level));
     next += f.parts;
   }
-  for (int w = 0; w < f.weights * f.bias; ++w) call.weights[w].bias = inputs[next++].const_data_ptr();
+  for (int w = 0; w < f.weights * f.bias; ++w) {
+    STD_TORCH_CHECK(inputs[next].numel() == f.n && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
+                    " reads a bias of ", f.n, " numbers in x's dtype");
+    call.weights[w].bias = inputs[next++].const_data_ptr();
+  }
   for (int i = 0; i < f.matrices + f.vectors; ++i) {
     const int64_t count = i < f.matrices ? call.m * f.n : f.n;
-    STD_TORCH_CHECK(inputs[next].numel() == count, "the kernel ", text, " reads ", count, " numbers beside its sums");
+    STD_TORCH_CHECK(inputs[next].numel() == count && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
+                    " reads ", count, " numbers beside its sums, in the result's dtype");
     call.extras[i] = inputs[next++].const_data_ptr();
   }
   call.y = y.mutable_data_ptr();
