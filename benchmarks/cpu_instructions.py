@@ -15,8 +15,9 @@ import re
 import subprocess
 
 from bitfold.codegen import GemmSpec
+from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.build import library_of
-from bitfold.codegen.cpp.source import ROWS, Body
+from bitfold.codegen.cpp.source import ROWS
 from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.formats import format
 

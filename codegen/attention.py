@@ -147,13 +147,13 @@ def has_zero(fmt: Format) -> bool:
 
 def groups(fmt: Format, dim: int) -> int:
     """Scales of a token."""
-    cols = fmt.scale.granularity.cols if fmt.scale is not None else None
+    cols = fmt.cols
     return 1 if cols is None else dim // cols
 
 
 def group_of(fmt: Format, position: int) -> int:
     """Which group of its token number `position` is in."""
-    cols = fmt.scale.granularity.cols if fmt.scale is not None else None
+    cols = fmt.cols
     return 0 if cols is None else position // cols
 
 
@@ -172,7 +172,7 @@ def cache_format(fmt: Format | str, dim: int) -> Format:
     worse than short ones.
     """
     fmt = format(fmt)
-    cols = fmt.scale.granularity.cols if fmt.scale is not None else None
+    cols = fmt.cols
     narrowest = fmt.element.bits & -fmt.element.bits
     best: tuple[int, int] | None = None
     for length in (64, 32, 16):

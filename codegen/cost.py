@@ -221,7 +221,7 @@ def facts(spec: GemmSpec) -> dict[str, float]:
     if isinstance(found, Unwalkable):
         raise CodegenError(found.reason)
     quantized = spec.activation is not None
-    cols = scale.granularity.cols if scale is not None else None
+    cols = spec.weight.cols
     tensors = 1 + (scale is not None and scale.zero != "none")
     return {
         "n": spec.n * max(1, spec.experts),

@@ -37,8 +37,9 @@ def kernel_layout(format: Format, k: int, activation: Format | None = None) -> F
         return format.with_layout("bytes")
     best: Format | None = None
     padding = 0.0
+    groups = [f.cols for f in (format, activation) if f is not None and f.cols is not None]
     for length in LENGTHS if activation is None else LENGTHS_OF_BYTES:
-        if any(cols is not None and cols % length for cols in (_cols(format), _cols(activation))):
+        if any(cols % length for cols in groups):
             continue
         span = length * (16 if activation is None else 8) // (bits & -bits)
         if span > MOST_CODES and length > SHORTEST:
@@ -47,10 +48,6 @@ def kernel_layout(format: Format, k: int, activation: Format | None = None) -> F
         if best is None or waste < padding - 0.05:
             best, padding = format.with_layout(spanned(span)), waste
     return best
-
-
-def _cols(format: Format | None) -> int | None:
-    return None if format is None or format.scale is None else format.scale.granularity.cols
 
 
 def runs_on_kernels(layout: Layout) -> bool:

@@ -9,7 +9,6 @@ In: numbers. Out: a value that prints and parses, and says whether it can run a 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from ..formats.sparsity import Dense
 from .byte_lanes import byte_decoder
 from .decode import holds
 from .lanes import LANE_TYPES
-from .slices import Take, Unwalkable, Walk
+from .slices import Unwalkable, Walk, renumbered
 from .spec import CodegenError, GemmSpec
 
 SCALES = ("end", "sum", "lane", "float")
@@ -125,22 +124,16 @@ def _unreadable(spec: GemmSpec) -> str | None:
     if isinstance(found, Unwalkable):
         return found.reason
     if activation is not None:
-        if byte_decoder(weight.element, _renumbered(found.slices[0]), spec.lane) is None:
+        if byte_decoder(weight.element, renumbered(found.slices[:1])[0][0], spec.lane) is None:
             return f"{spec.lane}, in which {activation} is multiplied, has not the values of {weight}"
         if found.length < SHORTEST_OF_BYTES:
             return f"8-bit tensor cores take {SHORTEST_OF_BYTES} numbers, and slices have {found.length}"
         if spec.lane == "int8" and spec.k > MOST_INTEGERS:
             return f"a sum of {spec.k} products of 8-bit integers may not fit in 32 bits"
-    for held in (weight, activation):
-        cols = held.scale.granularity.cols if held is not None and held.scale is not None else None
-        if cols is not None and cols % found.length:
+    for cols in spec.groups:
+        if cols % found.length:
             return f"slices of {found.length} codes straddle groups of {cols}"
     return None
-
-
-def _renumbered(takes: Sequence[Take]) -> list[Take]:
-    loads = sorted({take.load for take in takes})
-    return [Take(loads.index(take.load), take.low, take.width, take.bit) for take in takes]
 
 
 def scales(spec: GemmSpec) -> tuple[str, ...]:
@@ -152,7 +145,7 @@ def scales(spec: GemmSpec) -> tuple[str, ...]:
         return _scales_of_bytes(spec)
     if not holds(spec.weight.element, spec.x):
         return ("float",)
-    if scale is None or scale.granularity.cols is None:
+    if scale is None or spec.weight.cols is None:
         return ("end", "float")
     if scale.zero == "none" and _exact_in_lane(scale, spec):
         return ("lane", "sum", "float")
@@ -160,8 +153,7 @@ def scales(spec: GemmSpec) -> tuple[str, ...]:
 
 
 def _scales_of_bytes(spec: GemmSpec) -> tuple[str, ...]:
-    held = [f.scale.granularity.cols for f in (spec.weight, spec.activation) if f is not None and f.scale]
-    if any(cols is not None for cols in held):
+    if spec.groups:
         return ("sum",)
     return ("end",) if spec.lane == "int8" else ("sum", "end")
 

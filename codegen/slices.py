@@ -13,6 +13,7 @@ moves a code from one thread to another. Where the tensor cores multiply 8-bit n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -120,3 +121,9 @@ def _length(unit: np.ndarray, inside: np.ndarray) -> int:
     breaks = ((np.diff(unit, axis=1) != 1) | (np.diff(inside, axis=1) != 0)).any(0)
     edges = np.flatnonzero(breaks) + 1
     return int(np.gcd.reduce(np.append(edges, codes)))
+
+
+def renumbered(slices: Sequence[Sequence[Take]]) -> tuple[list[list[Take]], list[int]]:
+    """The slices with the loads that they read numbered from 0, and which loads these are."""
+    loads = sorted({take.load for takes in slices for take in takes})
+    return [[Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices], loads

@@ -43,6 +43,11 @@ _KIND = re.compile(r"linear|grouped (\d+)")
 _ONE = "one reads: linear 4096x4096 bf16 int8 bias"
 
 
+def type_name(dtype: torch.dtype) -> str | None:
+    """What specs call a floating dtype; None if they do not."""
+    return next((name for name, one in TYPES.items() if one == dtype), None)
+
+
 class CodegenError(BitfoldError):
     """A kernel cannot be generated, or not for these tensors."""
 
@@ -144,8 +149,13 @@ class GemmSpec:
         """How a kernel walks over a row: in units as wide as the lane. Bytes are cut to the groups."""
         if self.activation is None:
             return walk(self.weight, self.k)
-        held = [f.scale.granularity.cols for f in (self.weight, self.activation) if f.scale is not None]
-        return walk(self.weight, self.k, BYTE, math.gcd(*(cols for cols in held if cols is not None)))
+        return walk(self.weight, self.k, BYTE, math.gcd(*self.groups))
+
+    @property
+    def groups(self) -> list[int]:
+        """Numbers of a row that share a scale, of the weight and of x, where it is not the whole row."""
+        held = [self.weight] + ([] if self.activation is None else [self.activation])
+        return [f.cols for f in held if f.cols is not None]
 
     @property
     def arity(self) -> int:

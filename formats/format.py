@@ -69,6 +69,11 @@ class Format:
         return tuple(names)
 
     @property
+    def cols(self) -> int | None:
+        """Numbers of a row that share a scale; None where all do, or there is none."""
+        return self.scale.granularity.cols if self.scale is not None else None
+
+    @property
     def run(self) -> int | None:
         """Stored codes in a group: what a planar layout takes apart; None for the whole row."""
         return self._granularity.cols

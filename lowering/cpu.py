@@ -29,7 +29,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..codegen import GemmSpec
 from ..codegen.cpp.support import cpu_layout, obstacle
-from ..codegen.spec import TYPES
+from ..codegen.spec import type_name
 from ..formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ..formats import format as parse
 from ..passes import inherit
@@ -175,7 +175,7 @@ def _kernel(node: Node, weight: Node) -> Node | None:
     """The linear as a kernel, where there is one for these dtypes and this layout."""
     parts: Any = weight.args[0]
     value, (_, text, k, _) = node.meta["val"], weight.args
-    lane = next((name for name, dtype in TYPES.items() if dtype == value.dtype), None)
+    lane = type_name(value.dtype)
     bias = node.args[2] if len(node.args) > 2 else None
     if (
         lane is None

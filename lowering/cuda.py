@@ -31,7 +31,7 @@ from ..codegen import CodegenError, GemmSpec, choose, kernel_layout, runs_on_ker
 from ..codegen.decode import finite
 from ..codegen.device import present
 from ..codegen.lanes import LANE_TYPES
-from ..codegen.spec import NATIVE
+from ..codegen.spec import NATIVE, type_name
 from ..formats import Format, Layout, Quantized, format
 from ..formats.layout import Halfwords
 from ..passes import Miss, inherit
@@ -129,8 +129,8 @@ def spec_of(of: Product) -> GemmSpec | Miss:
 
 def _spec(of: Product, weight: Format, k: int, activation: Format | None) -> GemmSpec | Miss:
     dtype = of.x.meta["val"].dtype
-    lane = next((name for name, held in LANE_TYPES.items() if held == dtype), None)
-    if lane is None:
+    lane = type_name(dtype)
+    if lane not in LANE_TYPES:
         return Miss(f"the activations are {dtype}, and kernels take bfloat16 or float16")
     if of.bias is not None and of.bias.meta["val"].dtype != dtype:
         return Miss("the bias has another dtype than the activations")

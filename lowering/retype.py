@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ..codegen import runs_on_kernels
 from ..codegen.lanes import LANE_TYPES
-from ..codegen.spec import TYPES
+from ..codegen.spec import type_name
 from .fused import parsed
 from .graph_data import Data
 from .splice import expanded
@@ -76,7 +76,7 @@ def _rewrite_kernel(body: GraphModule, call: Node, old: torch.dtype, new: torch.
     spec = parsed(str(text))
     if spec.dtype != old:
         return False
-    lane = next((name for name, dtype in TYPES.items() if dtype == new), None)
+    lane = type_name(new)
     value = next((node.meta["val"] for node in call.all_input_nodes if "val" in node.meta), None)
     on_gpu = isinstance(value, torch.Tensor) and value.device.type != "cpu"
     gpus_only = on_gpu or runs_on_kernels(spec.weight.layout)

@@ -1,5 +1,6 @@
 """C++ source of fused kernels for CPUs, and what builds and runs them."""
 
-from .source import Body, source
+from .body import Body
+from .source import source
 
 __all__ = ["Body", "source"]

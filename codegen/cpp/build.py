@@ -27,7 +27,8 @@ import torch
 
 from ...formats.granularity import Granularity
 from ..spec import CodegenError, GemmSpec
-from .source import Body, source
+from .body import Body
+from .source import source
 
 HEADERS = Path(__file__).with_name("headers")
 # Vectors -> how GCC and Clang are told of them. What Inductor adds for speed must not drop NaN.

@@ -14,7 +14,7 @@ from ...formats import Format, Integer, Planar
 from ...formats.sparsity import Dense
 from ..slices import Unwalkable
 from ..spec import GemmSpec
-from .source import walk_of
+from .body import walk_of
 
 # Codes of a slice: a whole vector of bytes, and a line of the cache where that leaves little padding.
 LENGTHS = (64, 32, 16)
@@ -32,7 +32,7 @@ def cpu_layout(format: Format, k: int, activation: Format | None = None) -> Form
     if format.element.bits == 8:
         return format.with_layout("bytes")
     bits = format.element.bits
-    held = [f.scale.granularity.cols for f in (format, activation) if f is not None and f.scale is not None]
+    held = [f.cols for f in (format, activation) if f is not None]
     best: Format | None = None
     padding = 0.0
     for length in LENGTHS if activation is None else LENGTHS[:2]:
@@ -60,8 +60,7 @@ def obstacle(spec: GemmSpec) -> str | None:
         return f"{activation} is multiplied by integers, not by {weight.element.name}"
     if activation is not None and activation.scale is not None and activation.scale.dtype != "f32":
         return f"CPU kernels read scales of x in float32, not those of {activation}"
-    held = [f.scale.granularity.cols for f in (weight, activation) if f is not None and f.scale is not None]
-    grouped = sorted(cols for cols in held if cols is not None)
+    grouped = sorted(spec.groups)
     if len(grouped) == 2 and grouped[1] % grouped[0]:
         return f"groups of {grouped[0]} and {grouped[1]} do not divide each other"
     found = walk_of(spec)

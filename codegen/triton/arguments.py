@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...formats import Element, Integer, Quantized, Scale
 from ..schedule import Schedule
-from ..spec import GemmSpec, Inputs
+from ..spec import GemmSpec, Inputs, type_name
 from .lines import POINTERS
 from .values import needs_table
 
@@ -61,7 +61,7 @@ def arguments(spec: GemmSpec, schedule: Schedule, plain: bool) -> dict[str, str]
     if spec.bias:
         found |= {"bias" + suffix: spec.x for suffix in SUFFIXES[: spec.weights]}
     found |= dict.fromkeys(extra_names(spec).values(), spec.x)
-    found["y"] = next(name for name, dtype in _FLOATS.items() if dtype == spec.out)
+    found["y"] = type_name(spec.out) or ""
     if schedule.split > 1:
         found |= {"partial": "i32" if sums_are_integers(spec, schedule) else "f32", "locks": "i32"}
     types = {name: POINTERS[kind] for name, kind in found.items()} | {"m": "i32", "x_stride": "i32"}
@@ -76,9 +76,6 @@ def extra_names(spec: GemmSpec) -> dict[str, str]:
     return {
         f"{kind}{i}": f"{word}{i}" for kind, word in words.items() for i in range(spec.epilogue.count(kind))
     }
-
-
-_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def _weight(spec: GemmSpec, unit: str) -> dict[str, str]:

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..spec import GemmSpec, Inputs
+from ..spec import GemmSpec, Inputs, type_name
 from .arguments import SUFFIXES, extra_names
 from .build import module
-from .lines import POINTERS, Lines
-from .source import DTYPES
+from .lines import POINTERS, TL, Lines
 
 # Numbers of a program: what four warps read in one go, eight to a thread.
 SIZE = 1024
@@ -34,11 +33,8 @@ def arguments(spec: GemmSpec) -> dict[str, str]:
     found = {f"sum{suffix}": spec.x for suffix in suffixes}
     found |= {f"bias{suffix}": spec.x for suffix in suffixes if spec.bias}
     found |= dict.fromkeys(extra_names(spec).values(), spec.x)
-    found["y"] = next(name for name, dtype in _FLOATS.items() if dtype == spec.out)
+    found["y"] = type_name(spec.out) or ""
     return {name: POINTERS[kind] for name, kind in found.items()} | {"m": "i32"}
-
-
-_FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 def tile(n: int) -> tuple[int, int]:
@@ -70,7 +66,7 @@ def finish_source(spec: GemmSpec) -> str:
             out.add(f"of_{argument} = {(_matrix if leaf[0] == 'e' else _column)(argument)}")
             names[leaf] = f"of_{argument}"
         lines, result = spec.epilogue.triton(names)
-        out.add(*lines, f"tl.store(y + at, {result}.to({DTYPES[spec.out]}), mask=kept)")
+        out.add(*lines, f"tl.store(y + at, {result}.to({TL[str(type_name(spec.out))]}), mask=kept)")
     return "\n".join(out.text) + "\n"
 
 

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-TL = {"bf16": "tl.bfloat16", "f16": "tl.float16", "int8": "tl.int8", "e4m3": "tl.float8e4nv"}
+TL = {
+    "bf16": "tl.bfloat16",
+    "f16": "tl.float16",
+    "f32": "tl.float32",
+    "int8": "tl.int8",
+    "e4m3": "tl.float8e4nv",
+}
 # How Triton writes the types of pointers.
 POINTERS = {
     "bf16": "*bf16",

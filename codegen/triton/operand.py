@@ -12,7 +12,6 @@ through shared memory. Sums are [block_n, block_m], the transpose of what is sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,7 +19,7 @@ from ...formats import Integer, Scale
 from ..byte_lanes import byte_decoder
 from ..decode import decoder
 from ..schedule import Schedule
-from ..slices import Take, Walk
+from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
 from .arguments import SUFFIXES, has_offset, sums_are_integers
 from .lines import TL, Lines
@@ -63,7 +62,7 @@ class Operand:
         lane = TL[self.spec.x]
         if not self.in_bytes:
             return Scales(self.spec, self.schedule, self.walk, lane, self.suffix)
-        made = byte_decoder(self.spec.weight.element, renumbered(self.walk.slices[0])[0], self.spec.lane)
+        made = byte_decoder(self.spec.weight.element, renumbered(self.walk.slices[:1])[0][0], self.spec.lane)
         assert made is not None
         factor = 1.0 if self.plain and self.spec.lane == "e4m3" else made.factor
         return Scales(self.spec, self.schedule, self.walk, lane, self.suffix, factor, made.middle)
@@ -112,7 +111,7 @@ class Operand:
             and element.bits == 4
         )
         groups = [list(self.walk.slices)] if by_fours else [[takes] for takes in self.walk.slices]
-        return {f"DECODE{i}": renumbered_all(slices) for i, slices in enumerate(groups)}
+        return {f"DECODE{i}": renumbered(slices) for i, slices in enumerate(groups)}
 
     def head(self, out: Lines) -> None:
         """Pointers, sums, and what has to be there before the first run."""
@@ -298,15 +297,3 @@ class Operand:
 
 def _constraint(results: int, inputs: int) -> str:
     return ",".join(["=r"] * results + ["r"] * inputs)
-
-
-def renumbered_all(slices: Sequence[Sequence[Take]]) -> tuple[list[list[Take]], list[int]]:
-    """The slices with their loads numbered from 0, and which loads these are."""
-    loads = sorted({take.load for takes in slices for take in takes})
-    return [[Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices], loads
-
-
-def renumbered(takes: Sequence[Take]) -> tuple[list[Take], list[int]]:
-    """The same for one slice."""
-    (found,), loads = renumbered_all([takes])
-    return found, loads

@@ -91,8 +91,7 @@ class Scales:
 
     @property
     def cols(self) -> int | None:
-        """Numbers of a row that share a scale; None where all do."""
-        return self.scale.granularity.cols if self.scale is not None else None
+        return self.spec.weight.cols
 
     @property
     def groups(self) -> list[int]:
@@ -180,7 +179,7 @@ class TokenScales:
 
     @property
     def cols(self) -> int | None:
-        return self.scale.granularity.cols if self.scale is not None else None
+        return self.spec.activation.cols if self.spec.activation is not None else None
 
     @property
     def groups(self) -> list[int]:

@@ -16,17 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-
 from ..schedule import Schedule
-from ..spec import CodegenError, GemmSpec
+from ..spec import CodegenError, GemmSpec, type_name
 from .arguments import arguments, extra_names, sums_are_integers
-from .lines import Lines
+from .lines import TL, Lines
 from .operand import Operand
 from .scales import functions
 from .values import value_lines
-
-DTYPES = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 
 
 @dataclass(frozen=True)
@@ -219,7 +215,7 @@ class Kernel:
             names[leaf] = f"of_{argument}"
         lines, result = epilogue.triton(names)
         out.add(*lines)
-        out.add(f"tl.store(y + {place}, {result}.to({DTYPES[self.spec.out]}), mask=kept)")
+        out.add(f"tl.store(y + {place}, {result}.to({TL[str(type_name(self.spec.out))]}), mask=kept)")
 
 
 def source(spec: GemmSpec, schedule: Schedule, *, plain: bool = False) -> str:

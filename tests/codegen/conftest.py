@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,21 +11,20 @@ from typing import Any
 
 import pytest
 
+# What several of these tests use stands beside them.
+sys.path.insert(0, str(Path(__file__).parent))
+import interpreter
+
 Interpret = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def interpret() -> Iterator[Interpret]:
-    """`interpreter.answer`, in another process; a traceback there is an AssertionError here."""
+    """The functions of `interpreter.py`, in another process; a traceback there is an AssertionError here."""
     pytest.importorskip("triton")
-    script = Path(__file__).with_name("interpreter.py")
-    loader = importlib.util.spec_from_file_location("interpreter", script)
-    assert loader is not None and loader.loader is not None
-    channel = importlib.util.module_from_spec(loader)
-    loader.loader.exec_module(channel)
     search = os.pathsep.join(p for p in sys.path if p)
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(script)],
+        [sys.executable, "-W", "ignore", interpreter.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": search},
@@ -35,8 +33,8 @@ def interpret() -> Iterator[Interpret]:
     asks, answers = process.stdin, process.stdout
 
     def ask(**job: Any) -> dict[str, Any]:
-        channel.send(job, asks)
-        told = channel.receive(answers)
+        interpreter.send(job, asks)
+        told = interpreter.receive(answers)
         assert isinstance(told, dict), told
         return told
 

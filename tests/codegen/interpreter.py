@@ -32,7 +32,7 @@ def receive(of: BinaryIO) -> Any:
     return torch.load(io.BytesIO(pickle.load(of)), weights_only=False)
 
 
-def answer(spec: Any, schedule: Any, inputs: list[torch.Tensor]) -> dict[str, Any]:
+def product(spec: Any, schedule: Any, inputs: list[torch.Tensor]) -> dict[str, Any]:
     """y [M, N] of two runs (without a split, of one) with poisoned outputs and workspaces, the locks after
     them, and whether the memory around y is as it was."""
     from bitfold.codegen.triton.arguments import sums_are_integers
@@ -72,6 +72,34 @@ def finish(spec: Any, inputs: list[torch.Tensor], sums: list[torch.Tensor]) -> d
     return {"y": y.clone(), "guarded": bool(memory[sums[0].numel() :].isnan().all())}
 
 
+def attend(runs: list[dict[str, Any]], q: torch.Tensor, **given: Any) -> dict[str, Any]:
+    """y of each run into poisoned memory, and whether the memory around it is as it was."""
+    from bitfold.codegen.triton.attention_build import attend as launch
+
+    batch, heads, queries, dim = q.shape
+    size = batch * heads * queries * dim
+    found, guarded = [], True
+    for i, run in enumerate(runs):
+        memory = torch.full((size + 2 * GUARD,), -77.0, dtype=q.dtype)
+        out = memory[GUARD : GUARD + size].view(batch, queries, heads, dim).transpose(1, 2)
+        out.fill_((float("nan"), 3e4)[i % 2])
+        launch(q=q, out=out, plain=True, **given, **run)
+        guarded &= bool((memory[:GUARD] == -77).all() and (memory[GUARD + size :] == -77).all())
+        found.append(out.clone())
+    return {"y": found, "guarded": guarded}
+
+
+def write(cache: list[torch.Tensor], **given: Any) -> dict[str, Any]:
+    """The cache after a write."""
+    from bitfold.codegen.triton.attention_build import cache_write
+
+    cache_write(cache=cache, **given)
+    return {"cache": cache}
+
+
+JOBS = {"product": product, "finish": finish, "attend": attend, "write": write}
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what anything prints must not come between the answers
@@ -81,7 +109,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            told: Any = finish(**job) if "sums" in job else answer(**job)
+            told: Any = JOBS[job.pop("what", "product")](**job)
         except Exception:
             told = traceback.format_exc()
         send(told, answers)

@@ -3,70 +3,28 @@ granularities, heads, lengths, masks and pages, and queries that see one token e
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import attention_cases as cases
 import pytest
 import torch
+from attention_cases import Case
 
 from bitfold.codegen import CodegenError
 from bitfold.codegen.attention import AttentionSpec, cache_format
 from bitfold.codegen.attention_schedule import AttentionSchedule, choose_attention, choose_splits
 from bitfold.formats import format
 
-HERE = Path(__file__).parent
-Ask = Callable[..., dict[str, Any]]
+Interpret = Callable[..., dict[str, Any]]
 
 
-def _module(name: str) -> Any:
-    loader = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert loader is not None and loader.loader is not None
-    made = importlib.util.module_from_spec(loader)
-    sys.modules[name] = made
-    loader.loader.exec_module(made)
-    return made
-
-
-cases = _module("attention_cases")
-Case = cases.Case
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """A process that interprets the kernels."""
-    pytest.importorskip("triton")
-    channel = _module("interpreter")
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", str(HERE / "attention_interpreter.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    asks, answers = process.stdin, process.stdout
-    assert asks is not None and answers is not None
-
-    def send(**job: Any) -> dict[str, Any]:
-        channel.send(job, asks)
-        told = channel.receive(answers)
-        assert isinstance(told, dict), told
-        return told
-
-    yield send
-    asks.close()
-    process.wait(timeout=60)
-
-
-def check(ask: Ask, case: Any, schedule: AttentionSchedule, splits: int, seed: int = 0) -> None:
+def check(interpret: Interpret, case: Any, schedule: AttentionSchedule, splits: int, seed: int = 0) -> None:
     given = cases.operands(case, seed)
     want, bound = cases.answer(case, given)
-    told = ask(
+    told = interpret(
         what="attend", runs=[{"schedule": schedule, "splits": splits}], spec=case.spec, q=given.q,
         cache=given.cache, limits=given.limits, mask=given.mask, pages=given.pages,
     )  # fmt: skip
@@ -148,17 +106,17 @@ def test_the_cover_holds_every_format() -> None:
 
 
 @pytest.mark.parametrize("index", range(FAST))
-def test_some_of_a_cover_of_all_pairs(ask: Ask, index: int) -> None:
+def test_some_of_a_cover_of_all_pairs(interpret: Interpret, index: int) -> None:
     """One for each format of K; all of them are in the slow test."""
     mine = [one for one in COVER if one[0].k == FORMATS[index] and 1 < one[0].tokens < 64]
-    check(ask, *mine[index % len(mine)], seed=index)
+    check(interpret, *mine[index % len(mine)], seed=index)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("piece", range(12))
-def test_a_cover_of_all_pairs(ask: Ask, piece: int) -> None:
+def test_a_cover_of_all_pairs(interpret: Interpret, piece: int) -> None:
     for i, one in enumerate(COVER[piece::12]):
-        check(ask, *one, seed=i)
+        check(interpret, *one, seed=i)
 
 
 SHAPES = [
@@ -171,13 +129,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-def test_sizes_of_heads(ask: Ask, case: Any) -> None:
+def test_sizes_of_heads(interpret: Interpret, case: Any) -> None:
     """Padded rows, several runs a row, more rows than a program takes, a scale of its own."""
-    check(ask, case, AttentionSchedule(8, 32), 2)
+    check(interpret, case, AttentionSchedule(8, 32), 2)
 
 
 @pytest.mark.parametrize("page", [0, pytest.param(8, marks=pytest.mark.slow), 32])
-def test_each_query_sees_one_token(ask: Ask, page: int) -> None:
+def test_each_query_sees_one_token(interpret: Interpret, page: int) -> None:
     """Then y is that token's value, whichever it is: no token is taken for another."""
     case = Case(
         "int8[bf16]",
@@ -197,7 +155,7 @@ def test_each_query_sees_one_token(ask: Ask, page: int) -> None:
     want, bound = cases.answer(case, given)
     schedule = AttentionSchedule(16, 16)
     runs = [{"schedule": schedule, "splits": splits} for splits in (1, 3)]
-    told = ask(
+    told = interpret(
         what="attend", runs=runs, spec=case.spec, q=given.q, cache=given.cache, limits=given.limits,
         mask=given.mask, pages=given.pages,
     )  # fmt: skip
@@ -206,12 +164,12 @@ def test_each_query_sees_one_token(ask: Ask, page: int) -> None:
         assert ((y.double() - want).abs() <= bound).all()
 
 
-def test_entries_may_share_a_row_of_the_table(ask: Ask) -> None:
+def test_entries_may_share_a_row_of_the_table(interpret: Interpret) -> None:
     case = Case("int8[bf16]", "int4[g32]", batch=1, tokens=37, page=16, limits="full")
     given = cases.operands(case)
     want, bound = cases.answer(case, given)
     assert given.pages is not None
-    told = ask(
+    told = interpret(
         what="attend", runs=[{"schedule": AttentionSchedule(8, 16), "splits": 2}], spec=case.spec,
         q=given.q.expand(3, -1, -1, -1), cache=given.cache, limits=given.limits, mask=None,
         pages=given.pages.expand(3, -1),
@@ -219,12 +177,12 @@ def test_entries_may_share_a_row_of_the_table(ask: Ask) -> None:
     assert ((told["y"][0].double() - want).abs() <= bound).all()
 
 
-def test_nan_reaches_the_queries_that_see_it_and_no_others(ask: Ask) -> None:
+def test_nan_reaches_the_queries_that_see_it_and_no_others(interpret: Interpret) -> None:
     case = Case("int8[bf16]", "int8[bf16]", tokens=20, queries=2, limits="causal", batch=1)
     for part in (1, 3):
         given = cases.operands(case)
         given.cache[part][0, 0, 19] = float("nan")
-        told = ask(
+        told = interpret(
             what="attend", runs=[{"schedule": AttentionSchedule(8, 16), "splits": 2}], spec=case.spec,
             q=given.q, cache=given.cache, limits=torch.tensor([[19, 20]]),
         )  # fmt: skip

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from attention_cases import by_token
-from test_attention import ask  # noqa: F401  (a fixture)
 
 from bitfold.codegen.attention import AttentionSpec, cache_format, empty_cache, grouped
 from bitfold.formats import Quantized
@@ -41,7 +36,7 @@ def hard_rows(dim: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([x, torch.stack(rows)]).to(dtype)
 
 
-def check(ask: Any, spec: AttentionSpec, page: int = 0) -> None:  # noqa: F811
+def check(interpret: Any, spec: AttentionSpec, page: int = 0) -> None:
     rows = hard_rows(spec.dim, spec.dtype)
     count = len(rows) // 2 + 1
     both = torch.cat([rows, rows[:1]]).view(1, 2, count, spec.dim)
@@ -62,7 +57,7 @@ def check(ask: Any, spec: AttentionSpec, page: int = 0) -> None:  # noqa: F811
             part.copy_(torch.tensor([0.25, 1.5])[None, :, None, None])
         else:
             part.view(torch.uint8).fill_(0x55)
-    told = ask(what="write", spec=spec, cache=cache, k=k, v=v, positions=at, pages=pages)
+    told = interpret(what="write", spec=spec, cache=cache, k=k, v=v, positions=at, pages=pages)
     got = dict(zip(spec.parts, told["cache"], strict=True))
     places = [int(p) % (entries * page if page else tokens) for p in at[0]]
     written = [i for i in range(count) if i != 1]
@@ -101,15 +96,17 @@ def check(ask: Any, spec: AttentionSpec, page: int = 0) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize(("k", "v"), FORMATS)
-def test_bits_are_those_of_quantize(ask: Any, k: str, v: str) -> None:  # noqa: F811
-    check(ask, AttentionSpec(4, 2, 64, "bf16", cache_format(k, 64), cache_format(v, 64)))
+def test_bits_are_those_of_quantize(interpret: Any, k: str, v: str) -> None:
+    check(interpret, AttentionSpec(4, 2, 64, "bf16", cache_format(k, 64), cache_format(v, 64)))
 
 
 @pytest.mark.parametrize(("k", "v"), [FORMATS[1], FORMATS[5]])
-def test_pages_and_float16(ask: Any, k: str, v: str) -> None:  # noqa: F811
-    check(ask, AttentionSpec(2, 2, 64, "f16", cache_format(k, 64), cache_format(v, 64), page=8), page=8)
+def test_pages_and_float16(interpret: Any, k: str, v: str) -> None:
+    check(interpret, AttentionSpec(2, 2, 64, "f16", cache_format(k, 64), cache_format(v, 64), page=8), page=8)
 
 
-def test_padding_is_zero(ask: Any) -> None:  # noqa: F811
+def test_padding_is_zero(interpret: Any) -> None:
     """Of rows of 96 numbers that take the room of 128."""
-    check(ask, AttentionSpec(2, 2, 96, "bf16", cache_format("uint4[zero]", 96), cache_format("int8", 96)))
+    check(
+        interpret, AttentionSpec(2, 2, 96, "bf16", cache_format("uint4[zero]", 96), cache_format("int8", 96))
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitfold.codegen import CodegenError, GemmSpec
 from bitfold.codegen.cpp import build
-from bitfold.codegen.cpp.source import Body
+from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.support import cpu_layout, obstacle
 from bitfold.codegen.epilogue import OPS, Apply, Epilogue
 from bitfold.formats import Codebook, Format, Quantized, Scale, format

@@ -49,7 +49,7 @@ def test_values(interpret: Interpret, text: str) -> None:
         spec = GemmSpec.parse(text.format(n=n))
         inputs, sums = operands(spec, m)
         want = finish(spec, sums, spec.inputs(inputs))
-        told = interpret(spec=spec, inputs=inputs, sums=sums)
+        told = interpret(what="finish", spec=spec, inputs=inputs, sums=sums)
         assert told["guarded"] and told["y"].dtype == want.dtype == spec.out
         # One rounding each, which the interpreter makes towards zero; 32 of float32 on the way.
         ulp = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 0.0}[spec.out]
@@ -61,7 +61,7 @@ def test_a_nan_and_an_infinity_stay(interpret: Interpret) -> None:
     spec = GemmSpec.parse(CASES[0].format(n=4))
     inputs, sums = operands(spec, 1)
     sums[0][0, :2] = torch.tensor([float("nan"), float("inf")])
-    y = interpret(spec=spec, inputs=inputs, sums=sums)["y"]
+    y = interpret(what="finish", spec=spec, inputs=inputs, sums=sums)["y"]
     assert y[0, 0].isnan() and y[0, 1].abs() == float("inf")
 
 

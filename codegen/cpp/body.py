@@ -1,0 +1,140 @@
+"""What the pieces of a CPU kernel's text must agree on: how a row is walked over, what is scaled where.
+
+In: a `GemmSpec`. Out: a `Body`.
+
+    linear 1536x576 f32 int4[g64,planar64]   ->   runs of 64 codes, two slices of 32, one scale a run
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...formats import Integer, Scale
+from ...formats.rules import middle
+from ..slices import BYTE, Unwalkable, Walk, renumbered, walk
+from ..spec import GemmSpec
+from .values import Decode, decode
+
+RUN_OF_BYTES = 64  # of codes in order: longer runs of a row of 576 would end in padding
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a kernel does with the codes of a run."""
+
+    spec: GemmSpec
+
+    @cached_property
+    def walk(self) -> Walk:
+        found = walk_of(self.spec)
+        assert isinstance(found, Walk)
+        return found
+
+    @property
+    def scale(self) -> Scale | None:
+        return self.spec.weight.scale
+
+    @property
+    def by_integers(self) -> bool:
+        """Whether products of 8-bit integers are added up in int32."""
+        return self.spec.activation is not None
+
+    @cached_property
+    def decode(self) -> Decode:
+        return decode(self.spec.weight.element, renumbered(self.walk.slices[:1])[0][0])
+
+    @property
+    def cols(self) -> int | None:
+        """Numbers of a row that share a scale of the weight."""
+        return self.spec.weight.cols
+
+    @property
+    def token_cols(self) -> int | None:
+        """Numbers of a row of x that share a scale."""
+        return self.spec.activation.cols if self.spec.activation is not None else None
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether one scale multiplies all of a row, so that a sum goes over all of it."""
+        return self.cols is None and self.token_cols is None
+
+    @property
+    def needs_sums(self) -> bool:
+        """Whether something is added to scaled values, so that x's sums are needed."""
+        zero = self.scale is not None and self.scale.zero != "none"
+        return zero or (self.base != 0 if self.by_integers else self.decode.middle != 0)
+
+    @property
+    def sum_cols(self) -> int:
+        """Numbers of x in an entry of `x_sums`: 0 where none are needed, -1 for the whole row."""
+        if not self.needs_sums:
+            return 0
+        return min(self.spec.groups, default=-1)
+
+    @property
+    def base(self) -> int:
+        """How much more than the integer the unsigned code is."""
+        element = self.spec.weight.element
+        return 1 << (element.bits - 1) if isinstance(element, Integer) and element.signed else 0
+
+    @property
+    def unit(self) -> float:
+        """What an integer is worth before it is scaled."""
+        element = self.spec.weight.element
+        return 2.0**-element.fraction if isinstance(element, Integer) else 1.0
+
+    @property
+    def factor(self) -> float:
+        """What a number that is multiplied is worth before it is scaled."""
+        return self.unit if self.by_integers else self.decode.factor
+
+    def added(self) -> str:
+        """Per unit of x's sum; sums of integers hold codes that are `base` too high."""
+        element = self.spec.weight.element
+        middles = float(middle(element)) if isinstance(element, Integer) else 0.0
+        over = -self.base * self.unit if self.by_integers else self.decode.middle
+        zero = self.scale.zero if self.scale is not None else "none"
+        terms = {
+            "none": f"{over!r}f * s",
+            "int": f"({over!r}f - zero) * s",
+            "float": f"zero - {middles - over!r}f * s",
+            "min": f"zero + {over!r}f * s",
+        }
+        return terms[zero]
+
+    def stretches(self) -> list[tuple[int, list[int]]]:
+        """(first code, slices) of each stretch of a run whose codes share their scales."""
+        found: list[tuple[int, list[int]]] = []
+        for i in range(len(self.walk.slices)):
+            start = i * self.walk.length
+            codes = self.walk.codes
+            apart = any(codes % cols and cols % codes for cols in self.spec.groups)
+            if not found or apart or any(start % cols == 0 for cols in self.spec.groups if cols < codes):
+                found.append((start, []))
+            found[-1][1].append(i)
+        return found
+
+    def group(self, first: int) -> str:
+        """The column of the scales for code k + first; behind the row's end, where x is zero, the last."""
+        if self.cols is None:
+            return "0"
+        run, codes = "k / kCodes", self.walk.codes
+        if codes % self.cols == 0:
+            found = f"({run}) * {codes // self.cols} + {first // self.cols}"
+        elif self.cols % codes == 0:
+            found = f"({run}) / {self.cols // codes}"
+        else:
+            found = f"(k + {first}) / {self.cols}"
+        return f"std::min<int64_t>({found}, call.groups - 1)"
+
+    @property
+    def cut_short(self) -> bool:
+        """Whether a row may end within a run: its last loads would go on into the next row."""
+        return self.spec.weight.layout.name == "bytes"
+
+
+def walk_of(spec: GemmSpec) -> Walk | Unwalkable:
+    """How the kernel walks over a row: in bytes."""
+    return walk(spec.weight, spec.k, BYTE, math.gcd(*spec.groups), RUN_OF_BYTES)
