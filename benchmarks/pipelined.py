@@ -30,7 +30,7 @@ from bitfold.codegen.compiling import shaped_parts
 from bitfold.codegen.pipelined import Pipelined, modes
 from bitfold.codegen.triton.build import decode
 from bitfold.codegen.triton.pipelined_build import launch, warm, workspace
-from bitfold.formats import Quantized, format
+from bitfold.formats import format
 
 SHAPES = ("28672x4096", "4096x4096", "4096x14336", "8192x8192")
 MS = (32, 64, 128, 256, 512, 1024, 4096)
@@ -91,10 +91,13 @@ def compiled(jobs: Sequence[tuple[str, str]], workers: int, seconds: float) -> s
 
 def by_slices(spec: GemmSpec, rows: int, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
     """Decodes `rows` rows of the weight at a time, and multiplies them."""
+    fmt = spec.weight
+    named = list(zip(fmt.parts, parts, strict=True))
     for start in range(0, spec.n, rows):
         end = min(start + rows, spec.n)
-        few = GemmSpec(spec.weight, end - start, spec.k, spec.x)
-        w = decode(few, [part[start:end] for part in parts], x)
+        few = GemmSpec(fmt, end - start, spec.k, spec.x)
+        cut = [fmt.turned(name, fmt.turned(name, part)[start:end]) for name, part in named]
+        w = decode(few, cut, x)
         torch.mm(x, w.t(), out=y[:, start:end])
 
 
@@ -121,13 +124,10 @@ def measured(
     """Rows of one shape."""
     n, k = spec.n, spec.k
     q = spec.weight.quantize(torch.randn(n, k, device="cuda") * 0.02)
-    parts = [q.parts[0], *(p.mT.contiguous().mT if p.ndim == 2 else p for p in q.parts[1:])]
-    weight = spec.weight.dequantize(Quantized.from_parts(spec.weight, parts, k)).bfloat16()
+    parts = q.parts
+    weight = spec.weight.dequantize(q).bfloat16()
     nbytes = sum(part.nbytes for part in parts)
-    copies = [
-        [p.clone(memory_format=torch.preserve_format) for p in parts]
-        for _ in range(copies_past_cache(nbytes))
-    ]
+    copies = [[part.clone() for part in parts] for _ in range(copies_past_cache(nbytes))]
     wide = [weight.clone() for _ in range(copies_past_cache(weight.nbytes))]
     assert torch.equal(decode(spec, parts, weight), weight), "decoding is bit for bit"
     count = torch.cuda.get_device_properties(0).multi_processor_count

@@ -33,7 +33,8 @@ _WRAPPERS = re.compile(
 )
 _MODULES = re.compile(r"\._modules\['([^']*)'\]")
 _INDEX = re.compile(r"\[(-?\d+|'[^']*')\]")
-_ROOT = re.compile(r"^(L\['[^']*'\]|G\['[^']*'\]|L__[A-Za-z0-9]+__?)\.?")
+# `L['args'][0]` is the model where a decorator wraps its forward in `*args`.
+_ROOT = re.compile(r"^(L\['args'\]\[\d+\]|L\['[^']*'\]|G\['[^']*'\]|L__[A-Za-z0-9]+__?)\.?")
 _SLICE = re.compile(r"\.?\[?slice\([^)]*\)\]?")
 # What torch puts in the place of a module stack on nodes that its own passes made of inputs.
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"

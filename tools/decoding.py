@@ -30,8 +30,9 @@ class LayerCache:
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         self.keys, self.values, self.position = keys, values, position
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        """Write at `position` and return all; what is not written yet is masked."""
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Write at `position` and return all; what is not written yet is masked. What else attention hands
+        over differs between versions of transformers, and nothing here depends on it."""
         self.keys.index_copy_(2, self.position, keys)
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values

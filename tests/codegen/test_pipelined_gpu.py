@@ -6,14 +6,12 @@ before.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from bitfold.codegen import GemmSpec, kernel_layout
 from bitfold.codegen.pipelined import Pipelined, modes
-from bitfold.formats import Quantized, format
+from bitfold.formats import format
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +41,7 @@ def test_values(text: str, streamk: str) -> None:
     from bitfold.codegen.triton.pipelined_build import launch, workspace
 
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    for i, (n, k) in enumerate(((4104, 4096), (1000, 1088), (28672, 512))):
+    for i, (n, k) in enumerate(((4104, 4096), (1000, 1152), (28672, 512))):
         layout = kernel_layout(format(text), k)
         assert layout is not None
         spec = GemmSpec(layout, n, k, bias=i == 1)
@@ -67,14 +65,3 @@ def test_values(text: str, streamk: str) -> None:
             assert error < 2**-8, (plan, n, k)
             assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
-
-def test_scales_by_group_and_by_row() -> None:
-    """The same numbers, whichever way scales lie."""
-    from bitfold.codegen.triton.pipelined_build import launch
-
-    spec = GemmSpec(format("int4[g64,halves256]"), 512, 1024)
-    schedule = replace(Pipelined(64, 128), joined=2, streamk=True)
-    q = spec.weight.quantize(torch.randn(512, 1024, device="cuda"))
-    turned = Quantized.from_parts(spec.weight, [q.codes, q.scales.mT.contiguous().mT], spec.k)
-    x = torch.randn(50, 1024, device="cuda").bfloat16()
-    assert torch.equal(launch(spec, schedule, x, q.parts), launch(spec, schedule, x, turned.parts))
