@@ -64,4 +64,3 @@ def test_values(text: str, streamk: str) -> None:
             error = ((runs[0].double() - want).norm() / want.norm()).item()
             assert error < 2**-8, (plan, n, k)
             assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
-
