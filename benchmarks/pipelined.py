@@ -14,21 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import card, copies_past_cache, microseconds
+from gpu_timing import card, copies_past_cache, microseconds, read_bandwidth
 from torch import Tensor
 
-from bitfold.codegen import GemmSpec, kernel_layout
+from bitfold.codegen import GemmSpec, choose, kernel_layout
 from bitfold.codegen.compiling import shaped_parts
 from bitfold.codegen.pipelined import Pipelined, modes
 from bitfold.codegen.triton.build import decode
+from bitfold.codegen.triton.build import launch as plain_launch
 from bitfold.codegen.triton.pipelined_build import launch, warm, workspace
 from bitfold.formats import format
 
@@ -37,6 +40,18 @@ MS = (32, 64, 128, 256, 512, 1024, 4096)
 ALLOWED = 2**-8  # of the error's norm: bf16 results of bf16 products
 # Tiles, groups, stages and programs, by the most rows of x that they are tried for.
 PLANS = {
+    8: (
+        "m8 n64 g1 w4 x2 j4 c4 p4 {} streamk", "m8 n64 g1 w4 x2 j4 c4 p4 {} streamk o1",
+        "m8 n64 g1 w4 x2 j4 c4 p3 {} streamk o1", "m8 n64 g1 w4 x2 j4 c4 p2 {} streamk o2",
+        "m8 n64 g1 w4 x2 j4 c6 p2 {} streamk u2 o1", "m8 n64 g1 w4 x2 j4 c3 p3 {} streamk u2 o1",
+        "m8 n64 g1 w4 x2 j4 c2 p2 {} streamk u2 o2", "m8 n64 g1 w4 x2 j8 c3 p3 {} streamk u4 o1",
+        "m8 n128 g1 w8 x2 j4 c4 p2 {} streamk o1", "m8 n128 g2 w4 x2 j4 c4 p2 {} streamk o1",
+    ),
+    16: (
+        "m16 n64 g1 w4 x2 j4 c4 p3 {} streamk o1", "m16 n64 g1 w4 x2 j4 c3 p4 {} streamk o1",
+        "m16 n128 g1 w8 x2 j4 c4 p2 {} streamk o1", "m16 n128 g2 w4 x2 j4 c4 p2 {} streamk o1",
+        "m16 n64 g1 w4 x2 j8 c3 p2 {} streamk u2 o1", "m16 n64 g1 w4 x2 j8 c3 p3 {} streamk u4 o1",
+    ),
     32: (
         "m32 n128 g2 w4 x3 j4 c4 p1", "m32 n64 g1 w4 x3 j2 c3 p3", "m32 n64 g1 w4 x3 j4 c3 p2",
         "m32 n128 g1 w8 x3 j4 c3 p2", "m32 n64 g1 w4 x2 j4 c2 p4",
@@ -57,16 +72,22 @@ PLANS = {
     1 << 30: ("m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
 }  # fmt: skip
 SLICES = (2048, 4096, 8192)
+TRYING = "begun"
+MOST_PROCESSES = 6
+GRACE = 20.0  # seconds beyond the limit that a process may take to end by itself
 
 
 def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
     """What is tried for m rows of x."""
     most = next(limit for limit in PLANS if m <= limit)
-    found = [
-        Pipelined.parse(f"tma {text} {modes(spec)[0]}{tail}")
+    texts = [
+        text if "{}" in text else text + " {}" + tail
         for text in PLANS[most]
         for tail in ("", " streamk")
+        if not ("{}" in text and tail)
     ]
+    found = [Pipelined.parse("tma " + text.format(modes(spec)[0])) for text in texts]
+    found = [replace(plan, joined=min(plan.joined, len(plan.walk(spec).slices))) for plan in found]
     return [plan for plan in found if plan.obstacle(spec) is None]
 
 
@@ -118,57 +139,102 @@ def fault_of(call: Callable[[], Any], y: Tensor, want: Tensor) -> str | None:
     return None if torch.equal(*results) else "two results differ"
 
 
-def measured(
-    spec: GemmSpec, ms: Sequence[int], ready: set[tuple[str, str]], until: float
-) -> list[dict[str, Any]]:
-    """Rows of one shape."""
+def measured(text: str, ms: Sequence[int], ready: set[tuple[str, str]], until: float, to: Path) -> None:
+    """Rows of one spec, a line each, in a process of its own; what is being tried is said before its row.
+    What the file holds already is not tried again."""
+    spec = GemmSpec.parse(text)
     n, k = spec.n, spec.k
+    held = [json.loads(line) for line in to.read_text().splitlines()] if to.exists() else []
+    before = {(row["m"], row["what"]) for row in held}
     q = spec.weight.quantize(torch.randn(n, k, device="cuda") * 0.02)
-    parts = q.parts
     weight = spec.weight.dequantize(q).bfloat16()
-    nbytes = sum(part.nbytes for part in parts)
-    copies = [[part.clone() for part in parts] for _ in range(copies_past_cache(nbytes))]
+    nbytes = sum(part.nbytes for part in q.parts)
+    copies = [[part.clone() for part in q.parts] for _ in range(copies_past_cache(nbytes))]
     wide = [weight.clone() for _ in range(copies_past_cache(weight.nbytes))]
-    assert torch.equal(decode(spec, parts, weight), weight), "decoding is bit for bit"
+    assert torch.equal(decode(spec, q.parts, weight), weight), "decoding is bit for bit"
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    rows: list[dict[str, Any]] = []
 
-    def note(m: int, what: str, us: float | None, fault: str | None = None) -> None:
-        rows.append(
-            {"n": n, "k": k, "m": m, "format": str(spec.weight), "what": what, "us": us, "fault": fault}
-        )
+    with to.open("a") as file:
 
-    note(0, "decode", microseconds([partial(decode, spec, p, weight) for p in copies], 7))
-    for m in ms:
-        x, y = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
-        want = x.float() @ weight.float().T
-        note(m, "bf16", microseconds([partial(torch.nn.functional.linear, x, w) for w in wide], 7))
-        calls: dict[str, list[Callable[[], Any]]] = {}
-        if m >= 512:
-            calls["decode, then the library"] = [partial(by_decoding, spec, x, p, y) for p in copies]
-            for size in SLICES:
-                calls[f"slices of {size}"] = [partial(by_slices, spec, size, x, p, y) for p in copies]
-        for plan in plans(spec, m):
-            if (str(spec), str(plan)) in ready:
-                room = workspace(spec, plan, count, x)
-                calls[str(plan)] = [partial(launch, spec, plan, x, p, out=y, room=room) for p in copies]
-        for what, each in calls.items():
-            if time.monotonic() > until:
-                break
-            fault = fault_of(each[0], y, want)
-            note(m, what, None if fault else microseconds(each, 7), fault)
-    return rows
+        def note(m: int, what: str, us: float | None = None, fault: str | None = None) -> None:
+            row = {"n": n, "k": k, "m": m, "format": str(spec.weight), "bytes": nbytes + 2 * m * (n + k)}
+            file.write(json.dumps({**row, "what": what, "us": us, "fault": fault}) + "\n")
+            file.flush()
+
+        if (0, "decode") not in before:
+            note(0, "decode", microseconds([partial(decode, spec, copy, weight) for copy in copies], 7))
+        for m in ms:
+            x, y = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
+            want = x.float() @ weight.float().T
+            if (m, "bf16") not in before:
+                note(m, "bf16", microseconds([partial(torch.nn.functional.linear, x, w) for w in wide], 7))
+            for what, each in calls_of(spec, m, x, y, copies, ready, count).items():
+                if (m, what) in before or time.monotonic() > until:
+                    continue
+                note(m, what, fault=TRYING)
+                fault = fault_of(each[0], y, want)
+                note(m, what, None if fault else microseconds(each, 7), fault)
+
+
+def calls_of(
+    spec: GemmSpec, m: int, x: Tensor, y: Tensor, copies: Sequence[list[Tensor]],
+    ready: set[tuple[str, str]], count: int,
+) -> dict[str, list[Callable[[], Any]]]:  # fmt: skip
+    """Everything that is tried for m rows of x: the kernel that is chosen today, the library, the plans."""
+    found: dict[str, list[Callable[[], Any]]] = {}
+    chosen = choose(spec, m)
+    if chosen is not None:
+        found[f"now {chosen}"] = [partial(plain_launch, spec, chosen, [x, *p], out=y) for p in copies]
+    if m >= 512:
+        found["decode, then the library"] = [partial(by_decoding, spec, x, p, y) for p in copies]
+        for size in SLICES:
+            found[f"slices of {size}"] = [partial(by_slices, spec, size, x, p, y) for p in copies]
+    for plan in plans(spec, m):
+        if (str(spec), str(plan)) in ready:
+            room = workspace(spec, plan, count, x)
+            found[str(plan)] = [partial(launch, spec, plan, x, p, out=y, room=room) for p in copies]
+    return found
+
+
+def settled(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """One row each of what was tried: the last that was said of it. What was only begun ended its process."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        found[row["m"], row["what"]] = row
+    return [
+        row | ({"fault": "ended its process"} if row["fault"] == TRYING else {}) for row in found.values()
+    ]
+
+
+def in_processes(
+    spec: GemmSpec, ms: Sequence[int], ready: set[tuple[str, str]], until: float, folder: Path
+) -> list[dict[str, Any]]:
+    """Rows of one spec. A process that a kernel ended is followed by another, for the rest."""
+    to = folder / "rows.jsonl"
+    to.unlink(missing_ok=True)
+    for _ in range(MOST_PROCESSES):
+        given = (str(spec), ms, ready, until, to)
+        process = multiprocessing.get_context("spawn").Process(target=measured, args=given)
+        process.start()
+        process.join(max(1.0, until + GRACE - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
+            break
+        if process.exitcode == 0:
+            break
+    return settled(to.read_text().splitlines()) if to.exists() else []
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> str:
     """The fastest of each shape and number of rows, and what went wrong."""
     lines = []
-    for n, k, m in sorted({(row["n"], row["k"], row["m"]) for row in rows}):
-        here = [row for row in rows if (row["n"], row["k"], row["m"]) == (n, k, m)]
+    for name, n, k, m in sorted({(row["format"], row["n"], row["k"], row["m"]) for row in rows}):
+        here = [row for row in rows if (row["format"], row["n"], row["k"], row["m"]) == (name, n, k, m)]
         timed = sorted((row for row in here if row["us"] is not None), key=lambda row: row["us"])
         best = " | ".join(f"{row['us']:.1f} {row['what']}" for row in timed[:5])
         bf16 = next((f"{row['us']:.1f}" for row in here if row["what"] == "bf16"), "-")
-        lines.append(f"{n}x{k} M={m} bf16 {bf16}: {best}")
+        lines.append(f"{name} {n}x{k} M={m} bf16 {bf16}: {best}")
         lines += [f"    {row['what']}: {row['fault']}" for row in here if row["fault"]]
     return "\n".join(lines)
 
@@ -176,27 +242,30 @@ def shown(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--format", default="int4[g128]")
+    parser.add_argument("--formats", nargs="*", default=["int4[g128]"])
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
     parser.add_argument("--m", nargs="*", type=int, default=MS)
     parser.add_argument("--workers", type=int, default=15)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds in all")
     given = parser.parse_args()
     until = time.monotonic() + given.limit
-    specs = []
-    for shape in given.shapes:
-        n, k = (int(size) for size in shape.split("x"))
-        layout = kernel_layout(format(given.format), k)
-        if layout is None:
-            raise SystemExit(f"no kernel walks over {given.format} with rows of {k}; take another --format")
-        specs.append(GemmSpec(layout, n, k))
+    specs = [spec_of(text, shape) for text in given.formats for shape in given.shapes]
     wanted = {(str(spec), str(plan)): None for spec in specs for m in given.m for plan in plans(spec, m)}
-    ready = compiled(list(wanted), given.workers, given.limit / 3)
-    rows: list[dict[str, Any]] = []
-    for spec in specs:
-        rows += measured(spec, given.m, ready, until)
-        given.out.write_text(json.dumps({**card(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print(shown(rows))
+    ready = compiled(list(wanted), given.workers, given.limit / 2)
+    found: dict[str, Any] = {**card(), "read": read_bandwidth(), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for spec in specs:
+            found["rows"] += in_processes(spec, given.m, ready, until, Path(folder))
+            given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(shown(found["rows"]))
+
+
+def spec_of(text: str, shape: str) -> GemmSpec:
+    n, k = (int(size) for size in shape.split("x"))
+    layout = kernel_layout(format(text), k)
+    if layout is None:
+        raise SystemExit(f"no kernel walks over {text} with rows of {k}; take other --formats")
+    return GemmSpec(layout, n, k)
 
 
 if __name__ == "__main__":

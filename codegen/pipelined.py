@@ -5,8 +5,8 @@ In: numbers. Out: a value that prints and parses, and says whether it can run a 
     Pipelined(block_m=256, block_n=128, warps=8, x_stages=4, code_stages=2, scale="lane")
     tma m256 n128 g1 w8 x4 j1 c2 p1 lane
 
-One warp fetches (TMA) and a warpgroup or two compute: codes come to registers, are decoded there, and
-multiply by x in shared memory, asynchronously (wgmma), while the next slice is decoded.
+Two warps fetch (TMA), one codes and one x, and a warpgroup or two compute: codes come to registers, are
+decoded there, and multiply by x in shared memory, asynchronously (wgmma), while the next slice is decoded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..formats import Element, Integer
 from .decode import decoder, holds
 from .schedule import Schedule, scales
-from .slices import Walk
+from .slices import Walk, joined
 from .spec import CodegenError, GemmSpec
 
 MODES = ("end", "lane", "float")
@@ -31,7 +31,10 @@ GROUPS = ((1, 4), (1, 8), (2, 4))
 # Registers for addresses, masks, scales and counters: with fewer left int4's kernels spilled, with these
 # none.
 SPARE = 40
-_TEXT = re.compile(r"tma m(\d+) n(\d+) g(\d+) w(\d+) x(\d+) j(\d+) c(\d+) p(\d+) (\w+)( streamk)?")
+_TEXT = re.compile(
+    r"tma m(\d+) n(\d+) g(\d+) w(\d+) x(\d+) j(\d+) c(\d+) p(\d+) (\w+)"
+    r"( streamk)?(?: u(\d+))?(?: o(\d+))?"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,12 @@ class Pipelined:
     own, on its share of the weight's rows; warps: of each; x_stages: tiles of x on their way, each of
     `joined` slices of K; code_stages: runs of codes on their way; programs: on one multiprocessor; scale:
     where it multiplies, as in `Schedule`; streamk: the tiles that fill no whole wave of programs are shared
-    between all, cut along K, and their parts added up in order.
+    between all, cut along K, and their parts added up in order; unroll: runs of the layout that count as one.
+
+    overlap: 0 for an ordinary launch; 1 if the next kernel may start in the places of programs that are done,
+    from the last copy of codes on; 2 if it may start when this one does, beside it, for which half of each
+    multiprocessor is left. Such a kernel fills its ring of codes before it waits for its predecessor
+    (programmatic dependent launch).
     """
 
     block_m: int
@@ -53,9 +61,11 @@ class Pipelined:
     programs: int = 1
     scale: str = "lane"
     streamk: bool = False
+    unroll: int = 1
+    overlap: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "joined"):
+        for name in ("block_m", "block_n", "joined", "unroll"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise CodegenError(f"a pipelined schedule's {name} is a power of two, not {value}")
@@ -73,6 +83,8 @@ class Pipelined:
             raise CodegenError(
                 "a pipelined schedule has two stages of x, one of codes and one program at least"
             )
+        if self.overlap not in (0, 1, 2):
+            raise CodegenError(f"a pipelined schedule's overlap is 0, 1 or 2, not {self.overlap}")
         if self.scale not in MODES:
             raise CodegenError(
                 f"a pipelined schedule's scale is one of {', '.join(MODES)}, not {self.scale!r}"
@@ -80,6 +92,8 @@ class Pipelined:
 
     def __str__(self) -> str:
         tail = " streamk" if self.streamk else ""
+        tail += f" u{self.unroll}" if self.unroll > 1 else ""
+        tail += f" o{self.overlap}" if self.overlap else ""
         return (
             f"tma m{self.block_m} n{self.block_n} g{self.groups} w{self.warps} x{self.x_stages} "
             f"j{self.joined} c{self.code_stages} p{self.programs} {self.scale}{tail}"
@@ -93,11 +107,12 @@ class Pipelined:
             raise CodegenError(
                 f"{text!r} is no pipelined schedule; one reads: tma m256 n128 g1 w8 x4 j1 c2 p1 lane"
             )
-        *words, scale, streamk = found.groups()
+        *words, scale, streamk, unroll, overlap = found.groups()
         m, n, groups, warps, x_stages, joined, code_stages, programs = (int(word) for word in words)
         return cls(
-            m, n, groups, warps, x_stages, joined, code_stages, programs, scale, streamk=streamk is not None
-        )
+            m, n, groups, warps, x_stages, joined, code_stages, programs, scale,
+            streamk=streamk is not None, unroll=int(unroll or 1), overlap=int(overlap or 0),
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
@@ -106,17 +121,22 @@ class Pipelined:
 
     @property
     def threads(self) -> int:
-        """Of a program; the warp that fetches takes the place of four."""
+        """Of a program; the two warps that fetch take the place of four."""
         return 32 * (self.groups * self.warps + 4)
+
+    @property
+    def residents(self) -> int:
+        """Programs that a multiprocessor has room for: the next kernel's too, if they run side by side."""
+        return self.programs * (2 if self.overlap == 2 else 1)
 
     @property
     def at_start(self) -> int:
         """Registers that a thread has when the program starts."""
-        return min(REGISTERS // self.programs // self.threads // 8 * 8, MOST_REGISTERS)
+        return min(REGISTERS // self.residents // self.threads // 8 * 8, MOST_REGISTERS)
 
     @property
     def fetching(self) -> int:
-        """Registers that the fetching warp keeps. With a second group it keeps all: in the compiler's eyes
+        """Registers that the fetching warps keep. With a second group it keeps all: in the compiler's eyes
         that group has as few as any warp beside the first group ever has, and it then sends off one product
         at a time ("insufficient register resources", ptxas 12.8)."""
         return 24 if self.groups == 1 else self.at_start
@@ -126,13 +146,18 @@ class Pipelined:
         """Registers of a thread that computes."""
         if self.groups > 1:
             return self.at_start
-        left = REGISTERS // self.programs - 128 * self.fetching
+        left = self.at_start * self.threads - 128 * self.fetching
         return min(left // (32 * self.warps) // 8 * 8, MOST_REGISTERS)
+
+    def walk(self, spec: GemmSpec) -> Walk:
+        """How the kernel walks over a row."""
+        w = spec.walk
+        assert isinstance(w, Walk)
+        return joined(w, self.unroll)
 
     def shared(self, spec: GemmSpec) -> int:
         """Bytes of shared memory of one program: two rings, the tile of y, barriers."""
-        w = spec.walk
-        assert isinstance(w, Walk)
+        w = self.walk(spec)
         x = self.x_stages * self.block_m * w.length * self.joined * 2
         codes = self.code_stages * len(w.loads) * self.block_n * w.length * 2
         return x + codes + self.block_m * self.block_n * 2 + 16 * (self.x_stages + self.code_stages) + 1024
@@ -140,8 +165,7 @@ class Pipelined:
     def registers(self, spec: GemmSpec) -> int:
         """Registers that a thread needs, about: sums, codes, a slice on its way and those being decoded.
         Fitted to which of 100 kernels the compiler spilled."""
-        w = spec.walk
-        assert isinstance(w, Walk)
+        w = self.walk(spec)
         slice_ = self.rows * w.length // 2 // (32 * self.warps)
         sums = self.block_m * self.rows // (32 * self.warps)
         decoded = len(w.slices) if decodes_together(spec.weight.element) else 1
@@ -167,8 +191,7 @@ class Pipelined:
         return None
 
     def _tiles(self, spec: GemmSpec) -> str | None:
-        w = spec.walk
-        assert isinstance(w, Walk)
+        w = self.walk(spec)
         if spec.n % 8 or spec.k % 8:
             return f"rows of x and y are copied in units of 8 numbers; {spec.n} and {spec.k} are no multiples"
         if w.stride % 8:
@@ -183,7 +206,7 @@ class Pipelined:
             return f"{len(w.slices)} slices of a run are not joined by {self.joined}"
         if self.joined > 1 and self.scale == "float" and decodes_together(spec.weight.element):
             return f"slices of {spec.weight.element.name} are not joined: the compiler would not overlap them"
-        room = SHARED // self.programs - RESERVED
+        room = SHARED // self.residents - RESERVED
         if self.shared(spec) > room:
             return f"{self} takes {self.shared(spec)} bytes of shared memory, of {room}"
         if self.registers(spec) > self.computing:

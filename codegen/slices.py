@@ -123,6 +123,22 @@ def _length(unit: np.ndarray, inside: np.ndarray) -> int:
     return int(np.gcd.reduce(np.append(edges, codes)))
 
 
+def joined(walk: Walk, times: int) -> Walk:
+    """The same row in runs of `times` as many codes, so that what a run costs beside its codes is paid less
+    often. The last run may reach past the row."""
+    if times == 1:
+        return walk
+    each = len(walk.loads)
+    loads = tuple(start + i * walk.units for i in range(times) for start in walk.loads)
+    slices = tuple(
+        tuple(Take(take.load + i * each, take.low, take.width, take.bit) for take in takes)
+        for i in range(times)
+        for takes in walk.slices
+    )
+    runs = -(-walk.runs // times)
+    return Walk(walk.codes * times, walk.units * times, runs, walk.stride, walk.length, loads, slices)
+
+
 def renumbered(slices: Sequence[Sequence[Take]]) -> tuple[list[list[Take]], list[int]]:
     """The slices with the loads that they read numbered from 0, and which loads these are."""
     loads = sorted({take.load for takes in slices for take in takes})

@@ -21,7 +21,7 @@ from functools import cached_property
 from ..decode import decoder
 from ..pipelined import Pipelined, decodes_together
 from ..schedule import Schedule
-from ..slices import Take, Walk
+from ..slices import Take, Walk, renumbered
 from ..spec import CodegenError, GemmSpec
 from . import pieces
 from .lines import TL, Lines
@@ -55,9 +55,7 @@ class Kernel:
 
     @property
     def walk(self) -> Walk:
-        found = self.spec.walk
-        assert isinstance(found, Walk)
-        return found
+        return self.schedule.walk(self.spec)
 
     @cached_property
     def scales(self) -> Scales:
@@ -84,12 +82,15 @@ class Kernel:
     def source(self) -> str:
         out = Lines()
         out.add(f'"""{self.spec}', "", f'{self.schedule}"""', *_IMPORTS)
+        if self.schedule.overlap:
+            out.add("from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait")
         out.add(*(line.replace("@triton.jit", "@gluon.jit") for line in functions(self.spec)))
         if self.schedule.streamk:
             out.add("", "barrier = tl.barrier if hasattr(tl, 'barrier') else tl.thread_barrier")
         self._constants(out)
         pieces.functions(out, self.schedule)
-        self._load(out)
+        self._load_x(out)
+        self._load_codes(out)
         self._store(out)
         self._compute(out)
         self._kernel(out)
@@ -119,16 +120,9 @@ class Kernel:
     def _calls(self) -> dict[str, tuple[list[list[Take]], list[int]]]:
         """Assembly blocks: name -> (slices with their loads renumbered, the loads they read). All four codes
         of a unit are looked up in a table together."""
-        together = decodes_together(self.spec.weight.element)
-        groups = [list(self.walk.slices)] if together else [[takes] for takes in self.walk.slices]
-        calls = {}
-        for i, slices in enumerate(groups):
-            loads = sorted({take.load for takes in slices for take in takes})
-            renumbered = [
-                [Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices
-            ]
-            calls[f"DECODE{i}"] = (renumbered, loads)
-        return calls
+        slices = self.walk.slices
+        size = len(slices) // self.schedule.unroll if decodes_together(self.spec.weight.element) else 1
+        return {f"DECODE{i}": renumbered(slices[i : i + size]) for i in range(0, len(slices), size)}
 
     def _each_piece(self, out: Lines) -> None:
         """Opens the loop over pieces of work, each within one tile."""
@@ -141,22 +135,17 @@ class Kernel:
         out.add(pieces.ADVANCE)
         out.depth -= 1
 
-    # --- the warp that fetches ----------------------------------------------------------------------------
+    # --- the warps that fetch -----------------------------------------------------------------------------
 
-    def _load(self, out: Lines) -> None:
+    def _load_codes(self, out: Lines) -> None:
+        """Codes do not depend on what ran before, so with overlapped launches they come ahead of all else."""
         s, w = self.schedule, self.walk
-        codes = len(w.loads) * s.block_n * w.length * 2
-        wide = s.joined * w.length
         out.add("", "", "@gluon.jit")
-        with out.indent(f"def load(x, codes, {_RINGS}, m):"):
-            out.add("code_step, x_step = 0, 0")
+        with out.indent("def load_codes(codes, code_ring, codes_full, codes_free, m):"):
+            out.add(*["gdc_launch_dependents()"] * (s.overlap == 2), "step = 0")
             self._each_piece(out)
             with out.indent("for run in range(begin, end):"):
-                out.add(
-                    "b = code_step % CODE_STAGES",
-                    "mbarrier.wait(codes_free.index(b), (code_step // CODE_STAGES & 1) ^ 1)",
-                    f"mbarrier.expect(codes_full.index(b), {codes})",
-                )
+                self._next(out, "codes", "CODE_STAGES", len(w.loads) * s.block_n * w.length * 2)
                 for i, start in enumerate(w.loads):
                     at = f"run * {w.units} + {start}" if start else f"run * {w.units}"
                     for group in range(s.groups):
@@ -166,19 +155,38 @@ class Kernel:
                             f"tma.async_copy_global_to_shared(codes, [{row}, {at}], "
                             f"codes_full.index(b), {slot})"
                         )
-                out.add("code_step += 1")
-                with out.indent(f"for step in tl.static_range({self._steps}):"):
-                    out.add(
-                        "b = x_step % X_STAGES",
-                        "mbarrier.wait(x_free.index(b), (x_step // X_STAGES & 1) ^ 1)",
-                        f"mbarrier.expect(x_full.index(b), {s.block_m * wide * 2})",
-                    )
-                    for j in range(s.joined):
-                        at = f"run * {w.codes} + step * {wide}" + (f" + {j * w.length}" if j else "")
-                        slot = f"x_ring.index({self._x_slot('b', j)})"
-                        out.add(f"tma.async_copy_global_to_shared(x, [m0, {at}], x_full.index(b), {slot})")
-                    out.add("x_step += 1")
+                out.add("step += 1")
             self._advance(out)
+            out.add(*["gdc_launch_dependents()"] * (s.overlap == 1))
+
+    def _load_x(self, out: Lines) -> None:
+        """x, and so every product and all that is written, waits for the kernel before to be done."""
+        s, w = self.schedule, self.walk
+        wide = s.joined * w.length
+        out.add("", "", "@gluon.jit")
+        with out.indent("def load_x(x, x_ring, x_full, x_free, m):"):
+            out.add(*["gdc_wait()"] * bool(s.overlap), "step = 0")
+            self._each_piece(out)
+            with (
+                out.indent("for run in range(begin, end):"),
+                out.indent(f"for tile_of_x in tl.static_range({self._steps}):"),
+            ):
+                self._next(out, "x", "X_STAGES", s.block_m * wide * 2)
+                for j in range(s.joined):
+                    at = f"run * {w.codes} + tile_of_x * {wide}" + (f" + {j * w.length}" if j else "")
+                    slot = f"x_ring.index({self._x_slot('b', j)})"
+                    out.add(f"tma.async_copy_global_to_shared(x, [m0, {at}], x_full.index(b), {slot})")
+                out.add("step += 1")
+            self._advance(out)
+
+    @staticmethod
+    def _next(out: Lines, ring: str, stages: str, size: int) -> None:
+        """Waits until the next place of a ring is free, and announces what will come to it."""
+        out.add(
+            f"b = step % {stages}",
+            f"mbarrier.wait({ring}_free.index(b), (step // {stages} & 1) ^ 1)",
+            f"mbarrier.expect({ring}_full.index(b), {size})",
+        )
 
     def _slot(self, load: int, group: str) -> str:
         """Where a warpgroup's rows of a load lie in stage b."""
@@ -262,10 +270,10 @@ class Kernel:
         """What later slices are made of. It passes through the wait after slice i, so that nothing of them is
         computed between a product's start and that wait: the compiler would wait for each product (C7513,
         "non wgmma instructions defining input registers")."""
-        slices = self.walk.slices
-        if len(self._calls) == 1:
-            return [f"a{j}" for j in range(i + 1, len(slices))]
-        return [f"u{load}" for load in sorted({take.load for takes in slices[i + 1 :] for take in takes})]
+        size = len(self.walk.slices) // len(self._calls)
+        begun = (i // size + 1) * size
+        loads = sorted({take.load for takes in self.walk.slices[begun:] for take in takes})
+        return [*(f"a{j}" for j in range(i + 1, begun)), *(f"u{load}" for load in loads)]
 
     @staticmethod
     def _free(when: str = "") -> str:
@@ -354,12 +362,13 @@ class Kernel:
             out.add(
                 "fence_async_shared()",
                 f"computing = ({_READS}, {_RINGS}, m, SN, SG)",
-                f"loading = (x, codes, {_RINGS}, m)",
             )
             parts = ["(compute, (0,) + computing)", "(compute, (1,) + computing)"][: s.groups]
-            warps = [s.warps] * (s.groups - 1) + [1]
-            registers = [s.computing] * (s.groups - 1) + [s.fetching]
-            out.add(f"tl.warp_specialize([{', '.join(parts)}, (load, loading)], {warps}, {registers})")
+            parts += ["(load_x, (x, x_ring, x_full, x_free, m))"]
+            parts += ["(load_codes, (codes, code_ring, codes_full, codes_free, m))"]
+            warps = [s.warps] * (s.groups - 1) + [1, 1]
+            registers = [s.computing] * (s.groups - 1) + [s.fetching] * 2
+            out.add(f"tl.warp_specialize([{', '.join(parts)}], {warps}, {registers})")
 
 
 def pipelined_source(spec: GemmSpec, schedule: Pipelined) -> str:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...formats import Quantized
 from ..pipelined import Pipelined
-from ..slices import Walk
 from ..spec import CodegenError, GemmSpec
 from .build import module
 from .pipelined import pipelined_source
@@ -35,10 +34,10 @@ def pipelined_kernel(spec: GemmSpec, schedule: Pipelined) -> Any:
 
 def grid(spec: GemmSpec, schedule: Pipelined, m: int, multiprocessors: int) -> int:
     """Programs: what the multiprocessors hold, or fewer where there is less to do."""
-    assert isinstance(spec.walk, Walk)
     tiles = -(-spec.n // schedule.block_n) * -(-m // schedule.block_m)
     # Every program that shares tiles must have a part in one: those beside it wait for that part.
-    return min(multiprocessors * schedule.programs, tiles * spec.walk.runs if schedule.streamk else tiles)
+    pieces = tiles * schedule.walk(spec).runs if schedule.streamk else tiles
+    return min(multiprocessors * schedule.programs, pieces)
 
 
 def workspace(
@@ -102,14 +101,14 @@ def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None
 
 def options(schedule: Pipelined) -> dict[str, Any]:
     """What the compiler is told beside the source."""
-    most = {"maxnreg": schedule.at_start} if schedule.programs > 1 else {}
-    return {"num_warps": schedule.warps} | most
+    most = {"maxnreg": schedule.at_start} if schedule.residents > 1 else {}
+    overlap = {"launch_pdl": True} if schedule.overlap else {}
+    return {"num_warps": schedule.warps} | most | overlap
 
 
 def blocks(spec: GemmSpec, schedule: Pipelined) -> dict[str, list[int]]:
     """What one copy moves, of each tensor that the copy engine sees."""
-    assert isinstance(spec.walk, Walk)
-    length = spec.walk.length
+    length = schedule.walk(spec).length
     return {
         "x": [schedule.block_m, length],
         "codes": [schedule.rows, length],

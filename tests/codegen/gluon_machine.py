@@ -6,9 +6,9 @@ In: source, tensors, a number of programs. Out: y, written where the kernel woul
 
 It is unkind in what hardware leaves open. Copies arrive the moment they are sent off, products and stores
 are computed when they are waited for and no sooner, and a warp that frees something waits until the fetching
-warp has used it: what is freed too early is overwritten before it is read. Where all warps wait, or a barrier
-counts other bytes than come, it raises. Shared memory starts as NaN. Programs run last to first, since each
-waits for its successors only.
+warps have used it: what is freed too early is overwritten before it is read. Where all warps wait, or a
+barrier counts other bytes than come, it raises. Shared memory starts as NaN. Programs run last to first,
+since each waits for its successors only.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Machine:
     def __init__(self) -> None:
         self.change = threading.Condition()
         self.waiting: dict[int, bool] = {}
-        self.fetching: int | None = None
+        self.fetching: set[int] = set()
         self.stores: dict[int, list[Callable[[], None]]] = {}
         self.program = self.programs = 0
         self.fault: BaseException | None = None
@@ -154,9 +154,12 @@ class Machine:
             assert bar.pending >= 0, "more arrivals than the barrier counts"
             bar.settle()
             self._changed()
-            if self.fetching is not None and self.fetching != threading.get_ident():
-                busy = self.fetching
-                self.change.wait_for(lambda: self.waiting.get(busy, True) or self.fault is not None)
+            if threading.get_ident() not in self.fetching:
+                self.change.wait_for(lambda: self._fetched() or self.fault is not None)
+
+    def _fetched(self) -> bool:
+        """Whether the fetching warps have done all they can."""
+        return all(self.waiting.get(busy, True) for busy in self.fetching)
 
     def fetch(self, source: Map, at: Sequence[int], bar: Barrier, to: Shared) -> None:
         rows, cols = to.held.shape
@@ -186,7 +189,7 @@ class Machine:
     def warp_specialize(
         self, parts: Sequence[tuple[Any, Any]], warps: list[int], registers: list[int]
     ) -> None:
-        """The last part is the one that fetches."""
+        """The last two parts fetch."""
         assert len(warps) == len(registers) == len(parts) - 1
         threads = [threading.Thread(target=self._work, args=part) for part in parts]
         with self.change:
@@ -194,7 +197,7 @@ class Machine:
                 thread.start()
                 assert thread.ident is not None
                 self.waiting[thread.ident] = False
-            self.fetching = threads[-1].ident
+            self.fetching = {thread.ident for thread in threads[-2:] if thread.ident is not None}
         for thread in threads:
             thread.join()
         if self.fault is not None:
@@ -209,8 +212,7 @@ class Machine:
             self.fault = self.fault or fault
         with self.change:
             del self.waiting[me]
-            if self.fetching == me:
-                self.fetching = None
+            self.fetching.discard(me)
             if self.waiting and all(self.waiting.values()):
                 self.fault = self.fault or Stuck("every warp waits")
             self.change.notify_all()
@@ -387,6 +389,8 @@ def run(source: str, *, maps: Sequence[Tensor], rest: Sequence[Any], programs: i
         "warpgroup_mma": _mma,
         "warpgroup_mma_wait": _mma_wait,
         "fence_async_shared": lambda: None,
+        "gdc_wait": lambda: None,
+        "gdc_launch_dependents": lambda: None,
     }
     exec(compile(text, "kernel", "exec"), held)
     arguments = [pointer(value) if isinstance(value, Tensor) else value for value in rest]
