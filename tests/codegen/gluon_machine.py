@@ -6,7 +6,8 @@ In: source, tensors, a number of programs. Out: y, written where the kernel woul
 
 It is unkind in what hardware leaves open. Copies arrive the moment they are sent off, products and stores
 are computed when they are waited for and no sooner, and a warp that frees something waits until the fetching
-warps have used it: what is freed too early is overwritten before it is read. Where all warps wait, or a
+warps have used it: what is freed too early is overwritten before it is read. Whoever read shared memory
+otherwise than by a product must have fenced before it frees anything: the copy engine overtakes it. Where all warps wait, or a
 barrier counts other bytes than come, it raises. Shared memory starts as NaN. Programs run last to first,
 since each waits for its successors only.
 """
@@ -80,6 +81,19 @@ class Barrier:
             self.pending = self.count
 
 
+class Reading(threading.local):
+    """Of each warp: whether it read shared memory and set no fence since."""
+
+    unfenced = False
+
+
+READING = Reading()
+
+
+def fence() -> None:
+    READING.unfenced = False
+
+
 @dataclass
 class Shared:
     held: Any
@@ -91,6 +105,7 @@ class Shared:
         return Shared(self.held.permute(*order))
 
     def load(self, layout: Any) -> Any:
+        READING.unfenced = True
         return tile(self.held.clone())
 
     def store(self, value: Tensor) -> None:
@@ -149,6 +164,7 @@ class Machine:
     def arrive(self, bar: Barrier, pred: bool = True) -> None:
         if not pred:
             return
+        assert not READING.unfenced, "what is freed may still be read: no fence"
         with self.change:
             bar.pending -= 1
             assert bar.pending >= 0, "more arrivals than the barrier counts"
@@ -388,7 +404,7 @@ def run(source: str, *, maps: Sequence[Tensor], rest: Sequence[Any], programs: i
         ),
         "warpgroup_mma": _mma,
         "warpgroup_mma_wait": _mma_wait,
-        "fence_async_shared": lambda: None,
+        "fence_async_shared": fence,
         "gdc_wait": lambda: None,
         "gdc_launch_dependents": lambda: None,
     }

@@ -241,6 +241,7 @@ def ran(
         ),  # freed before it is read
         ("(step // X_STAGES & 1) ^ 1", "step // X_STAGES & 1"),  # the first copy waits for ever
         ("mbarrier.expect(x_full.index(b), 1024)", "mbarrier.expect(x_full.index(b), 2048)"),
+        ("fence_async_shared()\n            mbarrier.arrive", "mbarrier.arrive"),
         ("count=GROUPS", "count=1"),  # freed by the first of two groups
         ('flag + other * GROUPS, 0, sem="relaxed"', 'flag + other * GROUPS, 1, sem="relaxed"'),
         ("total += tl.load(mine", "total = tl.load(mine"),
