@@ -23,22 +23,24 @@ from bitfold.codegen import GemmSpec, Schedule, choose, kernel_layout
 from bitfold.codegen.compiling import Job
 from bitfold.codegen.compiling import compile_all as compile_all
 from bitfold.codegen.compiling import shaped_parts as shaped_parts
+from bitfold.codegen.pipelined import Pipelined, parsed
 from bitfold.codegen.trial import BOUND
-from bitfold.codegen.triton.build import decode, launch
+from bitfold.codegen.triton.build import decode
+from bitfold.codegen.triton.run import run
 from bitfold.formats import Quantized, format
 
 FORMATS = [
     "int4[g128]", "int8", "float8_e4m3fn", "float6_e3m2[g32,e8m0]", "mxfp4", "nvfp4", "nf4[g64]",
     "int3[g128]", "int2[g128]",
 ]  # fmt: skip
-Chooser = Callable[[GemmSpec, int], Schedule | None]
+Chooser = Callable[[GemmSpec, int], Schedule | Pipelined | None]
 
 
 def chooser(text: str | None) -> Chooser:
     """One schedule for all, or what bitfold itself chooses."""
     if text is None:
         return choose
-    schedule = Schedule.parse(text)
+    schedule = parsed(text)
     return lambda spec, m: schedule
 
 
@@ -98,7 +100,7 @@ class Ours:
         if schedule is None:
             return [lambda p=p: torch.nn.functional.linear(x, decode(spec, p, x)) for p in self.copies]
         y = torch.full((m, spec.n), float("nan"), device="cuda", dtype=x.dtype)
-        return [lambda p=p: launch(spec, schedule, [x, *p], out=y) for p in self.copies]
+        return [lambda p=p: run(spec, schedule, [x, *p], out=y) for p in self.copies]
 
     def problem(self, x: Tensor, error: float, calls: Sequence[Callable[[], Tensor]]) -> str | None:
         """Why a time of these calls would be worth nothing: a wrong result, or another one each run."""

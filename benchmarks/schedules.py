@@ -31,6 +31,7 @@ from bitfold.codegen import CodegenError, GemmSpec, Schedule, kernel_layout
 from bitfold.codegen.candidates import bucket, candidates, rows_each
 from bitfold.codegen.choose import MOST_ROWS, has_library, untuned
 from bitfold.codegen.device import Device, device, present
+from bitfold.codegen.pipelined import parsed
 from bitfold.codegen.table import LIBRARY, Table, best_of
 from bitfold.codegen.tune import Row, best_rows, tune
 from bitfold.formats import format
@@ -131,7 +132,7 @@ def holding(rows: Sequence[Row], card: Device) -> Iterator[Row]:
 
 def _runs(text: str, spec: GemmSpec) -> bool:
     try:
-        return Schedule.parse(text).obstacle(spec) is None
+        return parsed(text).obstacle(spec) is None
     except CodegenError:
         return False
 

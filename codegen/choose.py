@@ -7,9 +7,10 @@ the library is faster.
 
 First the user's table, then the shipped one (`table.py`). Without an entry a rule up to 16 rows: 64 rows of
 weights to two warps and three stages, and as many programs to a sum as give every multiprocessor four. Past
-that the fastest by the cost model. Which of the two is better where was measured (one H200, see
-`tests/codegen/test_cost.py`). What the rule says starts before its predecessor has ended, where a GPU can,
-and is split further then: a program more fills the gap between two kernels (`docs/notes/gpu.md`).
+that a pipelined kernel where one can run (`plans.py`), else the fastest by the cost model. Which of the two
+is better where was measured (one H200, see `tests/codegen/test_cost.py`). What the rule says starts before
+its predecessor has ended, where a GPU can, and is split further then: a program more fills the gap between
+two kernels (`docs/notes/gpu.md`).
 
 What runs depends on the card that is there when a spec is first seen, and on nothing after.
 """
@@ -23,6 +24,8 @@ from functools import lru_cache
 from .candidates import bucket, candidates, rows_each
 from .cost import facts, ranked
 from .device import Device, present
+from .pipelined import Pipelined
+from .plans import untuned_plan
 from .schedule import Schedule, scales
 from .spec import GemmSpec
 from .table import LIBRARY, lookup, tables
@@ -40,7 +43,7 @@ OVERLAPPED_PROGRAMS, MOST_OVERLAPPED = 6, 6
 TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8
 
 
-def choose(spec: GemmSpec, m: int) -> Schedule | None:
+def choose(spec: GemmSpec, m: int) -> Schedule | Pipelined | None:
     """The schedule for m rows of x; None for so many that decoding first is faster."""
     return _chosen(spec, bucket(rows_each(spec, m)))
 
@@ -52,16 +55,18 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=4096)
-def _chosen(spec: GemmSpec, size: int) -> Schedule | None:
+def _chosen(spec: GemmSpec, size: int) -> Schedule | Pipelined | None:
     if not spec.walk or not scales(spec):
         return None
     card = present()
     measured = lookup(spec, size, card)
-    if isinstance(measured, Schedule):
+    if isinstance(measured, Schedule | Pipelined):
         return measured
-    if has_library(spec) and (measured == LIBRARY or size > MOST_ROWS):
+    if measured == LIBRARY and has_library(spec):
         return None
-    return unmeasured(spec, size, card)
+    if (plan := untuned_plan(spec, size, card)) is not None:
+        return plan
+    return None if has_library(spec) and size > MOST_ROWS else unmeasured(spec, size, card)
 
 
 def unmeasured(spec: GemmSpec, size: int, card: Device) -> Schedule | None:

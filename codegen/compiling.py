@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Format
-from .schedule import Schedule
+from .pipelined import parsed
 from .spec import GemmSpec
 
 Job = tuple[str, str]  # a spec and a schedule
@@ -51,9 +51,9 @@ def _grown(few: Tensor, many: Tensor, rows: int, n: int) -> Tensor:
 
 def compile_one(job: Job) -> str | None:
     """Compiles into the cache that all processes share; why not, if not."""
-    from .triton.build import warm
+    from .triton.run import warm
 
-    spec, schedule = GemmSpec.parse(job[0]), Schedule.parse(job[1])
+    spec, schedule = GemmSpec.parse(job[0]), parsed(job[1])
     obstacle = schedule.obstacle(spec)
     if obstacle is None:
         warm(spec, schedule, shaped_parts(spec.weight, spec.n, spec.k, spec.experts))

@@ -21,6 +21,7 @@ from .slices import Walk, joined
 from .spec import CodegenError, GemmSpec
 
 MODES = ("end", "lane", "float")
+ARCH = 90  # the one compute capability that has these instructions
 # Bytes of shared memory of one multiprocessor of compute capability 9.0, and what each program costs beside
 # its own (CUDA C++ Programming Guide, technical specifications).
 SHARED, RESERVED = 228 * 1024, 1024
@@ -174,6 +175,14 @@ class Pipelined:
         more = (8 + 32 * offset) if self.scale == "float" else 0
         return sums + (len(w.loads) + 1 + decoded) * slice_ + SPARE + more
 
+    def check_arch(self, arch: int) -> None:
+        """CodegenError if a GPU of this compute capability (90 for 9.0) cannot run the schedule."""
+        if arch != ARCH:
+            raise CodegenError(
+                f"the schedule {self} is for compute capability {ARCH / 10}, not {arch / 10}; take one "
+                "without tma"
+            )
+
     def obstacle(self, spec: GemmSpec) -> str | None:
         """Why this schedule cannot run the spec, or None."""
         if spec.activation is not None or spec.weights > 1 or spec.experts or not spec.epilogue.plain:
@@ -212,6 +221,11 @@ class Pipelined:
         if self.registers(spec) > self.computing:
             return f"{self} takes about {self.registers(spec)} registers a thread, of {self.computing}"
         return None
+
+
+def parsed(text: str) -> Schedule | Pipelined:
+    """A schedule of either kind; CodegenError if the text says none."""
+    return Pipelined.parse(text) if text.startswith("tma ") else Schedule.parse(text)
 
 
 def modes(spec: GemmSpec) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from typing import Any
 
 from .candidates import bucket, rows_each, rows_of
 from .device import Device
+from .pipelined import Pipelined, parsed
 from .schedule import Schedule
 from .spec import CodegenError, GemmSpec
 
@@ -117,7 +118,7 @@ def keys(spec: GemmSpec) -> tuple[str, ...]:
     return tuple(names)
 
 
-def lookup(spec: GemmSpec, m: int, card: Device) -> Schedule | str | None:
+def lookup(spec: GemmSpec, m: int, card: Device) -> Schedule | Pipelined | str | None:
     """What was measured as the fastest for m rows: a schedule, LIBRARY, or None if nobody measured."""
     size = bucket(m)
     for table in tables(card):
@@ -129,11 +130,11 @@ def lookup(spec: GemmSpec, m: int, card: Device) -> Schedule | str | None:
     return None
 
 
-def _usable(entry: Entry, spec: GemmSpec, size: int) -> Schedule | str | None:
+def _usable(entry: Entry, spec: GemmSpec, size: int) -> Schedule | Pipelined | str | None:
     if entry.schedule == LIBRARY:
         return LIBRARY if size >= LIBRARY_FROM else None
     try:
-        schedule = Schedule.parse(entry.schedule)
+        schedule = parsed(entry.schedule)
     except CodegenError:
         return None
     return schedule if schedule.obstacle(spec) is None else None

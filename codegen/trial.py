@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Quantized
-from .schedule import Schedule
+from .pipelined import parsed
 from .spec import GemmSpec
 from .table import LIBRARY
 from .timing import copies_past_cache
@@ -91,7 +91,8 @@ class Trial:
 
     def calls(self, schedule: str) -> list[Call]:
         """One a copy of the weights, into the same memory, NaN before."""
-        from .triton.build import decode, launch
+        from .triton.build import decode
+        from .triton.run import run
 
         spec, m = self.weights.spec, self.first[0].shape[0]
         if schedule == LIBRARY:
@@ -104,7 +105,7 @@ class Trial:
             return [partial(by_library, copy) for copy in self.weights.copies]
         y = torch.full((m, spec.n), float("nan"), device=self.reference.device).to(spec.out)
         inputs = [[*self.first, *copy, *self.last] for copy in self.weights.copies]
-        return [partial(launch, spec, Schedule.parse(schedule), one, out=y) for one in inputs]
+        return [partial(run, spec, parsed(schedule), one, out=y) for one in inputs]
 
     def error(self, calls: Sequence[Call]) -> float:
         """Norm of the difference from the reference, over the reference's; NaN if a result is."""

@@ -28,6 +28,8 @@ from .choose import OVERLAP_FROM, SKINNY, forget, has_library, unmeasured, untun
 from .compiling import Job, Made, compiling, default_workers
 from .cost import microseconds as predicted
 from .device import Device, present
+from .pipelined import ARCH
+from .plans import plans
 from .schedule import Schedule
 from .spec import CodegenError, GemmSpec
 from .table import LIBRARY, LIBRARY_FROM, best_of, update, user_file
@@ -119,6 +121,9 @@ def plan(spec: GemmSpec, m: int, card: Device, top: int = TOP, choices: Choices 
     found = _likely(spec, each, card, top, first) if choices is None else choices(spec, each, top)
     texts = [str(schedule) for schedule in found]
     told: list[float | None] = [round(us, 2) for us in predicted(spec, each, found, card)]
+    if card.arch == ARCH and bucket(each) > SKINNY and choices is None:
+        piped = [str(one) for one in plans(spec, each)]
+        texts, told = [*texts, *piped], [*told, *[None] * len(piped)]
     # An epilogue after the library's product is others' to time: the entry serves with and without.
     if bucket(each) >= LIBRARY_FROM and has_library(spec) and " -> " not in str(spec):
         texts, told = [*texts, LIBRARY], [*told, None]

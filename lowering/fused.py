@@ -45,7 +45,8 @@ def weights_of(node: Node) -> list[tuple[list[object], str, int]]:
 def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     """What runs on a GPU."""
     # Triton is imported when the first kernel runs, not with bitfold.
-    from ..codegen.triton.build import check, launch
+    from ..codegen.triton.build import check
+    from ..codegen.triton.run import run
 
     spec = parsed(text)
     x = inputs[0]
@@ -55,7 +56,7 @@ def fused(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     with torch.cuda.device(x.device) if elsewhere else nullcontext():
         schedule = choose(spec, given.x.shape[0])
-        y = launch(spec, schedule, rows) if schedule is not None else by_library(spec, given)
+        y = run(spec, schedule, rows) if schedule is not None else by_library(spec, given)
     return [y.reshape(*x.shape[:-1], spec.n)]
 
 

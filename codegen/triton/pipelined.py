@@ -9,8 +9,8 @@ In: `GemmSpec`, `Pipelined`. Out: the text of a module with one `kernel`; nothin
                              total += a0 @ x_ring[..].T               asynchronous: a1 is decoded meanwhile
 
 A slice of x is free again when its product is known to be done, which a warpgroup asks after it has sent off
-the next; a run of codes, when it is in registers and a fence stands behind that. The weight is the first operand, so sums are [rows of the
-weight, rows of x] and are turned on their way through shared memory to y.
+the next; a run of codes, when it is in registers and a fence stands behind that. The weight is the first
+operand, so sums are [rows of the weight, rows of x] and are turned on their way through shared memory to y.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Kernel:
             "b = code_step % CODE_STAGES",
             "mbarrier.wait(codes_full.index(b), code_step // CODE_STAGES & 1)",
             *(f"u{i} = code_ring.index({self._slot(i, 'group')}).load(OPERAND)" for i in range(len(w.loads))),
-            # The copy engine may write here next: without the fence it was seen to, before the reads were done.
+            # The copy engine writes here next; without the fence it was seen to overtake the reads.
             "fence_async_shared()",
             "mbarrier.arrive(codes_free.index(b))",
             "code_step += 1",

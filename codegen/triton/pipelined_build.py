@@ -21,6 +21,7 @@ from ...formats import Quantized
 from ..pipelined import Pipelined
 from ..spec import CodegenError, GemmSpec
 from .build import module
+from .locks import locks
 from .pipelined import pipelined_source
 
 ALIGNED = 16  # bytes: what addresses and strides of the copy engine are multiples of
@@ -63,7 +64,7 @@ def launch(
 ) -> Tensor:
     """x [M, k] times the weight's parts, transposed: y [M, n].
 
-    room: `workspace`'s, for a schedule with streamk; made if None, left with flags of zero.
+    room: `workspace`'s, for a schedule with streamk; found if None, left with flags of zero.
     """
     m = x.shape[0]
     y = x.new_empty(m, spec.n) if out is None else out
@@ -71,12 +72,11 @@ def launch(
         return y
     check(spec, x, parts, y)
     found = torch.cuda.get_device_properties(x.device)
-    if found.major != 9:
-        raise CodegenError(
-            f"pipelined kernels need compute capability 9.0, not {found.major}.{found.minor}; take a Schedule"
-        )
+    schedule.check_arch(10 * found.major + found.minor)
     if room is None:
-        room = workspace(spec, schedule, found.multi_processor_count, x)
+        count = found.multi_processor_count * schedule.programs if schedule.streamk else 0
+        partial = x.new_empty(max(count * schedule.block_n * schedule.block_m, 1), dtype=torch.float32)
+        room = partial, locks(x.device, max(count * schedule.groups, 1))
     given = _arguments(spec, schedule, x, parts, bias, y, room)
     programs = grid(spec, schedule, m, found.multi_processor_count)
     pipelined_kernel(spec, schedule)[(programs,)](*given, **options(schedule))

@@ -7,9 +7,9 @@ In: source, tensors, a number of programs. Out: y, written where the kernel woul
 It is unkind in what hardware leaves open. Copies arrive the moment they are sent off, products and stores
 are computed when they are waited for and no sooner, and a warp that frees something waits until the fetching
 warps have used it: what is freed too early is overwritten before it is read. Whoever read shared memory
-otherwise than by a product must have fenced before it frees anything: the copy engine overtakes it. Where all warps wait, or a
-barrier counts other bytes than come, it raises. Shared memory starts as NaN. Programs run last to first,
-since each waits for its successors only.
+otherwise than by a product must have fenced before it frees anything: the copy engine overtakes it. Where
+all warps wait, or a barrier counts other bytes than come, it raises. Shared memory starts as NaN. Programs
+run last to first, since each waits for its successors only.
 """
 
 from __future__ import annotations

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from bitfold.codegen import CodegenError, GemmSpec, kernel_layout
-from bitfold.codegen.pipelined import Pipelined, modes
+from bitfold.codegen.device import device
+from bitfold.codegen.pipelined import Pipelined, modes, parsed
+from bitfold.codegen.plans import plans, untuned_plan
 from bitfold.codegen.triton.pipelined import pipelined_source
 from bitfold.formats import Quantized, format
 
@@ -109,6 +111,36 @@ def test_where_a_scale_multiplies() -> None:
     assert modes(GemmSpec(format("int8[halves128]"), 64, 512)) == ("end", "float")
     assert modes(GemmSpec(format("uint4[g64,zero,halves256]"), 64, 512)) == ("float",)
     assert modes(GemmSpec(format("int4[g128,f32,halves256]"), 64, 512)) == ("float",)
+
+
+# --- choice ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "said"),
+    [
+        (28672, 32, None),
+        (28672, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane"),
+        (8192, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane streamk"),  # 64 tiles for 132 programs
+        (28672, 100, "tma m128 n128 g2 w4 x3 j2 c3 p1 lane"),
+        (28672, 1024, "tma m128 n128 g2 w4 x6 j1 c3 p1 lane"),
+        (28672, 4096, None),
+    ],
+)
+def test_what_runs_untuned(n: int, m: int, said: str | None) -> None:
+    found = untuned_plan(replace(INT4, n=n), m, device("NVIDIA H200"))
+    assert (None if found is None else str(found)) == said
+    assert untuned_plan(replace(INT4, n=n), m, device("NVIDIA A100-SXM4-80GB")) is None
+
+
+def test_plans_run_what_they_are_for() -> None:
+    for m in (20, 64, 128, 256, 2048):
+        found = plans(INT4, m)
+        assert len(found) > 3 and all(one.obstacle(INT4) is None for one in found)
+        assert all(parsed(str(one)) == one for one in found)
+    assert plans(GemmSpec.parse("linear 64x512 bf16 int8[bytes] x:int8[row]"), 64) == []
+    with pytest.raises(CodegenError, match=r"is for compute capability 9.0, not 8.0"):
+        plans(INT4, 64)[0].check_arch(80)
 
 
 # --- work -----------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""Pipelined schedules: which are worth trying for a number of rows of x, and which runs where nobody tuned.
+
+In: a spec, rows of x, a device. Out: `Pipelined` values, the likeliest first, none where they cannot run.
+
+    plans(spec, 128)                 ->   tma m128 n128 g2 w4 x3 j2 c3 p1 lane, the same streamk, ...
+    untuned_plan(spec, 128, card)    ->   the first; with streamk if whole tiles would leave programs idle
+
+Found by measuring int4[g128] on one H200 (`docs/notes/pipelined.md`): below 64 rows kernels without a
+pipeline of their own are faster, past 2048 decoding the weight first and the library's product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .candidates import bucket
+from .device import Device
+from .pipelined import ARCH, Pipelined, modes
+from .spec import GemmSpec
+
+FROM, UP_TO = 64, 2048
+# For buckets of rows up to the key, each without the mode of its scale.
+PLANS = {
+    32: ("m32 n128 g2 w4 x3 j4 c4 p1", "m32 n64 g1 w4 x2 j4 c2 p4"),
+    64: ("m64 n128 g2 w4 x4 j2 c4 p1", "m64 n64 g1 w4 x3 j2 c3 p2", "m64 n128 g1 w8 x3 j4 c3 p1"),
+    128: ("m128 n128 g2 w4 x3 j2 c3 p1", "m128 n128 g2 w4 x6 j1 c4 p1", "m64 n128 g2 w4 x4 j2 c3 p1"),
+    256: (
+        "m256 n64 g1 w4 x4 j1 c2 p1", "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1",
+        "m128 n64 g1 w4 x4 j1 c2 p2",
+    ),
+    1 << 30: ("m128 n128 g2 w4 x6 j1 c3 p1", "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
+}  # fmt: skip
+# Below this part of the places that a wave of programs has, tiles are cut along K and shared.
+FULL = 0.8
+
+
+def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
+    """What can run the spec, for m rows of x."""
+    texts = next(texts for most, texts in PLANS.items() if bucket(m) <= most)
+    if not modes(spec) or not spec.walk:
+        return []
+    found = [
+        Pipelined.parse(f"tma {text} {modes(spec)[0]}{tail}") for text in texts for tail in ("", " streamk")
+    ]
+    found = [replace(one, joined=min(one.joined, len(one.walk(spec).slices))) for one in found]
+    return [one for one in dict.fromkeys(found) if one.obstacle(spec) is None]
+
+
+def untuned_plan(spec: GemmSpec, m: int, card: Device) -> Pipelined | None:
+    """What runs without a measurement; None if some other kind of kernel does."""
+    if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO:
+        return None
+    found = next(iter(plans(spec, m)), None)
+    if found is None:
+        return None
+    tiles = -(-spec.n // found.block_n) * -(-m // found.block_m)
+    places = card.multiprocessors * found.programs
+    return replace(found, streamk=tiles < FULL * places * -(-tiles // places))
