@@ -8,8 +8,9 @@ In: options. Out: a table of milliseconds a token, and the numbers as JSON.
 
 One process a variant, with compile caches of its own, so that compile times are those of a first call. Each
 takes the same token at the same place of a static cache over and over; a median of wall times over many steps
-counts. Before that the logits of the compiled step are held against those of the unquantized model, and two
-runs of it against each other. Memory is what stays allocated, and the most while it ran.
+counts. Before that the logits of the compiled step are held against those that plain torch computes from the
+same weights, decoded, and two runs of it against each other. Memory is what stays allocated, and the most
+while it ran.
 
 `bitfold-A+B` quantizes by both recipes in the graph of the whole model, as a cache in codes needs it.
 """
@@ -37,8 +38,9 @@ from torch import Tensor, nn
 RECIPES = ["int4", "int4_all", "int8", "fp8", "fp8_dynamic", "int8_dynamic", "int4+kv_int8"]
 TORCHAO = ["int4-tinygemm", "int4-plain", "int8", "fp8", "fp8_dynamic"]
 VARIANTS = ["bf16", *(f"bitfold-{name}" for name in RECIPES), *(f"torchao-{name}" for name in TORCHAO)]
-# Rounding weights to 4 bits moves the logits of random weights by some tenths; nonsense moves them by 1.4.
-MOST_ERROR = 0.8
+# Thirty-two layers of random weights make 0.06 of the roundings of bfloat16 in another order. Activations in
+# 8 bits are another matter, to which they are as sensitive; nonsense is 1.4 away.
+MOST_ERROR, MOST_OF_DYNAMIC = 0.2, 1.0
 Row = dict[str, Any]
 
 
@@ -122,13 +124,13 @@ def measure(given: argparse.Namespace, batch: int) -> Row:
     s, cuda = sizes(given), given.device.startswith("cuda")
     row: Row = {"variant": given.one, "batch": batch, "layers": s.layers, "ms": None}
     model, example = build(s, batch, given.device), inputs(s, batch, given.device)
-    with torch.inference_mode():
-        want = model(*example).float()
     started = time.perf_counter()
     ready, how = prepared(given, model, example)
-    del model
-    clean(cuda)
+    settle(cuda)
     row["quantize_s"] = round(time.perf_counter() - started, 2)
+    del model
+    want = decoded_logits(given, ready, batch, example)
+    clean(cuda)
     fast = torch.compile(ready, fullgraph=True, **how)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -138,14 +140,35 @@ def measure(given: argparse.Namespace, batch: int) -> Row:
         settle(cuda)
         row["compile_s"] = round(time.perf_counter() - started, 2)
         row["error"] = float((first - want).norm() / want.norm())
-        if not row["error"] <= MOST_ERROR:
-            return row | {"failed": f"the logits are {row['error']:.2f} off those of the model in bf16"}
+        most = MOST_OF_DYNAMIC if "dynamic" in given.one else MOST_ERROR
+        if not row["error"] <= most:
+            return row | {"failed": f"the logits are {row['error']:.2f} off those of the decoded weights"}
         row["repeats"] = bool(torch.equal(last, fast(*example).float()))
         row["ms"] = timed(fast, example, given, cuda)
     row["weights"] = sum(t.nbytes for t in {id(t): t for t in held(ready)}.values())
     if cuda:
         row |= {"memory": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
     return row
+
+
+def decoded_logits(
+    given: argparse.Namespace, ready: nn.Module, batch: int, example: tuple[Tensor, ...]
+) -> Tensor:
+    """What plain torch makes of the weights that `ready` holds; of those that it was made of, where they are
+    inputs of a program."""
+    s = sizes(given)
+    if "+" in given.one:
+        recipe = given.one.partition("-")[2].partition("+")[0]
+        ready = bitfold(build(s, batch, given.device), recipe, example, given.target)
+    twin = build(s, batch, given.device)
+    with torch.inference_mode():
+        for path, module in twin.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                weight: Any = ready.get_submodule(path).weight
+                plain = weight.dequantize() if hasattr(weight, "dequantize") else weight
+                module.weight.copy_(plain)
+        logits: Tensor = twin(*example)
+        return logits.float()
 
 
 def held(model: nn.Module) -> list[Tensor]:

@@ -85,7 +85,9 @@ def test_ours_in_this_process(script: Any, name: str) -> None:
     words = ["--tiny", "--layers", "1", "--device", "cpu", "--target", "reference", "--one", name]
     row = decode.measure(decode.options([*words, "--steps", "1", "--repeats", "1"]), 1)
     torch.compiler.reset()
-    assert "failed" not in row and row["ms"] > 0 and row["repeats"] and 0.0 < row["error"] < 0.5
+    assert "failed" not in row and row["ms"] > 0 and row["repeats"]
+    # Against plain torch on the decoded weights: the same numbers, but for activations and caches in codes.
+    assert row["error"] == 0.0 if name == "bitfold-int4" else 0.0 < row["error"] < 0.1
     sizes = decode.sizes(decode.options(words))
     whole = 2 * sum(p.numel() for p in script("llama").Llama(sizes, 1).parameters())
     assert row["weights"] < (0.9 if "all" in name else 0.97) * whole
@@ -101,4 +103,4 @@ def test_the_whole_script_on_a_cpu(script: Any, tmp_path: Path, monkeypatch: pyt
     found = json.loads(out.read_text())
     assert found["absent"] == {} and len(found["rows"]) == 3
     assert all(row["ms"] > 0 and row["repeats"] for row in found["rows"]), found["rows"]
-    assert found["rows"][0]["error"] < 0.01 < found["rows"][1]["error"] < 0.5
+    assert all(row["error"] < 0.02 for row in found["rows"][:2])

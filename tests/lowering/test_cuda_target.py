@@ -182,5 +182,7 @@ def test_compiled_on_a_gpu_it_is_the_reference_within_rounding(recipe: str) -> N
         for rows in (1, 16, 300):
             x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
             wanted, found = reference(x).double(), fast(x).double()
-            # Three bf16 roundings on the way (2**-9 each, relative, at most), none in the same place.
-            assert (found - wanted).norm() / wanted.norm() < 3 * 2.0**-9
+            # Three bf16 roundings on the way (2**-9 each, relative, at most), none in the same place; and two
+            # more where a table's entries are no bf16 numbers, and are rounded before the scale multiplies.
+            roundings = 5 if recipe == "nf4" else 3
+            assert (found - wanted).norm() / wanted.norm() < roundings * 2.0**-9

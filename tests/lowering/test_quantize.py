@@ -307,3 +307,22 @@ def test_a_report_prints() -> None:
     )
     with pytest.raises(bf.BitfoldError, match="nothing in this Block is folded"):
         bf.report(Block())
+
+
+def test_example_inputs_and_batches_made_in_inference_mode() -> None:
+    """Of such tensors autograd records nothing, and refuses to be asked."""
+
+    class Odd(nn.Module):  # of a kind that must be traced with inputs
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    with torch.inference_mode():
+        x = torch.randn(2, 64)
+        bf.quantize(odd := Odd(), "int8", example_inputs=(x,))
+        bf.quantize(plain := nn.Sequential(nn.Linear(64, 64)), "int8_static", calibration=[x, (x,)])
+        assert odd(x).shape == plain(x).shape == (2, 64)
+    assert not odd.weight.requires_grad and bf.report(odd).misses == bf.report(plain).misses == ()
