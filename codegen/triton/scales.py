@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...formats import Float, Integer, Scale
+from ...formats import Integer, Scale
 from ...formats.rules import middle
 from ..schedule import Schedule
 from ..slices import Walk
 from ..spec import GemmSpec
 from .arguments import has_offset
-from .values import value_lines
 
 # Scales of 8 bits are bytes to Triton, which has the one type nowhere and the other on few GPUs.
 BYTES = ("e8m0", "e4m3")
@@ -33,10 +32,13 @@ def _function(dtype: str) -> list[str]:
     lines = ["code = byte.to(tl.int32)"]
     if dtype == "e8m0":
         # 2**(byte - 127): the byte is the exponent, but for 2**-127, a subnormal, and 255, NaN.
-        lines.append("bits = tl.where(code == 0, 0x00400000, code << 23)")
+        lines.append("bits = tl.maximum(code << 23, 0x00400000)")
         lines.append("value = tl.where(code == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)")
     else:
-        lines += value_lines(Float(4, 3, "fn"), "code", "value")
+        # Exponent and mantissa where float32 has them are the value times 2**-120, subnormals too.
+        lines.append("bits = (code & 0x7F) << 20 | (code & 0x80) << 24")
+        lines.append("value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36")
+        lines.append("value = tl.where((code & 0x7F) == 0x7F, float('nan'), value)")
     lines.append("return value")
     return ["", "@triton.jit", f"def {dtype}(byte):", *("    " + line for line in lines), ""]
 

@@ -326,6 +326,10 @@ def _least(a: Any, b: Any) -> Any:
     return a.clamp(max=b) if isinstance(a, Tensor) else min(a, b)
 
 
+def _most(a: Any, b: Any) -> Any:
+    return a.clamp(min=b) if isinstance(a, Tensor) else max(a, b)
+
+
 def language(machine: Machine) -> SimpleNamespace:
     """What a module imports as `tl`."""
     return SimpleNamespace(
@@ -338,7 +342,7 @@ def language(machine: Machine) -> SimpleNamespace:
         int32=torch.int32,
         int64=torch.int64,
         minimum=_least,
-        maximum=max,
+        maximum=_most,
         where=_pick,
         arange=lambda start, end, layout=None: tile(torch.arange(start, end)),
         broadcast_to=lambda held, shape: held.expand(shape),

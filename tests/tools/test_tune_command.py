@@ -50,7 +50,9 @@ def test_what_would_be_tried_for_a_shape(told) -> None:
     assert status == 0 and len(lines) == 4
     assert lines[0].startswith("linear 4096x4096 bf16 int4[g128,halves256], M = 1: m8 n64 w2 s3 k4 sum; m")
     assert lines[3].startswith("linear 512x1024 bf16 int4[g128,halves256], M = 64: ")
-    assert [line.count("; ") for line in lines] == [2, 3, 2, 3] and lines[1].endswith("; library")
+    # Beside the three the library, and what is pipelined where there is a Hopper GPU.
+    assert all("; tma " not in line and line.count("; ") == 2 for line in lines[::2])
+    assert all(line.count("; ") >= 3 and line.endswith("; library") for line in lines[1::2])
 
 
 def test_what_would_be_tried_for_a_model(told, tmp_path: Path) -> None:
