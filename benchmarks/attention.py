@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def error(spec: AttentionSpec, q: Tensor, cache: list[Tensor], y: Tensor, tokens
 def schedules(text: str, sweep: bool) -> Iterator[tuple[AttentionSchedule, int | None]]:
     """(schedule, programs wanted; None for the default)."""
     spec = spec_of(text)
-    chosen = choose_attention(spec, 1)
+    late = torch.cuda.get_device_capability() >= (9, 0)
+    chosen = replace(choose_attention(spec, 1), overlap=late)
     yield chosen, None
     if sweep and text in SWEPT:
         for (block, warps), stages, programs in itertools.product(TILES, STAGES, PROGRAMS):

@@ -26,7 +26,7 @@ from .cost import facts, ranked
 from .device import Device, present
 from .pipelined import Pipelined
 from .plans import untuned_plan
-from .schedule import Schedule, scales
+from .schedule import OVERLAP_FROM, Schedule, scales
 from .spec import GemmSpec
 from .table import LIBRARY, lookup, tables
 
@@ -36,8 +36,7 @@ MOST_ROWS = 256
 SKINNY = 16
 # Programs wanted at least, a multiprocessor.
 PROGRAMS = 4
-# Launches overlap from this compute capability on, and then want so many, in so many parts of a sum at most.
-OVERLAP_FROM = 90
+# Overlapped launches want so many, in so many parts of a sum at most.
 OVERLAPPED_PROGRAMS, MOST_OVERLAPPED = 6, 6
 # What the model may choose unmeasured: what was measured somewhere.
 TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8

@@ -3,7 +3,7 @@
 In: a spec, rows of x, a device. Out: `Pipelined` values, the likeliest first, none where they cannot run.
 
     plans(spec, 128)                 ->   tma m128 n128 g2 w4 x3 j2 c3 p1 lane, the same streamk, ...
-    untuned_plan(spec, 128, card)    ->   the first; with streamk if whole tiles would leave programs idle
+    untuned_plan(spec, 128, card)    ->   the first that leaves few programs idle; else tiles are shared
 
 Found by measuring int4[g128] on one H200 (`docs/notes/pipelined.md`): below 64 rows kernels without a
 pipeline of their own are faster, past 2048 decoding the weight first and the library's product.
@@ -25,12 +25,12 @@ PLANS = {
     64: ("m64 n128 g2 w4 x4 j2 c4 p1", "m64 n64 g1 w4 x3 j2 c3 p2", "m64 n128 g1 w8 x3 j4 c3 p1"),
     128: ("m128 n128 g2 w4 x3 j2 c3 p1", "m128 n128 g2 w4 x6 j1 c4 p1", "m64 n128 g2 w4 x4 j2 c3 p1"),
     256: (
-        "m256 n64 g1 w4 x4 j1 c2 p1", "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1",
+        "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m256 n64 g1 w4 x4 j1 c2 p1",
         "m128 n64 g1 w4 x4 j1 c2 p2",
     ),
-    1 << 30: ("m128 n128 g2 w4 x6 j1 c3 p1", "m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
+    1 << 30: ("m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
 }  # fmt: skip
-# Below this part of the places that a wave of programs has, tiles are cut along K and shared.
+# Of the places that its waves of programs have, a kernel of whole tiles fills this part at least.
 FULL = 0.8
 
 
@@ -50,9 +50,14 @@ def untuned_plan(spec: GemmSpec, m: int, card: Device) -> Pipelined | None:
     """What runs without a measurement; None if some other kind of kernel does."""
     if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO:
         return None
-    found = next(iter(plans(spec, m)), None)
-    if found is None:
-        return None
-    tiles = -(-spec.n // found.block_n) * -(-m // found.block_m)
-    places = card.multiprocessors * found.programs
-    return replace(found, streamk=tiles < FULL * places * -(-tiles // places))
+    found = plans(spec, m)
+    whole = (one for one in found if not one.streamk and _filled(spec, one, m, card) >= FULL)
+    shared = (one for one in found if one.streamk and one.groups == 2)
+    return next(whole, None) or next(shared, None) or next(iter(found), None)
+
+
+def _filled(spec: GemmSpec, plan: Pipelined, m: int, card: Device) -> float:
+    """Tiles, as a part of what the waves that they take have room for."""
+    tiles = -(-spec.n // plan.block_n) * -(-m // plan.block_m)
+    places = card.multiprocessors * plan.programs
+    return tiles / (places * -(-tiles // places))

@@ -26,6 +26,8 @@ SCALES = ("end", "sum", "lane", "float")
 # Shortest product of 8-bit tensor cores, and the most products of two int8 (-128 among them) in an int32.
 SHORTEST_OF_BYTES = 32
 MOST_INTEGERS = (2**31 - 1) // (128 * 128)
+# Launches overlap from this compute capability on.
+OVERLAP_FROM = 90
 _TEXT = re.compile(r"m(\d+) n(\d+) w(\d+) s(\d+) k(\d+) (\w+)(?: o(\d+))?")
 
 
@@ -82,7 +84,7 @@ class Schedule:
 
     def check_arch(self, arch: int) -> None:
         """CodegenError if a GPU of this compute capability (90 for 9.0) cannot run the schedule."""
-        if self.overlap and arch < 90:
+        if self.overlap and arch < OVERLAP_FROM:
             raise CodegenError(
                 f"the schedule {self} overlaps launches, for compute capability 9.0 on, not {arch / 10}; "
                 f"leave out o{self.overlap}"

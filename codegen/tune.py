@@ -24,20 +24,19 @@ from typing import Any, Protocol
 import torch
 
 from .candidates import bucket, rows_each, shortlist
-from .choose import OVERLAP_FROM, SKINNY, forget, has_library, overlapped, unmeasured, untuned
+from .choose import SKINNY, forget, has_library, unmeasured, untuned
 from .compiling import Job, Made, compiling, default_workers
 from .cost import microseconds as predicted
 from .device import Device, present
 from .pipelined import ARCH
 from .plans import plans
-from .schedule import Schedule
+from .schedule import OVERLAP_FROM, Schedule
 from .spec import CodegenError, GemmSpec
 from .table import LIBRARY, LIBRARY_FROM, best_of, update, user_file
 from .timing import microseconds
 
 Row = dict[str, Any]
 TOP = 8
-IN_PLACE = ((32, 2), (64, 4), (16, 1))  # rows of the weight, warps
 # A schedule so much slower than the best in a short measurement gets no long one.
 HOPELESS = 1.15
 SHORT, LONG = 3, 9  # replays
@@ -132,29 +131,14 @@ def plan(spec: GemmSpec, m: int, card: Device, top: int = TOP, choices: Choices 
 
 
 def _likely(spec: GemmSpec, m: int, card: Device, top: int, first: Schedule) -> list[Schedule]:
-    """The shortlist; for few rows also what the model knows nothing of: what runs unmeasured and the model's
-    first, in overlapped launches, and programs that load their scales in place."""
+    """The shortlist; for few rows also what runs unmeasured, and the model's first, in overlapped launches,
+    of which the model knows nothing."""
     found = shortlist(spec, m, card, top, first)
-    if bucket(m) > SKINNY:
+    if bucket(m) > SKINNY or card.arch < OVERLAP_FROM:
         return found
-    tried = [*found[:1], *in_place(spec, first, card)]
-    if card.arch >= OVERLAP_FROM:
-        likely = [unmeasured(spec, bucket(m), card), *(replace(one, overlap=1) for one in found[:2])]
-        tried = [*found[:1], *(one for one in likely if one is not None), *tried[1:]]
-    return list(dict.fromkeys([*tried, *found[1:]]))[:top]
-
-
-def in_place(spec: GemmSpec, first: Schedule, card: Device) -> list[Schedule]:
-    """Programs of fewer rows of the weight than threads, for scales of groups: the compiler then loads a
-    scale wherever it is needed. With as many rows as threads it passes each group's through shared memory,
-    behind barriers (read off the machine code of Triton 3.6)."""
-    if spec.weight.cols is None or first.scale != "sum":
-        return []
-    found = []
-    for block_n, warps in IN_PLACE:
-        one = replace(first, block_n=block_n, warps=warps, stages=4)
-        found.append(overlapped(spec, one, one.block_m, card))
-    return [one for one in found if one.obstacle(spec) is None]
+    likely = [unmeasured(spec, bucket(m), card), *(replace(one, overlap=1) for one in found[:2])]
+    tried = [*found[:1], *(one for one in likely if one is not None), *found[1:]]
+    return list(dict.fromkeys(tried))[:top]
 
 
 def on_gpu(spec: GemmSpec) -> Callable[[int], Tried]:

@@ -8,6 +8,7 @@ In: a spec, q, the parts of the cache, limits. Out: y [B, Hq, T, D].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from ..attention import AttentionSpec
 from ..attention_operands import check_cache, check_queries, check_tokens, fresh
 from ..attention_schedule import AttentionSchedule, choose_attention, choose_splits
+from ..schedule import OVERLAP_FROM
 from .attention import source, tables
-from .build import module
+from .build import capability, module
 from .cache_write import ROWS
 from .cache_write import source as write_source
 
@@ -58,7 +60,9 @@ def attend(
         return y.zero_()
     q = q if q.stride(3) == 1 else q.contiguous()
     mask = mask if mask is None or mask.stride(3) == 1 else mask.contiguous()
-    schedule = choose_attention(spec, queries) if schedule is None else schedule
+    if schedule is None:
+        overlap = q.is_cuda and capability(q.device) >= OVERLAP_FROM
+        schedule = replace(choose_attention(spec, queries), overlap=overlap)
     if splits is None:
         splits = choose_splits(spec, schedule, batch, queries, tokens)
     rows, pairs = spec.group * queries, batch * spec.kv_heads

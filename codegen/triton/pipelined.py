@@ -238,10 +238,6 @@ class Kernel:
             "b = code_step % CODE_STAGES",
             "mbarrier.wait(codes_full.index(b), code_step // CODE_STAGES & 1)",
             *(f"u{i} = code_ring.index({self._slot(i, 'group')}).load(OPERAND)" for i in range(len(w.loads))),
-            # The copy engine writes here next; without the fence it was seen to overtake the reads.
-            "fence_async_shared()",
-            "mbarrier.arrive(codes_free.index(b))",
-            "code_step += 1",
         )
         for i in range(len(w.slices)):
             self._slice(out, i)
@@ -263,6 +259,14 @@ class Kernel:
             f"total = warpgroup_mma(a{i}, {x}, total, is_async=True)",
             f"{kept} = warpgroup_mma_wait(1, [{kept}])",
         )
+        if i == 0:
+            # The copy engine writes here next; without the fence it was seen to overtake the reads. The fence
+            # waits for them while the first product is on its way.
+            out.add(
+                "fence_async_shared()",
+                "mbarrier.arrive(codes_free.index(code_step % CODE_STAGES))",
+                "code_step += 1",
+            )
         if j == 0:
             out.add(self._free("" if i else ", pred=run > begin"))
         if j == self.schedule.joined - 1:

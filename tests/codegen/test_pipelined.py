@@ -123,7 +123,9 @@ def test_where_a_scale_multiplies() -> None:
         (28672, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane"),
         (8192, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane streamk"),  # 64 tiles for 132 programs
         (28672, 100, "tma m128 n128 g2 w4 x3 j2 c3 p1 lane"),
-        (28672, 1024, "tma m128 n128 g2 w4 x6 j1 c3 p1 lane"),
+        (8192, 100, "tma m64 n128 g2 w4 x4 j2 c3 p1 lane"),  # 128 tiles instead of 64
+        (4096, 100, "tma m128 n128 g2 w4 x3 j2 c3 p1 lane streamk"),
+        (28672, 1024, "tma m256 n128 g1 w8 x4 j1 c2 p1 lane"),
         (28672, 4096, None),
     ],
 )
@@ -273,7 +275,7 @@ def ran(
         ),  # freed before it is read
         ("(step // X_STAGES & 1) ^ 1", "step // X_STAGES & 1"),  # the first copy waits for ever
         ("mbarrier.expect(x_full.index(b), 1024)", "mbarrier.expect(x_full.index(b), 2048)"),
-        ("fence_async_shared()\n            mbarrier.arrive", "mbarrier.arrive"),
+        ("fence_async_shared()\n            mbarrier.arrive(codes", "mbarrier.arrive(codes"),
         ("count=GROUPS", "count=1"),  # freed by the first of two groups
         ('flag + other * GROUPS, 0, sem="relaxed"', 'flag + other * GROUPS, 1, sem="relaxed"'),
         ("total += tl.load(mine", "total = tl.load(mine"),

@@ -214,20 +214,12 @@ def test_candidates_run_and_fit(text: str, m: int) -> None:
 
 
 def test_few_rows_are_tried_in_overlapped_launches_too() -> None:
-    for card, want in (("NVIDIA H200", 6), ("NVIDIA A100-SXM4-80GB", 0)):
+    for card, want in (("NVIDIA H200", 3), ("NVIDIA A100-SXM4-80GB", 0)):
         tried = [Schedule.parse(text) for text in plan(SPEC, 1, device(card)).schedules]
         assert sum(one.overlap for one in tried) == want and len(tried) == len(set(tried)) == 8
         assert tried[0] == untuned(SPEC, 8, device(card))
     wide = plan(SPEC, 64, H200).schedules
     assert not any(" o1" in text for text in wide)
-
-
-def test_scales_of_groups_are_tried_loaded_in_place() -> None:
-    """By programs of fewer rows than threads; one scale a row is loaded once anyway."""
-    for text, want in (("mxfp4[halves128]", True), ("int8[halves128]", False)):
-        spec = GemmSpec.parse(f"linear 4096x4096 bf16 {text}")
-        tried = [Schedule.parse(one) for one in plan(spec, 1, H200).schedules]
-        assert any(one.block_n < 32 * one.warps and one.stages == 4 for one in tried) == want
 
 
 def test_pipelined_schedules_are_tried_where_they_can_run() -> None:
