@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -48,11 +48,16 @@ def laid_out(text: str, n: int, k: int) -> GemmSpec:
 
 @dataclass(frozen=True)
 class Mlp:
-    """weights: parts of gate, up and down; wide, down: their products, each by itself."""
+    """weights: parts of gate, up and down; wide, down: their products, each by itself; texts: of the two
+    fused kernels, and of these, made beforehand since no compiler traces how a text is put together."""
 
     wide: GemmSpec
     down: GemmSpec
     weights: Parts
+    texts: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", tuple(map(str, (*self.specs, self.wide, self.down))))
 
     @classmethod
     def of(cls, text: str, width: int, hidden: int, device: str) -> Mlp:
@@ -75,14 +80,13 @@ class Mlp:
 
     def fused(self, x: Tensor, weights: Parts, call: Fused) -> Tensor:
         gate, up, down = weights
-        first, second = self.specs
-        (h,) = call([x, *gate, *up], str(first))
-        return call([h, *down, x], str(second))[0]
+        (h,) = call([x, *gate, *up], self.texts[0])
+        return call([h, *down, x], self.texts[1])[0]
 
     def unfused(self, x: Tensor, weights: Parts, call: Fused) -> Tensor:
         gate, up, down = weights
-        (a,), (b,) = call([x, *gate], str(self.wide)), call([x, *up], str(self.wide))
-        return x + call([silu(a) * b, *down], str(self.down))[0]
+        (a,), (b,) = call([x, *gate], self.texts[2]), call([x, *up], self.texts[2])
+        return x + call([silu(a) * b, *down], self.texts[3])[0]
 
     def decoded(self) -> tuple[Tensor, ...]:
         """In bfloat16, [N, K] each."""
@@ -203,7 +207,7 @@ def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 def by_loop(spec: GemmSpec, parts: Sequence[Tensor], x: Tensor, cuts: Sequence[int]) -> Tensor:
     """A kernel for each expert with tokens, into its rows of the result."""
-    from bitfold.codegen.triton.build import launch
+    from bitfold.codegen.triton.run import run
     from bitfold.lowering.fused import by_library
 
     y = x.new_empty(x.shape[0], spec.n)
@@ -215,7 +219,7 @@ def by_loop(spec: GemmSpec, parts: Sequence[Tensor], x: Tensor, cuts: Sequence[i
         if schedule is None:
             y[a:b] = by_library(spec, spec.inputs(inputs))
         else:
-            launch(spec, schedule, inputs, out=y[a:b])
+            run(spec, schedule, inputs, out=y[a:b])
     return y
 
 

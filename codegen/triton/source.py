@@ -24,6 +24,9 @@ from .operand import Operand
 from .scales import functions
 from .values import value_lines
 
+_FETCH = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+_FETCHED = "dtype=tl.int32, is_pure=False, pack=1"
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -111,6 +114,12 @@ class Kernel:
     # --- the sums ----------------------------------------------------------------------------------------
 
     def _head(self, out: Lines) -> None:
+        if self.schedule.split > 1:
+            out.add(f"lock = locks + (block * {-(-self.spec.n // self.schedule.block_n)} + tile)")
+            # Other weights went through the cache since the counter was last used.
+            out.add(
+                *[f'tl.inline_asm_elementwise("{_FETCH}", "=r,l", [lock], {_FETCHED})'] * (not self.plain)
+            )
         for operand in self.operands:
             operand.head(out)
         if self.overlaps and not self.spec.experts:
@@ -177,7 +186,6 @@ class Kernel:
             out.add(f"tl.store(mine + {place}, total{operand.suffix}, mask=kept)")
         out.add(
             "tl.debug_barrier()",
-            f"lock = locks + (block * {-(-n // s.block_n)} + tile)",
             "came = tl.atomic_add(lock, 1, sem='acq_rel')",
         )
         kind = "tl.int32" if sums_are_integers(self.spec, s) else "tl.float32"

@@ -235,6 +235,29 @@ def test_the_mlp_is_the_same_fused_and_not(script: Any) -> None:
     assert [str(spec).partition(" -> ")[2] for spec in mlp.specs] == ["mul(silu(y0),y1)", "add(y0,e0)"]
 
 
+def test_the_mlp_is_one_graph(script: Any) -> None:
+    """With two kernels, or three, as it is compiled on a GPU."""
+    blocks, found = script("gemm_blocks"), []
+    mlp, call = blocks.Mlp.of("int4[g128]", 256, 512, "cpu"), torch.ops.bitfold.fused
+
+    def kernels(gm: torch.fx.GraphModule, _: Any) -> Any:
+        found.append(
+            sum(node.target is call.default for node in gm.graph.nodes)
+            or len(gm.graph.find_nodes(op="call_function", target=call))
+        )
+        return lambda *inputs: (torch.zeros(()),)
+
+    def fused(x: torch.Tensor, weights: Any) -> torch.Tensor:
+        return mlp.fused(x, weights, call)
+
+    def unfused(x: torch.Tensor, weights: Any) -> torch.Tensor:
+        return mlp.unfused(x, weights, call)
+
+    for one in (fused, unfused):
+        torch.compile(one, backend=kernels, fullgraph=True)(torch.randn(1, 256).bfloat16(), mlp.weights)
+    assert found == [2, 3]
+
+
 def test_blocks_are_compiled_beforehand(script: Any) -> None:
     blocks, gemm = script("gemm_blocks"), script("gemm")
     given = gemm.options(["--peers", "mlp", "experts", "bf16", "--ms", "1", "16"])
