@@ -176,10 +176,12 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--name", help="of these runs, after the card's")
     given = parser.parse_args()
     found = merged([json.loads(file.read_text()) for file in given.files])
     given.folder.mkdir(parents=True, exist_ok=True)
-    stem = given.folder / f"gemm-{found['card'].lower().replace(' ', '-')}"
+    name = f"-{given.name}" if given.name else ""
+    stem = given.folder / f"gemm-{found['card'].lower().replace(' ', '-')}{name}"
     stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     stem.with_suffix(".md").write_text(markdown(found))
     plot(found, stem)

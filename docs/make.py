@@ -92,7 +92,10 @@ def gemm_table() -> str:
         lines = text[text.index("| format |") :].split("\n\n")[0]
         card = text.splitlines()[0].rpartition(" on ")[2]
         link = path.relative_to(ROOT).as_posix()
-        found.append(f"{card} ([everything]({link}), `python benchmarks/gemm.py`):\n\n{lines}\n")
+        rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+        peers = ", ".join(dict.fromkeys(row["peer"] for row in rows if row["peer"] != "bitfold" and row["us"]))
+        head = f"{card}, against {peers} ([everything]({link}), `python benchmarks/gemm.py`)"
+        found.append(f"{head}:\n\n{lines}\n")
     return "\n".join(found)
 
 
