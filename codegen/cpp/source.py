@@ -20,7 +20,7 @@ from .ends import finish, scales
 from .panels import entry, panels
 from .products import CHUNK, tile
 
-# Rows of the weight taken together with 1, 2 and 4 rows of x. One at a time is one stream of memory, which the
+# Rows of the weight taken together with 1, 2 and 4 rows of x. One at a time is one stream of memory, which a
 # processor foresees: two took twice as long on an EPYC. With four rows of x the multipliers are the bound.
 ROWS = {1: 1, 2: 1, 4: 2}
 

@@ -15,6 +15,7 @@
 #include "kernel.h"
 #include VECTORS
 #include "numbers.h"
+#include "ready.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -51,38 +52,6 @@ bool find(const std::string& text, Facts& found) {
   return true;
 }
 
-// Numbers of a row, 32 at a time, in the order in which codes leave a register.
-inline void placed(float* r, int64_t count, const int8_t* order) {
-  for (int64_t at = 0; at < count; at += 32) {
-    float as_given[32];
-    std::memcpy(as_given, r + at, sizeof as_given);
-    for (int i = 0; i < 32; ++i) r[at + i] = as_given[order[i]];
-  }
-}
-
-// Row `row` of x as a kernel reads it: padded with zeros, and placed; sums over groups where they are needed.
-template <class From, class To>
-void ready(const void* x, const Facts& f, int64_t row, To* r, float* sums) {
-  const int64_t cols = f.sum_cols < 0 ? f.k : f.sum_cols;
-  for (int64_t i = 0; i < f.k; ++i) r[i] = static_cast<To>(From::get(x, row * f.k + i));
-  std::fill(r + f.k, r + f.padded, To(0));
-  for (int64_t g = 0; f.sum_cols != 0 && g < f.k / cols; ++g) {
-    if constexpr (std::is_same_v<To, float>) {
-      float lanes[16] = {};  // as a vector adds, so that long groups lose no more than its sums do
-      for (int64_t i = 0; i < cols; ++i) lanes[i % 16] += r[g * cols + i];
-      float all = 0;
-      for (float lane : lanes) all += lane;
-      sums[row * (f.k / cols) + g] = all;
-    } else {
-      int64_t all = 0;
-      for (int64_t i = 0; i < cols; ++i) all += r[g * cols + i];
-      sums[row * (f.k / cols) + g] = static_cast<float>(all);
-    }
-  }
-  if constexpr (std::is_same_v<To, float>)
-    if (const int8_t* order = f.wants()->order) placed(r, f.padded, order);
-}
-
 struct Scratch {
   std::vector<float> numbers, sums, turned, scales;
   std::vector<int8_t> codes;
@@ -110,47 +79,34 @@ Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
 // From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
 constexpr int64_t kMany = 9;
 
-// The rows of a panel turned: `width` rows side by side, `depth` numbers of each together.
 template <class From, class To, class Out>
-void turned(const void* x, const Facts& f, const Call& call, Out* panels, float* sums) {
-  const int width = f.wants()->width, depth = f.wants()->depth;
-  torch::stable::parallel_for(0, (call.m + width - 1) / width, 1, [&](int64_t a, int64_t b) {
-    std::vector<To> rows(width * f.padded);
-    for (int64_t panel = a; panel < b; ++panel) {
-      const int64_t count = std::min<int64_t>(width, call.m - panel * width);
-      std::fill(rows.begin() + count * f.padded, rows.end(), To(0));
-      for (int64_t i = 0; i < count; ++i) ready<From>(x, f, panel * width + i, rows.data() + i * f.padded, sums);
-      Out* to = panels + panel * width * f.padded;
-      for (int64_t k = 0; k < f.padded; k += depth)
-        for (int i = 0; i < width; ++i)
-          for (int d = 0; d < depth; ++d) *to++ = rows[i * f.padded + k + d];
-    }
+void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
+  torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
+    turned<From, To>(rows, wants, first, last, panels, sums);
   });
 }
 
-void many(Call& call, const Facts& f, const void* x, int64_t groups, Scratch& scratch) {
-  const int width = f.wants()->width;
-  call.across = (call.m + width - 1) / width * width;
+void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+  const Wants& wants = *f.wants();
+  call.across = (call.m + wants.width - 1) / wants.width * wants.width;
   float* sums = scratch.sums.data();
   if (f.codes) {
     scratch.panels.resize(call.across * f.padded);
     int16_t* to = scratch.panels.data();
-    if (f.wants()->size == 1)
-      turned<i8, int8_t>(x, f, call, reinterpret_cast<int8_t*>(to), sums);
+    if (wants.size == 1)
+      all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
     else
-      turned<i8, int8_t>(x, f, call, to, sums);
+      all_turned<i8, int8_t>(rows, wants, to, sums);
     call.panels = to;
   } else {
     scratch.numbers.resize(call.across * f.padded);
     float* to = scratch.numbers.data();
-    if (f.x == 0) turned<f32, float>(x, f, call, to, sums);
-    if (f.x == 1) turned<bf16, float>(x, f, call, to, sums);
-    if (f.x == 2) turned<f16, float>(x, f, call, to, sums);
+    if (f.x == 0) all_turned<f32, float>(rows, wants, to, sums);
+    if (f.x == 1) all_turned<bf16, float>(rows, wants, to, sums);
+    if (f.x == 2) all_turned<f16, float>(rows, wants, to, sums);
     call.panels = to;
   }
-  scratch.turned.assign(groups * call.across, 0.0f);
-  for (int64_t m = 0; m < call.m; ++m)
-    for (int64_t g = 0; g < groups; ++g) scratch.turned[g * call.across + m] = sums[m * groups + g];
+  turned_sums(rows, call.across, sums, scratch.turned);
   call.sum_panels = scratch.turned.data();
 }
 
@@ -182,27 +138,26 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
 
   thread_local Scratch scratch;
   scratch.trim();
-  const int64_t groups = f.sum_cols == 0 ? 0 : f.sum_cols < 0 ? 1 : f.k / f.sum_cols;
-  scratch.sums.resize(call.m * groups);
+  const Rows rows = {x.const_data_ptr(), call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
+  scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();
-  const void* given = x.const_data_ptr();
   float* sums = scratch.sums.data();
   const bool turn = call.m >= kMany && f.many != nullptr;
   if (turn) {
-    many(call, f, given, groups, scratch);
+    many(call, f, rows, scratch);
   } else if (f.codes) {
-    scratch.codes.resize(call.m * f.padded + 64);
-    for (int64_t m = 0; m < call.m; ++m) ready<i8>(given, f, m, scratch.codes.data() + m * f.padded, sums);
+    scratch.codes.resize(call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
     call.x = scratch.codes.data();
-  } else if (kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0 && f.wants()->order == nullptr) {
-    call.x = given;
+  } else if (kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0 && rows.order == nullptr) {
+    call.x = rows.x;
   } else {
-    scratch.numbers.resize(call.m * f.padded + 16);
+    scratch.numbers.resize(call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) {
       float* to = scratch.numbers.data() + m * f.padded;
-      if (kind == ScalarType::Float) ready<f32>(given, f, m, to, sums);
-      if (kind == ScalarType::BFloat16) ready<bf16>(given, f, m, to, sums);
-      if (kind == ScalarType::Half) ready<f16>(given, f, m, to, sums);
+      if (kind == ScalarType::Float) ready<f32>(rows, m, to, sums);
+      if (kind == ScalarType::BFloat16) ready<bf16>(rows, m, to, sums);
+      if (kind == ScalarType::Half) ready<f16>(rows, m, to, sums);
     }
     call.x = scratch.numbers.data();
   }
@@ -248,9 +203,9 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   }
   call.y = y.mutable_data_ptr();
   if (turn) {
-    const int64_t rows = f.wants()->rows;
-    torch::stable::parallel_for(0, (f.n + rows - 1) / rows, 1, [&](int64_t first, int64_t last) {
-      f.many(&call, rows * first, std::min(rows * last, f.n));
+    const int64_t each = f.wants()->rows;
+    torch::stable::parallel_for(0, (f.n + each - 1) / each, 1, [&](int64_t first, int64_t last) {
+      f.many(&call, each * first, std::min(each * last, f.n));
     });
     return {y};
   }
