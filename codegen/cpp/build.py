@@ -39,9 +39,9 @@ FLAGS = {
     "neon": (),
     "portable": (),
 }
-_STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
+STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
-_LOOPS = ("-ftree-loop-vectorize",)
+LOOPS = ("-ftree-loop-vectorize",)
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -97,7 +97,7 @@ class Library:
         """By all that goes into it."""
         made = hashlib.sha256(_headers().encode())
         version = torch.__version__ if self.operator else ""
-        for part in (self.text, self.vectors, *FLAGS[self.vectors], *_STRICT, *_LOOPS, version):
+        for part in (self.text, self.vectors, *FLAGS[self.vectors], *STRICT, *LOOPS, version):
             made.update(part.encode() + b"\0")
         return "c" + made.hexdigest()[:32]
 
@@ -127,7 +127,7 @@ class Library:
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
         header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *_STRICT, *_LOOPS]
+        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *STRICT, *LOOPS]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

@@ -37,7 +37,7 @@ def scales(body: Body) -> list[str]:
 
 
 def _many_scales(body: Body) -> list[str]:
-    """The same for `count` groups of a row from `group` on; the rest, behind the row's end, are 0."""
+    """The same for `count` groups of a row from `group` on."""
     zeros = body.needs_sums and body.sum_cols > 0
     lines = [
         "inline void many_scales(",
@@ -53,7 +53,8 @@ def _many_scales(body: Body) -> list[str]:
         f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i, {to});",
         "  else",
         f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i * call.scale_group, {to});",
-        f"  for (int64_t i = count; i < kScales; ++i) s[i] = 0.0f{', z[i] = 0.0f' if zeros else ''};",
+        # Of codes behind the row's end, where x is zero.
+        f"  for (int64_t i = count; i < kScales && (group + i) * {body.cols} < call.padded; ++i) s[i] = 0.0f;",
         "}",
         "",
     ]

@@ -19,6 +19,7 @@ from .body import Body
 from .products import each_float, loads, registers, units
 from .values import raw
 
+_WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
 DEEP = 256  # codes: sixteen rows of x take 16 KiB
 
 
@@ -52,6 +53,7 @@ def _numbers(body: Body) -> list[str]:
         "inline void stored(",
         "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, float* to) {",
         "  constexpr int R = 1;",
+        _WHERE,
         "  const int64_t base = scales_of(call, row);",
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
@@ -78,6 +80,7 @@ def _codes(body: Body) -> list[str]:
         "inline void stored(",
         "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, Codes::Code* to) {",
         "  constexpr int R = 1, r = 0;",
+        _WHERE,
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
     ]

@@ -43,6 +43,9 @@ def tile(body: Body) -> list[str]:
         "inline void tile(",
         "    const Call& call, const Weight& w, int64_t row, int64_t m0, float (&out)[R][M]) {",
         f"  constexpr int A = {chains};",
+        "  const int64_t padded = call.padded, stride = call.stride;",
+        f"  const {element}* const rows = static_cast<const {element}*>(call.x) + m0 * padded;",
+        "  const uint8_t* const codes_of_row = w.codes + row * stride;",
         f"  {sums} total[R * M];",
         "  float rest[R][M];",
         "  for (int r = 0; r < R; ++r)",
@@ -53,7 +56,7 @@ def tile(body: Body) -> list[str]:
     ]
     run = [
         *units(body),
-        f"      const {element}* x = static_cast<const {element}*>(call.x) + m0 * call.padded + k;",
+        f"      const {element}* x = rows + k;",
     ]
     for first, slices in body.stretches():
         run += ["      {", *(f"        {line}" for line in fresh if not body.whole_rows)]
@@ -87,7 +90,7 @@ def units(body: Body) -> list[str]:
     """Where the units of this run are, for each row."""
     lines = [
         "      const uint8_t* u[R];",
-        "      for (int r = 0; r < R; ++r) u[r] = w.codes + (row + r) * call.stride + at;",
+        "      for (int r = 0; r < R; ++r) u[r] = codes_of_row + r * stride + at;",
     ]
     if not body.cut_short:
         return lines
@@ -146,7 +149,7 @@ def registers(step: int, places: Sequence[str]) -> list[str]:
 
 
 def _of_floats(body: Body, i: int) -> list[str]:
-    at = f"m * call.padded + {i * body.walk.length} + v + part * kFloats"
+    at = f"m * padded + {i * body.walk.length} + v + part * kFloats"
     use = f"p[r][m][part % A] = madd(f, loadf(x + {at}), p[r][m][part % A]);"
     return each_float(body, i, [f"for (int m = 0; m < M; ++m) {use}"])
 
@@ -155,7 +158,7 @@ def _of_integers(body: Body, i: int) -> list[str]:
     step, places, takes = loads(body, i)
     element = body.spec.weight.element
     assert isinstance(element, Integer)
-    at = f"m * call.padded + {i * body.walk.length} + v"
+    at = f"m * padded + {i * body.walk.length} + v"
     return [
         f"        for (int v = 0; v < kLength; v += {step})",
         "          for (int r = 0; r < R; ++r) {",
