@@ -1,60 +1,78 @@
-"""Instructions of a CPU kernel's inner loop for one row of x, counted in the machine code.
+"""Instructions of CPU kernels for each weight, counted by valgrind: a whole call on one row of x, not its loop.
 
-In: formats. Out: instructions, weights and their ratio, for AVX2.
+In: formats, shapes. Out: instructions a weight, and with --out the numbers as JSON.
 
-    python benchmarks/cpu_instructions.py int8 'int4[g64]' 'int4[g64] x int8'
+    python benchmarks/cpu_instructions.py int8 'int4[g64]' 'int4[g64] x int8' --shapes 4096x4096 1536x576
 
-The loop is the largest in the function for four rows of weights and one of x that holds products; a kernel is
-compiled with the flags that bitfold gives the compiler. Needs `objdump`.
+The kernel runs once and three times as a program of its own (`kernel_alone.py`), for AVX2, compiled as bitfold
+has kernels compiled; the difference is two calls, without what makes x ready. Needs valgrind, which knows no
+AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from kernel_alone import built, ran
 
 from bitfold.codegen import GemmSpec
-from bitfold.codegen.cpp.body import Body
-from bitfold.codegen.cpp.build import library_of
-from bitfold.codegen.cpp.source import ROWS
+from bitfold.codegen.cpp.build import LOOPS, STRICT
 from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.formats import format
 
-PRODUCT = re.compile("fmadd|vpmaddubsw|vpmaddwd|vpdpbusd")
+FORMATS = ["int8", "int4[g64]", "uint4[g32,zero]", "int3[g64]", "mxfp4", "nf4[g64]", "float8_e4m3fn"]
+COUNTED = re.compile(rb"Collected : (\d+)")
 
 
-def loop(text: str) -> tuple[int, int]:
-    """(instructions, weights) of one turn."""
+def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
+    """Instructions for each weight of a product with m rows of x."""
     name, _, of_x = text.partition(" x ")
     activation = format(of_x) if of_x else None
-    laid_out = cpu_layout(format(name), 4096, activation)
-    assert laid_out is not None
-    spec = GemmSpec(laid_out, 4096, 4096, "f32", activation=activation)
-    path = library_of(spec, "avx2").path()
-    told = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(path)], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    body = next(part for part in told.split("\n\n") if f"tileILi{ROWS[1]}ELi1E" in part.split("\n")[0])
-    lines = [re.match(r"\s+([0-9a-f]+):\s+(\S+)\s*(\S*)", line) for line in body.split("\n")]
-    code = [(int(m[1], 16), m[2], m[3]) for m in lines if m]
-    turns = []
-    for at, op, target in code:
-        if op.startswith("j") and re.fullmatch("[0-9a-f]+", target) and int(target, 16) <= at:
-            inside = [step for step in code if int(target, 16) <= step[0] <= at]
-            if any(PRODUCT.search(step[1]) for step in inside):
-                turns.append(len(inside))
-    return min(turns), ROWS[1] * Body(spec).walk.codes
+    laid_out = cpu_layout(format(name), k, activation)
+    assert laid_out is not None, text
+    spec = GemmSpec(laid_out, n, k, "f32", activation=activation)
+    x = torch.randn(m, k)
+    inputs = [x] if activation is None else list(activation.quantize(x).parts)
+    inputs += laid_out.quantize(torch.randn(n, k)).parts
+    with tempfile.TemporaryDirectory() as folder:
+        program = built(spec, "avx2", Path(folder), flags=("-O3", *STRICT, *LOOPS))
+        found = []
+        for repeats in (1, 3):
+            ran(program, spec, inputs, turn=turn, repeats=repeats)
+            command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program)]
+            given = [str(program.with_name(name)) for name in ("call", "result")]
+            told = subprocess.run([*command, *given], stderr=subprocess.PIPE, check=True).stderr
+            match = COUNTED.search(told)
+            assert match is not None, told
+            found.append(int(match[1]))
+    return (found[1] - found[0]) / 2 / (n * k)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("formats", nargs="+")
-    for text in parser.parse_args().formats:
-        instructions, weights = loop(text)
-        print(f"{text:20} {instructions:5} for {weights:5} weights: {instructions / weights:.2f} each")
+    parser.add_argument("formats", nargs="*", default=[*FORMATS, "int8 x int8", "int4[g64] x int8"])
+    parser.add_argument("--shapes", nargs="+", default=["128x4096", "128x1536", "128x576"])
+    parser.add_argument("--ms", nargs="+", type=int, default=[1], help="rows of x; from 9 on as panels")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows = []
+    for text in given.formats:
+        for shape in given.shapes:
+            for m in given.ms:
+                n, k = map(int, shape.split("x"))
+                each = counted(text, n, k, m, turn=m >= 9)
+                rows.append({"format": text, "n": n, "k": k, "m": m, "instructions": round(each, 4)})
+                print(f"{text:18} {shape:10} M={m:<3} {each:6.3f} instructions a weight", flush=True)
+    if given.out:
+        given.out.write_text(json.dumps({"vectors": "avx2", "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

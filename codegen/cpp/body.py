@@ -18,6 +18,7 @@ from ..spec import GemmSpec
 from .values import Decode, decode
 
 RUN_OF_BYTES = 64  # of codes in order: longer runs of a row of 576 would end in padding
+BLOCK = 2048  # codes whose scales are kept ready, on the stack
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,25 @@ class Body:
         return 2.0**-element.fraction if isinstance(element, Integer) else 1.0
 
     @property
-    def factor(self) -> float:
-        """What a number that is multiplied is worth before it is scaled."""
-        return self.unit if self.by_integers else self.decode.factor
+    def held(self) -> bool:
+        """Whether bytes become floats in registers, in an order of the vectors' own (`place` in
+        headers/avx2.h) that x is brought in too."""
+        bytes_ = not self.by_integers and self.decode.floats.startswith("of_integers")
+        return bytes_ and self.decode.bytes != "b0" and self.walk.length % 32 == 0
+
+    @property
+    def factor(self) -> str:
+        """What a number that is multiplied is worth before it is scaled, in C++."""
+        if self.by_integers:
+            return f"{self.unit!r}f"
+        return f"{self.decode.factor!r}f" + (" * kHeld" if self.held else "")
+
+    @property
+    def block(self) -> int:
+        """Codes of a row whose scales are turned into float32 together: whole runs and whole groups."""
+        assert self.cols is not None
+        least = math.lcm(self.walk.codes, self.cols)
+        return least * max(1, BLOCK // least)
 
     def added(self) -> str:
         """Per unit of x's sum; sums of integers hold codes that are `base` too high."""

@@ -39,7 +39,9 @@ FLAGS = {
     "neon": (),
     "portable": (),
 }
-_STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
+STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
+# Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
+LOOPS = ("-ftree-loop-vectorize",)
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -47,7 +49,7 @@ class Facts(ctypes.Structure):
     """What `runtime.cpp` knows of a spec, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("run", "decode", "end")),
+        *((name, ctypes.c_void_p) for name in ("run", "many", "wants")),
         *((name, ctypes.c_int64) for name in ("n", "k", "padded", "stride")),
         *((name, ctypes.c_int64) for name in ("scale_row", "scale_group", "groups", "sum_cols")),
         *((name, ctypes.c_int32) for name in ("weights", "parts", "scales", "zeros", "level")),
@@ -95,7 +97,7 @@ class Library:
         """By all that goes into it."""
         made = hashlib.sha256(_headers().encode())
         version = torch.__version__ if self.operator else ""
-        for part in (self.text, self.vectors, *FLAGS[self.vectors], *_STRICT, version):
+        for part in (self.text, self.vectors, *FLAGS[self.vectors], *STRICT, *LOOPS, version):
             made.update(part.encode() + b"\0")
         return "c" + made.hexdigest()[:32]
 
@@ -125,7 +127,7 @@ class Library:
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
         header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *_STRICT]
+        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *STRICT, *LOOPS]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -154,7 +156,7 @@ def library_of(spec: GemmSpec, words: str | None = None) -> Library:
 def _entries(library: Library) -> dict[str, int | None]:
     """The addresses of the kernel's functions; None where it has not got one."""
     loaded = ctypes.CDLL(str(library.path()))
-    found = {name: getattr(loaded, name, None) for name in ("run", "decode", "end")}
+    found = {name: getattr(loaded, name, None) for name in ("run", "many", "wants")}
     return {name: ctypes.cast(f, ctypes.c_void_p).value if f else None for name, f in found.items()}
 
 

@@ -1,17 +1,15 @@
-"""What a CPU kernel does besides products: scales, the end of a sum, rows of the weight as float32.
+"""What a CPU kernel does besides products: scales, and the end of a sum.
 
 In: a `Body`. Out: lines of C++.
 
     scales     what multiplies the sum over a group, and what is added for each unit of x's sum
     finish     bias, epilogue, store
-    decoded    for products with many rows of x, which the library computes from decoded rows
 """
 
 from __future__ import annotations
 
 from ..spec import type_name
 from .body import Body
-from .products import each_float, units
 
 
 def scales(body: Body) -> list[str]:
@@ -31,7 +29,32 @@ def scales(body: Body) -> list[str]:
         "inline void scales(const Weight& w, int64_t at, float& s, float& z) {",
         *read,
         f"  z = {body.added() if body.needs_sums else '0.0f'};",
-        *([f"  s *= {body.factor!r}f;"] if body.factor != 1.0 else []),
+        *([f"  s *= {body.factor};"] if body.factor != "1.0f" else []),
+        "}",
+        "",
+        *([] if body.cols is None else _many_scales(body)),
+    ]
+
+
+def _many_scales(body: Body) -> list[str]:
+    """The same for `count` groups of a row from `group` on."""
+    zeros = body.needs_sums and body.sum_cols > 0
+    lines = [
+        "inline void many_scales(",
+        "    const Call& call, const Weight& w, int64_t base, int64_t group, int64_t count,",
+        f"    float* s{', float* z' if zeros else ''}) {{",
+        "  const int64_t at = base + group * call.scale_group;",
+        *([] if zeros else ["  float none;"]),
+    ]
+    to = "s[i], " + ("z[i]" if zeros else "none")
+    return [
+        *lines,
+        "  if (call.scale_group == 1)  // side by side: in vectors",
+        f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i, {to});",
+        "  else",
+        f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i * call.scale_group, {to});",
+        # Of codes behind the row's end, where x is zero.
+        f"  for (int64_t i = count; i < kScales && (group + i) * {body.cols} < call.padded; ++i) s[i] = 0.0f;",
         "}",
         "",
     ]
@@ -74,60 +97,3 @@ def finish(body: Body) -> list[str]:
     steps, result = spec.epilogue.cpp(names)
     lines += [f"      {step}" for step in steps]
     return [*lines, f"      {type_name(spec.out)}::put(call.y, place, {result});", "    }", "}", ""]
-
-
-def decoded(body: Body) -> list[str]:
-    """The function of that name: one row of the weight as float32."""
-    if body.by_integers:
-        return []
-    level = " * w.level[0]" if body.scale is not None and body.scale.two_level else ""
-    lines = [
-        "inline void decoded(const Call& call, const Weight& w, int64_t row, float* to) {",
-        "  constexpr int R = 1;",
-        "  const int64_t base = scales_of(call, row);",
-        "  for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {",
-        *units(body),
-        "    alignas(64) float run[kCodes];",
-    ]
-    for first, slices in body.stretches():
-        lines += [
-            "    {",
-            "      float s, z;",
-            f"      scales(w, base + ({body.group(first)}) * call.scale_group, s, z);",
-            *([f"      s = s{level};"] if level else []),
-        ]
-        for i in slices:
-            place = f"run + {i * body.walk.length} + v + part * kFloats"
-            lines += each_float(body, i, [f"storef({place}, madd(f, same(s), same(z)));"])
-        lines += ["    }"]
-    return [
-        *lines,
-        "    std::memcpy(to + k, run, sizeof(float) * std::min<int64_t>(kCodes, call.k - k));",
-        "  }",
-        "}",
-        "",
-    ]
-
-
-def whole(body: Body) -> list[str]:
-    """What a product with many rows of x is made of: decoded rows, and the end of the sums over them."""
-    if body.by_integers:
-        return []
-    many = body.spec.weights
-    return [
-        'extern "C" void decode(',
-        "    const bitfold::Call* call, int w, int64_t first, int64_t last, float* to) {",
-        "  for (int64_t row = first; row < last; ++row)",
-        "    bitfold::decoded(*call, call->weights[w], row, to + (row - first) * call->k);",
-        "}",
-        "// sums: of each weight, [m, count], for rows of the weight from `first` on.",
-        'extern "C" void end(const bitfold::Call* call, int64_t first, int64_t count,',
-        "                    const float* const* sums, int64_t m0, int64_t m1) {",
-        "  for (int64_t m = m0; m < m1; ++m)",
-        "    for (int64_t i = 0; i < count; ++i) {",
-        f"      float one[{many}][1][1];",
-        f"      for (int w = 0; w < {many}; ++w) one[w][0][0] = sums[w][m * count + i];",
-        "      bitfold::finish<1, 1, true>(*call, first + i, m, one);",
-        "    }",
-        "}",
-    ]

@@ -1,4 +1,4 @@
-"""From a spec to the C++ source of its kernel: a product with few rows of x, as fast as codes can be read.
+"""From a spec to the C++ source of its kernel: products with a few rows of x, and with many.
 
 In: a `GemmSpec`. Out: the text of a file with one `run(call, first, last)`, for rows first .. last - 1 of the
 weight; what varies from call to call (n, k, the number of rows of x, addresses) is in the call, so that all
@@ -9,17 +9,20 @@ layers of a format share one kernel. Nothing in it names a format.
 
 Rows of the weight are taken a few at a time and rows of x up to four; a vector of sums for each pair is added
 up over the row, and only then across its numbers. With activations in int8 the sums of a group are int32.
+Many rows of x are multiplied by decoded rows of the weight (`panels.py`).
 """
 
 from __future__ import annotations
 
 from ..spec import GemmSpec
 from .body import Body
-from .ends import decoded, finish, scales, whole
-from .products import tile
+from .ends import finish, scales
+from .panels import entry, panels
+from .products import CHUNK, tile
 
-# Rows of the weight taken together with 1, 2 and 4 rows of x: enough sums in flight for the multipliers.
-ROWS = {1: 4, 2: 4, 4: 2}
+# Rows of the weight taken together with 1, 2 and 4 rows of x. One at a time is one stream of memory, which a
+# processor foresees: two took twice as long on an EPYC. With four rows of x the multipliers are the bound.
+ROWS = {1: 1, 2: 1, 4: 2}
 
 
 def kind(spec: GemmSpec) -> str:
@@ -39,11 +42,18 @@ def source(spec: GemmSpec) -> str:
         '#include "kernel.h"',
         "#include VECTORS",
         '#include "numbers.h"',
+        '#include "panels.h"',
         "",
         "namespace bitfold {",
         "namespace {",
         "",
         f"constexpr int kCodes = {w.codes}, kUnits = {w.units}, kLength = {w.length};",
+        f"constexpr int kParts = {min(CHUNK, w.length)} / kFloats;  // vectors of floats in one of bytes",
+        *(
+            []
+            if body.cols is None
+            else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
+        ),
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",
         "  float r[1];",
@@ -53,8 +63,8 @@ def source(spec: GemmSpec) -> str:
         "",
         *scales(body),
         *tile(body),
-        *decoded(body),
         *finish(body),
+        *panels(body),
         *rows(body),
         "}  // namespace",
         "}  // namespace bitfold",
@@ -62,7 +72,7 @@ def source(spec: GemmSpec) -> str:
         'extern "C" void run(const bitfold::Call* call, int64_t first, int64_t last) {',
         "  bitfold::rows(*call, first, last);",
         "}",
-        *whole(body),
+        *entry(body),
     ]
     return "\n".join(lines) + "\n"
 

@@ -38,7 +38,7 @@ MORE = [
 ]  # fmt: skip
 INTEGERS = [
     "int8 x int8", "int4[g64] x int8", "int4 x int8", "uint4[g64,zero] x int8", "uint8[zero] x int8[tensor]",
-    "int3[g64] x int8", "uint4[zero:float] x int8", "int8[32x32] x int8[g32]", "int6[unscaled] x int8",
+    "int3[g64] x int8", "uint4[zero:float] x int8", "int8[32x32] x int8[g32,f32]", "int6[unscaled] x int8",
     "uint2[g32,f16,zero:min] x int8",
 ]  # fmt: skip
 

@@ -16,7 +16,15 @@ struct Weight {
   const void* bias;      // [n]
 };
 
-// One call: y [m, n] from x [m, k]. `x` is made ready once: rows of `padded` numbers, zeros behind the k-th.
+// How a kernel wants x: it may be written in other vectors than the runtime.
+struct Wants {
+  const int8_t* order;           // number i of 32 is number order[i] of x's; null: as they lie
+  int32_t width, depth, size;    // a panel: rows side by side, numbers of each together, bytes of a number
+  int32_t rows;                  // of the weight, that a task of many rows of x takes
+};
+
+// One call: y [m, n] from x [m, k]. `x` is made ready once: rows of `padded` numbers, zeros behind the k-th, in
+// the order that codes are decoded in.
 struct Call {
   int64_t m, n, k, padded;
   int64_t stride, scale_row, scale_group, groups;  // groups: of a row, that have a scale of their own
@@ -26,6 +34,10 @@ struct Call {
   Weight weights[kWeights];
   const void* extras[kExtras];
   void* y;
+  // Many rows of x, turned (panels.h), and their sums, [.., across]: `across` is m, rounded up to whole panels.
+  const void* panels;
+  const float* sum_panels;
+  int64_t across;
 };
 
 }  // namespace bitfold

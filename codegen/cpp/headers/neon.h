@@ -5,6 +5,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8x16_t a, b;
 };
@@ -34,13 +35,28 @@ inline Floats zeros() { return {vdupq_n_f32(0), vdupq_n_f32(0)}; }
 inline Floats loadf(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
 inline void storef(float* p, Floats v) { vst1q_f32(p, v.a), vst1q_f32(p + 4, v.b); }
 inline Floats same(float v) { return {vdupq_n_f32(v), vdupq_n_f32(v)}; }
+inline Floats mul(Floats x, Floats y) { return {vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+inline Floats plus(Floats x, Floats y) { return {vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
 inline Floats madd(Floats x, Floats y, Floats z) { return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)}; }
 inline float sum(Floats v) { return vaddvq_f32(vaddq_f32(v.a, v.b)); }
+inline void sum4(const Floats* v, float* out) {
+  float32x4_t s[4];
+  for (int i = 0; i < 4; ++i) s[i] = vaddq_f32(v[i].a, v[i].b);
+  vst1q_f32(out, vpaddq_f32(vpaddq_f32(s[0], s[1]), vpaddq_f32(s[2], s[3])));
+}
 
-template <int part> inline Floats of_integers(const uint8_t* p) {
-  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(eighth<part>(p)));
+inline Floats of_eight(uint8x8_t v) {
+  const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(v));
   return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
 }
+using Held = Bytes;
+inline Held held(Bytes v) { return v; }
+constexpr float kHeld = 1.0f;
+template <int part> inline Floats of_held(Held v) {
+  const uint8x16_t half = part < 2 ? v.a : v.b;
+  return of_eight(part % 2 ? vget_high_u8(half) : vget_low_u8(half));
+}
+template <int part> inline Floats of_integers(const uint8_t* p) { return of_eight(eighth<part>(p)); }
 template <int part, int bits, int mantissa, bool nan> inline Floats of_floats(const uint8_t* p) {
   const uint16x8_t wide = vmovl_u8(eighth<part>(p));
   const uint16x8_t sign = vshlq_n_u16(vandq_u16(wide, vdupq_n_u16(1 << (bits - 1))), 16 - bits);
@@ -58,6 +74,11 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
 
 inline Ints no_ints() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 inline int32_t sum(Ints v) { return vaddvq_s32(vaddq_s32(v.a, v.b)); }
+using Sums = Floats;  // as many as Ints
+inline Sums no_sums() { return zeros(); }
+inline Sums scaled(Ints v, float s, Sums onto) {
+  return madd({vcvtq_f32_s32(v.a), vcvtq_f32_s32(v.b)}, same(s), onto);
+}
 // Codes of 8 bits are no signed bytes: as 128 less, with 128 times the sum of x beside them.
 template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
   const int8x16_t x0 = vld1q_s8(x), x1 = vld1q_s8(x + 16);
@@ -81,6 +102,43 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
   return {four(c0, x0, onto.a), four(c1, x1, onto.b)};
 #endif
 }
+
+// For panels (panels.h); see avx2.h.
+constexpr int kTile = 6, kIntTile = 6;
+inline Ints numbers(const void* x) {
+  return {vld1q_s32(static_cast<const int32_t*>(x)), vld1q_s32(static_cast<const int32_t*>(x) + 4)};
+}
+inline void store_ints(void* to, Ints v) {
+  vst1q_s32(static_cast<int32_t*>(to), v.a), vst1q_s32(static_cast<int32_t*>(to) + 4, v.b);
+}
+inline Ints broadcast(const void* w) {
+  int32_t two;
+  __builtin_memcpy(&two, w, 4);
+  return {vdupq_n_s32(two), vdupq_n_s32(two)};
+}
+inline int32x4_t pairs(int32x4_t codes, int32x4_t x, int32x4_t onto) {
+  const int16x8_t c = vreinterpretq_s16_s32(codes), y = vreinterpretq_s16_s32(x);
+  const int32x4_t low = vmull_s16(vget_low_s16(c), vget_low_s16(y)), high = vmull_high_s16(c, y);
+  return vaddq_s32(onto, vpaddq_s32(low, high));
+}
+template <int bits> struct Deep {
+  static constexpr int depth = 2;
+  using Number = int16_t;
+  using Code = int16_t;
+  static void put(Code* to, Bytes v) {
+    vst1q_s16(to, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(v.a))));
+    vst1q_s16(to + 8, vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(v.a))));
+    vst1q_s16(to + 16, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(v.b))));
+    vst1q_s16(to + 24, vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(v.b))));
+  }
+  static Ints products(Ints codes, Ints x, Ints onto) {
+    return {pairs(codes.a, x.a, onto.a), pairs(codes.b, x.b, onto.b)};
+  }
+};
+inline Ints add(Ints x, Ints y) { return {vaddq_s32(x.a, y.a), vaddq_s32(x.b, y.b)}; }
+inline Sums load_sums(const float* p) { return loadf(p); }
+inline void store_sums(float* p, Sums v) { storef(p, v); }
+inline Sums scaled(Sums v, float s, Sums onto) { return madd(v, same(s), onto); }
 
 inline float of_half(uint16_t h) {
   float16_t f;

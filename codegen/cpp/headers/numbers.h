@@ -61,4 +61,11 @@ template <int count, class F> inline void unrolled(F&& f) {
   each(std::make_integer_sequence<int, count>{}, static_cast<F&&>(f));
 }
 
+// out[i]: the sum of vector i.
+template <int count, class V> inline void added_up(const V* v, float* out) {
+  int i = 0;
+  for (; i + 4 <= count; i += 4) sum4(v + i, out + i);
+  for (; i < count; ++i) out[i] = sum(v[i]);
+}
+
 }  // namespace bitfold

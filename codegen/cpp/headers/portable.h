@@ -6,6 +6,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
 };
@@ -93,6 +94,14 @@ inline Floats same(float v) {
   for (auto& f : r.v) f = v;
   return r;
 }
+inline Floats mul(Floats a, Floats b) {
+  for (int i = 0; i < 8; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Floats plus(Floats a, Floats b) {
+  for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+  return a;
+}
 inline Floats madd(Floats a, Floats b, Floats c) {
   for (int i = 0; i < 8; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
@@ -100,7 +109,18 @@ inline Floats madd(Floats a, Floats b, Floats c) {
 inline float sum(Floats a) {
   return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
 }
+inline void sum4(const Floats* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+}
 
+using Held = Bytes;
+inline Held held(Bytes v) { return v; }
+constexpr float kHeld = 1.0f;
+template <int part> inline Floats of_held(const Held& h) {
+  Floats r;
+  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<int8_t>(h.v[8 * part + i]);
+  return r;
+}
 template <int part> inline Floats of_integers(const uint8_t* p) {
   Floats r;
   for (int i = 0; i < 8; ++i) r.v[i] = static_cast<int8_t>(p[8 * part + i]);
@@ -128,9 +148,52 @@ inline int32_t sum(Ints a) {
   for (int32_t i : a.v) r += i;
   return r;
 }
+using Sums = Floats;  // as many as Ints
+inline Sums no_sums() { return zeros(); }
+inline Sums scaled(Ints v, float s, Sums onto) {
+  for (int i = 0; i < 8; ++i) onto.v[i] += static_cast<float>(v.v[i]) * s;
+  return onto;
+}
 template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
   for (int i = 0; i < 32; ++i) onto.v[i / 4] += int32_t(codes.v[i]) * int32_t(x[i]);
   return onto;
 }
+
+
+// For panels (panels.h); see avx2.h.
+constexpr int kTile = 6, kIntTile = 4;
+inline Ints numbers(const void* x) {
+  Ints r;
+  std::memcpy(r.v, x, 32);
+  return r;
+}
+inline void store_ints(void* to, Ints v) { std::memcpy(to, v.v, 32); }
+inline Ints broadcast(const void* w) {
+  Ints r;
+  for (int32_t& i : r.v) std::memcpy(&i, w, 4);
+  return r;
+}
+template <int bits> struct Deep {
+  static constexpr int depth = 2;
+  using Number = int16_t;
+  using Code = int16_t;
+  static void put(Code* to, Bytes v) {
+    for (int i = 0; i < 32; ++i) to[i] = v.v[i];
+  }
+  static Ints products(Ints codes, Ints x, Ints onto) {
+    int16_t c[16], y[16];
+    std::memcpy(c, codes.v, 32);
+    std::memcpy(y, x.v, 32);
+    for (int i = 0; i < 16; ++i) onto.v[i / 2] += int32_t(c[i]) * int32_t(y[i]);
+    return onto;
+  }
+};
+inline Ints add(Ints a, Ints b) {
+  for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Sums load_sums(const float* p) { return loadf(p); }
+inline void store_sums(float* p, Sums v) { storef(p, v); }
+inline Sums scaled(Sums v, float s, Sums onto) { return madd(v, same(s), onto); }
 
 }  // namespace bitfold

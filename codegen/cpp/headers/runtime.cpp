@@ -1,6 +1,5 @@
 // The operator `bitfold::fused` on CPU tensors: finds the kernel of a text, makes x ready, runs it on torch's
 // threads. Compiled once for a machine, against torch's stable interface.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,6 +15,7 @@
 #include "kernel.h"
 #include VECTORS
 #include "numbers.h"
+#include "ready.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -23,15 +23,13 @@ using torch::stable::Tensor;
 namespace bitfold {
 
 using Run = void (*)(const Call*, int64_t, int64_t);
-using Decode = void (*)(const Call*, int, int64_t, int64_t, float*);
-using End = void (*)(const Call*, int64_t, int64_t, const float* const*, int64_t, int64_t);
 using Build = int (*)(const char* text);
 
 // What a spec says, in numbers; `codegen/cpp/build.py` fills one in.
 struct Facts {
-  Run run;
-  Decode decode;  // null where activations come in codes
-  End end;
+  Run run;   // a few rows of x
+  Run many;  // many, from panels; null where x has a scale for each block
+  const Wants* (*wants)();
   int64_t n, k, padded, stride, scale_row, scale_group, groups, sum_cols;
   int32_t weights, parts, scales, zeros, level;  // the last three: places among a weight's parts, or -1
   int32_t bias, matrices, vectors, codes, out;   // codes: x comes in int8; out: 0 float32, 1 bfloat16, 2 float16
@@ -54,39 +52,15 @@ bool find(const std::string& text, Facts& found) {
   return true;
 }
 
-// Rows of x as a kernel reads them: padded with zeros; and sums over groups where they are needed.
-template <class From, class To>
-void ready(const void* x, const Facts& f, int64_t m, To* to, float* sums) {
-  const int64_t cols = f.sum_cols < 0 ? f.k : f.sum_cols;
-  for (int64_t row = 0; row < m; ++row) {
-    To* r = to + row * f.padded;
-    for (int64_t i = 0; i < f.k; ++i) r[i] = static_cast<To>(From::get(x, row * f.k + i));
-    std::fill(r + f.k, r + f.padded, To(0));
-    if (f.sum_cols == 0) continue;
-    for (int64_t g = 0; g < f.k / cols; ++g) {
-      if constexpr (std::is_same_v<To, float>) {
-        float lanes[16] = {};  // as a vector adds, so that long groups lose no more than its sums do
-        for (int64_t i = 0; i < cols; ++i) lanes[i % 16] += r[g * cols + i];
-        float all = 0;
-        for (float lane : lanes) all += lane;
-        sums[row * (f.k / cols) + g] = all;
-      } else {
-        int64_t all = 0;
-        for (int64_t i = 0; i < cols; ++i) all += r[g * cols + i];
-        sums[row * (f.k / cols) + g] = static_cast<float>(all);
-      }
-    }
-  }
-}
-
 struct Scratch {
-  std::vector<float> numbers, sums, scales;
+  std::vector<float> numbers, sums, turned, scales;
   std::vector<int8_t> codes;
+  std::vector<int16_t> panels;
   // A long prompt's copy is not kept for the tokens after it.
   void trim() {
     constexpr size_t most = 16 << 20;
     if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
-    if (codes.capacity() > most) std::vector<int8_t>().swap(codes);
+    if (panels.capacity() * sizeof(int16_t) > most) std::vector<int16_t>().swap(panels);
   }
 };
 
@@ -102,38 +76,38 @@ Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
   return Tensor(handle);
 }
 
-// Past so many rows of x the library's product of decoded rows is faster than the kernel.
-constexpr int64_t kMostRows = 24;
-// Decoded rows that are multiplied at a time: what fits a core's cache.
-constexpr int64_t kDecoded = 1 << 20;
+// From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
+constexpr int64_t kMany = 9;
 
-// Decoded a stretch of rows at a time, multiplied by the library, ended by the kernel.
-void many(const Call& call, const Facts& f, const Tensor& like) {
-  const int64_t each = std::max<int64_t>(16, kDecoded / 4 / call.k);
-  const auto floats = [&](const float* at, int64_t rows, int64_t cols, int64_t stride) {
-    return torch::stable::from_blob(const_cast<float*>(at), {rows, cols}, {stride, 1}, like.device(), ScalarType::Float);
-  };
-  const Tensor x = floats(static_cast<const float*>(call.x), call.m, call.k, call.padded);
-  std::vector<float> decoded(std::min(each, call.n) * call.k);
-  for (int64_t first = 0; first < call.n; first += each) {
-    const int64_t count = std::min(each, call.n - first);
-    std::vector<Tensor> products;
-    const float* sums[kWeights];
-    const std::vector<int64_t> shape = {call.m, count};
-    for (int w = 0; w < f.weights; ++w) {
-      torch::stable::parallel_for(0, count, 8, [&](int64_t a, int64_t b) {
-        f.decode(&call, w, first + a, first + b, decoded.data() + a * call.k);
-      });
-      const Tensor weight = floats(decoded.data(), count, call.k, call.k);
-      const Tensor turned = torch::stable::transpose(weight, 0, 1);
-      products.push_back(fresh(shape, 0));
-      // Not through the dispatcher: autocast would make another dtype of it.
-      STD_TORCH_CHECK(aoti_torch_cpu_mm_out(products.back().get(), x.get(), turned.get()) == AOTI_TORCH_SUCCESS,
-                      "the library refused a product of ", call.m, " x ", call.k, " x ", count);
-      sums[w] = static_cast<const float*>(products.back().const_data_ptr());
-    }
-    torch::stable::parallel_for(0, call.m, 8, [&](int64_t a, int64_t b) { f.end(&call, first, count, sums, a, b); });
+template <class From, class To, class Out>
+void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
+  torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
+    turned<From, To>(rows, wants, first, last, panels, sums);
+  });
+}
+
+void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+  const Wants& wants = *f.wants();
+  call.across = (call.m + wants.width - 1) / wants.width * wants.width;
+  float* sums = scratch.sums.data();
+  if (f.codes) {
+    scratch.panels.resize(call.across * f.padded);
+    int16_t* to = scratch.panels.data();
+    if (wants.size == 1)
+      all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
+    else
+      all_turned<i8, int8_t>(rows, wants, to, sums);
+    call.panels = to;
+  } else {
+    scratch.numbers.resize(call.across * f.padded);
+    float* to = scratch.numbers.data();
+    if (f.x == 0) all_turned<f32, float>(rows, wants, to, sums);
+    if (f.x == 1) all_turned<bf16, float>(rows, wants, to, sums);
+    if (f.x == 2) all_turned<f16, float>(rows, wants, to, sums);
+    call.panels = to;
   }
+  turned_sums(rows, call.across, sums, scratch.turned);
+  call.sum_panels = scratch.turned.data();
 }
 
 std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
@@ -164,23 +138,28 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
 
   thread_local Scratch scratch;
   scratch.trim();
-  const int64_t groups = f.sum_cols == 0 ? 0 : f.sum_cols < 0 ? 1 : f.k / f.sum_cols;
-  scratch.sums.resize(call.m * groups);
+  const Rows rows = {x.const_data_ptr(), call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
+  scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();
-  const void* given = x.const_data_ptr();
-  if (f.codes) {
-    scratch.codes.resize(call.m * f.padded + 64);
-    ready<i8>(given, f, call.m, scratch.codes.data(), scratch.sums.data());
+  float* sums = scratch.sums.data();
+  const bool turn = call.m >= kMany && f.many != nullptr;
+  if (turn) {
+    many(call, f, rows, scratch);
+  } else if (f.codes) {
+    scratch.codes.resize(call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
     call.x = scratch.codes.data();
-  } else if (kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0) {
-    call.x = given;
+  } else if (kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0 && rows.order == nullptr) {
+    call.x = rows.x;
   } else {
-    scratch.numbers.resize(call.m * f.padded + 16);
-    float* to = scratch.numbers.data();
-    if (kind == ScalarType::Float) ready<f32>(given, f, call.m, to, scratch.sums.data());
-    if (kind == ScalarType::BFloat16) ready<bf16>(given, f, call.m, to, scratch.sums.data());
-    if (kind == ScalarType::Half) ready<f16>(given, f, call.m, to, scratch.sums.data());
-    call.x = to;
+    scratch.numbers.resize(call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) {
+      float* to = scratch.numbers.data() + m * f.padded;
+      if (kind == ScalarType::Float) ready<f32>(rows, m, to, sums);
+      if (kind == ScalarType::BFloat16) ready<bf16>(rows, m, to, sums);
+      if (kind == ScalarType::Half) ready<f16>(rows, m, to, sums);
+    }
+    call.x = scratch.numbers.data();
   }
   size_t next = 1;
   if (f.token_scales != 0) {
@@ -223,8 +202,11 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
     call.extras[i] = inputs[next++].const_data_ptr();
   }
   call.y = y.mutable_data_ptr();
-  if (call.m > kMostRows && f.decode != nullptr) {
-    many(call, f, y);
+  if (turn) {
+    const int64_t each = f.wants()->rows;
+    torch::stable::parallel_for(0, (f.n + each - 1) / each, 1, [&](int64_t first, int64_t last) {
+      f.many(&call, each * first, std::min(each * last, f.n));
+    });
     return {y};
   }
   // A task is worth starting for some thirty thousand codes, and takes four rows at a time.

@@ -1,0 +1,73 @@
+// Products with many rows of x: decoded rows of the weight times panels of x, in registers.
+//
+// A panel is x turned: a vector holds the same number of neighbouring rows, so that each number of the weight is
+// broadcast and multiplies whole vectors, and no sum goes across one. kTile rows of the weight and two vectors keep
+// all sums in registers.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace bitfold {
+
+constexpr int kInts = 8;              // of a vector of integers
+constexpr int kPanel = 2 * kFloats;   // rows of x side by side, as floats
+constexpr int kIntPanel = 2 * kInts;  // and as integers
+constexpr int kStored = 24;           // rows of the weight that are decoded at a time
+constexpr int kApart = 16;            // numbers between decoded rows, so that these do not meet in the cache
+static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
+
+// What the runtime is told of these; held: whether codes leave registers in the order of `place`.
+// bits: of codes that are multiplied as integers, 0 for floats.
+template <bool held, int bits> inline const Wants* wants() {
+  static constexpr auto order = [] {
+    struct {
+      int8_t at[32];
+    } found{};
+    for (int i = 0; i < 32; ++i) found.at[i] = static_cast<int8_t>(place(i));
+    return found;
+  }();
+  constexpr bool moved = held && place(1) != 1;
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored};
+  static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
+                                     kStored};
+  return bits == 0 ? &of_floats : &of_codes;
+}
+
+// sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`.
+template <int V>
+inline void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
+  Floats s[kTile][V];
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < V; ++v) s[r][v] = loadf(sums + r * across + v * kFloats);
+  for (int64_t k = 0; k < count; ++k) {
+    Floats b[V];
+    for (int v = 0; v < V; ++v) b[v] = loadf(x + k * kPanel + v * kFloats);
+    for (int r = 0; r < kTile; ++r) {
+      const Floats a = same(w[r * stride + k]);
+      for (int v = 0; v < V; ++v) s[r][v] = madd(a, b[v], s[r][v]);
+    }
+  }
+  for (int r = 0; r < kTile; ++r)
+    for (int v = 0; v < V; ++v) storef(sums + r * across + v * kFloats, s[r][v]);
+}
+
+// The same of integers, exactly, D::depth at a time; `use(r, v, s)` has the sums of each.
+template <class D, int V, class Use>
+inline void multiply(const typename D::Code* w, int64_t stride, const typename D::Number* x, int64_t count, Use&& use) {
+  Ints s[kIntTile][V];
+  for (int r = 0; r < kIntTile; ++r)
+    for (int v = 0; v < V; ++v) s[r][v] = no_ints();
+  for (int64_t k = 0; k < count; k += D::depth) {
+    Ints b[V];
+    for (int v = 0; v < V; ++v) b[v] = numbers(x + k * kIntPanel + v * kInts * D::depth);
+    for (int r = 0; r < kIntTile; ++r) {
+      const Ints a = broadcast(w + r * stride + k);
+      for (int v = 0; v < V; ++v) s[r][v] = D::products(a, b[v], s[r][v]);
+    }
+  }
+  // Unrolled by hand: otherwise the compiler keeps all sums in memory, for a loop that it does not unroll.
+  unrolled<kIntTile>([&](auto r) { unrolled<V>([&](auto v) { use(r, v, s[r][v]); }); });
+}
+
+}  // namespace bitfold

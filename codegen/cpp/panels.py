@@ -1,0 +1,209 @@
+"""Products with many rows of x: rows of the weight are decoded once for all of them, multiplied in registers.
+
+In: a `Body`. Out: lines of C++.
+
+    for kStored rows of the weight:  for kDeep codes of each:
+        decode them once (`stored`), then for all rows of x: `multiply` of headers/panels.h
+    then bias, epilogue, store (`finish`)
+
+Floats are decoded whole, scale and zero point included. Integers stay codes: their sums are exact over a
+stretch that shares its scales, and scaled as in `products.py`.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ...formats import Integer
+from .body import Body
+from .products import each_float, loads, registers, units
+from .values import raw
+
+_WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
+DEEP = 256  # codes: sixteen rows of x take 16 KiB
+
+
+def deep(body: Body) -> int:
+    """Codes of a row that are decoded at a time: whole runs."""
+    return body.walk.codes * max(1, DEEP // body.walk.codes)
+
+
+def stretch(body: Body) -> int:
+    """Codes whose integer sums are scaled at once."""
+    return deep(body) if body.cols is None else math.gcd(deep(body), body.cols)
+
+
+def panels(body: Body) -> list[str]:
+    """`stored`, `many`; nothing where x has a scale for each block of a row."""
+    if body.token_cols is not None:
+        return []
+    return [
+        f"constexpr int kDeep = {deep(body)}, kStretch = {stretch(body)};",
+        *([f"using Codes = Deep<{body.spec.weight.element.bits}>;"] if body.by_integers else []),
+        "",
+        *(_codes(body) if body.by_integers else _numbers(body)),
+        *_many(body),
+    ]
+
+
+def _numbers(body: Body) -> list[str]:
+    """Codes first .. last - 1 of a row, a whole number of runs, as float32."""
+    level = "s *= w.level[0];" if body.scale is not None and body.scale.two_level else ""
+    lines = [
+        "inline void stored(",
+        "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, float* to) {",
+        "  constexpr int R = 1;",
+        _WHERE,
+        "  const int64_t base = scales_of(call, row);",
+        "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
+        *units(body),
+    ]
+    for first, slices in body.stretches():
+        lines += [
+            "      {",
+            "        float s, z;",
+            f"        scales(w, base + ({body.group(first)}) * call.scale_group, s, z);",
+            *([f"        {level}"] if level else []),
+        ]
+        for i in slices:
+            place = f"to + k - first + {i * body.walk.length} + v + part * kFloats"
+            lines += each_float(body, i, [f"storef({place}, madd(f, same(s), same(z)));"])
+        lines += ["      }"]
+    return [*lines, "  }", "}", ""]
+
+
+def _codes(body: Body) -> list[str]:
+    """The same as codes; many rows of integers are multiplied as such."""
+    element = body.spec.weight.element
+    assert isinstance(element, Integer)
+    lines = [
+        "inline void stored(",
+        "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, Codes::Code* to) {",
+        "  constexpr int R = 1, r = 0;",
+        _WHERE,
+        "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
+        *units(body),
+    ]
+    for i in range(len(body.walk.slices)):
+        step, places, takes = loads(body, i)
+        lines += [
+            f"      for (int v = 0; v < kLength; v += {step}) {{",
+            *(f"        {line}" for line in registers(step, places)),
+            f"        Codes::put(to + k - first + {i * body.walk.length} + v, {raw(element, takes)});",
+            "      }",
+        ]
+    return [*lines, "  }", "}", ""]
+
+
+def _many(body: Body) -> list[str]:
+    many = body.spec.weights
+    number, stored, panel = (
+        ("Codes::Number", "Codes::Code", "kIntPanel") if body.by_integers else ("float", "float", "kPanel")
+    )
+    half, tile = ("kInts", "kIntTile") if body.by_integers else ("kFloats", "kTile")
+    whole = "false" if body.by_integers else "true"
+    return [
+        "// Rows first .. last - 1 of the weight, times all rows of x.",
+        "inline void many(const Call& call, int64_t first, int64_t last) {",
+        "  constexpr int64_t stride = kDeep + kApart;",
+        f"  std::vector<{stored}> kept(kStored * stride);",
+        f"  std::vector<float> sums({many} * kStored * call.across);",
+        "  for (int64_t row = first; row < last; row += kStored) {",
+        "    const int64_t count = std::min<int64_t>(kStored, last - row);",
+        "    std::fill(sums.begin(), sums.end(), 0.0f);",
+        f"    for (int i = 0; i < {many}; ++i) {{",
+        "      const Weight& w = call.weights[i];",
+        "      float* of = sums.data() + i * kStored * call.across;",
+        "      for (int64_t k0 = 0; k0 < call.k; k0 += kDeep) {",
+        "        const int64_t count_k = std::min<int64_t>(kDeep, call.padded - k0);",
+        "        for (int64_t r = 0; r < count; ++r)",
+        "          stored(call, w, row + r, k0, k0 + count_k, kept.data() + r * stride);",
+        *(_scales_of_panel(body) if body.by_integers and not body.whole_rows else []),
+        f"        for (int64_t m = 0; m < call.m; m += {panel}) {{",
+        f"          const auto* panels = static_cast<const {number}*>(call.panels);",
+        f"          const auto* x = panels + m * call.padded + k0 * {panel};",
+        f"          for (int64_t r0 = 0; r0 < count; r0 += {tile}) {{",
+        f"            if (call.m - m > {half})",
+        f"              {_multiplied(body, 2)}",
+        "            else",
+        f"              {_multiplied(body, 1)}",
+        "          }",
+        "        }",
+        "      }",
+        *(_exact(body) if body.by_integers and body.whole_rows else []),
+        "    }",
+        "    for (int64_t m = 0; m < call.m; ++m)",
+        "      for (int64_t r = 0; r < count; ++r) {",
+        f"        float one[{many}][1][1];",
+        f"        for (int i = 0; i < {many}; ++i) one[i][0][0] = sums[(i * kStored + r) * call.across + m];",
+        f"        finish<1, 1, {whole}>(call, row + r, m, one);",
+        "      }",
+        "  }",
+        "}",
+        "",
+    ]
+
+
+def _multiplied(body: Body, vectors: int) -> str:
+    rows, to = "kept.data() + r0 * stride", "of + r0 * call.across + m"
+    if not body.by_integers:
+        return f"multiply<{vectors}>({rows}, stride, x, count_k, {to}, call.across);"
+    if body.whole_rows:
+        return (
+            f"multiply<Codes, {vectors}>({rows}, stride, x, count_k, [&](int r, int v, Ints p) {{ "
+            f"float* at = {to} + r * call.across + v * kInts; store_ints(at, add(numbers(at), p)); }});"
+        )
+    zero = ""
+    if body.needs_sums:
+        zero = (
+            f" if ((k0 + k) % {body.sum_cols} == 0) all = scaled("
+            f"load_sums(call.sum_panels + (k0 + k) / {body.sum_cols} * call.across + m + v * kInts), "
+            "zeros_[r0 + r][k / kStretch], all);"
+        )
+    return (
+        "for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch) "
+        f"multiply<Codes, {vectors}>({rows} + k, stride, x + k * kIntPanel, kStretch, "
+        "[&](int r, int v, Ints p) { "
+        f"float* at = {to} + r * call.across + v * kInts; "
+        f"Sums all = scaled(p, scales_[r0 + r][k / kStretch], load_sums(at));{zero} store_sums(at, all); }});"
+    )
+
+
+def _scales_of_panel(body: Body) -> list[str]:
+    return [
+        "        float scales_[kStored][kDeep / kStretch] = {}, zeros_[kStored][kDeep / kStretch] = {};",
+        "        for (int64_t r = 0; r < count; ++r)",
+        "          for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch)",
+        f"            scales(w, scales_of(call, row + r) + (k0 + k) / {body.cols} * call.scale_group, "
+        "scales_[r][k / kStretch], zeros_[r][k / kStretch]);",
+    ]
+
+
+def _exact(body: Body) -> list[str]:
+    """Sums of integers over whole rows become floats."""
+    return [
+        "      for (int64_t r = 0; r < count; ++r) {",
+        "        float s, z;",
+        "        scales(w, scales_of(call, row + r), s, z);",
+        "        for (int64_t m = 0; m < call.m; ++m) {",
+        "          int32_t sum;",
+        "          std::memcpy(&sum, of + r * call.across + m, 4);",
+        "          of[r * call.across + m] = static_cast<float>(sum) * s;",
+        "        }",
+        "      }",
+    ]
+
+
+def entry(body: Body) -> list[str]:
+    """The functions that the runtime calls."""
+    bits = body.spec.weight.element.bits if body.by_integers else 0
+    kind = f"{str(body.held).lower()}, {bits}"
+    wants = (f'extern "C" const bitfold::Wants* wants() {{ return bitfold::wants<{kind}>(); }}',)
+    if body.token_cols is not None:
+        return [*wants]
+    return [
+        *wants,
+        'extern "C" void many(const bitfold::Call* call, int64_t first, int64_t last) {',
+        "  bitfold::many(*call, first, last);",
+        "}",
+    ]

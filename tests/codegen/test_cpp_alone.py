@@ -1,0 +1,72 @@
+"""CPU kernels as programs: no step outside memory, no undefined arithmetic; NEON under an emulator.
+
+Each of these compiles for several seconds, so they are slow tests; the one for NEON needs a cross compiler
+(g++-aarch64-linux-gnu) and qemu-user.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitfold.codegen import GemmSpec
+from bitfold.codegen.cpp import build
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from kernel_alone import built, ran
+from test_cpp_values import expected, operands, pair
+
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+TEXTS = [
+    "int8", "int4[g64]", "int3[g64]", "uint4[g32,zero]", "mxfp4", "nf4[g64]", "float8_e4m3fn", "int4[tensor]",
+    "nvfp4", "float6_e2m3[16x32,f32]", "int8 x int8", "int4[g64] x int8", "uint4[g64,zero] x int8",
+    "int8[32x32] x int8[g32,f32]",
+]  # fmt: skip
+
+
+def check(program: Path, spec: GemmSpec, runner: tuple[str, ...] = ()) -> None:
+    for m, turn in ((1, False), (2, False), (7, False), (1, True), (19, True)):
+        if turn and spec.activation is not None and spec.activation.cols is not None:
+            continue  # x with a scale for each block has no panels
+        inputs = operands(spec, m, seed=m)
+        want, bound = expected(spec, inputs)
+        error = (ran(program, spec, inputs, turn=turn, runner=runner).double() - want).abs()
+        assert (error <= bound).all(), (str(spec), m, turn, (error / bound).nan_to_num(0).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["avx2", "avx512vnni", "portable"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_under_sanitizers(text: str, vectors: str, tmp_path: Path) -> None:
+    here = ("portable", *{"avx512vnni": ("avx2", "avx512vnni"), "avx512": ("avx2",)}.get(build.vectors(), ()))
+    if vectors not in (*here, build.vectors()):
+        pytest.skip(f"this processor has no {vectors}")
+    spec = pair(text)
+    check(built(spec, vectors, tmp_path, flags=SANITIZERS), spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extension", ["", "+dotprod"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_neon(text: str, extension: str, tmp_path: Path) -> None:
+    compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
+    if shutil.which(compiler) is None or emulator is None:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    spec = pair(text)
+    flags = ["-O2", f"-march=armv8.2-a{extension}"]
+    check(built(spec, "neon", tmp_path, [compiler, "-static"], flags), spec, (emulator,))
+
+
+def test_a_program_that_fails_is_told(tmp_path: Path) -> None:
+    """Else a kernel that a sanitizer stops would pass: what it should write may lie there already."""
+    spec = pair("int8")
+    program = tmp_path / "kernel"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    (tmp_path / "result").write_bytes(torch.zeros(1, spec.n).numpy().tobytes())
+    with pytest.raises(Exception, match="returned non-zero exit status 1"):
+        ran(program, spec, operands(spec, 1, seed=0))
