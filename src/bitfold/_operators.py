@@ -36,6 +36,10 @@ torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
 )
 
+_library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+_library.impl("few_queries", _later("few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::few_queries", _later("few_queries", "fake"), lib=_library)
+
 _library.define(
     "cache_write(Tensor(a!)[] cache, Tensor k, Tensor v, Tensor positions, Tensor? pages, str spec) -> ()"
 )
