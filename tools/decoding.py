@@ -9,9 +9,9 @@ In: a `LlamaForCausalLM` (as it is, or quantized in place) and a prompt. Out: on
 
 All layers are alike (`bf.quantize` gives modules that are alike one body), so one compiled function serves
 them all: compiling the whole model as one graph takes Inductor ten times as long, most of it Python going
-thirty times over the same layer. The bitfold backend finds for itself what repeats, and on a CPU, where a call
-of a compiled function takes as long as a layer's attention, it gets the whole step. On a GPU the whole step,
-all layers, becomes one CUDA graph, since launching kernels one by one would take longer than they do.
+thirty times over the same layer. The bitfold backend finds for itself what repeats, and on a CPU, where
+calling a compiled function takes as long as a layer's attention, it gets the whole step. On a GPU the whole
+step, all layers, becomes one CUDA graph, since launching kernels one by one would take longer than they do.
 """
 
 from __future__ import annotations
