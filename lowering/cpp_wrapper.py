@@ -36,6 +36,10 @@ SHIMS = _Shims(
             "AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
             "AtenTensorHandle*, double, AtenTensorHandle*)"
         ],
+        torch.ops.bitfold.attend_few.default: [
+            "AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle, const AtenTensorHandle*, int64_t, "
+            "AtenTensorHandle, AtenTensorHandle*, AtenTensorHandle*, const char*, AtenTensorHandle*)"
+        ],
     }
 )
 

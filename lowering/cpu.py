@@ -34,6 +34,7 @@ from ..formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ..formats import format as parse
 from ..passes import inherit
 from .cpp_wrapper import cpp_wrapper
+from .cpu_cache import lower_caches
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
 from .few_queries import FEW_QUERIES, few_queries
 from .fused import parsed
@@ -132,6 +133,11 @@ class CpuTarget(InductorTarget):
         found = splice(gm)
         if not torch.is_grad_enabled():
             found += few_queries(gm)
+            specs = lower_caches(gm)
+            if specs:
+                from ..codegen.cpp.attention_build import know_attention
+
+                know_attention(specs)
         calls = gm.graph.find_nodes(op="call_function", target=FUSED)
         if gm.graph.find_nodes(op="call_function", target=FEW_QUERIES):
             from ..codegen.cpp.build import operator as load

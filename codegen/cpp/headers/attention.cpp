@@ -1,189 +1,83 @@
-// The operator `bitfold::few_queries` on CPU tensors: attention of a few queries over keys and values as they
-// lie, [B, Hkv, S, D] in any strides of the first three dimensions. Heads of queries that share keys are taken
-// together, so that a cache is read once and never repeated; what no query sees at its end is not read.
+// The operators of attention on CPU tensors, in a few queries: `bitfold::few_queries` over keys and values of
+// floats, in any strides of the first three dimensions, and `bitfold::attend_few` over a cache in codes, by
+// kernels found by their text. Heads of queries that share keys are taken together, so that a cache is read
+// once and never repeated; what no query sees at its end is not read.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstdio>
-#include <limits>
+#include <mutex>
 #include <optional>
-#include <vector>
+#include <shared_mutex>
+#include <string>
+#include <unordered_map>
 
 #include "kernel.h"
 #include VECTORS
 #include "numbers.h"
+#include "attention.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace bitfold {
+
+using Attend = void (*)(const Attention*, int64_t, int64_t);
+using Build = int (*)(const char* text);
+
+// What an `AttentionSpec` says, in numbers; `codegen/cpp/attention_build.py` fills one in.
+struct AttentionFacts {
+  Attend run;
+  int64_t heads, kv_heads, dim, page;
+  int32_t parts, x, mask;  // x: 0 float32, 1 bfloat16, 2 float16; mask: 0 none, 1 bools, 2 numbers
+  float scale;
+};
+
 namespace {
 
 // Numbers of keys that are worth a thread.
 constexpr int64_t kWorth = 1 << 14;
-// Queries whose sums are in registers together.
-constexpr int kRows = 4;
+constexpr ScalarType kKinds[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
-// A tensor of four dimensions: where it is, and how far apart neighbours are.
-struct Four {
-  const char* data = nullptr;
-  int64_t size[4] = {}, stride[4] = {};
-  explicit Four(const Tensor& t) : data(static_cast<const char*>(t.const_data_ptr())) {
-    for (int i = 0; i < 4; ++i) size[i] = t.size(i), stride[i] = t.size(i) == 1 ? 0 : t.stride(i);
-  }
-  Four() = default;
-  int64_t at(int64_t a, int64_t b, int64_t c) const { return a * stride[0] + b * stride[1] + c * stride[2]; }
-};
+std::shared_mutex guard;
+std::unordered_map<std::string, AttentionFacts> known;
+Build build = nullptr;
 
-// What a call has: rows of queries that share keys are numbered head by head, query by query.
-struct Queries {
-  Four q, k, v, mask;
-  bool bools = false;  // the mask's type, else numbers of q's
-  float scale = 1;
-  void* y = nullptr;  // [B, T, H, D]
-  int64_t heads() const { return q.size[1]; }
-  int64_t queries() const { return q.size[2]; }
-  int64_t dim() const { return q.size[3]; }
-  int64_t tokens() const { return k.size[2]; }
-  int64_t group() const { return heads() / k.size[1]; }
-};
-
-// exp of x <= 0, to a unit in the last place: 2**n times a polynomial of what is left of x.
-inline float power(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+bool find(const std::string& text, AttentionFacts& found) {
+  std::shared_lock<std::shared_mutex> lock(guard);
+  const auto at = known.find(text);
+  if (at == known.end()) return false;
+  found = at->second;
+  return true;
 }
 
-// A row of numbers as floats: where it lies, or in `room`.
-template <class T> inline const float* floats(const char* data, int64_t at, int64_t dim, float* room) {
-  if constexpr (std::is_same_v<T, f32>) return reinterpret_cast<const float*>(data) + at;
-  const void* from = data + 2 * at;
-  for (int64_t d = 0; d < dim; ++d) room[d] = T::get(from, d);
-  return room;
+Four four(const Tensor& t) {
+  Four found;
+  found.data = static_cast<const char*>(t.const_data_ptr());
+  for (int i = 0; i < 4; ++i) found.size[i] = t.size(i), found.stride[i] = t.size(i) == 1 ? 0 : t.stride(i);
+  return found;
 }
 
-struct Room {
-  std::vector<float> queries, scores, row, sums;
-};
-
-// One past the last token that any query of the entry may see: a mask of bools tells.
-int64_t end_of(const Queries& call, int64_t entry) {
-  if (!call.bools) return call.tokens();
-  int64_t end = 0;
-  for (int64_t h = 0; h < call.mask.size[1]; ++h)
-    for (int64_t t = 0; t < call.mask.size[2]; ++t) {
-      const char* shown = call.mask.data + call.mask.at(entry, h, t);
-      int64_t s = call.tokens();
-      while (s > end && !shown[(s - 1) * call.mask.stride[3]]) --s;
-      end = s;
-    }
-  return end;
+Table table(const Tensor& t, const char* name) {
+  const bool wide = t.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(t.dim() == 2 && (wide || t.scalar_type() == ScalarType::Int), name, " are integers of two dimensions");
+  return {t.const_data_ptr(), wide, {t.size(0) == 1 ? 0 : t.stride(0), t.size(1) == 1 ? 0 : t.stride(1)}};
 }
 
-// Scores of R rows of queries, [R, S], for tokens 0 .. end - 1.
-template <class T, int R>
-void score(const Queries& call, int64_t entry, int64_t head, const float* q, int64_t end, float* scores, float* room) {
-  const int64_t dim = call.dim(), tokens = call.tokens();
-  for (int64_t s = 0; s < end; ++s) {
-    const float* k = floats<T>(call.k.data, call.k.at(entry, head, s), dim, room);
-    Floats sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = zeros();
-    for (int64_t d = 0; d < dim; d += kFloats) {
-      const Floats key = loadf(k + d);
-      for (int r = 0; r < R; ++r) sums[r] = madd(key, loadf(q + r * dim + d), sums[r]);
-    }
-    for (int r = 0; r < R; ++r) scores[r * tokens + s] = sum(sums[r]);
-  }
-}
-
-// Weights of a row in place of its scores; their sum.
-template <class T> float weigh(const Queries& call, int64_t entry, int64_t head, int64_t query, int64_t end, float* row) {
-  const char* mask = call.mask.data;
-  constexpr float none = -std::numeric_limits<float>::infinity();
-  if (mask != nullptr) {
-    const int64_t at = call.mask.at(entry, head, query), step = call.mask.stride[3];
-    if (call.bools)
-      for (int64_t s = 0; s < end; ++s) row[s] = mask[at + s * step] ? row[s] : none;
-    else
-      for (int64_t s = 0; s < end; ++s) row[s] += T::get(mask, at + s * step);
-  }
-  float most = none;
-  bool number = true;
-  for (int64_t s = 0; s < end; ++s) most = std::max(most, row[s]), number &= row[s] == row[s];
-  if (!number) {
-    std::fill(row, row + end, std::numeric_limits<float>::quiet_NaN());
-    return 1;
-  }
-  if (most == none) {  // it sees nothing
-    std::fill(row, row + end, 0.0f);
-    return 1;
-  }
-  float all = 0;
-  for (int64_t s = 0; s < end; ++s) row[s] = row[s] == none ? 0.0f : power(row[s] - most);
-  for (int64_t s = 0; s < end; ++s) all += row[s];
-  return all;
-}
-
-// Sums of values times weights of R rows, [R, D].
-template <class T, int R>
-void mix(const Queries& call, int64_t entry, int64_t head, const float* weights, int64_t end, float* sums, float* room) {
-  const int64_t dim = call.dim(), tokens = call.tokens();
-  std::fill(sums, sums + R * dim, 0.0f);
-  for (int64_t s = 0; s < end; ++s) {
-    const float* v = floats<T>(call.v.data, call.v.at(entry, head, s), dim, room);
-    for (int r = 0; r < R; ++r) {
-      const Floats weight = same(weights[r * tokens + s]);
-      float* to = sums + r * dim;
-      for (int64_t d = 0; d < dim; d += kFloats) storef(to + d, madd(weight, loadf(v + d), loadf(to + d)));
-    }
-  }
-}
-
-template <class T, int R>
-void rows(const Queries& call, int64_t entry, int64_t kv_head, int64_t first, int64_t end, Room& room) {
-  const int64_t dim = call.dim(), queries = call.queries(), tokens = call.tokens();
-  const int64_t head = kv_head * call.group();
-  room.queries.resize(R * dim), room.sums.resize(R * dim), room.scores.resize(R * tokens), room.row.resize(dim);
-  for (int r = 0; r < R; ++r) {
-    const int64_t at = call.q.at(entry, head + (first + r) / queries, (first + r) % queries);
-    const float* q = floats<T>(call.q.data, at, dim, room.row.data());
-    for (int64_t d = 0; d < dim; ++d) room.queries[r * dim + d] = q[d] * call.scale;
-  }
-  score<T, R>(call, entry, kv_head, room.queries.data(), end, room.scores.data(), room.row.data());
-  float all[R];
-  for (int r = 0; r < R; ++r)
-    all[r] = weigh<T>(call, entry, head + (first + r) / queries, (first + r) % queries, end,
-                      room.scores.data() + r * tokens);
-  mix<T, R>(call, entry, kv_head, room.scores.data(), end, room.sums.data(), room.row.data());
-  for (int r = 0; r < R; ++r) {
-    const int64_t h = head + (first + r) / queries, t = (first + r) % queries;
-    const int64_t at = ((entry * queries + t) * call.heads() + h) * dim;
-    for (int64_t d = 0; d < dim; ++d) T::put(call.y, at + d, room.sums[r * dim + d] / all[r]);
-  }
-}
-
-// All queries that share one head of one entry's keys.
-template <class T> void one(const Queries& call, int64_t entry, int64_t head) {
-  thread_local Room room;
-  const int64_t end = end_of(call, entry), many = call.group() * call.queries();
-  int64_t first = 0;
-  for (; first + kRows <= many; first += kRows) rows<T, kRows>(call, entry, head, first, end, room);
-  if (many - first == 3) rows<T, 3>(call, entry, head, first, end, room);
-  if (many - first == 2) rows<T, 2>(call, entry, head, first, end, room);
-  if (many - first == 1) rows<T, 1>(call, entry, head, first, end, room);
+// The mask spread over queries and tokens, whose number is known by then.
+void masked(Queries& call, const std::optional<Tensor>& mask, ScalarType kind) {
+  if (!mask.has_value()) return;
+  const int64_t wanted[] = {call.q.size[0], call.q.size[1], call.q.size[2]};
+  STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == call.tokens, "a mask has a number for each of ", call.tokens,
+                  " tokens");
+  for (int i = 0; i < 3; ++i)
+    STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == wanted[i], "a mask spreads over [B, H, T, S]");
+  call.bools = mask->scalar_type() == ScalarType::Bool;
+  STD_TORCH_CHECK(call.bools || mask->scalar_type() == kind, "a mask is of bools, or of q's dtype");
+  call.mask = four(*mask);
 }
 
 Tensor fresh(const Tensor& q) {
@@ -200,6 +94,8 @@ Tensor fresh(const Tensor& q) {
   return Tensor(handle);
 }
 
+int64_t grain(const Queries& call) { return std::max<int64_t>(1, kWorth / (call.tokens * call.dim() + 1)); }
+
 Tensor few_queries(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale) {
   const ScalarType kind = q.scalar_type();
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "few_queries takes q, k and v of four dimensions");
@@ -212,27 +108,60 @@ Tensor few_queries(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, dou
   STD_TORCH_CHECK(q.size(3) % 16 == 0, "a head has a multiple of 16 numbers, not ", q.size(3));
   for (Tensor* t : {&q, &k, &v})
     if (t->stride(3) != 1) *t = torch::stable::contiguous(*t);
-  Queries call{Four(q), Four(k), Four(v), Four(), false, static_cast<float>(scale)};
-  if (mask.has_value()) {
-    const int64_t wanted[] = {q.size(0), q.size(1), q.size(2), k.size(2)};
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == k.size(2), "a mask has a number for each of ", k.size(2),
-                    " tokens");
-    for (int i = 0; i < 3; ++i)
-      STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == wanted[i], "a mask spreads over [B, H, T, S]");
-    call.bools = mask->scalar_type() == ScalarType::Bool;
-    STD_TORCH_CHECK(call.bools || mask->scalar_type() == kind, "a mask is of bools, or of q's dtype");
-    call.mask = Four(*mask);
-  }
+  Queries call;
+  call.q = four(q), call.tokens = k.size(2), call.kv_heads = k.size(1), call.scale = static_cast<float>(scale);
+  masked(call, mask, kind);
   const Tensor y = fresh(q);
   call.y = y.mutable_data_ptr();
-  const int64_t heads = k.size(1), each = std::max<int64_t>(1, kWorth / (call.tokens() * call.dim() + 1));
-  torch::stable::parallel_for(0, q.size(0) * heads, each, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (kind == ScalarType::Float) one<f32>(call, i / heads, i % heads);
-      if (kind == ScalarType::BFloat16) one<bf16>(call, i / heads, i % heads);
-      if (kind == ScalarType::Half) one<f16>(call, i / heads, i % heads);
-    }
+  const int64_t dim = q.size(3);
+  torch::stable::parallel_for(0, q.size(0) * k.size(1), grain(call), [&](int64_t first, int64_t last) {
+    const auto run = [&](auto type) {
+      using T = decltype(type);
+      attend<T>(call, Numbers<T>{four(k), dim}, Numbers<T>{four(v), dim}, first, last);
+    };
+    if (kind == ScalarType::Float) run(f32{});
+    if (kind == ScalarType::BFloat16) run(bf16{});
+    if (kind == ScalarType::Half) run(f16{});
   });
+  return y;
+}
+
+// The cache was checked by `check_cache` where a graph was lowered: here only what memory depends on.
+Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optional<Tensor> mask,
+                  std::optional<Tensor> pages, std::string text) {
+  AttentionFacts f;
+  if (!find(text, f))
+    STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f), "no CPU kernel could be built for ",
+                    text);
+  STD_TORCH_CHECK(cache.size() == size_t(f.parts), text, " takes a cache of ", f.parts, " tensors");
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(1) == f.heads && q.size(3) == f.dim && q.scalar_type() == kKinds[f.x], text,
+                  " takes q [B, ", f.heads, ", T, ", f.dim, "] in its dtype");
+  STD_TORCH_CHECK(mask.has_value() == (f.mask != 0) && pages.has_value() == (f.page != 0), text,
+                  " says whether there are a mask and a table of pages");
+  if (q.stride(3) != 1) q = torch::stable::contiguous(q);
+  Attention all;
+  for (size_t i = 0; i < cache.size(); ++i) {
+    STD_TORCH_CHECK(cache[i].is_contiguous() && cache[i].dim() == 4, "parts of a cache are contiguous");
+    all.cache.parts[i] = cache[i].const_data_ptr();
+  }
+  all.cache.length = cache[0].size(2), all.cache.page = f.page;
+  Queries& call = all.queries;
+  call.q = four(q), call.kv_heads = f.kv_heads, call.scale = f.scale, call.tokens = all.cache.length;
+  if (pages.has_value()) {
+    all.cache.pages = table(*pages, "pages");
+    call.tokens = pages->size(1) * f.page;
+  } else {
+    STD_TORCH_CHECK(cache[0].size(0) == q.size(0), "the cache has ", cache[0].size(0), " entries and the call ",
+                    q.size(0));
+  }
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(limits.size(i) == 1 || limits.size(i) == q.size(2 * i), "limits spread over [B, T]");
+  call.limits = table(limits, "limits");
+  masked(call, mask, q.scalar_type());
+  const Tensor y = fresh(q);
+  call.y = y.mutable_data_ptr();
+  torch::stable::parallel_for(0, q.size(0) * f.kv_heads, grain(call),
+                              [&](int64_t first, int64_t last) { f.run(&all, first, last); });
   return y;
 }
 
@@ -242,21 +171,47 @@ Tensor again(AtenTensorHandle given) {
   return Tensor(handle);
 }
 
-}  // namespace
-}  // namespace bitfold
+std::optional<Tensor> maybe(const AtenTensorHandle* given) {
+  return given == nullptr ? std::nullopt : std::optional<Tensor>(again(*given));
+}
 
-STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("few_queries", TORCH_BOX(&bitfold::few_queries)); }
-
-// The same for C++ that Inductor writes: no dispatcher in between. Its tensors stay its own.
-extern "C" AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
-                                                     AtenTensorHandle* mask, double scale, AtenTensorHandle* y) {
+template <class F> AOTITorchError said(AtenTensorHandle* y, F&& compute) {
   try {
-    std::optional<Tensor> shown;
-    if (mask != nullptr) shown = bitfold::again(*mask);
-    const Tensor found = bitfold::few_queries(bitfold::again(q), bitfold::again(k), bitfold::again(v), shown, scale);
+    const Tensor found = compute();
     return aoti_torch_new_tensor_handle(found.get(), y);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return AOTI_TORCH_FAILURE;
   }
+}
+
+}  // namespace
+}  // namespace bitfold
+
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
+  m.impl("few_queries", TORCH_BOX(&bitfold::few_queries));
+  m.impl("attend_few", TORCH_BOX(&bitfold::attend_few));
+}
+
+// The same for C++ that Inductor writes: no dispatcher in between. Its tensors stay its own.
+extern "C" AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
+                                                     AtenTensorHandle* mask, double scale, AtenTensorHandle* y) {
+  using namespace bitfold;
+  return said(y, [&] { return few_queries(again(q), again(k), again(v), maybe(mask), scale); });
+}
+extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const AtenTensorHandle* cache, int64_t count,
+                                                    AtenTensorHandle limits, AtenTensorHandle* mask,
+                                                    AtenTensorHandle* pages, const char* text, AtenTensorHandle* y) {
+  using namespace bitfold;
+  return said(y, [&] {
+    std::vector<Tensor> parts;
+    for (int64_t i = 0; i < count; ++i) parts.push_back(again(cache[i]));
+    return attend_few(again(q), std::move(parts), again(limits), maybe(mask), maybe(pages), text);
+  });
+}
+
+extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::build = made; }
+extern "C" void bitfold_know_attention(const char* text, const bitfold::AttentionFacts* facts) {
+  std::unique_lock<std::shared_mutex> lock(bitfold::guard);
+  bitfold::known[text] = *facts;
 }
