@@ -150,7 +150,7 @@ def main() -> None:
         child(given)
         return
     read = run("roof", given)[0]["read"]
-    machine = {"machine": _processor(), "torch": torch.__version__, "threads": given.threads, "read": read}
+    machine = {"machine": processor(), "torch": torch.__version__, "threads": given.threads, "read": read}
     print(f"{machine['machine']}, {given.threads} threads, reads {read / 1e9:.1f} GB/s")
     rows = []
     for one in given.decode or [FLOAT, *given.formats]:
@@ -179,7 +179,7 @@ def _show(rows: list[dict[str, Any]], new: list[dict[str, Any]], read: float) ->
         )
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]

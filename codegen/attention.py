@@ -33,6 +33,8 @@ from .slices import Walk, walk
 from .spec import CodegenError
 
 MASKS = ("none", "bool", "float")
+TYPES = {**LANE_TYPES, "f32": torch.float32}
+"""Of queries; float32 in main memory only."""
 SCALE_TYPES = ("f32", "bf16", "f16", "e8m0")
 RULES = ("absmax", "narrow", "floor", "ceil", "even")
 _TEXT = re.compile(
@@ -42,8 +44,8 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """heads, kv_heads, dim: Hq, Hkv and D; x: bf16 or f16, the dtype of q, k, v and y; k, v: formats with
-    their layout; mask: none, or a tensor of bools or of numbers to add; page: tokens of a page, 0 for a
+    """heads, kv_heads, dim: Hq, Hkv and D; x: bf16, f16 or f32, the dtype of q, k, v and y; k, v: formats
+    with their layout; mask: none, or a tensor of bools or of numbers to add; page: tokens of a page, 0 for a
     contiguous cache; scale: what multiplies the scores, None for 1 / sqrt(D)."""
 
     heads: int
@@ -57,8 +59,8 @@ class AttentionSpec:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.x not in LANE_TYPES:
-            raise CodegenError(f"attention takes queries in {' or '.join(LANE_TYPES)}, not {self.x!r}")
+        if self.x not in TYPES:
+            raise CodegenError(f"attention takes queries in {', '.join(TYPES)}, not {self.x!r}")
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise CodegenError(
                 f"{self.heads} query heads cannot share {self.kv_heads} key and value heads evenly"
@@ -70,14 +72,14 @@ class AttentionSpec:
         if self.scale is not None and self.scale == self.dim**-0.5:
             object.__setattr__(self, "scale", None)
         for which, fmt in (("keys", self.k), ("values", self.v)):
-            reason = _obstacle(fmt, self.dim, "bf16" if which == "values" else self.x)
+            reason = _obstacle(fmt, self.dim, "bf16" if which == "values" and self.x != "f32" else self.x)
             if reason is not None:
                 raise CodegenError(f"{which} of {self.dim} numbers cannot be cached as {fmt}: {reason}")
 
     @property
     def dtype(self) -> torch.dtype:
         """Of q, k, v and y."""
-        return LANE_TYPES[self.x]
+        return TYPES[self.x]
 
     @property
     def group(self) -> int:
@@ -101,7 +103,7 @@ class AttentionSpec:
     @property
     def v_lane(self) -> str:
         """Type of the second product's operands. A probability times a token's scale needs bf16's range."""
-        return "bf16" if grouped(self.v) else self.x
+        return "bf16" if grouped(self.v) and self.x != "f32" else self.x
 
     def __str__(self) -> str:
         text = f"attention {self.heads}/{self.kv_heads}x{self.dim} {self.x} {self.k} {self.v}"
@@ -192,7 +194,7 @@ def _obstacle(fmt: Format, dim: int, lane: str) -> str | None:
         return "kernels read halfwords; cache_format lays a format out"
     if not isinstance(fmt.sparsity, Dense):
         return "a cache stores every number"
-    if not holds(element, lane):
+    if lane in LANE_TYPES and not holds(element, lane):
         return f"its values are not all {lane} numbers"
     if not hasattr(element, "table") and element.bits < 2:
         return "one bit has no zero"

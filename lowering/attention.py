@@ -1,8 +1,9 @@
 """The operators that a KV cache and its attention become: a quantizing write, and attention over codes.
 
 In: q, k, v [B, heads, T, D], the parts of a cache, and the text of an `AttentionSpec`. Out: y [B, Hq, T, D].
-Registered by `_operators.py`. On a GPU they are generated kernels; in main memory, and for many queries on a
-GPU, plain torch on decoded keys and values, which is also what the kernels are tested against.
+Registered by `_operators.py`. Attention of a few queries is a generated kernel, on a GPU as in main memory,
+and so is the write on a GPU; the rest is plain torch on decoded keys and values, which is also what kernels
+are tested against.
 
     bitfold.cache_write(cache, k, v, positions, None, "attention 32/8x128 bf16 int8[...] int8[...]")
     bitfold.attend(q, cache, limits, None, None, "attention ...")      ->   y
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 import torch
@@ -42,6 +43,13 @@ def cache_write(
     from ..codegen.triton.attention_build import cache_write as launch
 
     launch(parsed(text), cache, k, v, positions, pages)
+
+
+def cache_write_on_cpu(
+    cache: Sequence[Tensor], k: Tensor, v: Tensor, positions: Tensor, pages: Tensor | None, text: str
+) -> None:
+    """In main memory: the reference."""
+    cache_write_reference(cache, k, v, positions, pages, text)
 
 
 def cache_write_reference(
@@ -79,6 +87,39 @@ def attend(
     if q.shape[2] > MOST_QUERIES:
         return attend_reference(q, cache, limits, mask, pages, text)
     return launch(spec, q, cache, limits, mask, pages)
+
+
+def attend_on_cpu(
+    q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
+) -> Tensor:
+    """In main memory: a kernel for a few queries, where there is a compiler."""
+    spec = parsed(text)
+    if q.shape[2] > MOST_QUERIES or q.numel() == 0 or not _has_compiler():
+        return attend_reference(q, cache, limits, mask, pages, text)
+    tokens = check_cache(spec, cache, q.shape[0], pages)
+    check_queries(spec, q, limits, mask, tokens)
+    if tokens == 0:
+        return fresh(q).zero_()
+    found: Tensor = torch.ops.bitfold.attend_few(q, list(cache), limits, mask, pages, text)
+    return found
+
+
+@cache
+def _has_compiler() -> bool:
+    from .target import get_target
+
+    return getattr(get_target("cpu"), "missing", lambda: None)() is None
+
+
+def build_for_cpu(
+    q: Tensor, cache: Sequence[Tensor], limits: Tensor, mask: Tensor | None, pages: Tensor | None, text: str
+) -> Tensor:
+    """The first call of a process: builds the operator in C++, which takes its own place."""
+    from ..codegen.cpp.attention_build import know_attention
+
+    know_attention([parsed(text)])
+    found: Tensor = torch.ops.bitfold.attend_few(q, list(cache), limits, mask, pages, text)
+    return found
 
 
 def attend_reference(

@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..codegen import CodegenError
-from ..codegen.attention import AttentionSpec, cache_format, grouped
+from ..codegen.attention import TYPES, AttentionSpec, cache_format, grouped
 from ..codegen.lanes import LANE_TYPES
 from ..formats import BitfoldError, format, nearest
 from ..passes import Miss, MissRecord, Pass, Stage, register_pass, report, state
@@ -153,9 +153,13 @@ def _spec(
     q: Any = node.args[0]
     value = q.meta["val"]
     heads, kv_heads, dim = value.shape[1], site.k.tensor.shape[1], site.k.tensor.shape[3]
-    lane = next((name for name, dtype in LANE_TYPES.items() if dtype == value.dtype), None)
+    known = TYPES if value.device.type == "cpu" else LANE_TYPES
+    lane = next((name for name, dtype in known.items() if dtype == value.dtype), None)
     if lane is None or site.k.tensor.dtype != value.dtype or site.v.tensor.dtype != value.dtype:
-        return Miss(f"a cache in codes serves bfloat16 and float16, and this attention is in {value.dtype}")
+        return Miss(
+            "a cache in codes serves bfloat16 and float16, in main memory float32 too, and this attention is "
+            f"in {value.dtype}"
+        )
     if argument(node, "dropout_p", 0.0):
         return Miss("its attention has dropout")
     scale = argument(node, "scale")

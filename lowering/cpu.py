@@ -16,7 +16,7 @@ A convolution or an attention keeps its dequantize: Inductor decodes into memory
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,10 +33,15 @@ from ..codegen.spec import type_name
 from ..formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ..formats import format as parse
 from ..passes import inherit
+from .cpp_wrapper import cpp_wrapper
+from .cpu_cache import lower_caches
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
+from .few_queries import FEW_QUERIES, few_queries
 from .fused import parsed
-from .inductor import InductorTarget, dequantized
+from .inductor import InductorTarget, compiled, dequantized
+from .repeats import compile_repeats
 from .splice import splice
+from .target import Compiled
 
 aten = torch.ops.aten
 FUSED = torch.ops.bitfold.fused.default
@@ -126,12 +131,32 @@ class CpuTarget(InductorTarget):
         if not self.has_kernels():
             return 0
         found = splice(gm)
+        if not torch.is_grad_enabled():
+            found += few_queries(gm)
+            specs = lower_caches(gm)
+            if specs:
+                from ..codegen.cpp.attention_build import know_attention
+
+                know_attention(specs)
         calls = gm.graph.find_nodes(op="call_function", target=FUSED)
+        if gm.graph.find_nodes(op="call_function", target=FEW_QUERIES):
+            from ..codegen.cpp.build import operator as load
+
+            load("attention")
         if calls:
             from ..codegen.cpp.build import know
 
             know(parsed(str(call.args[1])) for call in calls)
         return found
+
+    def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
+        """A layer that occurs many times is compiled once, where nothing is differentiated."""
+        if self.missing() is None and not torch.is_grad_enabled():
+            options = {**cpp_wrapper(), **config}
+            pieces = compile_repeats(gm, lambda piece, inputs: compiled(piece, inputs, options))
+            if pieces is not None:
+                return pieces
+        return super().compile(gm, example_inputs, config)
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):

@@ -79,11 +79,16 @@ class InductorTarget(Target):
                 stacklevel=2,
             )
             return gm.forward
-        from torch._inductor.compile_fx import compile_fx
+        return compiled(gm, example_inputs, config)
 
-        inner, patches = _inner_compile(gm), dict(config) or None
-        compiled: Any = compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
-        return cast(Compiled, compiled)
+
+def compiled(gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
+    """What Inductor makes of a graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    inner, patches = _inner_compile(gm), dict(config) or None
+    made: Any = compile_fx(gm, list(example_inputs), inner_compile=inner, config_patches=patches)
+    return cast(Compiled, made)
 
 
 def dequantized(node: object) -> Node | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ..passes.edit import free_name
 from ..passes.fuse import region_of
@@ -45,20 +45,28 @@ def share_regions(gm: GraphModule) -> int:
 
 def _key(region: GraphModule) -> object:
     """Equal for regions that are alike; None for one that cannot be a subgraph."""
+    # A kernel is compiled apart from the graph, and operations around it may yet become part of it.
+    return alike(region.graph, kernels=False)
+
+
+def alike(graph: Graph, *, kernels: bool) -> object:
+    """Equal for graphs that read the same and whose inputs are described alike; None for one that holds more
+    than operators on tensors of known sizes, or kernels where there may be none."""
     names: dict[Node, int] = {}
-    described: list[object] = []
-    for index, node in enumerate(region.graph.nodes):
+    found: list[object] = []
+    for index, node in enumerate(graph.nodes):
         names[node] = index
-        # A kernel is compiled apart from the graph, and operations around it may yet become part of it.
-        if node.op in ("get_attr", "call_module") or node.target is torch.ops.bitfold.fused.default:
+        if node.op in ("get_attr", "call_module"):
+            return None
+        if node.target is torch.ops.bitfold.fused.default and not kernels:
             return None
         arguments = _placed((node.args, node.kwargs), names)
-        value = _described(node.meta.get("val")) if node.op == "placeholder" else ()
+        value = described(node.meta.get("val")) if node.op == "placeholder" else ()
         if value is None:
             return None
         target = "" if node.op == "placeholder" else node.target
-        described.append((node.op, target, repr(arguments), value))
-    return tuple(described)
+        found.append((node.op, target, repr(arguments), value))
+    return tuple(found)
 
 
 def _placed(arguments: Any, names: dict[Node, int]) -> Any:
@@ -80,7 +88,8 @@ class _Place:
         return f"%{self.index}"
 
 
-def _described(value: Any) -> object:
+def described(value: Any) -> object:
+    """Shape, strides, dtype and device of a tensor of known sizes; None for anything else."""
     if not isinstance(value, Tensor):
         return None
     sizes = (*value.shape, *value.stride())

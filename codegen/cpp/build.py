@@ -5,9 +5,10 @@ In: specs. Out: `bitfold::fused` knows them, so that a call goes from the graph 
     know([spec, ...])            compiled side by side, those that are not on disk yet
     torch.ops.bitfold.fused([x, codes, scales], str(spec))
 
-The operator itself (`headers/runtime.cpp`) is compiled once for a machine. A library lies in a folder beside
-torch's own compile caches, named by all that went into it; it is built beside its place and renamed in, so
-that processes may share the folder. Where that folder cannot be written, one of this process's own serves.
+Operators themselves (`headers/runtime.cpp`, `attention.cpp`) are compiled once for a machine. A library
+lies in a folder beside torch's own compile caches, named by all that went into it; it is built beside its
+place and renamed in, so that processes may share the folder. Where that folder cannot be written, one of this
+process's own serves.
 """
 
 from __future__ import annotations
@@ -161,13 +162,16 @@ def _entries(library: Library) -> dict[str, int | None]:
 
 
 @cache
-def operator() -> ctypes.CDLL:
-    """Torch's operator, loaded; a text that it does not know yet is built when it is called."""
-    text = (HEADERS / "runtime.cpp").read_text(encoding="utf-8")
-    path = Library(text, "portable" if vectors() == "portable" else vectors(), operator=True).path()
+def operator(name: str = "runtime") -> ctypes.CDLL:
+    """One of torch's operators, `headers/<name>.cpp`, loaded. `runtime` builds a kernel that it does not know
+    yet when it is called."""
+    text = (HEADERS / f"{name}.cpp").read_text(encoding="utf-8")
+    path = Library(text, vectors(), operator=True).path()
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    loaded = ctypes.CDLL(str(path))
-    loaded.bitfold_builder(_builder())
+    # What Inductor's C++ calls by name is looked for among all libraries that are there for all.
+    loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    if name == "runtime":
+        loaded.bitfold_builder(_builder())
     return loaded
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from ..attention import AttentionSpec
 from ..attention_operands import check_cache, check_queries, check_tokens, fresh
 from ..attention_schedule import AttentionSchedule, choose_attention, choose_splits
+from ..lanes import LANE_TYPES
 from ..schedule import OVERLAP_FROM
+from ..spec import CodegenError
 from .attention import source, tables
 from .build import capability, module
 from .cache_write import ROWS
@@ -50,6 +52,7 @@ def attend(
     plain: bool = False,
 ) -> Tensor:
     """softmax(q k^T scale + mask) v over the tokens below limits [B or 1, T or 1]; 0 where there is none."""
+    _check_lane(spec)
     tokens = check_cache(spec, cache, q.shape[0], pages)
     check_queries(spec, q, limits, mask, tokens)
     batch, _, queries, _ = q.shape
@@ -121,6 +124,11 @@ def _arguments(
     }
 
 
+def _check_lane(spec: AttentionSpec) -> None:
+    if spec.x not in LANE_TYPES:
+        raise CodegenError(f"a GPU's kernels take bf16 or f16; {spec} runs in main memory")
+
+
 def _stride(x: Tensor, dim: int) -> int:
     """0 where one number serves all."""
     return 0 if x.shape[dim] == 1 else x.stride(dim)
@@ -142,6 +150,7 @@ def cache_write(
 ) -> None:
     """Quantizes k and v [B, Hkv, T, D] into the cache at positions [B or 1, T]; negative ones count from the
     end, and what lies outside is not written."""
+    _check_lane(spec)
     tokens = check_cache(spec, cache, k.shape[0], pages)
     check_tokens(spec, k, v, positions)
     if k.numel() == 0 or tokens == 0:

@@ -36,15 +36,24 @@ torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
 )
 
+_library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
+_library.impl("few_queries", _later("few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::few_queries", _later("few_queries", "fake"), lib=_library)
+
 _library.define(
     "cache_write(Tensor(a!)[] cache, Tensor k, Tensor v, Tensor positions, Tensor? pages, str spec) -> ()"
 )
 _library.define(
     "attend(Tensor q, Tensor[] cache, Tensor limits, Tensor? mask, Tensor? pages, str spec) -> Tensor"
 )
+_library.define(
+    "attend_few(Tensor q, Tensor[] cache, Tensor limits, Tensor? mask, Tensor? pages, str spec) -> Tensor"
+)
+_library.impl("attend_few", _later("attention", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::attend_few", _later("attention", "attend_fake"), lib=_library)
 for _name in ("cache_write", "attend"):
     _library.impl(_name, _later("attention", _name), "CUDA")
-    _library.impl(_name, _later("attention", f"{_name}_reference"), "CPU")
+    _library.impl(_name, _later("attention", f"{_name}_on_cpu"), "CPU")
     torch.library.register_fake(f"bitfold::{_name}", _later("attention", f"{_name}_fake"), lib=_library)
 _library.define("no_cache_gradient(Tensor gradient) -> Tensor")
 _library.impl("no_cache_gradient", _later("attention", "no_cache_gradient"), "CompositeExplicitAutograd")

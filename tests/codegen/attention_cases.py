@@ -159,7 +159,7 @@ def answer(case: Case, given: Operands) -> tuple[Tensor, Tensor]:
               2 e + r + .., times sum p V (V bounds v as K does k), and rounded to x's type once.
     """
     spec, u = case.spec, 2.0**-24
-    rounding = {"bf16": 2.0**-7, "f16": 2.0**-11}
+    rounding = {"bf16": 2.0**-7, "f16": 2.0**-11, "f32": 2.0**-24}
     k, v = values(spec.k, given.k, case.dim), values(spec.v, given.v, case.dim)
     k_most, v_most = _bound(spec.k, given.k, case.dim), _bound(spec.v, given.v, case.dim)
     k, v, k_most, v_most = (t.repeat_interleave(spec.group, 1) for t in (k, v, k_most, v_most))

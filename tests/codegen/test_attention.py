@@ -211,7 +211,7 @@ def test_text_goes_there_and_back() -> None:
     [
         ("attention 8x128 bf16 int8 int8", "is no attention's text"),
         ("attention 8/3x128 bf16 int8[halves128] int8[halves128]", "8 query heads cannot share 3"),
-        ("attention 8/2x128 f32 int8[halves128] int8[halves128]", "queries in bf16 or f16, not 'f32'"),
+        ("attention 8/2x128 f64 int8[halves128] int8[halves128]", "queries in bf16, f16, f32, not 'f64'"),
         (
             "attention 8/2x128 bf16 int8[halves128] int8[halves128] page:12",
             "a power of two of tokens, not 12",

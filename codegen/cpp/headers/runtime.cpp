@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -221,6 +222,25 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
 }  // namespace bitfold
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("fused", TORCH_BOX(&bitfold::fused)); }
+
+// The same for C++ that Inductor writes: no dispatcher in between. Its tensors stay its own.
+extern "C" AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle* inputs, int64_t count, const char* text,
+                                               AtenTensorHandle* y) {
+  try {
+    std::vector<Tensor> given;
+    given.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      AtenTensorHandle again;
+      if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+      given.emplace_back(again);
+    }
+    const std::vector<Tensor> found = bitfold::fused(std::move(given), text);
+    return aoti_torch_new_tensor_handle(found[0].get(), y);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return AOTI_TORCH_FAILURE;
+  }
+}
 
 extern "C" void bitfold_builder(bitfold::Build made) { bitfold::build = made; }
 extern "C" void bitfold_know(const char* text, const bitfold::Facts* facts) {

@@ -1,0 +1,92 @@
+"""Attention's kernels for this processor: `bitfold::attend_few` knows them, so that no Python runs between a
+graph and its cache.
+
+In: specs. Out: compiled side by side, kept on disk as `build.py` keeps products.
+
+    know_attention([spec]);  torch.ops.bitfold.attend_few(q, cache, limits, mask, pages, str(spec))
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from ..attention import AttentionSpec
+from .attention import source
+from .build import Library, operator, vectors
+
+_X = {"f32": 0, "bf16": 1, "f16": 2}
+_MASKS = {"none": 0, "bool": 1, "float": 2}
+_known: set[tuple[str, str]] = set()
+
+
+class AttentionFacts(ctypes.Structure):
+    """What `attention.cpp` knows of a spec, field by field."""
+
+    _fields_ = [
+        ("run", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "page")),
+        *((name, ctypes.c_int32) for name in ("parts", "x", "mask")),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def know_attention(specs: Iterable[AttentionSpec], words: str | None = None) -> None:
+    """Makes the operator know these specs. CodegenError if the compiler refuses one."""
+    words = words or vectors()
+    wanted = [spec for spec in dict.fromkeys(specs) if (str(spec), words) not in _known]
+    if not wanted:
+        return
+    libraries = [Library(source(spec), words) for spec in wanted]
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        first = pool.submit(_operator)
+        addresses = list(pool.map(_entry, libraries))
+        loaded = first.result()
+    for spec, run in zip(wanted, addresses, strict=True):
+        facts = AttentionFacts(
+            run=run,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            dim=spec.dim,
+            page=spec.page,
+            parts=len(spec.parts),
+            x=_X[spec.x],
+            mask=_MASKS[spec.mask],
+            scale=spec.softmax_scale,
+        )
+        loaded.bitfold_know_attention(str(spec).encode(), ctypes.byref(facts))
+        # One text has one kernel at a time: another's vectors, in a test, take its place.
+        _known.difference_update({known for known in _known if known[0] == str(spec)})
+        _known.add((str(spec), words))
+
+
+@cache
+def _entry(library: Library) -> int | None:
+    loaded = ctypes.CDLL(str(library.path()))
+    return ctypes.cast(loaded.attend, ctypes.c_void_p).value
+
+
+@cache
+def _operator() -> ctypes.CDLL:
+    loaded = operator("attention")
+    loaded.bitfold_attention_builder(_builder())
+    return loaded
+
+
+@cache
+def _builder() -> Callable[[bytes], int]:
+    """Kept alive: the operator calls it for a text that it does not know."""
+
+    def build(text: bytes) -> int:
+        try:
+            know_attention([AttentionSpec.parse(text.decode())])
+        except Exception as error:  # nothing may be raised through C
+            warnings.warn(str(error), stacklevel=2)
+            return 1
+        return 0
+
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(build)

@@ -1,0 +1,221 @@
+// Attention of a few queries: what the kernel over a cache of floats and those over codes share. A kind of keys
+// or values is a class with `row(entry, head, token, room)`, a token's numbers as floats.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+namespace bitfold {
+
+// Queries whose sums are in registers together.
+constexpr int kRows = 4;
+// Parts of a cache: codes, scales and zero points, of keys and of values.
+constexpr int kParts = 6;
+
+// A tensor of four dimensions: where it is, and how far apart neighbours are.
+struct Four {
+  const char* data = nullptr;
+  int64_t size[4] = {}, stride[4] = {};
+  int64_t at(int64_t a, int64_t b, int64_t c) const { return a * stride[0] + b * stride[1] + c * stride[2]; }
+};
+
+// Integers [B, n]: limits, or a table of pages.
+struct Table {
+  const void* data = nullptr;
+  bool wide = false;  // 64 bits
+  int64_t stride[2] = {};
+  int64_t get(int64_t a, int64_t b) const {
+    const int64_t at = a * stride[0] + b * stride[1];
+    return wide ? static_cast<const int64_t*>(data)[at] : static_cast<const int32_t*>(data)[at];
+  }
+};
+
+// What a call has: rows of queries that share keys are numbered head by head, query by query.
+struct Queries {
+  Four q, mask;
+  bool bools = false;  // the mask's type, else numbers of q's
+  Table limits;        // how many tokens each query sees; none: all
+  int64_t tokens = 0, kv_heads = 1;
+  float scale = 1;
+  void* y = nullptr;  // [B, T, H, D]
+  int64_t heads() const { return q.size[1]; }
+  int64_t queries() const { return q.size[2]; }
+  int64_t dim() const { return q.size[3]; }
+  int64_t group() const { return heads() / kv_heads; }
+  int64_t limit(int64_t entry, int64_t query) const {
+    return limits.data ? std::min(std::max<int64_t>(limits.get(entry, query), 0), tokens) : tokens;
+  }
+};
+
+// A cache in codes: parts in order, and which page holds an entry's tokens, if there are pages.
+struct Cache {
+  const void* parts[kParts] = {};
+  Table pages;
+  int64_t length = 0, page = 0;  // tokens of an entry, or of a page, in memory; of a page, or 0
+};
+
+// One call of a generated kernel.
+struct Attention {
+  Queries queries;
+  Cache cache;
+};
+
+// exp of x <= 0, to a unit in the last place: 2**n times a polynomial of what is left of x.
+inline float power(float x) {
+  x = std::max(x, -87.0f);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+}
+
+// A row of numbers as floats: where it lies, or in `room`.
+template <class T> inline const float* floats(const char* data, int64_t at, int64_t dim, float* room) {
+  if constexpr (std::is_same_v<T, f32>) return reinterpret_cast<const float*>(data) + at;
+  const void* from = data + 2 * at;
+  for (int64_t d = 0; d < dim; ++d) room[d] = T::get(from, d);
+  return room;
+}
+
+// Keys or values that lie as floats.
+template <class T> struct Numbers {
+  Four at;
+  int64_t dim;
+  const float* row(int64_t entry, int64_t head, int64_t token, float* room) const {
+    return floats<T>(at.data, at.at(entry, head, token), dim, room);
+  }
+};
+
+struct Room {
+  std::vector<float> queries, scores, row, sums;
+};
+
+// One past the last token that any query of the entry may see: limits and a mask of bools tell.
+inline int64_t end_of(const Queries& call, int64_t entry) {
+  int64_t most = 0, end = 0;
+  for (int64_t t = 0; t < call.queries(); ++t) most = std::max(most, call.limit(entry, t));
+  if (!call.bools) return most;
+  for (int64_t h = 0; h < call.mask.size[1]; ++h)
+    for (int64_t t = 0; t < call.mask.size[2]; ++t) {
+      const char* shown = call.mask.data + call.mask.at(entry, h, t);
+      int64_t s = most;
+      while (s > end && !shown[(s - 1) * call.mask.stride[3]]) --s;
+      end = s;
+    }
+  return end;
+}
+
+// Scores of R rows of queries, [R, S], for tokens 0 .. end - 1.
+template <int R, class Keys>
+void score(const Queries& call, const Keys& keys, int64_t entry, int64_t head, int64_t end, Room& room) {
+  const int64_t dim = call.dim(), tokens = call.tokens;
+  const float* q = room.queries.data();
+  float* scores = room.scores.data();
+  for (int64_t s = 0; s < end; ++s) {
+    const float* k = keys.row(entry, head, s, room.row.data());
+    Floats sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = zeros();
+    for (int64_t d = 0; d < dim; d += kFloats) {
+      const Floats key = loadf(k + d);
+      for (int r = 0; r < R; ++r) sums[r] = madd(key, loadf(q + r * dim + d), sums[r]);
+    }
+    for (int r = 0; r < R; ++r) scores[r * tokens + s] = sum(sums[r]);
+  }
+}
+
+// Weights of a row in place of its scores; their sum.
+template <class T>
+float weigh(const Queries& call, int64_t entry, int64_t head, int64_t query, int64_t end, float* row) {
+  const char* mask = call.mask.data;
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  if (mask != nullptr) {
+    const int64_t at = call.mask.at(entry, head, query), step = call.mask.stride[3];
+    if (call.bools)
+      for (int64_t s = 0; s < end; ++s) row[s] = mask[at + s * step] ? row[s] : none;
+    else
+      for (int64_t s = 0; s < end; ++s) row[s] += T::get(mask, at + s * step);
+  }
+  std::fill(row + std::min(call.limit(entry, query), end), row + end, none);
+  float most = none;
+  bool number = true;
+  for (int64_t s = 0; s < end; ++s) most = std::max(most, row[s]), number &= row[s] == row[s];
+  if (!number) {
+    std::fill(row, row + end, std::numeric_limits<float>::quiet_NaN());
+    return 1;
+  }
+  if (most == none) {  // it sees nothing
+    std::fill(row, row + end, 0.0f);
+    return 1;
+  }
+  float all = 0;
+  for (int64_t s = 0; s < end; ++s) row[s] = row[s] == none ? 0.0f : power(row[s] - most);
+  for (int64_t s = 0; s < end; ++s) all += row[s];
+  return all;
+}
+
+// Sums of values times weights of R rows, [R, D].
+template <int R, class Values>
+void mix(const Queries& call, const Values& values, int64_t entry, int64_t head, int64_t end, Room& room) {
+  const int64_t dim = call.dim(), tokens = call.tokens;
+  const float* weights = room.scores.data();
+  float* sums = room.sums.data();
+  std::fill(sums, sums + R * dim, 0.0f);
+  for (int64_t s = 0; s < end; ++s) {
+    const float* v = values.row(entry, head, s, room.row.data());
+    for (int r = 0; r < R; ++r) {
+      const Floats weight = same(weights[r * tokens + s]);
+      float* to = sums + r * dim;
+      for (int64_t d = 0; d < dim; d += kFloats) storef(to + d, madd(weight, loadf(v + d), loadf(to + d)));
+    }
+  }
+}
+
+template <class T, int R, class Keys, class Values>
+void rows(const Queries& call, const Keys& keys, const Values& values, int64_t entry, int64_t kv_head, int64_t first,
+          int64_t end, Room& room) {
+  const int64_t dim = call.dim(), queries = call.queries(), tokens = call.tokens;
+  const int64_t head = kv_head * call.group();
+  // A row of codes may end in padding: less than half of it.
+  room.queries.resize(R * dim), room.sums.resize(R * dim), room.scores.resize(R * tokens), room.row.resize(2 * dim);
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = call.q.at(entry, head + (first + r) / queries, (first + r) % queries);
+    const float* q = floats<T>(call.q.data, at, dim, room.row.data());
+    for (int64_t d = 0; d < dim; ++d) room.queries[r * dim + d] = q[d] * call.scale;
+  }
+  score<R>(call, keys, entry, kv_head, end, room);
+  float all[R];
+  for (int r = 0; r < R; ++r)
+    all[r] = weigh<T>(call, entry, head + (first + r) / queries, (first + r) % queries, end,
+                      room.scores.data() + r * tokens);
+  mix<R>(call, values, entry, kv_head, end, room);
+  for (int r = 0; r < R; ++r) {
+    const int64_t h = head + (first + r) / queries, t = (first + r) % queries;
+    const int64_t at = ((entry * queries + t) * call.heads() + h) * dim;
+    for (int64_t d = 0; d < dim; ++d) T::put(call.y, at + d, room.sums[r * dim + d] / all[r]);
+  }
+}
+
+// All queries that share heads first .. last - 1, numbered entry by entry.
+template <class T, class Keys, class Values>
+void attend(const Queries& call, const Keys& keys, const Values& values, int64_t first, int64_t last) {
+  thread_local Room room;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t entry = i / call.kv_heads, head = i % call.kv_heads;
+    const int64_t end = end_of(call, entry), many = call.group() * call.queries();
+    int64_t at = 0;
+    for (; at + kRows <= many; at += kRows) rows<T, kRows>(call, keys, values, entry, head, at, end, room);
+    if (many - at == 3) rows<T, 3>(call, keys, values, entry, head, at, end, room);
+    if (many - at == 2) rows<T, 2>(call, keys, values, entry, head, at, end, room);
+    if (many - at == 1) rows<T, 1>(call, keys, values, entry, head, at, end, room);
+  }
+}
+
+}  // namespace bitfold

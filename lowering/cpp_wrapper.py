@@ -1,0 +1,49 @@
+"""How Inductor is told to write C++ between kernels, and to call bitfold's operators there without torch's
+dispatcher.
+
+In: nothing. Out: Inductor's options for a graph whose kernels are small.
+
+    buf2 = torch.ops.bitfold.fused.default([buf1, arg7, arg8], "linear ..")        about 7 us
+    ->  aoti_torch_cpu_fused({buf1, arg7, arg8}, 3, "linear ..", &buf2)            about 1 us
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class _Shims(dict[Any, list[str]]):
+    """Pickled by name: Inductor's cache of graphs goes by the options' pickle, and an operator has none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shims, ()
+
+
+def _shims() -> _Shims:
+    return SHIMS
+
+
+# Operator -> the C function that Inductor's C++ calls, as torch's own are called; `codegen/cpp/headers`.
+SHIMS = _Shims(
+    {
+        torch.ops.bitfold.fused.default: [
+            "AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle*, int64_t, const char*, "
+            "AtenTensorHandle*)"
+        ],
+        torch.ops.bitfold.few_queries.default: [
+            "AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
+            "AtenTensorHandle*, double, AtenTensorHandle*)"
+        ],
+        torch.ops.bitfold.attend_few.default: [
+            "AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle, const AtenTensorHandle*, int64_t, "
+            "AtenTensorHandle, AtenTensorHandle*, AtenTensorHandle*, const char*, AtenTensorHandle*)"
+        ],
+    }
+)
+
+
+def cpp_wrapper() -> dict[str, Any]:
+    """Options of Inductor."""
+    return {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": SHIMS}
