@@ -1,12 +1,12 @@
-"""Instructions of CPU kernels for each weight, counted by valgrind: a whole call on one row of x, not its loop.
+"""Instructions of CPU kernels for each weight, counted by valgrind: whole calls on one row of x, not loops.
 
 In: formats, shapes. Out: instructions a weight, and with --out the numbers as JSON.
 
     python benchmarks/cpu_instructions.py int8 'int4[g64]' 'int4[g64] x int8' --shapes 4096x4096 1536x576
 
-The kernel runs once and three times as a program of its own (`kernel_alone.py`), for AVX2, compiled as bitfold
-has kernels compiled; the difference is two calls, without what makes x ready. Needs valgrind, which knows no
-AVX-512.
+The kernel runs once and three times as a program of its own (`kernel_alone.py`), for AVX2, with the flags
+that bitfold gives the compiler; the difference is two calls, without what makes x ready. Needs valgrind,
+which knows no AVX-512.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _many_scales(body: Body) -> list[str]:
     lines = [
         "inline void many_scales(",
         "    const Call& call, const Weight& w, int64_t base, int64_t group, int64_t count,",
-        f"    float* s{', float* z' if zeros else ''}) {{",
+        f"    float* __restrict s{', float* __restrict z' if zeros else ''}) {{",
         "  const int64_t at = base + group * call.scale_group;",
         *([] if zeros else ["  float none;"]),
     ]
@@ -54,7 +54,8 @@ def _many_scales(body: Body) -> list[str]:
         "  else",
         f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i * call.scale_group, {to});",
         # Of codes behind the row's end, where x is zero.
-        f"  for (int64_t i = count; i < kScales && (group + i) * {body.cols} < call.padded; ++i) s[i] = 0.0f;",
+        f"  const int64_t all = std::min<int64_t>(kScales, (call.padded - 1) / {body.cols} + 1 - group);",
+        "  for (int64_t i = count; i < all; ++i) s[i] = 0.0f;",
         "}",
         "",
     ]

@@ -34,9 +34,8 @@ def tile(body: Body) -> list[str]:
         f"    for (int a = 0; a < A; ++a) p[r][m][a] = {none}();",
     ]
     # A sum waits for the one before: a short tile needs several for each row.
-    chains = (
-        "R * M >= 4 || kParts < 2 ? 1 : R * M == 1 && kParts >= 4 ? 4 : 2" if not body.by_integers else "1"
-    )
+    most = 4 if body.whole_rows else 2
+    chains = "1" if body.by_integers else f"R * M >= 4 ? 1 : std::min(R * M == 1 ? {most} : 2, kParts)"
     head = [
         "// out[r][m]: rows row .. row + R - 1 of the weight times rows m0 .. m0 + M - 1 of x.",
         "template <int R, int M>",
@@ -191,8 +190,14 @@ def _opened(body: Body) -> list[str]:
         f"      const int64_t first = k0 / {sums}, last = (k0 + count * {cols}) / {sums};",
         "      for (int m = 0; m < M; ++m) {",
         f"        const float* sums = call.x_sums + (m0 + m) * (call.k / {sums});",
-        "        for (int64_t j = first; j < last; ++j)",
-        f"          rest[r][m] += z[j * {sums} / {cols} - group] * sums[j]{tokens};",
+        *(
+            ["        rest[r][m] += dotted(z, sums + first, last - first);"]
+            if sums == cols and not tokens
+            else [
+                "        for (int64_t j = first; j < last; ++j)",
+                f"          rest[r][m] += z[j * {sums} / {cols} - group] * sums[j]{tokens};",
+            ]
+        ),
         "      }",
         "    }",
     ]

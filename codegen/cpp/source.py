@@ -21,7 +21,7 @@ from .panels import entry, panels
 from .products import CHUNK, tile
 
 # Rows of the weight taken together with 1, 2 and 4 rows of x. One at a time is one stream of memory, which a
-# processor foresees: two took twice as long on an EPYC. With four rows of x the multipliers are the bound.
+# processor foresees; several were slower on an EPYC. With four rows of x the multipliers are the bound.
 ROWS = {1: 1, 2: 1, 4: 2}
 
 

@@ -31,19 +31,25 @@ struct f16 {
   static float get(const void* p, int64_t i) { return of_half(static_cast<const uint16_t*>(p)[i]); }
   static void put(void* p, int64_t i, float f) { static_cast<uint16_t*>(p)[i] = to_half(f); }
 };
+inline uint32_t to_bits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+// Without branches, so that a loop over scales is in vectors.
 struct e8m0 {  // 2**(byte - 127); 255 is NaN
   static float get(const void* p, int64_t i) {
     const uint32_t byte = static_cast<const uint8_t*>(p)[i];
-    return byte == 255 ? NAN : from_bits(byte ? byte << 23 : 0x00400000);
+    const uint32_t bits = byte == 0 ? 0x00400000u : byte << 23;
+    return from_bits(byte == 255 ? 0x7fc00000u : bits);
   }
 };
 struct e4m3 {
   static float get(const void* p, int64_t i) {
     const uint32_t byte = static_cast<const uint8_t*>(p)[i], rest = byte & 127;
-    const float magnitude = rest == 127 ? NAN
-                            : rest < 8  ? float(rest) * 0.001953125f
-                                        : from_bits((rest << 20) + (120u << 23));
-    return byte & 128 ? -magnitude : magnitude;
+    const uint32_t small = to_bits(static_cast<float>(static_cast<int32_t>(rest)) * 0.001953125f);
+    const uint32_t bits = rest < 8 ? small : (rest << 20) + (120u << 23);
+    return from_bits((rest == 127 ? 0x7fc00000u : bits) | (byte & 128) << 24);
   }
 };
 struct i8 {
@@ -59,6 +65,15 @@ template <int... i, class F> inline void each(std::integer_sequence<int, i...>, 
 }
 template <int count, class F> inline void unrolled(F&& f) {
   each(std::make_integer_sequence<int, count>{}, static_cast<F&&>(f));
+}
+
+inline float dotted(const float* a, const float* b, int64_t count) {
+  Floats all = zeros();
+  int64_t i = 0;
+  for (; i + kFloats <= count; i += kFloats) all = madd(loadf(a + i), loadf(b + i), all);
+  float rest = sum(all);
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return rest;
 }
 
 // out[i]: the sum of vector i.
