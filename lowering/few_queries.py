@@ -100,9 +100,9 @@ def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 def build_for_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The first call of a process: builds the operator in C++, which takes its own place."""
-    from ..codegen.cpp.build import operator
+    from ..codegen.cpp.attention_build import attention_operator
 
-    operator("attention")
+    attention_operator()
     found: Tensor = torch.ops.bitfold.few_queries(q, k, v, mask, scale)
     return found
 
