@@ -7,8 +7,7 @@ In: a graph. Out: the same, each `scaled_dot_product_attention` of up to `MOST_Q
     ->  %y = few_queries(%q, %k, %v, %mask, 0.125)
 
 torch's own attention takes one head of keys for each of queries, so that Inductor writes a cache three times
-over (SmolLM2) before it is read, whether tokens are in it or not: 80 of 110 microseconds that a layer took
-beside its products.
+over (SmolLM2) before it is read, whether tokens are in it or not (`benchmarks/cpu_overhead.py`).
 """
 
 from __future__ import annotations
