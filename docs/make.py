@@ -1,6 +1,6 @@
 """The parts of the documents that are made, not written: the table of formats and the README's tables.
 
-In: the formats themselves, and what the demo and the GEMM benchmark wrote to `benchmarks/results/`. Out:
+In: the formats themselves, and what the demo and benchmarks wrote to `benchmarks/results/`. Out:
 `docs/formats.md`, and README.md with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
 
     python docs/make.py            write them
@@ -99,6 +99,40 @@ def gemm_table() -> str:
     return "\n".join(found)
 
 
+def cpu_table() -> str:
+    """One table for each run of `benchmarks/cpu_decode.py` that is committed."""
+    found = []
+    for path in sorted(RESULTS.glob("cpu-model-*.json")):
+        found.append(_cpu(json.loads(path.read_text(encoding="utf-8")), path))
+    return "\n".join(found)
+
+
+def _cpu(record: dict[str, Any], path: Path) -> str:
+    rows = {(row["who"], row["case"]): row for row in record["rows"]}
+    cases = list(dict.fromkeys(row["case"] for row in record["rows"]))
+    head = ["", *(f"{case}, tokens/s" for case in cases), "compiled in"]
+    lines = []
+    for who in dict.fromkeys(row["who"] for row in record["rows"]):
+        mine = [rows.get((who, case)) for case in cases]
+        seconds = [row["compile_s"] for row in mine if row and "compile_s" in row]
+        lines.append((f"`{who}`", *map(_speed, mine, [rows.get(("float32", case)) for case in cases]),
+                      f"{max(seconds):.0f} s" if seconds else ""))  # fmt: skip
+    threads = f"{record['threads']} thread{'s' if record['threads'] > 1 else ''}"
+    clock = ", the thread's own time" if record["clock"] == "processor" else ""
+    return (
+        f"{record['machine']}, {threads}{clock}, torch {record['torch']} "
+        f"([raw output]({path.relative_to(ROOT).as_posix()}), `python benchmarks/cpu_decode.py`):\n\n"
+        + _table(head, lines)
+    )
+
+
+def _speed(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    ratio = f" ({row['tokens_s'] / base['tokens_s']:.2f}x)" if base is not None else ""
+    return f"{row['tokens_s']:.1f}{ratio}"
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
@@ -108,7 +142,7 @@ def made() -> dict[Path, str]:
     """Every made document and its whole text."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("demo", demo_table()), ("gemm", gemm_table())):
+    for name, table in (("demo", demo_table()), ("gemm", gemm_table()), ("cpu", cpu_table())):
         text = re.sub(
             rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
             lambda m, table=table: m[1] + table + m[2],

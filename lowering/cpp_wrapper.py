@@ -3,8 +3,8 @@ dispatcher.
 
 In: nothing. Out: Inductor's options for a graph whose kernels are small.
 
-    buf2 = torch.ops.bitfold.fused.default([buf1, arg7, arg8], "linear ..")        about 7 us
-    ->  aoti_torch_cpu_fused({buf1, arg7, arg8}, 3, "linear ..", &buf2)            about 1 us
+    buf2 = torch.ops.bitfold.fused.default([buf1, arg7, arg8], "linear ..")
+    ->  aoti_torch_cpu_fused({buf1, arg7, arg8}, 3, "linear ..", &buf2)
 """
 
 from __future__ import annotations

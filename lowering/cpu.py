@@ -140,9 +140,9 @@ class CpuTarget(InductorTarget):
                 know_attention(specs)
         calls = gm.graph.find_nodes(op="call_function", target=FUSED)
         if gm.graph.find_nodes(op="call_function", target=FEW_QUERIES):
-            from ..codegen.cpp.build import operator as load
+            from ..codegen.cpp.attention_build import attention_operator
 
-            load("attention")
+            attention_operator()
         if calls:
             from ..codegen.cpp.build import know
 

@@ -7,8 +7,7 @@ In: a graph. Out: the same, each `scaled_dot_product_attention` of up to `MOST_Q
     ->  %y = few_queries(%q, %k, %v, %mask, 0.125)
 
 torch's own attention takes one head of keys for each of queries, so that Inductor writes a cache three times
-over (SmolLM2) before it is read, whether tokens are in it or not: 80 of 110 microseconds that a layer took
-beside its products.
+over (SmolLM2) before it is read, whether tokens are in it or not (`benchmarks/cpu_overhead.py`).
 """
 
 from __future__ import annotations
@@ -100,9 +99,9 @@ def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> 
 
 def build_for_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """The first call of a process: builds the operator in C++, which takes its own place."""
-    from ..codegen.cpp.build import operator
+    from ..codegen.cpp.attention_build import attention_operator
 
-    operator("attention")
+    attention_operator()
     found: Tensor = torch.ops.bitfold.few_queries(q, k, v, mask, scale)
     return found
 

@@ -19,6 +19,8 @@ from ...formats import Format, Integer
 from ..attention import AttentionSpec, group_of, grouped, groups, has_zero, row
 from ..slices import Take
 
+# Codes of a loop: GCC makes straight vector code of sixteen, and a slow loop of more.
+PIECE = 16
 # Stored types of scales, zero points and x, as `headers/numbers.h` calls them.
 _ZEROS = {True: "i8", False: "u8"}
 
@@ -113,12 +115,13 @@ def _slices(which: str, fmt: Format, dim: int) -> list[str]:
             value = f"({value} - zero{group})" if has_zero(fmt) else value
             value = f"{value} * scale{group}" if fmt.scale is not None else value
             code = " | ".join(_taken(take, run * walked.units + walked.loads[take.load]) for take in takes)
-            lines += [
-                f"    for (int i = 0; i < {walked.length}; ++i) {{",
-                f"      const uint32_t code = {code};",
-                f"      room[{first} + i] = {value};",
-                "    }",
-            ]
+            for start in range(0, walked.length, PIECE):
+                lines += [
+                    f"    for (int i = {start}; i < {start + PIECE}; ++i) {{",
+                    f"      const uint32_t code = {code};",
+                    f"      room[{first} + i] = {value};",
+                    "    }",
+                ]
     return lines
 
 

@@ -43,7 +43,7 @@ def know_attention(specs: Iterable[AttentionSpec], words: str | None = None) -> 
         return
     libraries = [Library(source(spec), words) for spec in wanted]
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        first = pool.submit(_operator)
+        first = pool.submit(attention_operator)
         addresses = list(pool.map(_entry, libraries))
         loaded = first.result()
     for spec, run in zip(wanted, addresses, strict=True):
@@ -71,7 +71,8 @@ def _entry(library: Library) -> int | None:
 
 
 @cache
-def _operator() -> ctypes.CDLL:
+def attention_operator() -> ctypes.CDLL:
+    """Torch's operators of attention, loaded; a text that they do not know is built when one is called."""
     loaded = operator("attention")
     loaded.bitfold_attention_builder(_builder())
     return loaded

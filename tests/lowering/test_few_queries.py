@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.codegen.cpp.build import operator
+from bitfold.codegen.cpp.attention_build import attention_operator
 from bitfold.lowering import backend
 from bitfold.lowering.few_queries import FEW_QUERIES, few_queries, reference
 from bitfold.passes import Trace
@@ -77,6 +79,20 @@ def test_what_is_behind_the_last_token_is_not_read() -> None:
     torch.testing.assert_close(y, reference(q, k[:, :, :40], v[:, :, :40], None, 0.5))
 
 
+def test_either_operator_may_come_first() -> None:
+    """One library holds both: loaded for one of them, it builds what the other is asked for."""
+    code = """
+import torch, bitfold
+from bitfold.codegen.attention import AttentionSpec, cache_format, empty_cache
+q = torch.zeros(1, 2, 1, 64)
+torch.ops.bitfold.few_queries(q, q[:, :1], q[:, :1], None, 1.0)
+spec = AttentionSpec(2, 1, 64, "f32", cache_format("int8", 64), cache_format("int8", 64))
+y = torch.ops.bitfold.attend_few(q, empty_cache(spec, 1, 8), torch.tensor([[8]]), None, None, str(spec))
+assert torch.equal(y, q)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_any_strides() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 5, 4, 32).transpose(1, 2) for _ in range(3))
@@ -97,7 +113,7 @@ def test_any_strides() -> None:
     ],
 )
 def test_what_it_does_not_take_is_said(change: dict[str, Any], match: str) -> None:
-    operator("attention")
+    attention_operator()
     given = {"q": torch.zeros(1, 4, 1, 32), "k": torch.zeros(1, 2, 8, 32), "v": torch.zeros(1, 2, 8, 32)}
     given |= {"mask": None, "scale": 1.0, **change}
     with pytest.raises(RuntimeError, match=match):

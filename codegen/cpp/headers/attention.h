@@ -11,6 +11,8 @@ namespace bitfold {
 
 // Queries whose sums are in registers together.
 constexpr int kRows = 4;
+// Tokens whose values are added to them together.
+constexpr int kTokens = 8;
 // Parts of a cache: codes, scales and zero points, of keys and of values.
 constexpr int kParts = 6;
 
@@ -144,36 +146,54 @@ float weigh(const Queries& call, int64_t entry, int64_t head, int64_t query, int
       for (int64_t s = 0; s < end; ++s) row[s] += T::get(mask, at + s * step);
   }
   std::fill(row + std::min(call.limit(entry, query), end), row + end, none);
-  float most = none;
-  bool number = true;
-  for (int64_t s = 0; s < end; ++s) most = std::max(most, row[s]), number &= row[s] == row[s];
-  if (!number) {
+  // In lanes, as a vector adds: one after the other, sums of a long row take longer than its keys.
+  constexpr int kLanes = 16;
+  float most[kLanes], all[kLanes] = {};
+  int wrong[kLanes] = {};
+  std::fill(most, most + kLanes, none);
+  const int64_t whole = end / kLanes * kLanes;
+  const auto look = [&](int64_t s, int i) {
+    most[i] = row[s] > most[i] ? row[s] : most[i];
+    wrong[i] |= row[s] != row[s];
+  };
+  for (int64_t s = 0; s < whole; s += kLanes)
+    for (int i = 0; i < kLanes; ++i) look(s + i, i);
+  for (int64_t s = whole; s < end; ++s) look(s, 0);
+  for (int i = 1; i < kLanes; ++i) most[0] = std::max(most[0], most[i]), wrong[0] |= wrong[i];
+  if (wrong[0]) {
     std::fill(row, row + end, std::numeric_limits<float>::quiet_NaN());
     return 1;
   }
-  if (most == none) {  // it sees nothing
+  if (most[0] == none) {  // it sees nothing
     std::fill(row, row + end, 0.0f);
     return 1;
   }
-  float all = 0;
-  for (int64_t s = 0; s < end; ++s) row[s] = row[s] == none ? 0.0f : power(row[s] - most);
-  for (int64_t s = 0; s < end; ++s) all += row[s];
-  return all;
+  const float top = most[0];
+  const auto raise = [&](int64_t s, int i) {
+    row[s] = row[s] == none ? 0.0f : power(row[s] - top);
+    all[i] += row[s];
+  };
+  for (int64_t s = 0; s < whole; s += kLanes)
+    for (int i = 0; i < kLanes; ++i) raise(s + i, i);
+  for (int64_t s = whole; s < end; ++s) raise(s, 0);
+  for (int i = 1; i < kLanes; ++i) all[0] += all[i];
+  return all[0];
 }
 
-// Sums of values times weights of R rows, [R, D].
-template <int R, class Values>
-void mix(const Queries& call, const Values& values, int64_t entry, int64_t head, int64_t end, Room& room) {
+// Sums of values times weights of R rows, [R, D]: so many tokens at a time that sums are in memory seldom.
+template <int R, int many, class Values>
+void mix(const Queries& call, const Values& values, int64_t entry, int64_t head, int64_t s, Room& room) {
   const int64_t dim = call.dim(), tokens = call.tokens;
-  const float* weights = room.scores.data();
-  float* sums = room.sums.data();
-  std::fill(sums, sums + R * dim, 0.0f);
-  for (int64_t s = 0; s < end; ++s) {
-    const float* v = values.row(entry, head, s, room.row.data());
-    for (int r = 0; r < R; ++r) {
-      const Floats weight = same(weights[r * tokens + s]);
-      float* to = sums + r * dim;
-      for (int64_t d = 0; d < dim; d += kFloats) storef(to + d, madd(weight, loadf(v + d), loadf(to + d)));
+  const float* v[many];
+  for (int j = 0; j < many; ++j) v[j] = values.row(entry, head, s + j, room.row.data() + 2 * dim * j);
+  for (int r = 0; r < R; ++r) {
+    Floats weight[many];
+    for (int j = 0; j < many; ++j) weight[j] = same(room.scores[r * tokens + s + j]);
+    float* to = room.sums.data() + r * dim;
+    for (int64_t d = 0; d < dim; d += kFloats) {
+      Floats sum = loadf(to + d);
+      for (int j = 0; j < many; ++j) sum = madd(weight[j], loadf(v[j] + d), sum);
+      storef(to + d, sum);
     }
   }
 }
@@ -184,7 +204,8 @@ void rows(const Queries& call, const Keys& keys, const Values& values, int64_t e
   const int64_t dim = call.dim(), queries = call.queries(), tokens = call.tokens;
   const int64_t head = kv_head * call.group();
   // A row of codes may end in padding: less than half of it.
-  room.queries.resize(R * dim), room.sums.resize(R * dim), room.scores.resize(R * tokens), room.row.resize(2 * dim);
+  room.queries.resize(R * dim), room.sums.resize(R * dim), room.scores.resize(R * tokens);
+  room.row.resize(2 * dim * kTokens);
   for (int r = 0; r < R; ++r) {
     const int64_t at = call.q.at(entry, head + (first + r) / queries, (first + r) % queries);
     const float* q = floats<T>(call.q.data, at, dim, room.row.data());
@@ -195,7 +216,10 @@ void rows(const Queries& call, const Keys& keys, const Values& values, int64_t e
   for (int r = 0; r < R; ++r)
     all[r] = weigh<T>(call, entry, head + (first + r) / queries, (first + r) % queries, end,
                       room.scores.data() + r * tokens);
-  mix<R>(call, values, entry, kv_head, end, room);
+  std::fill(room.sums.begin(), room.sums.begin() + R * dim, 0.0f);
+  int64_t s = 0;
+  for (; s + kTokens <= end; s += kTokens) mix<R, kTokens>(call, values, entry, kv_head, s, room);
+  for (; s < end; ++s) mix<R, 1>(call, values, entry, kv_head, s, room);
   for (int r = 0; r < R; ++r) {
     const int64_t h = head + (first + r) / queries, t = (first + r) % queries;
     const int64_t at = ((entry * queries + t) * call.heads() + h) * dim;
