@@ -40,6 +40,7 @@ FLAGS = {
     "portable": (),
 }
 _STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
+_LOOPS = ("-ftree-loop-vectorize", "-fno-math-errno")
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -84,18 +85,25 @@ def _private() -> Path:
 
 @dataclass(frozen=True)
 class Library:
-    """A file to compile: its text, the vectors it is written in, and whether it is torch's operator."""
+    """A file to compile: its text, the vectors it is written in, whether it is torch's operator, and whether
+    the compiler shall make vectors of its loops, which Inductor forbids."""
 
     text: str
     vectors: str
     operator: bool = False
+    loops: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the compiler is told beyond Inductor's own options."""
+        return (*FLAGS[self.vectors], *_STRICT, *(_LOOPS if self.loops else ()))
 
     @property
     def name(self) -> str:
         """By all that goes into it."""
         made = hashlib.sha256(_headers().encode())
         version = torch.__version__ if self.operator else ""
-        for part in (self.text, self.vectors, *FLAGS[self.vectors], *_STRICT, version):
+        for part in (self.text, self.vectors, *self.flags, version):
             made.update(part.encode() + b"\0")
         return "c" + made.hexdigest()[:32]
 
@@ -125,7 +133,7 @@ class Library:
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
         header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *_STRICT]
+        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

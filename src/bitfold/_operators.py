@@ -1,7 +1,7 @@
 """The operators that lowered graphs are made of, registered with torch when bitfold is imported.
 
-In: nothing. Out: `torch.ops.bitfold.cpu_linear`, `.rows`, `.fused`. What they compute is imported with the
-first call, so that a saved program finds its operators, and importing bitfold stays light.
+In: nothing. Out: `torch.ops.bitfold.cpu_linear`, `.rows`, `.fused`, `.conv`. What they compute is imported
+with the first call, so that a saved program finds its operators, and importing bitfold stays light.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ _library.impl("fused", _later("fused", "build_for_cpu"), "CompositeExplicitAutog
 torch.library.register_fake("bitfold::fused", _later("fused", "fake"), lib=_library)
 torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
+)
+
+_library.define("conv(Tensor[] inputs, str spec) -> Tensor[]")
+_library.impl("conv", _later("conv", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::conv", _later("conv", "fake"), lib=_library)
+torch.library.register_autograd(
+    "bitfold::conv", _later("conv", "backward"), setup_context=_later("conv", "keep"), lib=_library
 )
 
 _library.define(
