@@ -26,6 +26,7 @@ from ..passes.fuse import region_of
 
 # Fewer calls than this, and a subgraph of its own saves nothing.
 FEWEST = 2
+KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
 
 
 def share_regions(gm: GraphModule) -> int:
@@ -50,7 +51,7 @@ def _key(region: GraphModule) -> object:
     for index, node in enumerate(region.graph.nodes):
         names[node] = index
         # A kernel is compiled apart from the graph, and operations around it may yet become part of it.
-        if node.op in ("get_attr", "call_module") or node.target is torch.ops.bitfold.fused.default:
+        if node.op in ("get_attr", "call_module") or node.target in KERNELS:
             return None
         arguments = _placed((node.args, node.kwargs), names)
         value = _described(node.meta.get("val")) if node.op == "placeholder" else ()

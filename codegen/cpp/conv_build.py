@@ -25,7 +25,17 @@ _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),
     *("dilation_y", "dilation_x", "groups", "row_bytes", "scales"),
 )
-_COUNTS = ("product", "depthwise", "bias", "reads", "vectors", "writes", "read_codes", "write_codes")
+_COUNTS = (
+    "product",
+    "depthwise",
+    "bias",
+    "positive",
+    "reads",
+    "vectors",
+    "writes",
+    "read_codes",
+    "write_codes",
+)
 
 
 class Facts(ctypes.Structure):
@@ -64,6 +74,7 @@ def facts_of(spec: ConvSpec, run: int) -> Facts:
         product=int(not spec.kernel),
         depthwise=int(spec.depthwise),
         bias=int(spec.bias),
+        positive=int(spec.positive),
         reads=len(spec.reads),
         vectors=spec.epilogue.count("v"),
         writes=len(spec.writes),

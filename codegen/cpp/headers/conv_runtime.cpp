@@ -27,7 +27,7 @@ struct Facts {
   Run run;
   int64_t n, k, kernel_height, kernel_width, stride_y, stride_x, top, left, bottom, right, dilation_y, dilation_x, groups;
   int64_t row_bytes, scales;           // bytes of a row of codes; scales of the weight
-  int32_t product, depthwise, bias;    // product: x is rows
+  int32_t product, depthwise, bias, positive;  // product: x is rows; positive: no code of x is negative
   int32_t reads, vectors, writes;      // how many
   int32_t read_codes, write_codes;     // a bit for each: whether it is codes
 };
@@ -231,6 +231,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
 
   thread_local Scratch s;
   const float unit = one(inputs[1], text);
+  STD_TORCH_CHECK(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
   const Tensor &codes = inputs[2], &scales = inputs[3];
   STD_TORCH_CHECK(codes.numel() == f.n * f.row_bytes && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
