@@ -19,7 +19,7 @@ import torch
 
 from ..conv import ConvSpec
 from .build import FLAGS, HEADERS, Library, vectors
-from .conv_source import source
+from .conv_source import normed, source
 
 _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),
@@ -33,6 +33,7 @@ _COUNTS = (
     "reads",
     "vectors",
     "writes",
+    "norm",
     "read_codes",
     "write_codes",
 )
@@ -43,12 +44,13 @@ class Facts(ctypes.Structure):
 
     _fields_ = [
         ("run", ctypes.c_void_p),
+        ("widen", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in _PLACES),
         *((name, ctypes.c_int32) for name in _COUNTS),
     ]
 
 
-def facts_of(spec: ConvSpec, run: int) -> Facts:
+def facts_of(spec: ConvSpec, run: int, widen: int | None) -> Facts:
     """The numbers that `conv_runtime.cpp` needs."""
     scale = spec.weight.scale
     assert scale is not None
@@ -56,6 +58,7 @@ def facts_of(spec: ConvSpec, run: int) -> Facts:
     height, width = spec.kernel or (1, 1)
     return Facts(
         run=run,
+        widen=widen,
         n=spec.n,
         k=spec.k,
         kernel_height=height,
@@ -78,16 +81,19 @@ def facts_of(spec: ConvSpec, run: int) -> Facts:
         reads=len(spec.reads),
         vectors=spec.epilogue.count("v"),
         writes=len(spec.writes),
+        norm=int(normed(spec.epilogue)),
         read_codes=sum(1 << i for i, f in enumerate(spec.reads) if f is not None),
         write_codes=sum(1 << i for i, f in enumerate(spec.writes) if f is not None),
     )
 
 
 @lru_cache(maxsize=1024)
-def _entry(library: Library) -> int:
-    run = ctypes.cast(ctypes.CDLL(str(library.path())).run, ctypes.c_void_p).value
+def _entries(library: Library) -> tuple[int, int | None]:
+    """The addresses of the kernel, and of what makes x ready for it, if it does not take x as it is."""
+    loaded = ctypes.CDLL(str(library.path()))
+    run = ctypes.cast(loaded.run, ctypes.c_void_p).value
     assert run is not None
-    return run
+    return run, ctypes.cast(loaded.widen, ctypes.c_void_p).value if loaded.bytes() == 2 else None
 
 
 @cache
@@ -129,10 +135,10 @@ def know(specs: Iterable[ConvSpec], words: str | None = None) -> None:
     apart = list(dict.fromkeys(libraries))
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         first: Any = pool.submit(operator)
-        entries = dict(zip(apart, pool.map(_entry, apart), strict=True))
+        entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
     for spec, library in zip(wanted, libraries, strict=True):
-        loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts_of(spec, entries[library])))
+        loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts_of(spec, *entries[library])))
         # One text has one kernel at a time: another's vectors, in a test, take its place.
         _known.difference_update({(str(spec), other) for other in FLAGS})
         _known.add((str(spec), words))

@@ -11,7 +11,11 @@ differ in nothing else share one kernel.
 
 from __future__ import annotations
 
+import math
+import re
+
 from ..conv import ConvSpec
+from ..epilogue import Apply, Epilogue, Expression
 
 _INCLUDES = ("<algorithm>", "<cmath>", "<cstdint>", "<cstring>", '"conv.h"')
 
@@ -19,6 +23,7 @@ _INCLUDES = ("<algorithm>", "<cmath>", "<cstdint>", "<cstring>", '"conv.h"')
 def source(spec: ConvSpec) -> str:
     """The kernel's file as text."""
     positive = "true" if spec.positive else "false"
+    of_x = "1" if spec.depthwise else f"bitfold::kBytes<{positive}>"
     loops = "depthwise(*call, first, last, from, to, End{});"
     if not spec.depthwise:
         loops = f"gemm<{positive}>(*call, first, last, from, to, End{{}});"
@@ -37,16 +42,20 @@ def source(spec: ConvSpec) -> str:
         "  using namespace bitfold;",
         f"  {loops}",
         "}",
+        f'extern "C" int bytes() {{ return {of_x}; }}',
+        'extern "C" void widen(const bitfold::Conv* call, int16_t* to) { bitfold::widen(*call, to); }',
     ]
     return "\n".join(lines) + "\n"
 
 
 def _end(spec: ConvSpec) -> list[str]:
     """From the sums of sixteen channels of a pixel to what is stored."""
-    reads, vectors = spec.epilogue.count("e"), spec.epilogue.count("v")
+    reads, norm = spec.epilogue.count("e"), normed(spec.epilogue)
+    read = range(2 if norm else 0, spec.epilogue.count("v"))
     names = {f"{kind}{i}": f"{kind}{i}" for kind in "yev" for i in range(spec.epilogue.count(kind))}
     names["y0"] = "y0"
-    steps, result = spec.epilogue.cpp(names)
+    root, bounds = _bounded(_without_norm(spec.epilogue.root) if norm else spec.epilogue.root)
+    steps, result = Epilogue(root).cpp(names)
     types = [_type(f) for f in spec.reads]
     loads: list[str] = []
     for i, kind in enumerate(types):
@@ -55,13 +64,12 @@ def _end(spec: ConvSpec) -> list[str]:
             f"    std::memcpy(given{i}, static_cast<const {kind}*>(c.reads[{i}]) + place,",
             f"                sizeof({kind}) * count);",
         ]
-    body = [
-        f"      const float y0 = static_cast<float>(sums[i]) * factors[i]{' + bias[i]' if spec.bias else ''};"
-    ]
+    added = " + bias[i]" if spec.bias or norm else ""
+    body = [f"      const float y0 = static_cast<float>(sums[i]) * factors[i]{added};"]
     for i, kind in enumerate(types):
         scaled = f"static_cast<float>(given{i}[i]) * unit{i}" if kind == "int8_t" else f"given{i}[i]"
         body.append(f"      const float e{i} = {scaled};")
-    body += [f"      const float v{i} = vector{i}[i];" for i in range(vectors)]
+    body += [f"      const float v{i} = vector{i}[i];" for i in read]
     body += [f"      {step}" for step in steps]
     stores: list[str] = []
     body.append(f"      result[i] = {result};")
@@ -83,8 +91,8 @@ def _end(spec: ConvSpec) -> list[str]:
         "    const int count = whole ? kLanes : live;",
         "    const int64_t place = pixel * c.n + row;",
         "    const float* __restrict factors = c.factors + row;",
-        *(["    const float* __restrict bias = c.bias + row;"] if spec.bias else []),
-        *(f"    const float* __restrict vector{i} = c.vectors[{i}] + row;" for i in range(vectors)),
+        *(["    const float* __restrict bias = c.bias + row;"] if spec.bias or norm else []),
+        *(f"    const float* __restrict vector{i} = c.vectors[{i}] + row;" for i in read),
         *(f"    const float unit{i} = c.units[{i}];" for i in range(reads) if types[i] == "int8_t"),
         *loads,
         "    alignas(64) float result[kLanes];",
@@ -92,6 +100,7 @@ def _end(spec: ConvSpec) -> list[str]:
         "    for (int i = 0; i < kLanes; ++i) {",
         *body,
         "    }",
+        *([f"    between({bounds}, result);"] if bounds else []),
         *stores,
         "  }",
         "  void operator()(const Conv& c, int64_t pixel, int64_t row, int live, const int32_t* sums) const {",
@@ -101,6 +110,33 @@ def _end(spec: ConvSpec) -> list[str]:
         "};",
         "",
     ]
+
+
+def _bounded(of: Expression) -> tuple[Expression, str]:
+    """An epilogue without the bounds that it ends with, and these: the compiler makes a long way of them."""
+    if isinstance(of, Apply) and of.op == "relu":
+        return of.operands[0], "0.0f, INFINITY"
+    if isinstance(of, Apply) and of.op == "clamp":
+        inner, *ends = of.operands
+        if all(isinstance(end, float) and math.isfinite(end) for end in ends) and ends[0] <= ends[1]:  # type: ignore[operator]
+            return inner, f"{ends[0]!r}f, {ends[1]!r}f"
+    return of, ""
+
+
+_NORM = Apply("add", (Apply("mul", ("y0", "v0")), "v1"))
+
+
+def normed(epilogue: Epilogue) -> bool:
+    """Whether an epilogue begins as a batch norm does, y0 v0 + v1, and reads no other vectors: the operator
+    multiplies v0 into what a sum is worth and v1 into the bias, once a call."""
+    left = re.search(r"\bv\d", str(_without_norm(epilogue.root)))
+    return epilogue.count("v") == 2 and left is None
+
+
+def _without_norm(of: Expression) -> Expression:
+    if of == _NORM:
+        return "y0"
+    return Apply(of.op, tuple(map(_without_norm, of.operands))) if isinstance(of, Apply) else of
 
 
 def _type(f: object) -> str:

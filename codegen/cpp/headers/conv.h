@@ -15,12 +15,13 @@ namespace bitfold {
 constexpr int kReads = 8, kWrites = 8;
 
 struct Conv {
-  const int8_t* x;
-  const int8_t* zeros;  // as many as a pixel has channels, and 64 more
+  const int8_t* x;      // in 16 bits each, if the kernel wants it so
+  const int8_t* zeros;  // as many bytes as a pixel has, and 64 more
   int64_t images, height, width, channels;
   int64_t out_height, out_width, n;
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
-  int64_t groups, rows, depth;           // groups of channels; of one: rows of the weight, and channels of x
+  int64_t groups, rows, depth, apart;    // groups of channels; of one: rows of the weight, channels of x, and how far
+                                         // the next one's are
   const uint8_t* const* panels;          // one address each, group by group
   const float *factors, *bias;           // [n + 16]: what a sum is worth; what is added
   const float* vectors[kReads];          // [n + 16]
@@ -34,23 +35,50 @@ struct Conv {
   int64_t panels_of_group() const { return (rows + kLanes - 1) / kLanes; }
 };
 
-// For each tap of pixels first .. first + rows - 1 of the result, [tap][rows].
-inline void pointers(const Conv& c, int64_t first, int rows, const int8_t** at) {
-  for (int r = 0; r < rows; ++r) {
-    const int64_t x = (first + r) % c.out_width, line = (first + r) / c.out_width;
-    const int64_t y = line % c.out_height, image = line / c.out_height;
-    const int8_t* base = c.x + image * c.height * c.width * c.channels;
-    const int8_t** to = at + r;
-    for (int64_t i = 0; i < c.kernel_height; ++i) {
-      const int64_t row = y * c.stride_y - c.top + i * c.dilation_y;
-      const bool inside = row >= 0 && row < c.height;
-      for (int64_t j = 0; j < c.kernel_width; ++j, to += rows) {
-        const int64_t column = x * c.stride_x - c.left + j * c.dilation_x;
-        *to = inside && column >= 0 && column < c.width ? base + (row * c.width + column) * c.channels : c.zeros;
-      }
+// Where the taps of one pixel of the result after the other are, without a division each. A channel has `bytes`.
+class Places {
+ public:
+  Places(const Conv& c, int64_t first, int64_t bytes) : c_(c), bytes_(bytes) {
+    column_ = first % c.out_width, line_ = first / c.out_width % c.out_height;
+    image_ = first / c.out_width / c.out_height;
+    plain_ = c.taps() == 1 && c.stride_x == 1 && c.stride_y == 1 && c.top == 0 && c.left == 0 &&
+             c.out_width == c.width && c.out_height == c.height;
+    step_ = c.channels * bytes;
+    rows_.resize(c.kernel_height);
+    at_ = c.x + first * step_;
+    if (!plain_) line();
+  }
+  // The next pixel's, `apart` pointers from tap to tap.
+  void next(const int8_t** to, int64_t apart) {
+    if (plain_) {
+      *to = at_;
+      at_ += step_;
+      return;
+    }
+    const int64_t begin = column_ * c_.stride_x - c_.left;
+    for (const int8_t* row : rows_)
+      for (int64_t j = 0, x = begin; j < c_.kernel_width; ++j, x += c_.dilation_x, to += apart)
+        *to = row != nullptr && static_cast<uint64_t>(x) < static_cast<uint64_t>(c_.width) ? row + x * step_ : c_.zeros;
+    if (++column_ < c_.out_width) return;
+    column_ = 0;
+    if (++line_ == c_.out_height) line_ = 0, ++image_;
+    if (image_ < c_.images) line();
+  }
+
+ private:
+  void line() {
+    for (int64_t i = 0; i < c_.kernel_height; ++i) {
+      const int64_t y = line_ * c_.stride_y - c_.top + i * c_.dilation_y;
+      rows_[i] = y >= 0 && y < c_.height ? c_.x + (image_ * c_.height + y) * c_.width * step_ : nullptr;
     }
   }
-}
+
+  const Conv& c_;
+  int64_t bytes_, column_, line_, image_, step_;
+  bool plain_;
+  const int8_t* at_;
+  std::vector<const int8_t*> rows_;
+};
 
 template <bool positive, int rows, int halves, class End>
 inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
@@ -58,7 +86,7 @@ inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, i
   Tile<positive, rows, halves> t;
   t.clear();
   for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
-    for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, offset + i);
+    for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
   alignas(64) int32_t sums[kLanes] = {};
   for (int r = 0; r < rows; ++r) {
     t.store(r, sums);
@@ -72,7 +100,7 @@ inline void panel(const Conv& c, const int8_t* const* at, int64_t first, int64_t
   for (int64_t p = first; p < last; ++p) {
     const int64_t group = p / each, within = (p % each) * kLanes;
     const int live = static_cast<int>(std::min<int64_t>(kLanes, c.rows - within));
-    const int64_t row = group * c.rows + within, offset = group * c.depth;
+    const int64_t row = group * c.rows + within, offset = group * c.apart;
     if (live > 8)
       tile<positive, rows, 2>(c, at, c.panels[p], offset, pixel, row, live, end);
     else
@@ -87,15 +115,21 @@ inline void some(const Conv& c, int count, const int8_t* const* at, int64_t firs
   if constexpr (rows > 1) some<positive, rows - 1>(c, count, at, first, last, pixel, end);
 }
 
+// x as the kernel reads it, if not as it is.
+inline void widen(const Conv& c, int16_t* to) {
+  widened(c.x, c.images * c.height * c.width * c.groups, c.depth, to);
+}
+
 // Pixels [first, last) of the result times panels [from, to), tiles of nearly equal numbers of pixels.
 template <bool positive, class End>
 inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
   thread_local std::vector<const int8_t*> at;
   at.resize(c.taps() * kRows);
   const int64_t count = last - first, tiles = (count + kRows - 1) / kRows;
+  Places places(c, first, kBytes<positive>);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t a = first + count * t / tiles, b = first + count * (t + 1) / tiles;
-    pointers(c, a, static_cast<int>(b - a), at.data());
+    for (int64_t r = 0; r < b - a; ++r) places.next(at.data() + r, b - a);
     some<positive, kRows>(c, static_cast<int>(b - a), at.data(), from, to, a, end);
   }
 }
@@ -111,9 +145,10 @@ inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, 
   weight.resize(size * (to - from));
   for (int64_t p = from; p < to; ++p) woven(c.panels[p], taps, kLanes, weight.data() + (p - from) * size);
   alignas(64) int32_t sums[kLanes];
+  Places places(c, first, 1);
   for (int64_t a = first; a < last; a += line) {
     const int64_t count = std::min(line, last - a);
-    for (int64_t i = 0; i < count; ++i) pointers(c, a + i, 1, at.data() + i * taps);
+    for (int64_t i = 0; i < count; ++i) places.next(at.data() + i * taps, 1);
     for (int64_t p = from; p < to; ++p) {
       const int live = static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes));
       const int16_t* w = weight.data() + (p - from) * size;

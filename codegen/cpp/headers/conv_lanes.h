@@ -24,6 +24,7 @@ inline int32_t four(const int8_t* p) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 
 constexpr int kRows = 8;  // pixels of a tile
+template <bool positive> constexpr int kBytes = 1;  // of a number of x
 
 template <bool positive, int rows, int halves> struct Tile {
   __m512i sums[rows], of_weight;
@@ -32,7 +33,7 @@ template <bool positive, int rows, int halves> struct Tile {
     for (auto& s : sums) s = _mm512_setzero_si512();
     of_weight = _mm512_setzero_si512();
   }
-  // w: four channels of sixteen rows; at: the same four channels of each pixel.
+  // w: four channels of sixteen rows; at: the same four channels of each pixel, `offset` bytes further.
   void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     const __m512i weight = _mm512_loadu_si512(w);
     if constexpr (!positive) of_weight = _mm512_dpbusd_epi32(of_weight, _mm512_set1_epi8(-128), weight);
@@ -51,6 +52,8 @@ template <bool positive, int rows, int halves> struct Tile {
 #elif defined(__AVX2__)
 
 constexpr int kRows = 4;
+// Numbers of either sign are multiplied in 16 bits; they are widened once for all panels.
+template <bool positive> constexpr int kBytes = positive ? 1 : 2;
 
 inline __m256i evens(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
 inline __m256i odds(__m256i v) { return _mm256_srai_epi16(v, 8); }
@@ -78,7 +81,7 @@ template <bool positive, int rows, int halves> struct Tile {
       __m256i even[halves], odd[halves];
       for (int h = 0; h < halves; ++h) even[h] = evens(weight[h]), odd[h] = odds(weight[h]);
       for (int r = 0; r < rows; ++r) {
-        const __m256i x = _mm256_set1_epi32(four(at[r] + offset)), x0 = evens(x), x1 = odds(x);
+        const __m256i x0 = _mm256_set1_epi32(four(at[r] + offset)), x1 = _mm256_set1_epi32(four(at[r] + offset + 4));
         for (int h = 0; h < halves; ++h) {
           const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[h], x0), _mm256_madd_epi16(odd[h], x1));
           sums[r][h] = _mm256_add_epi32(sums[r][h], both);
@@ -94,6 +97,7 @@ template <bool positive, int rows, int halves> struct Tile {
 #else
 
 constexpr int kRows = 4;
+template <bool positive> constexpr int kBytes = 1;
 
 template <bool positive, int rows, int halves> struct Tile {
   int32_t sums[rows][kLanes];
@@ -109,6 +113,49 @@ template <bool positive, int rows, int halves> struct Tile {
 };
 
 #endif
+
+// Each four numbers a b c d as a c b d in 16 bits, the order in which a weight's even and odd bytes are taken; `depth`
+// numbers at a time, filled with zeros to fours.
+inline void widened(const int8_t* from, int64_t count, int64_t depth, int16_t* to) {
+  if (depth % 4 != 0) {
+    for (int64_t i = 0; i < count; ++i, from += depth)
+      for (int64_t j = 0; j < depth; j += 4, to += 4) {
+        to[0] = from[j];
+        to[1] = j + 2 < depth ? from[j + 2] : 0;
+        to[2] = j + 1 < depth ? from[j + 1] : 0;
+        to[3] = j + 3 < depth ? from[j + 3] : 0;
+      }
+    return;
+  }
+  int64_t i = 0;
+  const int64_t all = count * depth;
+#if defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  for (; i + 16 <= all; i += 16) {
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_shuffle_epi8(v, order));
+  }
+#endif
+  for (; i < all; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];
+}
+
+// Sixteen numbers kept to low .. high; NaN, the second operand of each comparison, stays.
+inline void between(float low, float high, float* v) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(v, _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), _mm512_loadu_ps(v))));
+#elif defined(__AVX2__)
+  for (int h = 0; h < 16; h += 8) {
+    const __m256 more = _mm256_max_ps(_mm256_set1_ps(low), _mm256_loadu_ps(v + h));
+    _mm256_storeu_ps(v + h, _mm256_min_ps(_mm256_set1_ps(high), more));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const float more = v[i] < low ? low : v[i];
+    v[i] = more > high ? high : more;
+  }
+#endif
+}
 
 // Sixteen numbers as codes: times `inverse`, rounded to even, kept to -128 .. 127; NaN is 0.
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -25,10 +25,12 @@ using Build = int (*)(const char* text);
 // What a spec says, in numbers; `codegen/cpp/conv_build.py` fills one in.
 struct Facts {
   Run run;
+  void (*widen)(const Conv*, int16_t*);  // makes x ready; null where it is read as it is
   int64_t n, k, kernel_height, kernel_width, stride_y, stride_x, top, left, bottom, right, dilation_y, dilation_x, groups;
   int64_t row_bytes, scales;           // bytes of a row of codes; scales of the weight
   int32_t product, depthwise, bias, positive;  // product: x is rows; positive: no code of x is negative
   int32_t reads, vectors, writes;      // how many
+  int32_t norm;                        // the first two vectors are a batch norm's scale and shift
   int32_t read_codes, write_codes;     // a bit for each: whether it is codes
 };
 
@@ -114,6 +116,7 @@ struct Scratch {
   Laid<int8_t> x, codes[kReads];
   Laid<float> floats[kReads];
   std::vector<int8_t> zeros;
+  std::vector<int16_t> wide;
   std::vector<float> numbers;
   std::vector<const uint8_t*> panels;
   std::vector<uint8_t> widened;
@@ -197,7 +200,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && given[last] == f.k * f.groups, "the kernel ", text, " takes ",
                   f.k * f.groups, " channels of codes as uint8");
   Conv c{};
-  c.n = f.n, c.groups = f.depthwise ? 1 : f.groups, c.rows = f.n / c.groups, c.depth = f.k;
+  c.n = f.n, c.groups = f.depthwise ? 1 : f.groups, c.rows = f.n / c.groups, c.depth = f.k, c.apart = f.k;
   c.kernel_height = f.kernel_height, c.kernel_width = f.kernel_width;
   c.stride_y = f.stride_y, c.stride_x = f.stride_x, c.top = f.top, c.left = f.left;
   c.dilation_y = f.dilation_y, c.dilation_x = f.dilation_x;
@@ -243,7 +246,11 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   for (int64_t i = 0; i < f.n; ++i) s.numbers[i] = unit * of_weight[f.scales == 1 ? 0 : i];
   c.factors = s.numbers.data();
   used += f.n + kLanes;
-  if (f.bias) c.bias = padded(s.numbers, used, inputs[next++], f, text);
+  c.bias = s.numbers.data() + used;
+  if (f.bias)
+    padded(s.numbers, used, inputs[next++], f, text);
+  else
+    used += f.n + kLanes;
   for (int i = 0; i < f.reads; ++i) {
     const Tensor& read = inputs[next++];
     const bool coded = f.read_codes >> i & 1;
@@ -260,6 +267,13 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     }
   }
   for (int i = 0; i < f.vectors; ++i) c.vectors[i] = padded(s.numbers, used, inputs[next++], f, text);
+  if (f.norm) {
+    float *factors = s.numbers.data(), *bias = factors + f.n + kLanes;
+    for (int64_t i = 0; i < f.n; ++i) {
+      factors[i] *= c.vectors[0][i];
+      bias[i] = bias[i] * c.vectors[0][i] + c.vectors[1][i];
+    }
+  }
   for (int i = 0; i < f.writes; ++i) {
     if (!(f.write_codes >> i & 1)) continue;
     const float scale = one(inputs[next++], text);
@@ -269,7 +283,6 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   // Channels are read four, or sixteen, at a time: those of the last pixel may end before.
   const int64_t unit_of_x = f.depthwise ? kLanes : 4;
   const int64_t multiple = f.depthwise ? f.n / f.groups : 1;
-  Sizes read_as = given;
   if (multiple > 1) {  // several results of a channel: the channel so many times
     s.x.take(x, given, f.product, false);
     const int64_t pixels = c.images * c.height * c.width;
@@ -280,10 +293,18 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     s.x.at = s.x.held.data();
     c.channels = f.n;
   } else {
-    s.x.take(x, given, f.product, f.k * (f.depthwise ? f.groups : 1) % unit_of_x != 0);
+    const bool behind = f.k * (f.depthwise ? f.groups : 1) % unit_of_x != 0;
+    s.x.take(x, given, f.product, behind && f.widen == nullptr);
   }
   c.x = s.x.at;
-  s.zeros.assign(c.channels + 64, 0);
+  if (f.widen != nullptr) {
+    c.apart = (f.k + 3) / 4 * 4;
+    s.wide.resize(c.images * c.height * c.width * c.groups * c.apart);
+    f.widen(&c, s.wide.data());
+    c.x = reinterpret_cast<const int8_t*>(s.wide.data());
+    c.channels = c.groups * c.apart;
+  }
+  s.zeros.assign(2 * c.channels + 64, 0);
   c.zeros = s.zeros.data();
   panels(c, f, static_cast<const uint8_t*>(codes.const_data_ptr()), s);
   spread(c, f);
