@@ -6,9 +6,9 @@ kernel's text, so that activations stay codes from kernel to kernel.
 
     %y = conv([%c, ..], "conv 64x32x3x3 ..")[0];  %b = batch_norm(%y, ..);  %z = relu(add(%b, %r))
     %q = quantize(%z, "int8[tensor]", [%s]);      %o = conv([%q[0], ..], ..);   %p = add(.., %z)
-    ->  %k = conv([%c, .., %r, %v0, %v1, %s], "conv 64x32x3x3 .. -> relu(add(add(mul(y0,v0),v1),e0)) e:f32
-    y:f32
-        y:int8[tensor]");  %z = %k[0];  %o = conv([%k[1], ..], ..);  %p = add(.., %z)
+    ->  %k = conv([%c, .., %r, %v0, %v1, %s],
+                  "conv 64x32x3x3 .. -> relu(add(add(mul(y0,v0),v1),e0)) e:f32 y:f32 y:int8[tensor]")
+        %z = %k[0];  %o = conv([%k[1], ..], ..);  %p = add(.., %z)
 
 A result that is read as a float too is written twice: codes never take the place of a number that the
 folded graph computes with. Where codes cannot be negative, the kernel that reads them is told.
