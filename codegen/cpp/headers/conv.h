@@ -87,11 +87,11 @@ inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, i
   t.clear();
   for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
     for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
-  alignas(64) int32_t sums[kLanes] = {};
-  for (int r = 0; r < rows; ++r) {
-    t.store(r, sums);
-    end(c, pixel + r, row, live, sums);
-  }
+  alignas(64) int32_t sums[rows][kLanes] = {};
+  // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) t.store(r, sums[r]);
+  for (int r = 0; r < rows; ++r) end(c, pixel + r, row, live, sums[r]);
 }
 
 template <bool positive, int rows, class End>
