@@ -163,9 +163,9 @@ class Epilogue:
         casts = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
         return casts.get(self.root.op) if isinstance(self.root, Apply) else None
 
-    def run(self, given: Mapping[str, Tensor]) -> Tensor:
-        """The reference: float32 [M, n] from tensors by name, each made float32 first."""
-        held = {name: tensor.to(torch.float32) for name, tensor in given.items()}
+    def run(self, given: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+        """The reference: in `dtype` [M, n] from tensors by name, each brought to it first."""
+        held = {name: tensor.to(dtype) for name, tensor in given.items()}
 
         def value(of: Expression) -> Tensor | float:
             if isinstance(of, Apply):

@@ -138,7 +138,10 @@ class Format:
         self._check_numbers(x)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
-        codes = by_rows(lambda x, p: self.pack(self._encode(x, p)), kept, params, self._rows)
+        if self.layout.across:
+            codes = self.pack(by_rows(self._encode, kept, params, self._rows))
+        else:
+            codes = by_rows(lambda x, p: self.pack(self._encode(x, p)), kept, params, self._rows)
         present = [codes, *params] + ([] if indices is None else [indices])
         return Quantized(self, x.shape[-1], **dict(zip(self.parts, present, strict=True)))
 
@@ -148,9 +151,13 @@ class Format:
             raise FormatError(f"{self} cannot read what is stored as {q.format}; call q.dequantize()")
         if not dtype.is_floating_point:
             raise FormatError(f"values are decoded to a floating dtype such as torch.bfloat16, not {dtype}")
-        values = by_rows(
-            lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows
-        )
+        if self.layout.across:
+            codes = self.unpack(q.codes, q.k)
+            values = by_rows(lambda c, p: self._decode(c, p, dtype), codes, q.params, self._rows)
+        else:
+            values = by_rows(
+                lambda c, p: self._decode(self.unpack(c, q.k), p, dtype), q.codes, q.params, self._rows
+            )
         return self.sparsity.expand(values, q.indices)
 
     def fake_quantize(self, x: Tensor, params: Sequence[Tensor] | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Where each code's bits lie in memory, as a sympy index map; pack and unpack are derived from it.
 
 In: unpacked codes, uint8 [..., K], one a byte. Out: bytes [..., row_bytes], and back. Each row is laid out
-by itself.
+by itself, but in `panels.py`.
 
     packed, 4 bits:   codes a b c d        ->  bytes  b<<4|a  d<<4|c            (byte k//2, bit 4*(k % 2))
     planar, 4 bits, groups of 4: a b c d   ->  bytes  c<<4|a  d<<4|b            (byte k%2,  bit 4*(k // 2))
@@ -30,12 +30,14 @@ class Layout(ABC):
     """A layout is a frozen dataclass with a `name`; `bits` is the width of a code, `run` the length of a
     group (None: the whole row).
 
+    across: whether rows are woven, so that codes are laid out all at once.
     by_group: whether scales and zero points are stored [.., K / group, N], those of neighbouring rows side by
     side, as a kernel that takes many rows at once reads them, instead of [.., N, K / group].
     """
 
     name: str
     by_group: bool = False
+    across: bool = False
 
     @abstractmethod
     def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:

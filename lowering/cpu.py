@@ -10,7 +10,8 @@ backend="bitfold") fuses through them.
     %w = dequantize([%c, %s], "int8", 576, f32); %y = embedding(%w, %i)
     ->  %r = bitfold.rows([%c, %s], "int8", 576, %i); %y = dequantize([%r[0], %r[1]], "int8", 576, f32)
 
-A convolution or an attention keeps its dequantize: Inductor decodes into memory ahead of the library call.
+Where both operands are codes with static scales, `cpu_conv.py` has kernels, of convolutions too. Another
+convolution, or an attention, keeps its dequantize: Inductor decodes into memory ahead of the library call.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from ..codegen.spec import type_name
 from ..formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ..formats import format as parse
 from ..passes import inherit
+from . import cpu_conv
+from .conv_chain import chain
 from .cpp_wrapper import cpp_wrapper
 from .cpu_cache import lower_caches
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
@@ -113,7 +116,10 @@ class CpuTarget(InductorTarget):
         return vector_layout(format, k) or format.layout
 
     def layout_for(self, reader: Node, format: Format, k: int) -> Layout:
-        """Slices of whole vectors where activations' own codes are multiplied."""
+        """Slices of whole vectors, or panels, where activations' own codes are multiplied."""
+        woven = cpu_conv.layout_of(reader) if self.has_kernels() else None
+        if woven is not None:
+            return woven
         for user in reader.users:
             codes = activation_codes(user)
             if codes is not None and self.has_kernels():
@@ -130,7 +136,7 @@ class CpuTarget(InductorTarget):
         """Operations around kernels become part of them; then all kernels are compiled, side by side."""
         if not self.has_kernels():
             return 0
-        found = splice(gm)
+        found = splice(gm) + chain(gm)
         if not torch.is_grad_enabled():
             found += few_queries(gm)
             specs = lower_caches(gm)
@@ -147,6 +153,7 @@ class CpuTarget(InductorTarget):
             from ..codegen.cpp.build import know
 
             know(parsed(str(call.args[1])) for call in calls)
+        cpu_conv.know(gm)
         return found
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
@@ -160,6 +167,12 @@ class CpuTarget(InductorTarget):
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):
+            if node.target in cpu_conv.TARGETS and self.has_kernels():
+                new = cpu_conv.lowered(node)
+                if new is not None:
+                    node.replace_all_uses_with(new)
+                    region.graph.erase_node(node)
+                    continue
             if node.target in (aten.linear.default, aten.embedding.default):
                 weight = dequantized(node.args[1 if node.target is aten.linear.default else 0])
                 new = None if weight is None else _lowered(node, weight, self.has_kernels())

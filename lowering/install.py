@@ -26,6 +26,7 @@ from ..formats import BitfoldError, Quantized, format
 from ..passes import MissRecord, Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
+from . import conv
 from .folded import Canonical, FoldedWeight, Steps, fold_module
 from .fused import weights_of
 from .graph_data import Data, tensor_names
@@ -208,6 +209,9 @@ def _read_by(node: Node) -> Iterator[tuple[Sequence[object], str, int]]:
         return
     if node.target is torch.ops.bitfold.fused.default:
         yield from weights_of(node)
+        return
+    if node.target is torch.ops.bitfold.conv.default:
+        yield from conv.weights_of(node)
         return
     for parts, text, k in zip(node.args, node.args[1:], node.args[2:], strict=False):
         if isinstance(parts, list | tuple) and isinstance(text, str) and isinstance(k, int):

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from ..codegen import runs_on_kernels
 from ..codegen.lanes import LANE_TYPES
 from ..codegen.spec import type_name
+from .cpu_conv import cast
 from .fused import parsed
 from .graph_data import Data
 from .splice import expanded
@@ -65,6 +66,9 @@ def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:
             changed = True
         elif node.target == torch.ops.bitfold.fused.default:
             changed |= _rewrite_kernel(body, node, old, new)
+        elif node.target == torch.ops.bitfold.conv.default:
+            cast(node, new)
+            changed = True
     if changed:
         body.recompile()
 

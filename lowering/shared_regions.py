@@ -26,6 +26,7 @@ from ..passes.fuse import region_of
 
 # Fewer calls than this, and a subgraph of its own saves nothing.
 FEWEST = 2
+KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
 
 
 def share_regions(gm: GraphModule) -> int:
@@ -58,7 +59,7 @@ def alike(graph: Graph, *, kernels: bool) -> object:
         names[node] = index
         if node.op in ("get_attr", "call_module"):
             return None
-        if node.target is torch.ops.bitfold.fused.default and not kernels:
+        if node.target in KERNELS and not kernels:
             return None
         arguments = _placed((node.args, node.kwargs), names)
         value = described(node.meta.get("val")) if node.op == "placeholder" else ()

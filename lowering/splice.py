@@ -117,10 +117,10 @@ def _first(node: Node) -> _Draft | None:
 
 def _grown(node: Node, drafts: dict[Node, _Draft], since: dict[Node, int]) -> _Draft | None:
     """The draft of a pointwise operation on at least one draft."""
-    operation = _operation(node)
-    if operation is None:
+    found = operation(node)
+    if found is None:
         return None
-    name, operands = operation
+    name, operands = found
     taken: _Draft | None = None
     places: dict[Node, Expression] = {}
     for operand in operands:
@@ -144,11 +144,11 @@ def _open(result: Node, user: Node, draft: _Draft, since: dict[Node, int]) -> bo
     ours, theirs = user.meta.get("val"), result.meta.get("val")
     if set(result.users) != {user} or not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
         return False
-    alike = ours.dtype == theirs.dtype and _same_shape(ours.shape, theirs.shape)
+    alike = ours.dtype == theirs.dtype and same_shape(ours.shape, theirs.shape)
     return alike and since[user] == since[draft.calls[0]]
 
 
-def _same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+def same_shape(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
     """Whether two shapes are known to be one, with no guard put on sizes that vary."""
     return len(a) == len(b) and all(statically_known_true(x == y) for x, y in zip(a, b, strict=True))
 
@@ -219,9 +219,9 @@ def _held(operand: Node, user: Node, spec: GemmSpec, matrices: list[Node], vecto
     value, result = operand.meta.get("val"), user.meta["val"]
     if not isinstance(value, Tensor) or value.dtype != spec.dtype:
         return None
-    if result.ndim > 0 and _same_shape(value.shape, result.shape):
+    if result.ndim > 0 and same_shape(value.shape, result.shape):
         kind, found = "e", matrices
-    elif spec.n > 1 and not spec.experts and _same_shape(value.shape, (spec.n,)):
+    elif spec.n > 1 and not spec.experts and same_shape(value.shape, (spec.n,)):
         kind, found = "v", vectors
     else:
         return None
@@ -230,7 +230,7 @@ def _held(operand: Node, user: Node, spec: GemmSpec, matrices: list[Node], vecto
     return f"{kind}{found.index(operand)}"
 
 
-def _operation(node: Node) -> tuple[str, list[Node | float]] | None:
+def operation(node: Node) -> tuple[str, list[Node | float]] | None:
     """(name, operands) of a pointwise operation that an epilogue has."""
     if node.op != "call_function" or node.target not in POINTWISE:
         return None

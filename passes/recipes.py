@@ -205,8 +205,16 @@ _NAMED: dict[str, tuple[tuple[dict[str, str], ...], str]] = {
     "int8_dynamic": _both(
         "int8", "int8", "linears int8 with int8 activations, one scale a token chosen in each call"
     ),
-    "int8_static": _both(
-        "int8", "int8[tensor]", "linears int8 with int8 activations of calibrated range", "minmax"
+    "int8_static": (
+        (
+            {
+                "op": "linear|conv",
+                "weight": "int8",
+                "input": "int8[tensor]",
+                "observer": "minmax",
+            },
+        ),
+        "linears and convolutions int8 with int8 activations of calibrated range",
     ),
     "int4": _weights("int4[g128]", "linears int4, symmetric, a bf16 scale for each 128"),
     "int4_all": _all("int4[g128]", "int8", "linears int4[g128]; head and embedding int8"),

@@ -28,6 +28,7 @@ _BUILT_IN = {
     "fold_constants": "cleanup",
     "eliminate_dead": "cleanup",
     "train_mode": "mode",
+    "fold_batch_norm": "batch_norm",
     "annotate": "annotate",
     "observe": "observe",
     "fake_quantize": "fake_quantize",

@@ -43,6 +43,8 @@ FLAGS = {
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
+# Of loops over floats that call functions: none of those here says by errno what went wrong.
+NO_ERRNO = ("-fno-math-errno",)
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -87,18 +89,25 @@ def _private() -> Path:
 
 @dataclass(frozen=True)
 class Library:
-    """A file to compile: its text, the vectors it is written in, and whether it is torch's operator."""
+    """A file to compile: its text, the vectors it is written in, whether it is torch's operator, and whether
+    its loops call functions that are to become vectors."""
 
     text: str
     vectors: str
     operator: bool = False
+    loops: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What the compiler is told beyond Inductor's own options."""
+        return (*FLAGS[self.vectors], *STRICT, *LOOPS, *(NO_ERRNO if self.loops else ()))
 
     @property
     def name(self) -> str:
         """By all that goes into it."""
         made = hashlib.sha256(_headers().encode())
         version = torch.__version__ if self.operator else ""
-        for part in (self.text, self.vectors, *FLAGS[self.vectors], *STRICT, *LOOPS, version):
+        for part in (self.text, self.vectors, *self.flags, version):
             made.update(part.encode() + b"\0")
         return "c" + made.hexdigest()[:32]
 
@@ -128,7 +137,7 @@ class Library:
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
         header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *FLAGS[self.vectors], *STRICT, *LOOPS]
+        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

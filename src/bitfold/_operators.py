@@ -1,7 +1,7 @@
 """The operators that lowered graphs are made of, registered with torch when bitfold is imported.
 
-In: nothing. Out: `torch.ops.bitfold.cpu_linear`, `.rows`, `.fused`. What they compute is imported with the
-first call, so that a saved program finds its operators, and importing bitfold stays light.
+In: nothing. Out: `torch.ops.bitfold.cpu_linear`, `.rows`, `.fused`, `.conv`. What they compute is imported
+with the first call, so that a saved program finds its operators, and importing bitfold stays light.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ torch.library.register_autograd(
 _library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
 _library.impl("few_queries", _later("few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
 torch.library.register_fake("bitfold::few_queries", _later("few_queries", "fake"), lib=_library)
+
+_library.define("conv(Tensor[] inputs, str spec) -> Tensor[]")
+_library.impl("conv", _later("conv", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::conv", _later("conv", "fake"), lib=_library)
+torch.library.register_autograd(
+    "bitfold::conv", _later("conv", "backward"), setup_context=_later("conv", "keep"), lib=_library
+)
 
 _library.define(
     "cache_write(Tensor(a!)[] cache, Tensor k, Tensor v, Tensor positions, Tensor? pages, str spec) -> ()"

@@ -1,0 +1,166 @@
+// What generated kernels of convolutions and the operator that calls them agree on, and the loops around a tile.
+//
+// An image is [images, height, width, channels] of int8, a result [pixels, n]. A weight is panels of sixteen rows;
+// one that is narrower is widened with zeros before the call. Each pixel of the result reads its taps through
+// pointers; those outside of the image point at zeros.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv_lanes.h"
+
+namespace bitfold {
+
+constexpr int kReads = 8, kWrites = 8;
+
+struct Conv {
+  const int8_t* x;      // in 16 bits each, if the kernel wants it so
+  const int8_t* zeros;  // as many bytes as a pixel has, and 64 more
+  int64_t images, height, width, channels;
+  int64_t out_height, out_width, n;
+  int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
+  int64_t groups, rows, depth, apart;    // groups of channels; of one: rows of the weight, channels of x, and how far
+                                         // the next one's are
+  const uint8_t* const* panels;          // one address each, group by group
+  const float *factors, *bias;           // [n + 16]: what a sum is worth; what is added
+  const float* vectors[kReads];          // [n + 16]
+  const void* reads[kReads];             // [pixels, n], float32 or int8
+  float units[kReads];                   // what a code that is read is worth
+  void* writes[kWrites];                 // [pixels, n], float32 or int8
+  float inverses[kWrites];               // codes of a unit that is written
+
+  int64_t pixels() const { return images * out_height * out_width; }
+  int64_t taps() const { return kernel_height * kernel_width; }
+  int64_t panels_of_group() const { return (rows + kLanes - 1) / kLanes; }
+};
+
+// Where the taps of one pixel of the result after the other are, without a division each. A channel has `bytes`.
+class Places {
+ public:
+  Places(const Conv& c, int64_t first, int64_t bytes) : c_(c), bytes_(bytes) {
+    column_ = first % c.out_width, line_ = first / c.out_width % c.out_height;
+    image_ = first / c.out_width / c.out_height;
+    plain_ = c.taps() == 1 && c.stride_x == 1 && c.stride_y == 1 && c.top == 0 && c.left == 0 &&
+             c.out_width == c.width && c.out_height == c.height;
+    step_ = c.channels * bytes;
+    rows_.resize(c.kernel_height);
+    at_ = c.x + first * step_;
+    if (!plain_) line();
+  }
+  // The next pixel's, `apart` pointers from tap to tap.
+  void next(const int8_t** to, int64_t apart) {
+    if (plain_) {
+      *to = at_;
+      at_ += step_;
+      return;
+    }
+    const int64_t begin = column_ * c_.stride_x - c_.left;
+    for (const int8_t* row : rows_)
+      for (int64_t j = 0, x = begin; j < c_.kernel_width; ++j, x += c_.dilation_x, to += apart)
+        *to = row != nullptr && static_cast<uint64_t>(x) < static_cast<uint64_t>(c_.width) ? row + x * step_ : c_.zeros;
+    if (++column_ < c_.out_width) return;
+    column_ = 0;
+    if (++line_ == c_.out_height) line_ = 0, ++image_;
+    if (image_ < c_.images) line();
+  }
+
+ private:
+  void line() {
+    for (int64_t i = 0; i < c_.kernel_height; ++i) {
+      const int64_t y = line_ * c_.stride_y - c_.top + i * c_.dilation_y;
+      rows_[i] = y >= 0 && y < c_.height ? c_.x + (image_ * c_.height + y) * c_.width * step_ : nullptr;
+    }
+  }
+
+  const Conv& c_;
+  int64_t bytes_, column_, line_, image_, step_;
+  bool plain_;
+  const int8_t* at_;
+  std::vector<const int8_t*> rows_;
+};
+
+template <bool positive, int rows, int halves, class End>
+inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
+                 int64_t row, int live, const End& end) {
+  Tile<positive, rows, halves> t;
+  t.clear();
+  for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
+    for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
+  alignas(64) int32_t sums[rows][kLanes] = {};
+  // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) t.store(r, sums[r]);
+  for (int r = 0; r < rows; ++r) end(c, pixel + r, row, live, sums[r]);
+}
+
+template <bool positive, int rows, class End>
+inline void panel(const Conv& c, const int8_t* const* at, int64_t first, int64_t last, int64_t pixel, const End& end) {
+  const int64_t each = c.panels_of_group();
+  for (int64_t p = first; p < last; ++p) {
+    const int64_t group = p / each, within = (p % each) * kLanes;
+    const int live = static_cast<int>(std::min<int64_t>(kLanes, c.rows - within));
+    const int64_t row = group * c.rows + within, offset = group * c.apart;
+    if (live > 8)
+      tile<positive, rows, 2>(c, at, c.panels[p], offset, pixel, row, live, end);
+    else
+      tile<positive, rows, 1>(c, at, c.panels[p], offset, pixel, row, live, end);
+  }
+}
+
+template <bool positive, int rows, class End>
+inline void some(const Conv& c, int count, const int8_t* const* at, int64_t first, int64_t last, int64_t pixel,
+                 const End& end) {
+  if (count == rows) return panel<positive, rows>(c, at, first, last, pixel, end);
+  if constexpr (rows > 1) some<positive, rows - 1>(c, count, at, first, last, pixel, end);
+}
+
+// x as the kernel reads it, if not as it is.
+inline void widen(const Conv& c, int16_t* to) {
+  widened(c.x, c.images * c.height * c.width * c.groups, c.depth, to);
+}
+
+// Pixels [first, last) of the result times panels [from, to), tiles of nearly equal numbers of pixels.
+template <bool positive, class End>
+inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
+  thread_local std::vector<const int8_t*> at;
+  at.resize(c.taps() * kRows);
+  const int64_t count = last - first, tiles = (count + kRows - 1) / kRows;
+  Places places(c, first, kBytes<positive>);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t a = first + count * t / tiles, b = first + count * (t + 1) / tiles;
+    for (int64_t r = 0; r < b - a; ++r) places.next(at.data() + r, b - a);
+    some<positive, kRows>(c, static_cast<int>(b - a), at.data(), from, to, a, end);
+  }
+}
+
+// The same where each group is one channel of x: panels are sixteen channels, of which each tap is one line.
+template <class End>
+inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
+  thread_local std::vector<const int8_t*> at;
+  thread_local std::vector<int16_t> weight;
+  const int taps = static_cast<int>(c.taps());
+  const int64_t line = c.out_width, size = kLanes * ((taps + 1) / 2 * 2);
+  at.resize(taps * line);
+  weight.resize(size * (to - from));
+  for (int64_t p = from; p < to; ++p) woven(c.panels[p], taps, kLanes, weight.data() + (p - from) * size);
+  alignas(64) int32_t sums[kLanes];
+  Places places(c, first, 1);
+  for (int64_t a = first; a < last; a += line) {
+    const int64_t count = std::min(line, last - a);
+    for (int64_t i = 0; i < count; ++i) places.next(at.data() + i * taps, 1);
+    for (int64_t p = from; p < to; ++p) {
+      const int live = static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes));
+      const int16_t* w = weight.data() + (p - from) * size;
+      for (int64_t i = 0; i < count; ++i) {
+        if (taps == 9)
+          each_channel<9>(at.data() + i * taps, p * kLanes, taps, w, sums);
+        else
+          each_channel<0>(at.data() + i * taps, p * kLanes, taps, w, sums);
+        end(c, a + i, p * kLanes, live, sums);
+      }
+    }
+  }
+}
+
+}  // namespace bitfold

@@ -1,0 +1,245 @@
+// Sums of products of bytes for the sixteen rows of a panel, exact in 32 bits, and a row of a depthwise kernel.
+//
+//   Tile<positive, rows, halves>   sums of `rows` pixels and 8 * halves rows of the weight, four channels a step
+//   positive: no number of x is negative, so that two products with bytes fit in 16 bits
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace bitfold {
+
+constexpr int kLanes = 16;
+
+inline int32_t four(const int8_t* p) {
+  int32_t r;
+  std::memcpy(&r, p, 4);
+  return r;
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+
+constexpr int kRows = 8;  // pixels of a tile
+template <bool positive> constexpr int kBytes = 1;  // of a number of x
+
+template <bool positive, int rows, int halves> struct Tile {
+  __m512i sums[rows], of_weight;
+
+  void clear() {
+    for (auto& s : sums) s = _mm512_setzero_si512();
+    of_weight = _mm512_setzero_si512();
+  }
+  // w: four channels of sixteen rows; at: the same four channels of each pixel, `offset` bytes further.
+  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+    const __m512i weight = _mm512_loadu_si512(w);
+    if constexpr (!positive) of_weight = _mm512_dpbusd_epi32(of_weight, _mm512_set1_epi8(-128), weight);
+    for (int r = 0; r < rows; ++r) {
+      __m512i x = _mm512_set1_epi32(four(at[r] + offset));
+      // 128 more than x is never negative; the surplus, 128 times the weight's sum, goes at the end.
+      if constexpr (!positive) x = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
+      sums[r] = _mm512_dpbusd_epi32(sums[r], x, weight);
+    }
+  }
+  void store(int r, int32_t* to) const {
+    _mm512_storeu_si512(to, positive ? sums[r] : _mm512_sub_epi32(sums[r], of_weight));
+  }
+};
+
+#elif defined(__AVX2__)
+
+constexpr int kRows = 4;
+// Numbers of either sign are multiplied in 16 bits; they are widened once for all panels.
+template <bool positive> constexpr int kBytes = positive ? 1 : 2;
+
+inline __m256i evens(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+inline __m256i odds(__m256i v) { return _mm256_srai_epi16(v, 8); }
+
+template <bool positive, int rows, int halves> struct Tile {
+  __m256i sums[rows][halves];
+
+  void clear() {
+    for (auto& row : sums)
+      for (auto& s : row) s = _mm256_setzero_si256();
+  }
+  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+    __m256i weight[halves];
+    for (int h = 0; h < halves; ++h) weight[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
+    if constexpr (positive) {
+      const __m256i ones = _mm256_set1_epi16(1);
+      for (int r = 0; r < rows; ++r) {
+        const __m256i x = _mm256_set1_epi32(four(at[r] + offset));
+        for (int h = 0; h < halves; ++h) {
+          const __m256i pairs = _mm256_maddubs_epi16(x, weight[h]);  // at most 2 * 127 * 128: fits
+          sums[r][h] = _mm256_add_epi32(sums[r][h], _mm256_madd_epi16(pairs, ones));
+        }
+      }
+    } else {
+      __m256i even[halves], odd[halves];
+      for (int h = 0; h < halves; ++h) even[h] = evens(weight[h]), odd[h] = odds(weight[h]);
+      for (int r = 0; r < rows; ++r) {
+        const __m256i x0 = _mm256_set1_epi32(four(at[r] + offset)), x1 = _mm256_set1_epi32(four(at[r] + offset + 4));
+        for (int h = 0; h < halves; ++h) {
+          const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[h], x0), _mm256_madd_epi16(odd[h], x1));
+          sums[r][h] = _mm256_add_epi32(sums[r][h], both);
+        }
+      }
+    }
+  }
+  void store(int r, int32_t* to) const {
+    for (int h = 0; h < halves; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + h, sums[r][h]);
+  }
+};
+
+#else
+
+constexpr int kRows = 4;
+template <bool positive> constexpr int kBytes = 1;
+
+template <bool positive, int rows, int halves> struct Tile {
+  int32_t sums[rows][kLanes];
+
+  void clear() { std::memset(sums, 0, sizeof sums); }
+  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+    const int8_t* weight = reinterpret_cast<const int8_t*>(w);
+    for (int r = 0; r < rows; ++r)
+      for (int n = 0; n < 8 * halves; ++n)
+        for (int i = 0; i < 4; ++i) sums[r][n] += int32_t(at[r][offset + i]) * weight[4 * n + i];
+  }
+  void store(int r, int32_t* to) const { std::memcpy(to, sums[r], sizeof(int32_t) * 8 * halves); }
+};
+
+#endif
+
+// Each four numbers a b c d as a c b d in 16 bits, the order in which a weight's even and odd bytes are taken; `depth`
+// numbers at a time, filled with zeros to fours.
+inline void widened(const int8_t* from, int64_t count, int64_t depth, int16_t* to) {
+  if (depth % 4 != 0) {
+    for (int64_t i = 0; i < count; ++i, from += depth)
+      for (int64_t j = 0; j < depth; j += 4, to += 4) {
+        to[0] = from[j];
+        to[1] = j + 2 < depth ? from[j + 2] : 0;
+        to[2] = j + 1 < depth ? from[j + 1] : 0;
+        to[3] = j + 3 < depth ? from[j + 3] : 0;
+      }
+    return;
+  }
+  int64_t i = 0;
+  const int64_t all = count * depth;
+#if defined(__AVX2__)
+  const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                         0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  for (; i + 16 <= all; i += 16) {
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_shuffle_epi8(v, order));
+  }
+#endif
+  for (; i < all; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];
+}
+
+// Sixteen numbers kept to low .. high; NaN, the second operand of each comparison, stays.
+inline void between(float low, float high, float* v) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(v, _mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), _mm512_loadu_ps(v))));
+#elif defined(__AVX2__)
+  for (int h = 0; h < 16; h += 8) {
+    const __m256 more = _mm256_max_ps(_mm256_set1_ps(low), _mm256_loadu_ps(v + h));
+    _mm256_storeu_ps(v + h, _mm256_min_ps(_mm256_set1_ps(high), more));
+  }
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    const float more = v[i] < low ? low : v[i];
+    v[i] = more > high ? high : more;
+  }
+#endif
+}
+
+// Sixteen numbers as codes: times `inverse`, rounded to even, kept to -128 .. 127; NaN is 0.
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+inline void codes(const float* from, float inverse, int8_t* to) {
+  const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(inverse));
+  const __m512i whole = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q),
+                                                 _mm512_min_ps(v, _mm512_set1_ps(127.0f)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(whole));
+}
+
+#elif defined(__AVX2__)
+
+inline void codes(const float* from, float inverse, int8_t* to) {
+  __m256i whole[2];
+  for (int h = 0; h < 2; ++h) {
+    __m256 v = _mm256_mul_ps(_mm256_loadu_ps(from + 8 * h), _mm256_set1_ps(inverse));
+    v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
+    whole[h] = _mm256_cvtps_epi32(_mm256_min_ps(v, _mm256_set1_ps(127.0f)));
+  }
+  const __m256i pairs = _mm256_packs_epi32(whole[0], whole[1]);  // 0-3, 8-11; 4-7, 12-15
+  const __m256i order = _mm256_permute4x64_epi64(pairs, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
+}
+
+#else
+
+inline void codes(const float* from, float inverse, int8_t* to) {
+  for (int i = 0; i < kLanes; ++i) {
+    const float v = from[i] * inverse;
+    to[i] = v == v ? static_cast<int8_t>(std::nearbyint(std::fmin(std::fmax(v, -128.0f), 127.0f))) : 0;
+  }
+}
+
+#endif
+
+// Depthwise: sixteen channels of one pixel, a tap at a time.
+#if defined(__AVX2__)
+
+inline __m256i wide(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Weights of sixteen channels as pairs of taps in 16 bits, [pair][half][16].
+inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) {
+  const __m256i none = _mm256_setzero_si256();
+  for (int t = 0; t < taps; t += 2) {
+    const auto* w = reinterpret_cast<const int8_t*>(weight);
+    const __m256i a = wide(w + t * stride), b = t + 1 < taps ? wide(w + (t + 1) * stride) : none;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * t), _mm256_unpacklo_epi16(a, b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * t + 16), _mm256_unpackhi_epi16(a, b));
+  }
+}
+template <int kTaps> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
+                                              int32_t* sums) {
+  const int taps = kTaps ? kTaps : count;
+  __m256i low = _mm256_setzero_si256(), high = low;
+  const __m256i none = low;
+#pragma GCC unroll 5
+  for (int t = 0; t < taps; t += 2) {
+    const __m256i a = wide(at[t] + offset), b = t + 1 < taps ? wide(at[t + 1] + offset) : none;
+    const auto* w = reinterpret_cast<const __m256i*>(weight + 16 * t);
+    low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), _mm256_loadu_si256(w)));
+    high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), _mm256_loadu_si256(w + 1)));
+  }
+  // Unpacking goes by halves of a register: channels 0-3 and 8-11 are in `low`.
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), _mm256_permute2x128_si256(low, high, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 1, _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+#else
+
+inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) {
+  for (int t = 0; t < taps; ++t)
+    for (int i = 0; i < kLanes; ++i) to[kLanes * t + i] = static_cast<int8_t>(weight[t * stride + i]);
+}
+template <int kTaps> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
+                                              int32_t* sums) {
+  const int taps = kTaps ? kTaps : count;
+  for (int i = 0; i < kLanes; ++i) sums[i] = 0;
+  for (int t = 0; t < taps; ++t)
+    for (int i = 0; i < kLanes; ++i) sums[i] += int32_t(at[t][offset + i]) * weight[kLanes * t + i];
+}
+
+#endif
+
+}  // namespace bitfold
