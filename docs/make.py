@@ -93,7 +93,8 @@ def gemm_table() -> str:
         card = text.splitlines()[0].rpartition(" on ")[2]
         link = path.relative_to(ROOT).as_posix()
         rows = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
-        peers = ", ".join(dict.fromkeys(row["peer"] for row in rows if row["peer"] != "bitfold" and row["us"]))
+        timed = (row["peer"] for row in rows if row["us"] and row["peer"] != "bitfold")
+        peers = ", ".join(dict.fromkeys(timed))
         head = f"{card}, against {peers} ([everything]({link}), `python benchmarks/gemm.py`)"
         found.append(f"{head}:\n\n{lines}\n")
     return "\n".join(found)
