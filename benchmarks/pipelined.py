@@ -31,8 +31,8 @@ from bitfold.codegen import GemmSpec, choose, kernel_layout
 from bitfold.codegen.compiling import shaped_parts
 from bitfold.codegen.pipelined import Pipelined, modes
 from bitfold.codegen.triton.build import decode
-from bitfold.codegen.triton.build import launch as plain_launch
 from bitfold.codegen.triton.pipelined_build import launch, warm, workspace
+from bitfold.codegen.triton.run import run
 from bitfold.formats import format
 
 SHAPES = ("28672x4096", "4096x4096", "4096x14336", "8192x8192")
@@ -110,6 +110,12 @@ def compiled(jobs: Sequence[tuple[str, str]], workers: int, seconds: float) -> s
     return {futures[future] for future in done if future.exception() is None}
 
 
+def cuts(spec: GemmSpec) -> bool:
+    """Whether each part of the weight has an entry a row, so that rows can be cut off."""
+    scale = spec.weight.scale
+    return scale is None or (scale.granularity.rows == 1 and not scale.two_level)
+
+
 def by_slices(spec: GemmSpec, rows: int, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
     """Decodes `rows` rows of the weight at a time, and multiplies them."""
     fmt = spec.weight
@@ -184,10 +190,10 @@ def calls_of(
     found: dict[str, list[Callable[[], Any]]] = {}
     chosen = choose(spec, m)
     if chosen is not None:
-        found[f"now {chosen}"] = [partial(plain_launch, spec, chosen, [x, *p], out=y) for p in copies]
+        found[f"now {chosen}"] = [partial(run, spec, chosen, [x, *p], out=y) for p in copies]
     if m >= 512:
         found["decode, then the library"] = [partial(by_decoding, spec, x, p, y) for p in copies]
-        for size in SLICES:
+        for size in SLICES if cuts(spec) else ():
             found[f"slices of {size}"] = [partial(by_slices, spec, size, x, p, y) for p in copies]
     for plan in plans(spec, m):
         if (str(spec), str(plan)) in ready:

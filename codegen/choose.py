@@ -1,7 +1,7 @@
 """Which schedule: what was measured on this card, else what experience and the cost model say.
 
-In: a spec and a number of rows of x. Out: a `Schedule`, or None where decoding the weight once and calling
-the library is faster.
+In: a spec and a number of rows of x. Out: a `Schedule` or a `Pipelined`, or None where decoding the weight
+once and calling the library is faster.
 
     choose(spec, 1)                             ->   m8 n64 w2 s3 k4 sum
 
@@ -12,7 +12,7 @@ is better where was measured (one H200, see `tests/codegen/test_cost.py`). What 
 its predecessor has ended, where a GPU can, and is split further then: a program more fills the gap between
 two kernels (`docs/notes/gpu.md`).
 
-What runs depends on the card that is there when a spec is first seen, and on nothing after.
+What runs depends on the card that is current when a spec is first seen there, and on nothing after.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
+
 from .candidates import bucket, candidates, rows_each
 from .cost import facts, ranked
 from .device import Device, present
+from .epilogue import Epilogue
 from .pipelined import Pipelined
 from .plans import untuned_plan
 from .schedule import OVERLAP_FROM, Schedule, scales
@@ -43,8 +46,15 @@ TRIED_N, TRIED_STAGES, TRIED_SPLIT = 128, 4, 8
 
 
 def choose(spec: GemmSpec, m: int) -> Schedule | Pipelined | None:
-    """The schedule for m rows of x; None for so many that decoding first is faster."""
-    return _chosen(spec, bucket(rows_each(spec, m)))
+    """The schedule for m rows of x; None where products first and the rest after them are faster: products of
+    the library on decoded weights, or pipelined ones, which have no epilogue of their own."""
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return _chosen(spec, bucket(rows_each(spec, m)), device)
+
+
+def alone(spec: GemmSpec) -> GemmSpec:
+    """One of its products, with nothing behind it."""
+    return replace(spec, bias=False, weights=1, epilogue=Epilogue())
 
 
 def forget() -> None:
@@ -54,9 +64,14 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=4096)
-def _chosen(spec: GemmSpec, size: int) -> Schedule | Pipelined | None:
+def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelined | None:
+    """`device`: of the schedules that are kept, those of this card."""
     if not spec.walk or not scales(spec):
         return None
+    if not spec.epilogue.plain and has_library(spec):
+        product = alone(spec)
+        if isinstance(_chosen(product, size, device), Pipelined):
+            return None
     card = present()
     measured = lookup(spec, size, card)
     if isinstance(measured, Schedule | Pipelined):

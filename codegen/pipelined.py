@@ -29,12 +29,13 @@ SHARED, RESERVED = 228 * 1024, 1024
 REGISTERS, MOST_REGISTERS = 65536, 255
 # Groups that compute, and warps of each.
 GROUPS = ((1, 4), (1, 8), (2, 4))
+MOST_UNROLLED = 16
 # Registers for addresses, masks, scales and counters: with fewer left int4's kernels spilled, with these
 # none.
 SPARE = 40
 _TEXT = re.compile(
-    r"tma m(\d+) n(\d+) g(\d+) w(\d+) x(\d+) j(\d+) c(\d+) p(\d+) (\w+)"
-    r"( streamk)?(?: u(\d+))?(?: o(\d+))?"
+    r"tma m(\d{1,6}) n(\d{1,6}) g(\d) w(\d{1,2}) x(\d{1,6}) j(\d{1,6}) c(\d{1,6}) p(\d{1,6}) (\w+)"
+    r"( streamk)?(?: u(\d{1,6}))?(?: o(\d))?"
 )
 
 
@@ -84,6 +85,8 @@ class Pipelined:
             raise CodegenError(
                 "a pipelined schedule has two stages of x, one of codes and one program at least"
             )
+        if self.unroll > MOST_UNROLLED:
+            raise CodegenError(f"at most {MOST_UNROLLED} runs count as one, not {self.unroll}")
         if self.overlap not in (0, 1, 2):
             raise CodegenError(f"a pipelined schedule's overlap is 0, 1 or 2, not {self.overlap}")
         if self.scale not in MODES:

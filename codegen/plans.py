@@ -32,6 +32,11 @@ PLANS = {
 }  # fmt: skip
 # Of the places that its waves of programs have, a kernel of whole tiles fills this part at least.
 FULL = 0.8
+# Shared tiles gain where a program has 13 runs or more (4096 x 14336, 8192 x 8192), and lose with four
+# (4096 x 4096): what they cost is a part of a tile each, through the memory.
+RUNS = 8
+# Past so many rows what would run else is the library, and scales in float32 were not timed against it.
+UNMEASURED = 256
 
 
 def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
@@ -51,9 +56,17 @@ def untuned_plan(spec: GemmSpec, m: int, card: Device) -> Pipelined | None:
     if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO:
         return None
     found = plans(spec, m)
+    if not found or (found[0].scale == "float" and bucket(m) > UNMEASURED):
+        return None
     whole = (one for one in found if not one.streamk and _filled(spec, one, m, card) >= FULL)
-    shared = (one for one in found if one.streamk and one.groups == 2)
-    return next(whole, None) or next(shared, None) or next(iter(found), None)
+    shared = (one for one in found if one.streamk and one.groups == 2 and _runs(spec, one, m, card) >= RUNS)
+    return next(whole, None) or next(shared, None)
+
+
+def _runs(spec: GemmSpec, plan: Pipelined, m: int, card: Device) -> float:
+    """Of each program, where tiles are shared."""
+    tiles = -(-spec.n // plan.block_n) * -(-m // plan.block_m)
+    return tiles * plan.walk(spec).runs / (card.multiprocessors * plan.programs)
 
 
 def _filled(spec: GemmSpec, plan: Pipelined, m: int, card: Device) -> float:

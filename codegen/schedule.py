@@ -28,7 +28,7 @@ SHORTEST_OF_BYTES = 32
 MOST_INTEGERS = (2**31 - 1) // (128 * 128)
 # Launches overlap from this compute capability on.
 OVERLAP_FROM = 90
-_TEXT = re.compile(r"m(\d+) n(\d+) w(\d+) s(\d+) k(\d+) (\w+)(?: o(\d+))?")
+_TEXT = re.compile(r"m(\d{1,6}) n(\d{1,6}) w(\d{1,6}) s(\d{1,6}) k(\d{1,6}) (\w+)(?: o(\d))?")
 
 
 @dataclass(frozen=True)

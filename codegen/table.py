@@ -124,17 +124,18 @@ def lookup(spec: GemmSpec, m: int, card: Device) -> Schedule | Pipelined | str |
     for table in tables(card):
         for name in keys(spec):
             entry = table.entries.get(name, {}).get(size)
-            found = None if entry is None else _usable(entry, spec, size)
+            found = None if entry is None else _usable(entry, spec, size, card)
             if found is not None:
                 return found
     return None
 
 
-def _usable(entry: Entry, spec: GemmSpec, size: int) -> Schedule | Pipelined | str | None:
+def _usable(entry: Entry, spec: GemmSpec, size: int, card: Device) -> Schedule | Pipelined | str | None:
     if entry.schedule == LIBRARY:
         return LIBRARY if size >= LIBRARY_FROM else None
     try:
         schedule = parsed(entry.schedule)
+        schedule.check_arch(card.arch)
     except CodegenError:
         return None
     return schedule if schedule.obstacle(spec) is None else None

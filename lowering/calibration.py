@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
+from ..passes.capture import traceable
 
 
 @dataclass(frozen=True)
@@ -98,27 +99,27 @@ class Batches:
     def raw(self) -> Iterator[Any]:
         """The batches as they were given, each checked first."""
         for index, one in enumerate(self._rest):
-            as_batch(one, f"calibration batch {index}")
+            check_batch(one, f"calibration batch {index}")
             yield traceable(one)
 
 
 def as_batch(given: Any, name: str) -> Batch:
     """A batch from what a user wrote. Raises BitfoldError if it is nothing that a model is called with."""
+    check_batch(given, name)
     if isinstance(given, Tensor):
         return Batch(name, (traceable(given),), {})
     if isinstance(given, Mapping):
         return Batch(name, (), traceable(dict(given)))
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return Batch(name, traceable(tuple(given)), {})
+    return Batch(name, traceable(tuple(given)), {})
+
+
+def check_batch(given: Any, name: str) -> None:
+    """BitfoldError if it is nothing that a model is called with."""
+    if isinstance(given, Tensor | Mapping) or (isinstance(given, Sequence) and not isinstance(given, str)):
+        return
     raise BitfoldError(
         f"{name} is a {type(given).__name__}; give a tensor, a tuple of arguments or a dict of keywords"
     )
-
-
-def traceable(given: Any) -> Any:
-    """The same with tensors that were made in inference mode copied: no graph may be recorded of those."""
-    with torch.inference_mode(False):
-        return pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, given)
 
 
 def record_arguments(model: nn.Module, batch: Batch, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from ..codegen import CodegenError, GemmSpec, Inputs, choose
+from ..codegen.choose import alone
 from ..formats import FormatError, cache_tag
 from ..formats.ops import no_gradient_text
 
@@ -78,9 +79,10 @@ def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def by_library(spec: GemmSpec, given: Inputs) -> Tensor:
-    """The same by the library's product, for so many rows that it is faster: each weight is decoded into
-    memory for as long as its product takes."""
+    """The same with products first, where that is faster: the library's, each weight decoded into memory for
+    as long as its product takes; or pipelined ones, and what stands behind them in a kernel of its own."""
     from ..codegen.triton.build import decode
+    from ..codegen.triton.run import run
 
     if spec.activation is not None or spec.experts:
         raise CodegenError(f"no schedule runs {spec}, and no product of the library does what it says")
@@ -89,7 +91,12 @@ def by_library(spec: GemmSpec, given: Inputs) -> Tensor:
         return torch.nn.functional.linear(given.x, decode(spec, given.parts[0], given.x), bias)
     from ..codegen.triton.finish import finish as finish_at_once
 
-    sums = [torch.nn.functional.linear(given.x, decode(spec, parts, given.x)) for parts in given.parts]
+    product = alone(spec)
+    schedule = choose(product, given.x.shape[0])
+    if schedule is not None:
+        sums = [run(product, schedule, [given.x, *parts]) for parts in given.parts]
+    else:
+        sums = [torch.nn.functional.linear(given.x, decode(spec, parts, given.x)) for parts in given.parts]
     return finish_at_once(spec, sums, given)
 
 

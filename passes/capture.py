@@ -39,6 +39,17 @@ class CaptureError(BitfoldError):
     """The model cannot be captured as one graph."""
 
 
+def traceable(given: Any) -> Any:
+    """The same; with tensors that were made in inference mode copied, each once, if there are any: no graph
+    may be recorded of those."""
+    leaves = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    with torch.inference_mode(False):
+        copies = {id(leaf): leaf.clone() for leaf in leaves if leaf.is_inference()}
+    if not copies:
+        return given
+    return pytree.tree_map_only(Tensor, lambda leaf: copies.get(id(leaf), leaf), given)
+
+
 def capture(
     model: nn.Module,
     inputs: Inputs,
@@ -61,7 +72,7 @@ def capture(
             f"capture() takes scope='program', not '{scope}'; the frame scope is "
             "torch.compile(backend='bitfold') and the module scope is bf.quantize"
         )
-    args, named = _arguments(inputs, kwargs)
+    args, named = traceable(_arguments(inputs, kwargs))
     shapes, args, named = _dynamic(model, dynamic, args, named)
     gm = _export(model, args, named, shapes)
     gm.meta.pop("bitfold", None)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 # Counters set aside on a device: enough for two thousand captured calls of 528 programs.
 RESERVED = 1 << 20
+LINE = 32  # counters
 # Counters of a stream; a call that needs more zeroes its own.
 OF_STREAM = 1 << 14
 
@@ -32,6 +33,9 @@ class _Arena:
     of_streams: dict[int, Tensor] = field(default_factory=dict)
 
     def take(self, count: int) -> Tensor | None:
+        """Lines of the cache of its own: counters of two calls in one would wait for each other, and a
+        kernel is compiled anew for an address that is no multiple of 16."""
+        count = -(-count // LINE) * LINE
         if self.used + count > self.memory.numel():
             return None
         self.used += count

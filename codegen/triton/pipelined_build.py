@@ -71,6 +71,10 @@ def launch(
     if m == 0:
         return y
     check(spec, x, parts, y)
+    if (bias is None) == spec.bias or (
+        bias is not None and (bias.shape != (spec.n,) or bias.dtype != spec.dtype)
+    ):
+        raise CodegenError(f"the kernel {spec} takes {'a bias of its columns' if spec.bias else 'no bias'}")
     found = torch.cuda.get_device_properties(x.device)
     schedule.check_arch(10 * found.major + found.minor)
     if room is None:
@@ -83,6 +87,12 @@ def launch(
     return y
 
 
+def aligned(held: Tensor) -> bool:
+    """Whether the copy engine can take rows of it as they lie."""
+    strides = [stride * held.element_size() for stride in held.stride()[:-1]]
+    return held.stride(-1) == 1 and not any(place % ALIGNED for place in (*strides, held.data_ptr()))
+
+
 def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
     """One sentence if the copy engine cannot take these; before anything is launched."""
     if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != spec.dtype:
@@ -91,9 +101,16 @@ def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None
         )
     if len(parts) != len(spec.weight.parts):
         raise CodegenError(f"{spec.weight} stores {', '.join(spec.weight.parts)}, not {len(parts)} tensors")
+    if y.shape != (x.shape[0], spec.n) or y.dtype != spec.dtype:
+        raise CodegenError(
+            f"the kernel {spec} writes y [{x.shape[0]}, {spec.n}] in {spec.x}, not {tuple(y.shape)} in "
+            f"{y.dtype}"
+        )
+    rows = [part.shape[0] for part in parts[:1]]
+    if rows != [spec.n]:
+        raise CodegenError(f"the kernel {spec} reads codes of {spec.n} rows, not of {rows[0]}")
     for name, held in (("x", x), ("codes", parts[0]), ("y", y)):
-        strides = [stride * held.element_size() for stride in held.stride()[:-1]]
-        if held.stride(-1) != 1 or any(place % ALIGNED for place in (*strides, held.data_ptr())):
+        if not aligned(held):
             raise CodegenError(
                 f"the rows of {name} must be contiguous and start at multiples of {ALIGNED} bytes; clone it"
             )

@@ -23,9 +23,9 @@ def run(
     """The result [M, n] of a kernel on its inputs (see `spec.py`), x [M, k] among them."""
     if isinstance(schedule, Schedule):
         return build.launch(spec, schedule, inputs, out=out)
-    given = spec.inputs(inputs)
-    # The copy engine starts at multiples of 16 bytes; a view that begins elsewhere is moved.
-    x = given.x if given.x.data_ptr() % pipelined_build.ALIGNED == 0 else given.x.clone()
+    given = build.check(spec, inputs)
+    # The copy engine starts at multiples of 16 bytes; what lies elsewhere is moved.
+    x = given.x if pipelined_build.aligned(given.x) else given.x.new_empty(given.x.shape).copy_(given.x)
     bias = given.biases[0] if spec.bias else None
     return pipelined_build.launch(spec, schedule, x, given.parts[0], bias, out=out)
 

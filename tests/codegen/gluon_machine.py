@@ -66,6 +66,7 @@ class Map:
 
     held: Tensor
     layout: Any = None
+    waits: bool = False  # its numbers come from the kernel before
 
 
 @dataclass
@@ -81,17 +82,26 @@ class Barrier:
             self.pending = self.count
 
 
-class Reading(threading.local):
-    """Of each warp: whether it read shared memory and set no fence since."""
+class Warp(threading.local):
+    """unfenced: it read or wrote shared memory otherwise than by the copy engine, and set no fence since;
+    late: it waited for the kernel before; stored, met: it stored to memory, and met a barrier after that."""
 
-    unfenced = False
+    unfenced = late = stored = met = False
 
 
-READING = Reading()
+WARP = Warp()
 
 
 def fence() -> None:
-    READING.unfenced = False
+    WARP.unfenced = False
+
+
+def wait_for_predecessor() -> None:
+    WARP.late = True
+
+
+def barrier() -> None:
+    WARP.met = WARP.stored
 
 
 @dataclass
@@ -105,11 +115,12 @@ class Shared:
         return Shared(self.held.permute(*order))
 
     def load(self, layout: Any) -> Any:
-        READING.unfenced = True
+        WARP.unfenced = True
         return tile(self.held.clone())
 
     def store(self, value: Tensor) -> None:
         assert value.dtype == self.held.dtype and value.shape == self.held.shape
+        WARP.unfenced = True
         self.held.copy_(value)
 
 
@@ -130,6 +141,7 @@ class Machine:
         self.fetching: set[int] = set()
         self.stores: dict[int, list[Callable[[], None]]] = {}
         self.program = self.programs = 0
+        self.overlaps = False
         self.fault: BaseException | None = None
 
     # --- barriers and copies ---
@@ -164,7 +176,7 @@ class Machine:
     def arrive(self, bar: Barrier, pred: bool = True) -> None:
         if not pred:
             return
-        assert not READING.unfenced, "what is freed may still be read: no fence"
+        assert not WARP.unfenced, "what is freed may still be read: no fence"
         with self.change:
             bar.pending -= 1
             assert bar.pending >= 0, "more arrivals than the barrier counts"
@@ -179,6 +191,7 @@ class Machine:
 
     def fetch(self, source: Map, at: Sequence[int], bar: Barrier, to: Shared) -> None:
         rows, cols = to.held.shape
+        assert not (self.overlaps and source.waits and not WARP.late), "x is read ahead of the kernel before"
         with self.change:
             to.held.zero_()
             found = source.held[at[0] : at[0] + rows, at[1] : at[1] + cols]
@@ -189,6 +202,8 @@ class Machine:
             self._changed()
 
     def put(self, to: Map, at: Sequence[int], source: Shared) -> None:
+        assert not WARP.unfenced, "what is copied may not be there yet: no fence"
+
         def copy() -> None:
             place = to.held[at[0] : at[0] + source.held.shape[0], at[1] : at[1] + source.held.shape[1]]
             place.copy_(source.held[: place.shape[0], : place.shape[1]])
@@ -207,6 +222,7 @@ class Machine:
     ) -> None:
         """The last two parts fetch."""
         assert len(warps) == len(registers) == len(parts) - 1
+        assert not WARP.unfenced, "barriers are used before they are there: no fence"
         threads = [threading.Thread(target=self._work, args=part) for part in parts]
         with self.change:
             for thread in threads:
@@ -243,6 +259,7 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
 
 def _init(bar: Barrier, count: int) -> None:
     bar.count = bar.pending = count
+    WARP.unfenced = True
 
 
 def _mma(a: Tensor, b: Shared, sums: Any, is_async: bool) -> Sums:
@@ -267,10 +284,14 @@ def _load(place: Pointer, cache_modifier: str = "") -> Any:
 def _store(place: Pointer, value: Tensor, mask: Any = True) -> None:
     at = torch.as_tensor(place.at)
     here = torch.as_tensor(mask).expand(at.shape)
+    WARP.stored, WARP.met = True, False
     place.memory[at[here]] = value.expand(at.shape)[here].as_subclass(torch.Tensor)
 
 
 def _exchange(place: Pointer, value: int, sem: str) -> int:
+    if value == 1:  # tells another program that a part is there
+        assert sem == "release" and WARP.met, "a part is announced that may not be there yet"
+        WARP.stored = WARP.met = False
     before = int(place.memory[place.at])
     place.memory[place.at] = value
     return before
@@ -352,7 +373,7 @@ def language(machine: Machine) -> SimpleNamespace:
         store=_store,
         atomic_add=_Spun(),
         atomic_xchg=_exchange,
-        barrier=lambda: None,
+        barrier=barrier,
         inline_asm_elementwise=_asm,
         allocate_shared_memory=_allocate,
         NVMMADistributedLayout=lambda *of: None,
@@ -409,13 +430,13 @@ def run(source: str, *, maps: Sequence[Tensor], rest: Sequence[Any], programs: i
         "warpgroup_mma": _mma,
         "warpgroup_mma_wait": _mma_wait,
         "fence_async_shared": fence,
-        "gdc_wait": lambda: None,
+        "gdc_wait": wait_for_predecessor,
         "gdc_launch_dependents": lambda: None,
     }
     exec(compile(text, "kernel", "exec"), held)
     arguments = [pointer(value) if isinstance(value, Tensor) else value for value in rest]
-    machine.programs = programs
+    machine.programs, machine.overlaps = programs, "gdc_launch_dependents()" in source
     for program in reversed(range(programs)):
         machine.program = program
-        held["kernel"](*(Map(value) for value in maps), *arguments)
+        held["kernel"](*(Map(value, waits=i == 0) for i, value in enumerate(maps)), *arguments)
         assert not any(machine.stores.values()), "a store nobody waited for"

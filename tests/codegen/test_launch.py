@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from bitfold.codegen import CodegenError, GemmSpec, Schedule
+from bitfold.codegen import CodegenError, GemmSpec, Schedule, choose
+from bitfold.codegen.choose import alone
 from bitfold.codegen.epilogue import Epilogue
-from bitfold.codegen.triton import build
+from bitfold.codegen.pipelined import Pipelined, parsed
+from bitfold.codegen.triton import build, pipelined_build, run
+from bitfold.codegen.triton import locks as locks_module
 from bitfold.formats import format
 
 SPEC = GemmSpec(format("int4[g64,halves256]"), 32, 256)
@@ -113,3 +116,49 @@ def test_importing_starts_no_compiler() -> None:
     search = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=search)
     assert told.stdout == "True\n", told.stderr
+
+
+def test_counters_of_captured_calls_begin_at_lines_of_the_cache() -> None:
+    """Or a kernel would be compiled anew for each alignment, in the middle of a capture."""
+    arena = locks_module._Arena(torch.zeros(4096, dtype=torch.int32))
+    found = [arena.take(count) for count in (65, 1, 448, 33)]
+    assert all(one is not None and one.storage_offset() % locks_module.LINE == 0 for one in found)
+    assert arena.take(4096) is None
+
+
+def pipelined(n: int = 512, k: int = 256) -> tuple[GemmSpec, list[torch.Tensor], torch.Tensor]:
+    spec = GemmSpec(format("int4[g128,halves256]"), n, k)
+    return spec, spec.weight.quantize(torch.randn(n, k)).parts, torch.randn(64, k).bfloat16()
+
+
+def test_what_the_copy_engine_cannot_take_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """x that begins or whose rows begin off 16 bytes: the kernel gets a copy of it."""
+    spec, parts, x = pipelined()
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(pipelined_build, "launch", lambda spec, s, x, *_, **__: seen.append(x) or x)
+    plan = parsed("tma m64 n128 g2 w4 x4 j2 c4 p1 lane")
+    memory = torch.randn(64 * 257 + 1).bfloat16()
+    for given in (x, memory[1 : 1 + 64 * 256].view(64, 256), memory[: 64 * 257].view(64, 257)[:, :256]):
+        run.run(spec, plan, [given, *parts])
+        assert pipelined_build.aligned(seen[-1]) and torch.equal(seen[-1], given)
+    assert seen[0] is x
+    with pytest.raises(CodegenError, match="codes"):
+        run.run(spec, plan, [x, parts[0][:128], parts[1]])
+
+
+def test_what_a_pipelined_launch_refuses() -> None:
+    spec, parts, x = pipelined()
+    y = torch.empty(64, 512).bfloat16()
+    for out, said in ((y[:8], r"writes y \[64, 512\]"), (y.float(), "in bf16"), (y[:, :256], r"\[64, 512\]")):
+        with pytest.raises(CodegenError, match=said):
+            pipelined_build.check(spec, x, parts, out)
+    with pytest.raises(CodegenError, match="codes of 512 rows, not of 128"):
+        pipelined_build.check(spec, x, [parts[0][:128], parts[1]], y)
+
+
+def test_an_epilogue_is_put_behind_pipelined_products() -> None:
+    """They have none of their own; the choice says that products come first."""
+    spec = GemmSpec.parse("linear 28672x4096 bf16 2*int4[g128,halves256] -> mul(silu(y0),y1)")
+    assert isinstance(choose(alone(spec), 128), Pipelined) and choose(spec, 128) is None
+    assert isinstance(choose(spec, 1), Schedule)
+    assert str(alone(spec)) == "linear 28672x4096 bf16 int4[g128,halves256]"

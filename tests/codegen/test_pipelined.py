@@ -121,10 +121,10 @@ def test_where_a_scale_multiplies() -> None:
     [
         (28672, 32, None),
         (28672, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane"),
-        (8192, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane streamk"),  # 64 tiles for 132 programs
+        (12288, 64, "tma m64 n128 g2 w4 x4 j2 c4 p1 lane streamk"),  # 96 tiles for 132 programs
         (28672, 100, "tma m128 n128 g2 w4 x3 j2 c3 p1 lane"),
         (8192, 100, "tma m64 n128 g2 w4 x4 j2 c3 p1 lane"),  # 128 tiles instead of 64
-        (4096, 100, "tma m128 n128 g2 w4 x3 j2 c3 p1 lane streamk"),
+        (4096, 100, None),  # four runs a program, if tiles were shared
         (28672, 1024, "tma m256 n128 g1 w8 x4 j1 c2 p1 lane"),
         (28672, 4096, None),
     ],
@@ -276,6 +276,11 @@ def ran(
         ("(step // X_STAGES & 1) ^ 1", "step // X_STAGES & 1"),  # the first copy waits for ever
         ("mbarrier.expect(x_full.index(b), 1024)", "mbarrier.expect(x_full.index(b), 2048)"),
         ("fence_async_shared()\n            mbarrier.arrive(codes", "mbarrier.arrive(codes"),
+        ("fence_async_shared()\n    tma.async_copy", "tma.async_copy"),  # y is copied before it is there
+        ("fence_async_shared()\n    computing", "computing"),
+        ("gdc_wait()", "pass"),
+        ('1, sem="release"', '1, sem="relaxed"'),
+        ("total)\n            barrier()", "total)"),  # a flag ahead of its part
         ("count=GROUPS", "count=1"),  # freed by the first of two groups
         ('flag + other * GROUPS, 0, sem="relaxed"', 'flag + other * GROUPS, 1, sem="relaxed"'),
         ("total += tl.load(mine", "total = tl.load(mine"),
@@ -285,7 +290,7 @@ def ran(
 def test_the_machine_notices(line: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutations of a kernel that is right."""
     spec = GemmSpec.parse("linear 264x768 bf16 int4[g64,halves256]")
-    schedule = Pipelined.parse("tma m8 n128 g2 w4 x2 j1 c1 p1 lane streamk")
+    schedule = Pipelined.parse("tma m8 n128 g2 w4 x2 j1 c1 p1 lane streamk o1")
     x, q, _ = drawn(spec, 9)
     want = x.double() @ spec.weight.dequantize(q).double().T
     source = pipelined_source(spec, schedule)
