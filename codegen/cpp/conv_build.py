@@ -103,7 +103,7 @@ def operator() -> ctypes.CDLL:
     path = Library(text, vectors(), operator=True).path()
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     loaded = ctypes.CDLL(str(path))
-    loaded.bitfold_builder(_builder())
+    loaded.bitfold_conv_builder(_builder())
     return loaded
 
 
@@ -138,7 +138,7 @@ def know(specs: Iterable[ConvSpec], words: str | None = None) -> None:
         entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
     for spec, library in zip(wanted, libraries, strict=True):
-        loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts_of(spec, *entries[library])))
+        loaded.bitfold_know_conv(str(spec).encode(), ctypes.byref(facts_of(spec, *entries[library])))
         # One text has one kernel at a time: another's vectors, in a test, take its place.
         _known.difference_update({(str(spec), other) for other in FLAGS})
         _known.add((str(spec), words))

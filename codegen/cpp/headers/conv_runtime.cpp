@@ -22,8 +22,9 @@ namespace bitfold {
 using Run = void (*)(const Conv*, int64_t, int64_t, int64_t, int64_t);
 using Build = int (*)(const char* text);
 
-// What a spec says, in numbers; `codegen/cpp/conv_build.py` fills one in.
-struct Facts {
+// What a spec says, in numbers; `codegen/cpp/conv_build.py` fills one in. Its name is not that of another operator: all of
+// them see each other's symbols, and templates over types of one name would be taken for the same.
+struct ConvFacts {
   Run run;
   void (*widen)(const Conv*, int16_t*);  // makes x ready; null where it is read as it is
   int64_t n, k, kernel_height, kernel_width, stride_y, stride_x, top, left, bottom, right, dilation_y, dilation_x, groups;
@@ -37,10 +38,10 @@ struct Facts {
 namespace {
 
 std::shared_mutex guard;
-std::unordered_map<std::string, Facts> known;
+std::unordered_map<std::string, ConvFacts> known;
 Build build = nullptr;
 
-bool find(const std::string& text, Facts& found) {
+bool find(const std::string& text, ConvFacts& found) {
   std::shared_lock<std::shared_mutex> lock(guard);
   const auto at = known.find(text);
   if (at == known.end()) return false;
@@ -128,7 +129,7 @@ float one(const Tensor& scale, const std::string& text) {
   return static_cast<const float*>(scale.const_data_ptr())[0];
 }
 
-const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, const Facts& f, const std::string& text) {
+const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, const ConvFacts& f, const std::string& text) {
   STD_TORCH_CHECK(given.numel() == f.n && given.scalar_type() == ScalarType::Float && given.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " float32 numbers, one a channel");
   float* to = all.data() + used;
@@ -138,7 +139,7 @@ const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, 
 }
 
 // Addresses of panels; narrow ones, which end a group, are copied and filled with rows of zeros.
-void panels(Conv& c, const Facts& f, const uint8_t* codes, Scratch& s) {
+void panels(Conv& c, const ConvFacts& f, const uint8_t* codes, Scratch& s) {
   const int64_t each = c.panels_of_group(), narrow = c.rows % kLanes, size = kLanes * f.row_bytes;
   const int64_t unit = f.depthwise ? 1 : 4;
   s.panels.resize(c.groups * each);
@@ -159,7 +160,7 @@ void panels(Conv& c, const Facts& f, const uint8_t* codes, Scratch& s) {
 // A task has work for a while, and the weight that it reads stays in a core's cache.
 constexpr int64_t kLeast = 1 << 17, kCached = 1 << 16;
 
-void spread(const Conv& c, const Facts& f) {
+void spread(const Conv& c, const ConvFacts& f) {
   const int64_t count = c.groups * c.panels_of_group(), pixels = c.pixels();
   int64_t together = count, rows;
   if (f.depthwise) {
@@ -181,7 +182,7 @@ void spread(const Conv& c, const Facts& f) {
 }
 
 std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
-  Facts f;
+  ConvFacts f;
   if (!find(text, f)) {
     STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f), "no CPU kernel could be built for ",
                     text, "; lower the graph with target cpu");
@@ -316,8 +317,8 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("conv", TORCH_BOX(&bitfold::conv)); }
 
-extern "C" void bitfold_builder(bitfold::Build made) { bitfold::build = made; }
-extern "C" void bitfold_know(const char* text, const bitfold::Facts* facts) {
+extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::build = made; }
+extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) {
   std::unique_lock<std::shared_mutex> lock(bitfold::guard);
   bitfold::known[text] = *facts;
 }
