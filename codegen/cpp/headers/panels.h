@@ -18,8 +18,9 @@ constexpr int kApart = 16;            // numbers between decoded rows, so that t
 static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
 
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
-// bits: of codes that are multiplied as integers, 0 for floats.
-template <bool held, int bits> inline const Wants* wants() {
+// bits: of codes that are multiplied as integers, 0 for floats. `static`, since statics of an inline function are one
+// for the whole process: a library for other vectors would be told what the first one wants.
+template <bool held, int bits> static const Wants* wants() {
   static constexpr auto order = [] {
     struct {
       int8_t at[32];
