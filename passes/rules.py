@@ -173,12 +173,14 @@ def _predicate(text: str) -> Callable[[Mapping[str, int]], bool]:
         return lambda sizes: True
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        # Large sizes for a trial, so that a harmless K - 1 does not divide by zero here.
+        _evaluate(tree, text, dict.fromkeys(_NAMES, 1 << 20))
+    except BitfoldError:
+        raise
     except (SyntaxError, ValueError, RecursionError) as error:
         raise BitfoldError(
             f"where={text!r} cannot be read; write something like 'K >= 256 and N % 16 == 0'"
         ) from error
-    # Large sizes for a trial, so that a harmless K - 1 does not divide by zero here.
-    _evaluate(tree, text, dict.fromkeys(_NAMES, 1 << 20))
     return lambda sizes: bool(_evaluate(tree, text, sizes))
 
 
