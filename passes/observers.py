@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..formats import BitfoldError, nearest
+from ..formats import BitfoldError, Format, nearest
 
 
 class Observer(nn.Module):
@@ -38,6 +38,25 @@ class Observer(nn.Module):
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest number expected, float32 scalars."""
         raise NotImplementedError
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        """Scale, and zero point where `fmt` has one, as scalars."""
+        return fmt.from_range(*self.range())
+
+
+class Given(Observer):
+    """A scale (and a zero point) that came with a checkpoint: taken as it is, whatever goes through."""
+
+    def __init__(self, params: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.seen = 1
+        self.given = tuple(part.reshape(()) for part in params)
+
+    def note(self, x: Tensor) -> None:
+        del x
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        return self.given
 
 
 class MinMax(Observer):
