@@ -96,8 +96,7 @@ class _Placement:
     def check(self) -> None:
         if any(isinstance(module, Folded) for module in self.model.modules()):
             raise BitfoldError(
-                f"this {type(self.model).__name__} is quantized already; give the skeleton of the model as it was "
-                "before"
+                f"this {type(self.model).__name__} is quantized already; give the skeleton as it was before"
             )
         for path, stored in self.checkpoint.stored.items():
             shape = self._shape(path)

@@ -23,6 +23,7 @@ from ..tracing import TRACING
 from .checkpoint import Checkpoint
 from .compressed_read import read_compressed
 from .folder import read_folder
+from .gguf_read import read_gguf
 from .into import put
 
 
@@ -35,7 +36,7 @@ def load_checkpoint(
     target: str | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """Load what another program quantized: compressed-tensors.
+    """Load what another program quantized: a folder of compressed-tensors, or a GGUF file.
 
     into         the skeleton: its architecture, with or without numbers
     activations  whether layers quantize their inputs where the checkpoint says so
@@ -60,6 +61,8 @@ def load_checkpoint(
 
 
 def _read(path: Path, model: nn.Module, activations: bool) -> Checkpoint:
+    if path.suffix == ".gguf":
+        return read_gguf(path, model)
     folder = read_folder(path)
     method = folder.quantization.get("quant_method")
     if method == "compressed-tensors":
