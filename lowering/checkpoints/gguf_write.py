@@ -43,7 +43,7 @@ def write_gguf(model: nn.Module, path: object, *, like: object = None) -> None:
     kind = str(getattr(config, "model_type", ""))
     if kind not in ROTATED_IN_PAIRS:
         raise BitfoldError(
-            f"GGUF is written for {', '.join(ROTATED_IN_PAIRS)}, and a {type(model).__name__} is none of these"
+            f"GGUF is written for {', '.join(ROTATED_IN_PAIRS)}, not for a {type(model).__name__}"
         )
     source = None if like is None else open_gguf(Path(str(like)))
     if source is not None and source.architecture != kind:

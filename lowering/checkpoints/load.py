@@ -20,11 +20,13 @@ from ...formats import BitfoldError
 from ..given_model import module_of
 from ..paths import named
 from ..tracing import TRACING
+from .by_column import read_by_column
 from .checkpoint import Checkpoint
 from .compressed_read import read_compressed
 from .folder import read_folder
 from .gguf_read import read_gguf
 from .into import put
+from .torchao_read import read_torchao_file, read_torchao_folder
 
 
 @torch.inference_mode(False)
@@ -36,7 +38,8 @@ def load_checkpoint(
     target: str | None = None,
     device: str | torch.device | None = None,
 ) -> nn.Module:
-    """Load what another program quantized: a folder of compressed-tensors, or a GGUF file.
+    """Load what another program quantized: a folder of compressed-tensors, AutoAWQ, GPTQ or torchao; a GGUF
+    file; or a state dict of torchao's tensors that torch.save wrote.
 
     into         the skeleton: its architecture, with or without numbers
     activations  whether layers quantize their inputs where the checkpoint says so
@@ -63,13 +66,21 @@ def load_checkpoint(
 def _read(path: Path, model: nn.Module, activations: bool) -> Checkpoint:
     if path.suffix == ".gguf":
         return read_gguf(path, model)
+    if path.is_file():
+        return read_torchao_file(path, activations=activations)
     folder = read_folder(path)
     method = folder.quantization.get("quant_method")
     if method == "compressed-tensors":
         return read_compressed(folder, model, activations=activations)
+    if method == "torchao":
+        return read_torchao_folder(folder, activations=activations)
+    if method in ("awq", "gptq") or (method is None and any(n.endswith(".qweight") for n in folder.tensors)):
+        return read_by_column(folder, model)
     if method is None:
         raise BitfoldError(
             f"{path} has no quantization_config, so nothing in it is quantized; load it by its own means and "
             "call bf.quantize"
         )
-    raise BitfoldError(f"{path} was quantized by {method!r}; compressed-tensors is read")
+    raise BitfoldError(
+        f"{path} was quantized by {method!r}; compressed-tensors, awq, gptq and torchao are read"
+    )
