@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .formats import register as register_format
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
+    from .lowering.checkpoints.transformers_config import BitfoldConfig
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
+    "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
@@ -62,6 +64,7 @@ _LATER = {
 }
 
 __all__ = [
+    "BitfoldConfig",
     "BitfoldError",
     "Format",
     "FormatError",
