@@ -24,9 +24,10 @@ from .fake_quantize import FakeQuantize
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
 from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
+from .histograms import observer
 from .note import Note, annotated, note
 from .observe import Observe
-from .observers import Observer, observer
+from .observers import Observer
 from .pattern import Match, Pattern, rewrite
 from .pipeline import Pipeline
 from .provenance import Origin, inherit, origin
