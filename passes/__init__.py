@@ -34,6 +34,7 @@ from .provenance import Origin, inherit, origin
 from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
+from .share import Share
 from .sparsify import Sparsify
 from .stages import Stage, VerificationError
 from .trace import Change, Step, Trace
@@ -63,6 +64,7 @@ __all__ = [
     "Recipe",
     "Region",
     "Rule",
+    "Share",
     "Site",
     "Sparsify",
     "Stage",

@@ -103,7 +103,7 @@ class _Searched(Histogram):
 
     STEPS = 100
 
-    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
         low, high = self.range()
         best, least = (low, high), torch.inf
         if self.reach:
@@ -115,7 +115,7 @@ class _Searched(Histogram):
                 loss = self.loss(rounded, inside)
                 if loss < least:
                     best, least = ends, loss
-        return fmt.from_range(*best)
+        return best
 
     def loss(self, rounded: Tensor, inside: Tensor) -> float:
         """What is lost if each bin's numbers become `rounded` [BINS]; `inside`: the bins in the range."""

@@ -41,9 +41,35 @@ class Observer(nn.Module):
         """Smallest and largest number expected, float32 scalars."""
         raise NotImplementedError
 
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        """The range to be held in `fmt`: what was seen, or less of it."""
+        del fmt
+        return self.range()
+
     def params(self, fmt: Format) -> tuple[Tensor, ...]:
         """Scale, and zero point where `fmt` has one, as scalars."""
-        return fmt.from_range(*self.range())
+        return fmt.from_range(*self.ends(fmt))
+
+
+class Agreed(Observer):
+    """One of several edges that have one scale: the range is the one that holds all of theirs.
+
+    Each still sees its own numbers, in the observer that it had; `others` are those of all of them.
+    """
+
+    def __init__(self, own: Observer, others: list[Observer]) -> None:
+        super().__init__()
+        # Not submodules: the graph holds each of them once, under its own edge.
+        self.__dict__["own"], self.__dict__["others"] = own, others
+
+    def note(self, x: Tensor) -> None:
+        own: Observer = self.__dict__["own"]
+        own(x)
+
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        others: list[Observer] = self.__dict__["others"]
+        lows, highs = zip(*(other.ends(fmt) for other in others if other.seen), strict=True)
+        return torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
 class Given(Observer):
