@@ -147,17 +147,26 @@ class Entropy(_Searched):
     def loss(self, rounded: Tensor, inside: Tensor) -> float:
         if not inside.any():
             return torch.inf
-        kept = torch.where(inside, self.counts, 0.0)
+        counts = self._without_zeros()
+        kept = torch.where(inside, counts, 0.0)
         clipped = kept.clone()
         first, last = (int(inside.nonzero()[end]) for end in (0, -1))
-        clipped[first] += self.counts[:first].sum()
-        clipped[last] += self.counts[last + 1 :].sum()
+        clipped[first] += counts[:first].sum()
+        clipped[last] += counts[last + 1 :].sum()
         codes = torch.unique(rounded, return_inverse=True)[1]
         full = (kept > 0).double()
         sums = torch.zeros(int(codes.max()) + 1, dtype=torch.float64)
         bins = sums.scatter_add(0, codes, full).clamp(min=1)
         spread = full * (sums.scatter_add(0, codes, kept) / bins)[codes]
         return _divergence(clipped, spread)
+
+    def _without_zeros(self) -> Tensor:
+        """The counts, those of zeros left out: zero is a code of every format and loses nothing, and behind a
+        ReLU the half of all numbers that it is would count as lost for every code but the narrowest.
+        """
+        counts, middle = self.counts.clone(), len(self.counts) // 2
+        counts[middle] = torch.minimum(counts[middle], counts[middle + 1])
+        return counts
 
 
 def _divergence(counts: Tensor, model: Tensor) -> float:

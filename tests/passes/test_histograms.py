@@ -81,6 +81,7 @@ def test_entropy_is_the_divergence_that_its_definition_gives() -> None:
     codes = torch.arange(16) // 4
     inside = torch.ones(16, dtype=torch.bool)
     inside[12:] = False
+    found.counts[8] = 3  # which is the middle bin, no larger than the next one: nothing is taken for zeros
     clipped = found.counts.clone()
     clipped[11] += clipped[12:].sum()
     clipped[12:] = 0
@@ -92,6 +93,13 @@ def test_entropy_is_the_divergence_that_its_definition_gives() -> None:
     q = (q + 1e-4 / 16) / (1 + 1e-4)
     want = sum(float(a * (a / b).log()) for a, b in zip(p, q, strict=True) if a > 0)
     assert found.loss(codes.float(), inside) == pytest.approx(want, rel=1e-9)  # type: ignore[attr-defined]
+
+
+def test_entropy_does_not_count_zeros_as_lost() -> None:
+    """Behind a ReLU half of all numbers are zero."""
+    fmt, x = bf.format("int8[tensor]"), torch.relu(torch.randn(200_000))
+    (scale,) = seen("entropy", x).params(fmt)
+    assert error(fmt, (scale,), x) < 4 * error(fmt, seen("mse", x).params(fmt), x)
 
 
 @pytest.mark.parametrize("text", ["mse", "entropy", "percentile"])
