@@ -29,8 +29,9 @@ from gemm_ours import FORMATS
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule, kernel_layout
 from bitfold.codegen.candidates import bucket, candidates, rows_each
-from bitfold.codegen.choose import MOST_ROWS, has_library, untuned
+from bitfold.codegen.choose import MOST_ROWS, untuned
 from bitfold.codegen.device import Device, device, present
+from bitfold.codegen.library import has_library
 from bitfold.codegen.pipelined import parsed
 from bitfold.codegen.table import LIBRARY, Table, best_of
 from bitfold.codegen.tune import Row, best_rows, tune

@@ -27,6 +27,7 @@ from .candidates import bucket, candidates, rows_each
 from .cost import facts, ranked
 from .device import Device, present
 from .epilogue import Epilogue
+from .library import has_library, multiplies_codes
 from .pipelined import Pipelined
 from .plans import untuned_plan
 from .schedule import OVERLAP_FROM, Schedule, scales
@@ -35,7 +36,7 @@ from .table import LIBRARY, lookup, tables
 
 # Past this many rows the tensor cores are the limit, and a plain product on decoded weights is faster.
 MOST_ROWS = 256
-# Up to this many the loads of the weight are all that counts.
+# Up to this many the loads of the weight are all that counts. Past it the library multiplies codes faster.
 SKINNY = 16
 # Programs wanted at least, a multiprocessor.
 PROGRAMS = 4
@@ -80,7 +81,8 @@ def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelin
         return None
     if (plan := untuned_plan(spec, size, card)) is not None:
         return plan
-    return None if has_library(spec) and size > MOST_ROWS else unmeasured(spec, size, card)
+    most = SKINNY if multiplies_codes(spec) else MOST_ROWS
+    return None if has_library(spec) and size > most else unmeasured(spec, size, card)
 
 
 def unmeasured(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
@@ -98,11 +100,6 @@ def overlapped(spec: GemmSpec, schedule: Schedule, m: int, card: Device) -> Sche
     parts = round(OVERLAPPED_PROGRAMS * card.multiprocessors / programs)
     split = max(1, min(parts, int(facts(spec)["runs"]) // 2, MOST_OVERLAPPED))
     return replace(schedule, split=split, overlap=1)
-
-
-def has_library(spec: GemmSpec) -> bool:
-    """Whether decoding weights and the library's products can take the kernel's place."""
-    return spec.activation is None and not spec.experts
 
 
 def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:

@@ -71,6 +71,10 @@ class InductorTarget(Target):
         """What this machine lacks for compiling, as the beginning of a sentence, or None."""
         return None
 
+    def settings(self) -> dict[str, Any]:
+        """Inductor's options that this device wants, where the user's do not say otherwise."""
+        return {}
+
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         lacking = self.missing()
         if lacking:
@@ -79,7 +83,7 @@ class InductorTarget(Target):
                 stacklevel=2,
             )
             return gm.forward
-        return compiled(gm, example_inputs, config)
+        return compiled(gm, example_inputs, self.settings() | dict(config))
 
 
 def compiled(gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
