@@ -41,7 +41,7 @@ from bitfold.formats.layout import Halfwords
 SHAPES = ("28672x4096", "4096x14336", "4096x4096", "8192x8192", "6144x4096", "14336x4096")
 MS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 # Schedules drawn at random among which a good one may be expected.
-MANY = 12
+MANY = 10
 # How the GEMM benchmark calls what the table calls `library`.
 BY_LIBRARY = "decode, then the library"
 

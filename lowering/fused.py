@@ -6,7 +6,7 @@ In: a kernel's inputs and the text of its `GemmSpec` (see `codegen/spec.py`). Ou
     bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]")   ->   [y]
 
 Which schedule runs is chosen at run time from the number of rows of x, so a graph with a varying one stays
-one graph. Past `MOST_ROWS` the weight is decoded into memory for the length of one product of torch's library.
+one graph. Past `MOST_ROWS` the weight is decoded into memory for the length of one product of torch's.
 """
 
 from __future__ import annotations

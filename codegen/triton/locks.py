@@ -7,9 +7,7 @@ In: a device, how many. Out: int32 zeros on it.
 Zeroing them anew for each call would cost a kernel of its own, as long as a small product takes. Kernels that
 run one after the other share counters, and kernels that may run at the same time must not: each stream has
 counters of its own, and so has each stream of each CUDA graph that is captured, as a graph may be replayed on
-any stream, though never twice at a time. To share matters: a kernel whose counters went out of the cache
-since they were last used takes up to a third longer (`docs/notes/gpu.md`). When the memory set aside is used
-up, a call zeroes its own.
+any stream, though never twice at a time. When the memory set aside is used up, a call zeroes its own.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ _arenas: dict[torch.device, _Arena] = {}
 
 
 def reserve(device: torch.device) -> None:
-    """Sets the counters of a CUDA device aside. Call it before a CUDA graph is warmed up or captured: memory
-    that is taken from a graph's own pool must not outlive the graph."""
+    """Sets the counters of a CUDA device aside, once. Before a CUDA graph is warmed up or captured, as the
+    first call does too that is not captured: memory from a graph's own pool must not outlive the graph."""
     device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
     if device not in _arenas:
         _arenas[device] = _Arena(torch.zeros(RESERVED, dtype=torch.int32, device=device))
@@ -62,13 +60,15 @@ def reserve(device: torch.device) -> None:
 
 def locks(device: torch.device, count: int) -> Tensor:
     """`count` int32 zeros."""
-    arena = _arenas.get(device) if device.type == "cuda" else None
     found = None
-    if arena is not None:
-        stream = torch.cuda.current_stream(device).cuda_stream
+    if device.type == "cuda":
         # Of the current device: see `fused`.
         capturing = torch.cuda.is_current_stream_capturing()
-        found = _of_graph(arena, stream, count) if capturing else _of_stream(arena, stream, count)
+        if not capturing:
+            reserve(device)
+        if (arena := _arenas.get(device)) is not None:
+            stream = torch.cuda.current_stream(device).cuda_stream
+            found = _of_graph(arena, stream, count) if capturing else _of_stream(arena, stream, count)
     return torch.zeros(count, dtype=torch.int32, device=device) if found is None else found[:count]
 
 

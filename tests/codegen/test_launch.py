@@ -154,6 +154,21 @@ def test_calls_of_one_captured_graph_share_counters(monkeypatch: pytest.MonkeyPa
     assert place(448) != place(448)
 
 
+def test_the_first_call_sets_counters_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each captured call after it would zero its own, by a kernel that takes a microsecond and more."""
+    device, capturing = torch.device("cuda", 0), [True]
+    made = locks_module._Arena(torch.zeros(1 << 15, dtype=torch.int32))
+    monkeypatch.setattr(locks_module, "_arenas", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 1}))
+    monkeypatch.setattr(locks_module, "reserve", lambda device: locks_module._arenas.update({device: made}))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: zeros(*a, dtype=k["dtype"]))
+    assert locks_module.locks(device, 8).untyped_storage() is not made.memory.untyped_storage()
+    capturing[0] = False
+    assert locks_module.locks(device, 8).data_ptr() == made.memory.data_ptr()
+
+
 def test_without_a_driver_no_capture_is_known() -> None:
     if not torch.cuda.is_available():
         locks_module._driver.cache_clear()

@@ -90,3 +90,8 @@ def test_the_operator_takes_it() -> None:
     (y,) = fused([codes.reshape(2, 20, 64), scales.reshape(2, 20, 1), *parts], CODES)
     assert y.shape == (2, 20, 96)
     assert float((y.float().flatten(0, 1) - wanted).norm() / wanted.norm()) <= BOUND
+
+
+def test_where_our_tiles_fill_the_card_they_are_faster_up_to_256_rows() -> None:
+    wide = GemmSpec.parse("linear 20480x4096 bf16 float8_e4m3fn[bytes] x:float8_e4m3fn")
+    assert choose(wide, 256) is not None and choose(wide, 257) is None
