@@ -5,10 +5,10 @@ In: nothing. Out: a context in which each Triton kernel that Inductor prints wai
     with every_kernel_waits():
         compile_fx(gm, inputs, config_patches={"triton.enable_pdl": True})
 
-A kernel that starts early and ends must have waited for the one before it, or its own end says nothing of that
-one's: the third kernel, which waits for the second, would read what the first has not written. Inductor lets
-kernels wait where they load, and a kernel that loads nothing (zeros, a range) would not wait at all. CUDA C++
-Programming Guide, Programmatic Dependent Launch; PTX ISA, griddepcontrol.
+A kernel that starts early and ends must have waited for the one before it, or its own end says nothing of
+that one's: the third kernel, which waits for the second, would read what the first has not written. Inductor
+lets kernels wait where they load, and a kernel that loads nothing (zeros, a range) would not wait at all.
+CUDA C++ Programming Guide, Programmatic Dependent Launch; PTX ISA, griddepcontrol.
 """
 
 from __future__ import annotations
