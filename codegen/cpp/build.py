@@ -117,6 +117,7 @@ class Library:
 
     def path(self) -> Path:
         """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
+        refused, why = None, ""
         for place in (folder(), _private):
             here = place if isinstance(place, Path) else place()
             if (found := here / f"{self.name}.so").exists():
@@ -125,14 +126,19 @@ class Library:
                 here.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=here) as beside:
                     os.replace(self._compiled(Path(beside)), found)
-                return found
             except OSError as error:
-                warnings.warn(
-                    f"compiled kernels cannot be kept in {here} ({error.strerror}), so they are compiled "
-                    "anew by each process",
-                    stacklevel=2,
-                )
-        raise CodegenError(f"no folder can be written in which to compile {self.name}")
+                why = str(error.strerror)
+            except CodegenError as error:  # for the text's sake, or a full disk's
+                refused, why = error, "the compiler failed there"
+            else:
+                if why:
+                    warnings.warn(
+                        f"compiled kernels cannot be kept in {folder()} ({why}), so they are compiled anew "
+                        "by each process",
+                        stacklevel=2,
+                    )
+                return found
+        raise refused or CodegenError(f"no folder can be written in which to compile {self.name}")
 
     def _compiled(self, beside: Path) -> Path:
         from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
