@@ -3,11 +3,11 @@
 In: a model, a pipeline, inputs. Out: an `Inspection`, from which the page, `explain` and the plots are made.
 
     found = inspect(model, Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}"), (x,))
-    found.errors["fused_fc"].isolated_db; found.work["fused_default"].seconds; found.kernels["fused_default"].source
+    found.errors["fused_fc"].isolated_db; found.work["fused_default"].seconds;
+    found.kernels["fused_default"].source
 
-What a target makes of the lowered graph just before it is compiled (regions put back, operations around a kernel
-become part of it) is shown as a last step, `finish`: its nodes are the kernels that run.
-"""
+What a target makes of the lowered graph just before it is compiled (regions put back, operations around a
+kernel become part of it) is shown as a last step, `finish`: its nodes are the kernels that run."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inspection:
-    """`reference`: the captured graph; `gm`: what the pipeline made of it; `final`: what is compiled of that. `errors`
-    and `flows` go by nodes of `gm` and of its regions, `work` and `kernels` by nodes of `final`, `baseline` (work, too)
-    by nodes of `reference`, `weights` by the attribute that holds the codes."""
+    """`reference`: the captured graph; `gm`: what the pipeline made of it; `final`: what is compiled of that.
+    `errors` and `flows` go by nodes of `gm` and of its regions, `work` and `kernels` by nodes of `final`,
+    `baseline` (work that was only counted) by nodes of `reference`, `weights` by the attribute that holds the
+    codes."""
 
     trace: Trace
     reference: GraphModule
@@ -74,9 +75,9 @@ def inspect(
     registers: bool = True,
     progress: Progress = lambda _: None,
 ) -> Inspection:
-    """The model is left as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that is not
-    there, to learn of them; stored: codes that came with the model, by path; calibrate: called with the graph
-    before the first pass behind `observe`."""
+    """The model is left as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that
+    is not there, to learn of them; stored: codes that came with the model, by path; calibrate: called with
+    the graph before the first pass behind `observe`."""
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)
@@ -98,8 +99,8 @@ def run(
     calibrate: Callable[[GraphModule], None] | None,
     progress: Progress,
 ) -> tuple[Trace, Compared]:
-    """The pipeline, in pieces where something happens in between: data for observers behind `observe`, and the
-    comparison in front of a `lower` whose kernels do not run here."""
+    """The pipeline, in pieces where something happens in between: data for observers behind `observe`, and
+    the comparison in front of a `lower` whose kernels do not run here."""
     trace = Pipeline(()).run(gm)
     compared: Compared | None = None
     for step in pipeline.passes:
@@ -116,9 +117,7 @@ def is_on_paper(step: Pass) -> bool:
     return isinstance(step, Lower) and step.target == OnPaper.name
 
 
-def _compared(
-    reference: GraphModule, gm: GraphModule, inputs: Sequence[Any], progress: Progress
-) -> Compared:
+def _compared(reference: GraphModule, gm: GraphModule, inputs: Sequence[Any], progress: Progress) -> Compared:
     progress("comparing with the unquantized model")
     flows = Flows()
     return node_errors(reference, gm, inputs, see=flows.see), flows.found
@@ -146,7 +145,7 @@ def _look(
     final = flat if lower is None else finished(gm, lower, trace)
     progress("timing operators")
     work = {} if paper else measure(final, inputs, runs=runs)
-    baseline = measure(reference, inputs, runs=runs)
+    baseline = measure(reference, inputs, runs=0)
     roof = of_card(OnPaper.card()) if paper else roof_of(_device(inputs, gm)) if runs else None
     gpu = OnPaper.card().arch if paper else _arch(inputs)
     rows = _rows(inputs, final)
@@ -156,9 +155,7 @@ def _look(
         for node in final.graph.nodes
         if (kernel := kernel_of(node, rows=rows, gpu=gpu, compiled=registers)) is not None
     }
-    return Inspection(
-        trace, reference, gm, final, recipe, *compared, weights, work, baseline, kernels, roof
-    )
+    return Inspection(trace, reference, gm, final, recipe, *compared, weights, work, baseline, kernels, roof)
 
 
 def finished(gm: GraphModule, lower: Lower, trace: Trace) -> GraphModule:

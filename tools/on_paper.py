@@ -1,7 +1,7 @@
 """The CUDA target on paper: the kernels that a GPU would run, on a machine that has none.
 
-In: a folded graph on a processor, bfloat16 or float16. Out: the same regions that the target `cuda` makes, with the
-schedules of the card that they were measured on. Nothing of it runs; it is there to be looked at.
+In: a folded graph on a processor, bfloat16 or float16. Out: the same regions that the target `cuda` makes,
+with the schedules of the card that they were measured on. Nothing of it runs; it is there to be looked at.
 
     Pipeline.parse("annotate{recipe=int4},fold,fuse,lower{target=cuda_on_paper}").run(gm)
 """

@@ -1,6 +1,7 @@
 """The roof over every kernel of a device: how fast it reads memory, and how fast it multiplies.
 
-In: a device. Out: a `Roof`, and of some work the least time that it can take, and which of the two is the bound.
+In: a device. Out: a `Roof`, and of some work the least time that it can take, and which of the two is the
+bound.
 
     roof = roof_of(torch.device("cpu"))     measured here: Roof("AMD EPYC ...", read=3.1e10, flops=1.7e11)
     roof.seconds(flops=2e6, bytes=4e6)      ->  1.3e-4;  roof.bound(...)  ->  "memory"
@@ -8,8 +9,8 @@ In: a device. Out: a `Roof`, and of some work the least time that it can take, a
     time >= max(bytes / read, flops / rate)     (Williams, Waterman, Patterson 2009)
 
 A GPU's figures are `codegen/device.py`'s (data sheets, times what was measured of them). A processor's are
-measured when asked for, in a fifth of a second: a sum over memory that no cache holds, a square product in float32.
-A cache may hold a small weight, so that its kernel runs above this roof: the roof is main memory's.
+measured when asked for, in a fifth of a second: a sum over memory that no cache holds, a square product in
+float32. A cache may hold a small weight, so that its kernel runs above this roof: the roof is main memory's.
 """
 
 from __future__ import annotations

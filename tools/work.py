@@ -4,11 +4,10 @@ In: a graph and inputs. Out: node name -> `Work`.
 
     measure(gm, inputs)["linear_5"]   ->   Work(flops=1.9e7, bytes=3.6e6, seconds=2.1e-4)
 
-Operations are counted by torch's own `FlopCounterMode` (products, convolutions, attention; 2 for a multiplication
-and an addition), bytes by the tensors: each input and result once, nothing for a result that shares its input's
-memory. Times are torch's profiler's: the fastest of several runs, operator by operator. Inductor fuses what stands
-between the kernels, so the compiled whole takes less than their sum.
-"""
+Operations are counted by torch's own `FlopCounterMode` (products, convolutions, attention; 2 for a
+multiplication and an addition), bytes by the tensors: each input and result once, nothing for a result that
+shares its input's memory. Times are torch's profiler's: the fastest of several runs, operator by operator.
+Inductor fuses what stands between the kernels, so the compiled whole takes less than their sum."""
 
 from __future__ import annotations
 
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import DeviceType
 from torch.fx import GraphModule, Interpreter, Node
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +34,8 @@ RANGE = "bitfold node "
 
 @dataclass(frozen=True)
 class Work:
-    """flops: operations of one call; bytes: read and written; seconds: the fastest call, None if not timed."""
+    """flops: operations of one call; bytes: read and written; seconds: the fastest call, None if not
+    timed."""
 
     flops: int
     bytes: int
@@ -45,11 +46,9 @@ def measure(gm: GraphModule, inputs: Sequence[Any], *, runs: int = 5) -> dict[st
     """Run `gm` once to count and `runs` times, after one more to warm up, to time. 0 runs: only counted."""
     counted = _Counted(gm)
     with torch.no_grad():
-        counted.run(*inputs)
+        counted.count(inputs)
         seconds = _timed(gm, inputs, runs) if runs else {}
-    return {
-        name: Work(flops, count, seconds.get(name)) for name, (flops, count) in counted.found.items()
-    }
+    return {name: Work(flops, count, seconds.get(name)) for name, (flops, count) in counted.found.items()}
 
 
 class _Counted(Interpreter):
@@ -58,15 +57,20 @@ class _Counted(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.found: dict[str, tuple[int, int]] = {}
+        self._counter: Any = FlopCounterMode(display=False, custom_mapping=_OURS)
+
+    def count(self, inputs: Sequence[Any]) -> None:
+        """Run it, counting."""
+        with self._counter:
+            self.run(*inputs)
 
     def run_node(self, n: Node) -> Any:
         if not n.op.startswith("call_"):
             return super().run_node(n)
         given = [self.env[source] for source in n.all_input_nodes]
-        counter: Any = FlopCounterMode(display=False, custom_mapping=_OURS)
-        with counter:
-            value = super().run_node(n)
-        self.found[n.name] = (int(counter.get_total_flops()), _moved(n, given, value))
+        before = self._counter.get_total_flops()
+        value = super().run_node(n)
+        self.found[n.name] = (int(self._counter.get_total_flops() - before), _moved(n, given, value))
         return value
 
 
@@ -90,7 +94,7 @@ def _timed(gm: GraphModule, inputs: Sequence[Any], runs: int) -> dict[str, float
     times: dict[str, list[float]] = defaultdict(list)
     for event in found.events():
         # The range appears a second time on the GPU's own line, where it has no children.
-        if event.name.startswith(RANGE) and event.device_type == torch.autograd.DeviceType.CPU:
+        if event.name.startswith(RANGE) and event.device_type == DeviceType.CPU:
             micro = event.device_time_total if cuda else event.cpu_time_total
             times[event.name.removeprefix(RANGE)].append(micro * 1e-6)
     return {name: min(values) for name, values in times.items()}

@@ -1,4 +1,5 @@
-"""What a pipeline made of a model, in words: the worst first, each with what to try; then the tree of modules.
+"""What a pipeline made of a model, in words: the worst first, each with what to try; then the tree of
+modules.
 
 In: an `Inspection`. Out: an `Explanation`, which prints on a terminal.
 

@@ -5,10 +5,9 @@ In: what a check saw. Out: findings, alike ones joined, the gravest first.
     [Finding(60, "saturated", "fc1", "..."), Finding(60, "saturated", "fc2", "...")]
     ->  [Finding(60, "saturated", "fc1 and 1 more", "...")]
 
-Weights are points out of 100. Of two currencies one point is: of bytes or time, a hundredth of the model's; of
-errors, a third of a decibel that the layer could have. A number that would be worse than useless (scales of another
-weight, half of the values cut off) has 100.
-"""
+Weights are points out of 100. Of two currencies one point is: of bytes or time, a hundredth of the model's;
+of errors, a third of a decibel that the layer could have. A number that would be worse than useless (scales
+of another weight, half of the values cut off) has 100."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ POINTS_A_DECIBEL = 3.0
 
 @dataclass(frozen=True)
 class Finding:
-    """weight: points; kind: what sort, by which alike ones are joined; where: a module's path, or a node's name;
-    what: the sentence, without the place; remedy: what to try; node: where to look in the page."""
+    """weight: points; kind: what sort, by which alike ones are joined; where: a module's path, or a node's
+    name; what: the sentence, without the place; remedy: what to try; node: where to look in the page."""
 
     weight: float
     kind: str

@@ -1,9 +1,11 @@
-"""Checks of numbers: scales that are shared by mistake, activations cut off, layers that err more than their like.
+"""Checks of numbers: scales that are shared by mistake, activations cut off, layers that err more than their
+like.
 
 In: an `Inspection`. Out: findings.
 
     a weight in int8[tensor] whose rows differ 1 : 300
-    ->  "one scale for the whole weight, whose largest row is 300 times the middle one: 18 dB, and 41 dB with a ..."
+    ->  "one scale for the whole weight, whose largest row is 300 times the middle one: 18 dB, and 41 dB with
+    a ..."
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from .finding import POINTS_A_DECIBEL, Finding
 
 # Decibels that a finer scale must gain to be worth a line: one bit.
 WORTH_DB = 6.0
-# Share of an activation's values beyond its codes from which on it is told: rounding to the range's percentile,
-# as `percentile` observers do on purpose, leaves 0.1 %.
+# Share of an activation's values beyond its codes from which on it is told: rounding to the range's
+# percentile, as `percentile` observers do on purpose, leaves 0.1 %.
 CLIPPED = 0.002
 
 
@@ -42,8 +44,9 @@ def shared_scales(found: Inspection) -> Iterator[Finding]:
                 POINTS_A_DECIBEL * gain,
                 "scale shared",
                 stats.layer,
-                f"one scale for the whole weight ({stats.format}), whose largest row is {stats.spread:.0f} times "
-                f"the middle one: {_db(stats.sqnr_db)} signal to noise, {_db(stats.row_sqnr_db)} with a scale a row",
+                f"one scale for the whole weight ({stats.format}), whose largest row is "
+                f"{stats.spread:.0f} times the middle one: {_db(stats.sqnr_db)} signal to noise, "
+                f"{_db(stats.row_sqnr_db)} with a scale a row",
                 f"{stats.format.replace('[tensor]', '[row]')} for it",
                 stats.name,
             )
@@ -54,16 +57,17 @@ def saturated(found: Inspection) -> Iterator[Finding]:
     for name, flow in found.flows.items():
         if flow.clipped is None or flow.clipped < CLIPPED:
             continue
-        # The tenth part of a percent is the limit; each factor of ten beyond it is worth a third of all points.
+        # The tenth part of a percent is the limit; each factor of ten beyond it is worth a third of all
+        # points.
         weight = min(100.0, 40.0 + 30.0 * math.log10(flow.clipped / CLIPPED))
         yield Finding(
             weight,
             "saturated",
             _module(found, name),
-            f"{100 * flow.clipped:.1f} % of the values of its input lie beyond the scale of {flow.format} and are "
-            f"cut off ({_db(flow.sqnr_db)} signal to noise); values go from {flow.values.low:.3g} to "
+            f"{100 * flow.clipped:.1f} % of the values of its input lie beyond the scale of {flow.format} and "
+            f"are cut off ({_db(flow.sqnr_db)} signal to noise); values go from {flow.values.low:.3g} to "
             f"{flow.values.high:.3g}",
-            "calibrate on data like what the model will see, or take scales chosen in each call (int8_dynamic)",
+            "calibrate on data like what the model will see, or choose scales in each call (int8_dynamic)",
             name,
         )
 
@@ -84,8 +88,8 @@ def own_errors(found: Inspection) -> Iterator[Finding]:
                 POINTS_A_DECIBEL * (middle - own),
                 "own error",
                 module,
-                f"by itself it errs {middle - own:.0f} dB more than the others in {text} ({_db(own)}, the middle is "
-                f"{_db(middle)})",
+                f"by itself it errs {middle - own:.0f} dB more than the others in {text} "
+                f"({_db(own)}, the middle is {_db(middle)})",
                 "a finer scale or more bits for it, by a rule of its own",
                 node,
             )

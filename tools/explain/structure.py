@@ -1,5 +1,5 @@
-"""Checks of the graph: what a recipe asked for and did not get, what stands beside a kernel that could be in it, and
-products in float32 where the model computes in less.
+"""Checks of the graph: what a recipe asked for and did not get, what stands beside a kernel that could be in
+it, and products in float32 where the model computes in less.
 
 In: an `Inspection`. Out: findings.
 
@@ -22,6 +22,7 @@ from ...passes import MissRecord, Recipe
 from ...passes.anchors import TARGETS
 from ...passes.fuse import ANCHORS, EPILOGUE
 from ...passes.provenance import origin
+from ...passes.stages import find_attribute
 from ..inspection import Inspection
 from .finding import Finding
 
@@ -43,7 +44,7 @@ def not_done(found: Inspection) -> Iterator[Finding]:
             if step.name == "lower":
                 yield _left(miss, found)
             elif miss.reason in skips:
-                what = f"left as it was by a rule, which says “{miss.reason}”: {share:.0f} % of all weights' bytes"
+                what = f"left as it was by a rule, which says “{miss.reason}”: {share:.0f} % of the weights"
                 remedy = _other(found.recipe, miss.reason)
                 yield Finding(max(_LEAST, 2 * share), "skipped", miss.module_path, what, remedy, miss.node)
             elif not miss.node:
@@ -59,7 +60,9 @@ def not_done(found: Inspection) -> Iterator[Finding]:
 
 def _left(miss: MissRecord, found: Inspection) -> Finding:
     remedy = "a target that takes it; the reason says what stands against it"
-    return Finding(80.0, "on reference", miss.module_path, f"no target runs it: {miss.reason}", remedy, miss.node)
+    return Finding(
+        80.0, "on reference", miss.module_path, f"no target runs it: {miss.reason}", remedy, miss.node
+    )
 
 
 def _other(recipe: Recipe | None, reason: str) -> str:
@@ -79,7 +82,11 @@ def not_fused(found: Inspection) -> Iterator[Finding]:
 
     for node in found.final.graph.nodes:
         if node.target is DEQUANTIZE and node.all_input_nodes and _of_weight(node):
-            why = "a reference operator in front of the product" if lowered else "no target was asked to lower it"
+            why = (
+                "a reference operator in front of the product"
+                if lowered
+                else "no target was asked to lower it"
+            )
             remedy = "give the pipeline fuse and lower{target=...}; on a GPU kernels want bfloat16 or float16"
             what = f"its weight is decoded into memory in each call, {why}"
             yield Finding(25.0 + points(node), "decoded", _place(node), what, remedy, node.name)
@@ -96,8 +103,12 @@ def not_fused(found: Inspection) -> Iterator[Finding]:
             else "it is none of the operations that a kernel's epilogue has"
         )
         what = f"{name} stands behind its kernel in an operation of its own: {why}"
-        names = ", ".join(sorted(str(t).split(".")[1] for t in EPILOGUE if isinstance(t, torch._ops.OpOverload)))
-        remedy = f"one of {names} in its place" if node.target not in EPILOGUE else "the operation right behind"
+        names = ", ".join(
+            sorted(str(t).split(".")[1] for t in EPILOGUE if isinstance(t, torch._ops.OpOverload))
+        )
+        remedy = (
+            f"one of {names} in its place" if node.target not in EPILOGUE else "the operation right behind"
+        )
         yield Finding(30.0 + points(node), "not fused", _place(behind), what, remedy, node.name)
 
 
@@ -141,8 +152,9 @@ def wide_products(found: Inspection) -> Iterator[Finding]:
         if isinstance(value, Tensor) and value.dtype == torch.float32 and cast is not None:
             at = origin(node)
             what = (
-                f"its input is cast to float32 ({at.where}: `{at.text}`), and so the product is one of float32 in "
-                f"a model of {str(usual).removeprefix('torch.')}: twice the bytes, and no fused kernel on a GPU"
+                f"its input is cast to float32 ({at.where}: `{at.text}`), and so the product is one of "
+                f"float32 in a model of {str(usual).removeprefix('torch.')}: twice the bytes, and no fused "
+                "kernel on a GPU"
             )
             remedy = "leave the cast out, or put it behind the product"
             yield Finding(70.0, "cast", at.module_path, what, remedy, node.name)
@@ -173,10 +185,11 @@ def _float_bytes(found: Inspection) -> dict[str, int]:
     """Bytes of the float weights that each module of the captured graph reads."""
     sizes: dict[str, int] = {}
     for node in found.reference.graph.find_nodes(op="get_attr"):
-        value = node.meta.get("val")
+        value = find_attribute(found.reference, str(node.target))
         for user in node.users:
             if isinstance(value, Tensor) and user.target in TARGETS:
-                sizes[origin(user).module_path] = value.nbytes
+                path = origin(user).module_path
+                sizes[path] = sizes.get(path, 0) + value.nbytes
     return sizes
 
 

@@ -1,8 +1,8 @@
-"""A trace, and all else that is known of it, as one HTML page: what each pass changed, missed, and why; errors, times,
-kernels, tensors; two traces side by side.
+"""A trace, and all else that is known of it, as one HTML page: what each pass changed, missed, and why;
+errors, times, kernels, tensors; two traces side by side.
 
-Comes in: a `Trace`, an `Inspection`, a graph, a module or a compiled function. Goes out: one file that opens from
-disk.
+Comes in: a `Trace`, an `Inspection`, a graph, a module or a compiled function. Goes out: one file that opens
+from disk.
 
     trace = Pipeline.parse("annotate{recipe=int4},fold,fuse").run(gm)
     viz(trace, "trace.html", errors=node_errors(reference, gm, inputs))
@@ -38,13 +38,10 @@ def viz(
 ) -> Path:
     """Write the page of `thing` to `path` and return the path.
 
-    errors: of a trace, from `node_errors`; inputs: to call a module or a compiled function with; other: a second
-    thing of the same model, drawn beside it. Raises BitfoldError for something that cannot be drawn, an empty
-    trace, or a place that cannot be written.
-    """
-    text = page_text(
-        thing, errors=errors, title=title, inputs=inputs, other=other, other_title=other_title
-    )
+    errors: of a trace, from `node_errors`; inputs: to call a module or a compiled function with; other: a
+    second thing of the same model, drawn beside it. Raises BitfoldError for something that cannot be drawn,
+    an empty trace, or a place that cannot be written."""
+    text = page_text(thing, errors=errors, title=title, inputs=inputs, other=other, other_title=other_title)
     return write_text(path, text)
 
 

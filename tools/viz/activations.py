@@ -1,7 +1,7 @@
 """What flows through a quantized graph on a given input: how each value lies, and how much was cut off.
 
-In: the values as `Watched` shows them. Out: node name -> `Flow`; for a quantized activation also the codes that
-are used, and which part of the values lay beyond what the codes reach.
+In: the values as `Watched` shows them. Out: node name -> `Flow`; for a quantized activation also the codes
+that are used, and which part of the values lay beyond what the codes reach.
 
     Flow(values=Histogram(...), channels=((5, 31.0),), codes=((-128.0, 40), ...), clipped=0.021)
 """
@@ -27,9 +27,9 @@ _BINS = 32
 
 @dataclass(frozen=True)
 class Flow:
-    """values: of a node's result, or of what a `quantize` reads; channels: of the last dimension, those that stand
-    out; codes, clipped, sqnr_db: of a `quantize`: how often each is used, which part of the values lay beyond
-    them, and signal to noise of the rounding."""
+    """values: of a node's result, or of what a `quantize` reads; channels: of the last dimension, those that
+    stand out; codes, clipped, sqnr_db: of a `quantize`: how often each is used, which part of the values lay
+    beyond them, and signal to noise of the rounding."""
 
     values: Histogram
     channels: tuple[tuple[int, float], ...] = ()
@@ -44,7 +44,11 @@ class Flow:
         if self.channels:
             found["channels"] = [list(one) for one in self.channels]
         if self.codes:
-            found |= {"codes": [[v, n] for v, n in self.codes], "clipped": self.clipped, "format": self.format}
+            found |= {
+                "codes": [[v, n] for v, n in self.codes],
+                "clipped": self.clipped,
+                "format": self.format,
+            }
         return found
 
 
@@ -89,7 +93,8 @@ def quantized(x: Tensor, text: str, parts: list[Tensor]) -> Flow:
 
 
 def _last_step(q: Quantized, rounded: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the code is the largest or the smallest that there is, and how far it is to the next one inside."""
+    """Where the code is the largest or the smallest that there is, and how far it is to the next one
+    inside."""
     element = q.format.element
     words = torch.arange(2**element.bits, dtype=torch.uint8)
     values = element.decode(words)

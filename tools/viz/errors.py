@@ -6,11 +6,10 @@ Comes in: the graph before, the graph after, and the inputs of both. Goes out: n
     Pipeline.parse("annotate{recipe=int4},fold").run(gm)
     node_errors(reference, gm, inputs)["linear_5"].sqnr_db  ->  24.8
 
-The figures are cumulative: a node is fed what the quantized graph computed so far. `isolated_db` is what the node
-does by itself: fed the unquantized model's values, its own codes and its own rounding are all that differs. A node
-is compared with the one of its own name, or else with the last of the captured nodes that it stands for (a fused
-region has its tail's).
-"""
+The figures are cumulative: a node is fed what the quantized graph computed so far. `isolated_db` is what the
+node does by itself: fed the unquantized model's values, its own codes and its own rounding are all that
+differs. A node is compared with the one of its own name, or else with the last of the captured nodes that it
+stands for (a fused region has its tail's)."""
 
 from __future__ import annotations
 
@@ -64,8 +63,8 @@ def node_errors(
     *,
     see: Callable[[Node, Any], None] | None = None,
 ) -> dict[str, NodeError]:
-    """Run both graphs on `inputs` and compare every floating-point value that both of them have. `see` is shown
-    every value of the graph after.
+    """Run both graphs on `inputs` and compare every floating-point value that both of them have. `see` is
+    shown every value of the graph after.
 
     Holds the compared values of `before` in memory for one run. Raises BitfoldError if the two graphs do not
     take the same inputs.
@@ -129,7 +128,7 @@ def _is_result(node: Node) -> bool:
     """Whether it is what a kernel computes, not codes or scales on their way there."""
     source = node.args[0] if node.args else None
     if node.target is operator.getitem and isinstance(source, Node):
-        return source.target in _KERNELS and node.args[1] == 0
+        return source.target in _KERNELS and bool(node.args[1] == 0)
     return node.target is torch.ops.bitfold.cpu_linear.default
 
 

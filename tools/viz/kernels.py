@@ -6,8 +6,8 @@ In: a node of a lowered graph that calls a generated kernel, the rows of x, wher
     ->  Kernel(spec=..., language="Triton", schedule="m8 n64 w2 s3 k4 sum", source="...",
                facts={"registers": 96, "spilled bytes": 0, "shared memory, bytes": 24576}, ...)
 
-For a GPU nothing needs to be there: the source is text, and registers come from compiling for its architecture.
-"""
+For a GPU nothing needs to be there: the source is text, and registers come from compiling for its
+architecture."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ ATTEND = (torch.ops.bitfold.attend.default, torch.ops.bitfold.attend_few.default
 
 @dataclass(frozen=True)
 class Kernel:
-    """spec: the text that regenerates it; schedule: "" where there is none to choose; source: its file's text;
-    facts: by name what the compiler says; note: why something of this is not there."""
+    """spec: the text that regenerates it; schedule: "" where there is none to choose; source: its file's
+    text; facts: by name what the compiler says; note: why something of this is not there."""
 
     spec: str
     language: str

@@ -2,7 +2,8 @@
 
 In: an `Inspection`. Out: plain data, by the names of nodes.
 
-    {"work": {"fused_default": [flops, bytes, microseconds], ...}, "kernels": {"fused_default": {"source": 0, ...}},
+    {"work": {"fused_default": [flops, bytes, microseconds], ...}, "kernels": {"fused_default": {"source": 0,
+    ...}},
      "sources": ["// linear ..."], "weights": {"fc_weight_codes": {...}}, "flows": {"relu": {...}},
      "targets": {"fused_fc": "cpu"}, "roof": {"name": ..., "read": 2e10, "flops": 3e11}}
 
@@ -11,14 +12,15 @@ Texts of kernels are written once however many nodes call them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule, Node
 
 from ...lowering.lower import TAKEN_BY
 from ...passes.provenance import FROM_KEY
-
 from .errors import NodeError
 
 if TYPE_CHECKING:
@@ -61,8 +63,8 @@ def _work(done: Work) -> list[float | int | None]:
 
 
 def targets(found: Inspection) -> dict[str, str]:
-    """Who runs each node: of lowered regions the target that took them; of the last step a generated kernel, or
-    the compiler of the target that takes the rest."""
+    """Who runs each node: of lowered regions the target that took them; of the last step a generated kernel,
+    or the compiler of the target that takes the rest."""
     taken = {node.name: str(node.meta[TAKEN_BY]) for node in found.gm.graph.nodes if TAKEN_BY in node.meta}
     if found.final is found.gm or not taken:
         return taken
@@ -80,24 +82,33 @@ def kernels_of(found: Inspection) -> dict[str, list[str]]:
     owner = _owners(found.gm)
     names: dict[str, list[str]] = {}
     for node in found.final.graph.nodes:
-        region = _region(node, owner) if node.name in found.kernels else None
-        if region is not None:
-            names.setdefault(region, []).append(node.name)
+        if node.name in found.kernels:
+            for region in dict.fromkeys(owner[name] for name in _from(node) if name in owner):
+                names.setdefault(region, []).append(node.name)
     return names
 
 
-def kernel_errors(found: Inspection) -> dict[str, NodeError]:
-    """The errors of regions by the kernels that run them in the last step."""
-    errors = {}
+def all_errors(found: Inspection) -> dict[str, NodeError]:
+    """Errors by node; those of regions also by the kernels that run them in the last step. A region's own
+    error is the worst of what is known inside: a residual that is added at its end would hide that of the
+    product."""
+    errors = dict(found.errors)
+    for node in found.gm.graph.nodes:
+        if node.op == "call_module" and node.name in errors:
+            inside = [errors[name].isolated_db for name in _from(node) if name in errors]
+            worst = min([errors[node.name].isolated_db, *inside], key=lambda db: (math.isnan(db), db))
+            errors[node.name] = replace(errors[node.name], isolated_db=worst)
     for region, kernels in kernels_of(found).items():
-        if region in found.errors:
-            errors.update(dict.fromkeys(kernels, found.errors[region]))
+        for kernel in kernels:
+            known = errors.get(kernel)
+            if region in errors and (known is None or errors[region].isolated_db < known.isolated_db):
+                errors[kernel] = errors[region]
     return errors
 
 
 def region_work(gm: GraphModule, final: GraphModule, work: Mapping[str, Work]) -> dict[str, Work]:
-    """The work of each region of the lowered graph: of the nodes that the last step has for it. A kernel that took
-    in several regions counts for the first of them."""
+    """The work of each region of the lowered graph: of the nodes that the last step has for it. A kernel that
+    took in several regions counts for the first of them."""
     from ..work import Work
 
     owner = _owners(gm)
@@ -124,5 +135,8 @@ def _owners(gm: GraphModule) -> dict[str, str]:
 
 
 def _region(node: Node, owner: Mapping[str, str]) -> str | None:
-    names = node.meta.get(FROM_KEY) or (node.name,)
-    return next((owner[name] for name in names if name in owner), None)
+    return next((owner[name] for name in _from(node) if name in owner), None)
+
+
+def _from(node: Node) -> tuple[str, ...]:
+    return node.meta.get(FROM_KEY) or (node.name,)

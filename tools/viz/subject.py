@@ -1,4 +1,5 @@
-"""What can be drawn, and how each of it becomes a trace: a trace, an inspection, a graph, a module, a compiled function.
+"""What can be drawn, and how each of it becomes a trace: a trace, an inspection, a graph, a module, a
+compiled function.
 
 In: any of these; inputs where it has to be called. Out: a `Subject`.
 
@@ -24,7 +25,7 @@ from ...lowering.backend import bitfold as backend
 from ...passes import Trace, capture
 from ...passes.pipeline import Pipeline
 from .errors import NodeError
-from .overlay import kernel_errors
+from .overlay import all_errors
 
 if TYPE_CHECKING:
     from ..inspection import Inspection
@@ -35,7 +36,8 @@ _KINDS = "a Trace, an Inspection, a graph, a module or a function of torch.compi
 
 @dataclass(frozen=True)
 class Subject:
-    """A trace, and what else is known of it; graphs: how many a compiled function has (the largest is drawn)."""
+    """A trace, and what else is known of it; graphs: how many a compiled function has (the largest is
+    drawn)."""
 
     trace: Trace
     errors: Mapping[str, NodeError] = field(default_factory=dict)
@@ -48,7 +50,7 @@ def subject(thing: Any, inputs: Sequence[Any] | None = None) -> Subject:
     from ..inspection import Inspection
 
     if isinstance(thing, Inspection):
-        return Subject(thing.trace, {**kernel_errors(thing), **thing.errors}, thing)
+        return Subject(thing.trace, all_errors(thing), thing)
     if isinstance(thing, Trace):
         if not thing.steps:
             raise BitfoldError(
@@ -103,7 +105,8 @@ def _compiled(thing: Any, options: Mapping[str, Any], inputs: Sequence[Any]) -> 
     """Compiled once more, with an ear at the backend; the function itself stays as it is."""
     traces: list[Trace] = []
     model = thing._orig_mod
-    fast = torch.compile(model, backend="bitfold", options={**options, "trace": traces})
+    with_trace: dict[str, Any] = {**options, "trace": traces}
+    fast = torch.compile(model, backend="bitfold", options=with_trace)
     with torch.inference_mode():
         fast(*inputs)
     if not traces:

@@ -33,10 +33,10 @@ from .histogram import Histogram, histogram, outliers, spread
 
 @dataclass(frozen=True)
 class WeightStats:
-    """codes: (value of the code, how often it is used), by value; scales: of their logarithms to base 2; rows: those
-    that stand out; spread: the largest row over the middle one; sqnr_db: signal to noise of the weight itself;
-    row_sqnr_db: the same with one scale a row, where the format has one for all (NaN elsewhere); shares_scales:
-    another weight whose scales these are."""
+    """codes: (value of the code, how often it is used), by value; scales: of their logarithms to base 2;
+    rows: those that stand out; spread: the largest row over the middle one; sqnr_db: signal to noise of the
+    weight itself; row_sqnr_db: the same with one scale a row, where the format has one for all (NaN
+    elsewhere); shares_scales: another weight whose scales these are."""
 
     name: str
     layer: str
@@ -70,12 +70,13 @@ class WeightStats:
 def weight_stats(flat: GraphModule, reference: GraphModule | None) -> dict[str, WeightStats]:
     """By the attribute that holds a weight's codes."""
     found: dict[str, WeightStats] = {}
-    holders: dict[int, str] = {}
+    holders: dict[int, str] = {}  # where a weight's scales lie -> the first weight that has them there
     with torch.no_grad():
         for names, q, reader in _weights(flat):
             exact = _unquantized(reference, reader)
             stats = _stats(names[0], q, reader, exact)
-            first = holders.setdefault(id(q.scales), names[0]) if q.scales is not None else names[0]
+            held = [find_attribute(flat, name) for name in names[1:]]
+            first = holders.setdefault(held[0].data_ptr(), names[0]) if held else names[0]
             found[names[0]] = replace(stats, shares_scales="" if first == names[0] else first)
     return found
 

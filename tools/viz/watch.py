@@ -6,8 +6,8 @@ In: a graph, a function of (node, value, alone). Out: the graph's result; the fu
     Watched(gm, lambda node, value, alone: print(node, value.shape)).run(x)
 
 `given` names values to feed instead (node -> tensor). A node reads those of its inputs that it names, and of
-the others what they made of given values in their turn: a `linear` on a quantized x reads the quantized given x.
-"""
+the others what they made of given values in their turn: a `linear` on a quantized x reads the quantized given
+x."""
 
 from __future__ import annotations
 

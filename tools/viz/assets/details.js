@@ -13,7 +13,7 @@ const Details = (() => {
     if (!done) return [];
     const [flops, moved, us] = done;
     const total = Object.entries(data.overlays.work ?? {}).filter(([n]) => data.finalNames.has(n)).reduce((a, [, w]) => a + (w[2] ?? 0), 0);
-    const share = us && total && data.overlays.work?.[name] ? `, ${((100 * us) / total).toFixed(1)}% of all` : "";
+    const share = us && total && data.overlays.work?.[name] ? `, ${Number(((100 * us) / total).toPrecision(2))}% of all` : "";
     return [
       ...row("operations", flops ? `${Overlay.engineering(flops)}FLOP` : null),
       ...row("bytes moved", moved ? Panels.bytes(moved) : null),

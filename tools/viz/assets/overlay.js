@@ -76,11 +76,16 @@ const Overlay = (() => {
     const value = (item) => found.get(Model.keyOf(item)) ?? null;
     const total = overlay.join === sum ? found.get("@") : null; // what is summed is shown as a share of the whole
     const share = (group) => (total ? value(group) / total : null);
+    // A module is as hot as it is large beside the largest one in the same box.
+    const beside = (group) => {
+      const largest = Math.max(...(group.parent?.children ?? [group]).filter((child) => child.isGroup).map((child) => value(child) ?? 0));
+      return largest > 0 ? Math.round((100 * value(group)) / largest) : 0;
+    };
     return {
       key: overlay.key,
       value,
-      colour: (item) => (value(item) === null ? null : `color-mix(in oklab, var(--hot) ${item.isGroup && share(item) !== null ? Math.round(100 * share(item)) : heat(value(item))}%, var(--cold))`),
-      text: (item) => (value(item) === null ? null : `${overlay.show(value(item))}${item.isGroup && share(item) !== null ? `, ${(100 * share(item)).toFixed(0)}%` : ""}`),
+      colour: (item) => (value(item) === null ? null : `color-mix(in oklab, var(--hot) ${item.isGroup && total ? beside(item) : heat(value(item))}%, var(--cold))`),
+      text: (item) => (value(item) === null ? null : `${overlay.show(value(item))}${item.isGroup && share(item) !== null ? `, ${Number((100 * share(item)).toPrecision(2))}%` : ""}`),
       parts: null,
       legend: { title: overlay.title, scale: overlay.hot === "low" ? [overlay.show(high), overlay.show(low)] : [overlay.show(log ? Math.max(low, high / 1e4) : low), overlay.show(high)], worst: ranked(graph, found, overlay) },
     };
