@@ -1,4 +1,4 @@
-"""The command `bitfold`: formats, quantize, inspect, explain, viz, run, bench, tune and demo.
+"""The command `bitfold`: formats, quantize, inspect, explain, viz, plot, run, bench, tune and demo.
 
 In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or with one sentence
 on stderr 2 for something asked for that cannot be, 1 when the disk or the terminal fails.

@@ -91,7 +91,7 @@ def _rows(found: Inspection) -> dict[str, Row]:
             rows.setdefault(path, Row(path))
     paths = {name: path for path, name in _formats(found, rows)}
     for _, path, _, own in layers(found):
-        row = rows[path]
+        row = rows.get(path) or Row(path)
         rows[path] = replace(row, own_db=own if row.own_db is None else min(own, row.own_db))
     for stats in found.weights.values():
         row = rows.get(stats.layer) or Row(stats.layer)

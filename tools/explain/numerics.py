@@ -64,10 +64,10 @@ def saturated(found: Inspection) -> Iterator[Finding]:
             weight,
             "saturated",
             _module(found, name),
-            f"{100 * flow.clipped:.1f} % of the values of its input lie beyond the scale of {flow.format} and "
-            f"are cut off ({_db(flow.sqnr_db)} signal to noise); values go from {flow.values.low:.3g} to "
+            f"{100 * flow.clipped:.1f} % of the values of its input lie beyond the scale of {flow.format} "
+            f"and are cut off ({_db(flow.sqnr_db)} signal to noise); values go from {flow.values.low:.3g} to "
             f"{flow.values.high:.3g}",
-            "calibrate on data like what the model will see, or choose scales in each call (int8_dynamic)",
+            "calibrate on data like what the model will see, or choose scales anew (int8_dynamic)",
             name,
         )
 

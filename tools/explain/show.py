@@ -81,6 +81,7 @@ def _tree(rows: tuple[Row, ...]) -> list[tuple[int, str, Row | None]]:
                 (only, deeper) = next(iter(below.items()))
                 full, name, below = f"{full}.{only}", f"{name}.{only}", deeper
             mine: list[Row | None] = [*order.get(full, [])]
+            name = name or "(the model)"
             out.extend((depth, name, row) for row in mine or [None])
             visit(below, full, depth + 1)
 

@@ -11,10 +11,11 @@ from disk.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..text_file import write_text
 from .data import Json, page_data
@@ -22,6 +23,9 @@ from .errors import NodeError, node_errors
 from .overlay import overlay_data
 from .page import render
 from .subject import Subject, subject
+
+if TYPE_CHECKING:
+    from ..pareto import Point
 
 __all__ = ["NodeError", "node_errors", "page_text", "viz"]
 
@@ -35,13 +39,22 @@ def viz(
     inputs: Sequence[Any] | None = None,
     other: Any = None,
     other_title: str | None = None,
+    pareto: Sequence[Point] = (),
 ) -> Path:
     """Write the page of `thing` to `path` and return the path.
 
     errors: of a trace, from `node_errors`; inputs: to call a module or a compiled function with; other: a
     second thing of the same model, drawn beside it. Raises BitfoldError for something that cannot be drawn,
     an empty trace, or a place that cannot be written."""
-    text = page_text(thing, errors=errors, title=title, inputs=inputs, other=other, other_title=other_title)
+    text = page_text(
+        thing,
+        errors=errors,
+        title=title,
+        inputs=inputs,
+        other=other,
+        other_title=other_title,
+        pareto=pareto,
+    )
     return write_text(path, text)
 
 
@@ -53,9 +66,12 @@ def page_text(
     inputs: Sequence[Any] | None = None,
     other: Any = None,
     other_title: str | None = None,
+    pareto: Sequence[Point] = (),
 ) -> str:
     """The same page as text."""
     data = _data(subject(thing, inputs), errors, title)
+    # An exact result has no error to plot.
+    data["pareto"] = [point.as_json() for point in pareto if math.isfinite(point.sqnr_db)]
     if other is not None:
         data["other"] = _data(subject(other, inputs), None, other_title)
     return render(data)

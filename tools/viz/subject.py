@@ -106,7 +106,7 @@ def _compiled(thing: Any, options: Mapping[str, Any], inputs: Sequence[Any]) -> 
     traces: list[Trace] = []
     model = thing._orig_mod
     with_trace: dict[str, Any] = {**options, "trace": traces}
-    fast = torch.compile(model, backend="bitfold", options=with_trace)
+    fast: Any = torch.compile(model, backend="bitfold", options=with_trace)
     with torch.inference_mode():
         fast(*inputs)
     if not traces:

@@ -75,7 +75,12 @@ const Details = (() => {
 
   // ---- the roofline of all kernels
 
-  function rooflineTab(data) {
+  function plotsTab(data) {
+    const recipes = data.pareto?.length ? [el("h2", {}, "Recipes against each other"), paretoPlot(data.pareto), el("p", { class: "quiet" }, "Up and to the left is better; the line joins those that no other beats.")] : [];
+    return el("div", {}, recipes, roofline(data));
+  }
+
+  function roofline(data) {
     const { roof, kernels, work } = data.overlays;
     const points = Object.entries(kernels ?? {}).map(([name, kernel]) => ({ name, kernel, w: work[name] })).filter(({ w }) => w?.[0] && w[1] && w[2]).map(({ name, kernel, w: [flops, moved, us] }) => ({
       x: flops / moved, y: flops / us / 1e3, jump: name,
@@ -97,5 +102,5 @@ const Details = (() => {
     return Charts.scatter({ points: points.map((p) => ({ x: p.bits, y: p.sqnr_db, name: p.recipe, text: `${p.recipe}: ${p.bits.toFixed(2)} bits, ${p.sqnr_db.toFixed(1)} dB, ${p.seconds === null ? "not timed" : Overlay.micro(p.seconds * 1e6)}`, colour: p.front ? "var(--accent)" : "var(--edge)" })), lines: [points.filter((p) => p.front).map((p) => ({ x: p.bits, y: p.sqnr_db }))], x: "bits for each weight", y: "signal to noise, dB", label: "Pareto plot of recipes" });
   }
 
-  return { workRows, kernelSection, weightSection, flowSection, rooflineTab, paretoPlot };
+  return { workRows, kernelSection, weightSection, flowSection, plotsTab };
 })();

@@ -221,7 +221,7 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Main.show());
   document.body.classList.toggle("two", Boolean(data.other));
   byId("tab-compare").hidden = !data.other;
-  byId("tab-roofline").hidden = Object.keys(data.overlays.kernels ?? {}).length === 0;
+  byId("tab-plots").hidden = Object.keys(data.overlays.kernels ?? {}).length === 0 && !data.pareto?.length;
   byId("mirror-name").textContent = data.other ? `B  ${data.other.title}` : "";
   byId("title").textContent = data.other ? `A  ${data.title}` : data.title;
   byId("totals").textContent = data.summary;

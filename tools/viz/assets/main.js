@@ -7,7 +7,7 @@ const Main = (() => {
   const byId = (id) => document.getElementById(id);
   const graphs = new Map();
   const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null, overlay: null };
-  const TABS = ["node", "changes", "misses", "code", "roofline", "compare"];
+  const TABS = ["node", "changes", "misses", "code", "plots", "compare"];
   const camera = { x: 0, y: 0, k: 1 };
   let graph = null;
   let laid = null;
@@ -204,7 +204,7 @@ const Main = (() => {
     if (state.tab === "changes") return Panels.changesTab(data, now);
     if (state.tab === "misses") return Panels.missesTab(now);
     if (state.tab === "code") return Panels.codeTab(data, now);
-    if (state.tab === "roofline") return Details.rooflineTab(data);
+    if (state.tab === "plots") return Details.plotsTab(data);
     if (state.tab === "compare") return data.other ? Compare.tab(data, now, otherAt(state.step)) : Panels.el("p", { class: "quiet" }, "This page holds one trace.");
     if (state.selected === null) return Panels.groupTab(data, graph, "");
     if (state.selected.startsWith("@")) return Panels.groupTab(data, graph, state.selected.slice(1));
