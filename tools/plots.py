@@ -86,6 +86,7 @@ def pareto(points: Sequence[Point], path: str | os.PathLike[str]) -> Path:
 
 
 def _write(figure: Any, axes: Any, path: str | os.PathLike[str]) -> Path:
+    axes.margins(0.1)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
     buffer = io.BytesIO()

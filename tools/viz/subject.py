@@ -56,6 +56,8 @@ def subject(thing: Any, inputs: Sequence[Any] | None = None) -> Subject:
             raise BitfoldError(
                 "the trace is empty: run a pipeline first, then pass what Pipeline.run returned"
             )
+        if not thing.recorded:
+            raise BitfoldError("the trace holds no graphs: run the pipeline with record=True (the default)")
         return Subject(thing)
     if isinstance(thing, GraphModule):
         return Subject(Pipeline(()).run(thing, verify=False))
