@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from bitfold.codegen.device import device
 from bitfold.formats import format
-from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import Point, fronted, points
@@ -147,13 +146,12 @@ def test_what_is_cut_off_is_counted_and_what_is_rounded_is_not() -> None:
     assert narrow.clipped == pytest.approx(beyond, abs=0.003)
     wide = quantized(x, "int8[tensor]", fmt.quantize(x).parts)
     assert wide.clipped == 0.0
-    for text in ("int8", "int4[g32]", "float8_e4m3fn", "mxfp4", "int8[asym]"):
-        try:
-            given = format(text)
-        except BitfoldError:
-            continue
-        values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-        assert (quantized(values, text, given.quantize(values).parts).clipped or 0.0) < 0.02, text
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    for text in ("int8", "int4[g32]", "float8_e4m3fn", "mxfp4", "uint4[g32,zero]", "nf4[g64]"):
+        given = format(text)
+        # mxfp4's power-of-two scale lies below the largest value on purpose; the others reach it.
+        most = 0.02 if text == "mxfp4" else 0.0
+        assert (quantized(values, text, given.quantize(values).parts).clipped or 0.0) <= most, text
 
 
 def test_histograms_count_every_number() -> None:
