@@ -53,16 +53,23 @@ def quantize_program(
     state(gm).stored = with_all_names(stored, model)
     caches = 0
     if speaks_of_caches(recipe):
-        caches = Pipeline([QuantizeCache(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
-    notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
+        caches = (
+            Pipeline([QuantizeCache(recipe=str(recipe))])
+            .run(gm, record=False, progress=progress)
+            .steps[-1]
+            .rewrites
+        )
+    notes = (
+        Pipeline([Annotate(recipe=str(recipe))]).run(gm, record=False, progress=progress).steps[-1].rewrites
+    )
     if notes + caches == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:
         batches.check_given(observed)
-        Pipeline([Observe()]).run(gm, progress=progress)
+        Pipeline([Observe()]).run(gm, record=False, progress=progress)
         calibrate(gm, batches.raw())
-    Pipeline([Fold()]).run(gm, progress=progress)
+    Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)
     own_tensors(lowered, model)

@@ -130,7 +130,7 @@ def _calibrate(model: nn.Module, found: Plan, batches: Batches, progress: Step |
     observed = {}
     for site in found.sites:
         if site.calibrated:
-            Pipeline([Observe()]).run(site.gm)
+            Pipeline([Observe()]).run(site.gm, record=False)
             observed[site.module] = site.gm
     if observe_modules(model, batches, observed, progress) == 0:
         raise BitfoldError("calibration has no batches; give at least one")
