@@ -23,6 +23,7 @@ from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
+from ..passes.share import Share
 from .cache import QuantizeCache, speaks_of_caches
 from .calibration import Batches
 from .folded import Canonical
@@ -67,7 +68,7 @@ def quantize_program(
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:
         batches.check_given(observed)
-        Pipeline([Observe()]).run(gm, record=False, progress=progress)
+        Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
         calibrate(gm, batches.raw())
     Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})

@@ -102,11 +102,11 @@ def _settle(gm: GraphModule, node: Node) -> int:
     assert isinstance(value, Node)
     fmt = format(on.format)
     shape = [1] * value.meta["val"].ndim
-    low, high = (end.reshape(shape).to(value.meta["val"].device) for end in observer.range())
+    device = value.meta["val"].device
     names = [part for part in fmt.parts if part not in ("codes", "indices")]
     params = [
-        add_constant(gm, f"{on.layer}_{on.which}_{name}", part, like=node)
-        for name, part in zip(names, fmt.from_range(low, high), strict=True)
+        add_constant(gm, f"{on.layer}_{on.which}_{name}", part.reshape(shape).to(device), like=node)
+        for name, part in zip(names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
     new.meta[EDGE] = on

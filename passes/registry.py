@@ -31,6 +31,7 @@ _BUILT_IN = {
     "fold_batch_norm": "batch_norm",
     "annotate": "annotate",
     "observe": "observe",
+    "share": "share",
     "fake_quantize": "fake_quantize",
     "sparsify": "sparsify",
     "fold": "fold",

@@ -23,6 +23,9 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .lowering.checkpoints.load import load_checkpoint
+    from .lowering.checkpoints.save import save_checkpoint
+    from .lowering.checkpoints.transformers_config import BitfoldConfig
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
+    "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
@@ -48,16 +52,19 @@ _LATER = {
     "capture": ("passes", "capture"),
     "get_target": ("lowering.target", "get_target"),
     "load": ("lowering.load", "load"),
+    "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
     "register_pass": ("passes", "register_pass"),
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
+    "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
     "viz": ("tools.viz", "viz"),
 }
 
 __all__ = [
+    "BitfoldConfig",
     "BitfoldError",
     "Format",
     "FormatError",
@@ -77,12 +84,14 @@ __all__ = [
     "formats",
     "get_target",
     "load",
+    "load_checkpoint",
     "quantize",
     "register_format",
     "register_pass",
     "register_target",
     "report",
     "save",
+    "save_checkpoint",
     "viz",
 ]
 
