@@ -35,6 +35,10 @@ _BUILT_IN = {
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",
+    "clip": "clip",
+    "gptq": "gptq",
+    "refit": "refit",
+    "hqq": "hqq",
 }
 
 # The one thing here that changes: what a program registers while it runs.
