@@ -120,7 +120,7 @@ class _Folder:
         text = str(node.args[1])
         key: Hashable = (identity(chain.parameter), chain.text, text) if chain else (source, text)
         if key not in self.made:
-            codes = self.codes(node, on, chain, masked)
+            codes = self.codes(on, chain, masked, node)
             name = self.name(chain, on)
             parts = zip(codes.format.parts, codes.parts, strict=True)
             held = [add_constant(self.gm, f"{name}_{part}", tensor, like=node) for part, tensor in parts]
@@ -128,10 +128,10 @@ class _Folder:
         held, k = self.made[key]
         return self.dequantize(node, held, text, k)
 
-    def codes(self, node: Node, on: Edge, chain: Expression | None, masked: Tensor | None) -> Quantized:
+    def codes(self, on: Edge, chain: Expression | None, masked: Tensor | None, node: Node) -> Quantized:
         text = str(node.args[1])
         here, fmt = state(self.gm), format(text)
-        draft = node.meta.pop(DRAFT, None)
+        draft = node.meta.get(DRAFT)
         if on.stored:
             return here.stored[on.stored]
         if chain is None:
