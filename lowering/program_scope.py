@@ -24,7 +24,7 @@ from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
-from ..passes.solve import Solver
+from .algorithm import Algorithm
 from .cache import QuantizeCache, speaks_of_caches
 from .calibration import Batches
 from .folded import Canonical
@@ -45,7 +45,7 @@ def quantize_program(
     stored: Mapping[str, Quantized],
     dynamic: Any = None,
     progress: Step | None = None,
-    steps: Pipeline | None = None,
+    steps: Algorithm | None = None,
 ) -> GraphModule:
     """Capture, annotate, calibrate if the recipe asks for it, fold and lower. Mistakes are BitfoldErrors."""
     example = batches.example()
@@ -77,11 +77,13 @@ def quantize_program(
 
 
 @torch.no_grad()
-def _solve(gm: GraphModule, steps: Pipeline, batches: list[Any], progress: Step | None) -> None:
+def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step | None) -> None:
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
-    if any(isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs) for step in steps.passes):
+    if steps.balance:
+        raise BitfoldError(f"{steps.balance[0].name} balances the blocks of a model; use scope='module'")
+    if steps.needs_data:
         if not batches:
             raise BitfoldError(f"{steps} measures what goes into each layer; give calibration=[batches]")
         run = Gatherer(gm, [node for node, _ in linears(gm)], type(gm).__name__)
@@ -89,4 +91,4 @@ def _solve(gm: GraphModule, steps: Pipeline, batches: list[Any], progress: Step 
             if progress is not None:
                 progress(f"measure batch {index}", index, len(batches))
             run.run(*flat_arguments(gm, index, batch))
-    steps.run(gm, progress=progress)
+    steps.solve.run(gm, progress=progress)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
@@ -26,7 +26,7 @@ from ..passes import Pipeline
 from ..passes.fake_quantize import check_observers
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
-from .algorithm import algorithm_of
+from .algorithm import Algorithm, algorithm_of
 from .calibration import Batch, Batches, observe_modules, record_arguments
 from .fold_sites import fold_sites
 from .folded import Folded
@@ -38,6 +38,7 @@ from .parameters import check_parameters
 from .program_scope import quantize_program
 from .results import Results, fingerprint
 from .solve_sites import solve_sites
+from .swaps import as_decided, changed
 from .tracing import TRACING
 
 Scope = Literal["module", "program"]
@@ -96,14 +97,17 @@ def quantize(
         found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
         _check_found(model, wanted, found)
         data: Iterable[Batch] = batches
+        changes: dict[str, Tensor] = {}
         if steps is not None:
             data = list(batches)  # an algorithm goes over them again and again
-            _solve(model, wanted, found, steps, data, resume, progress)
+            changes = _solve(model, wanted, found, steps, data, resume, progress)
         if found.calibrated:
             batches.check_given(next(site.path for site in found.sites if site.calibrated))
-            _calibrate(model, found, data, progress)
+            with as_decided(model, changes, found):
+                _calibrate(model, found, data, progress)
         before = held(model)
-        fold_sites(model, found, on, progress)
+        with changed(model, changes, found):
+            fold_sites(model, found, on, progress)
         release(before - held(model))
         return given
 
@@ -147,15 +151,15 @@ def _solve(
     model: nn.Module,
     recipe: Recipe,
     found: Plan,
-    steps: Pipeline,
+    steps: Algorithm,
     batches: list[Batch],
     resume: str | os.PathLike[str] | None,
     progress: Step | None,
-) -> None:
+) -> dict[str, Tensor]:
     results = None
     if resume is not None:
         results = Results(resume, fingerprint(model, (json.dumps(recipe.to_dict()), str(steps)), batches))
-    solve_sites(model, found, steps, batches, results=results, progress=progress)
+    return solve_sites(model, found, steps, batches, results=results, progress=progress)
 
 
 def _calibrate(model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Step | None) -> None:

@@ -1,12 +1,12 @@
 """Algorithms over a whole model: block by block, each block seeing what the rounded ones before it really
 give.
 
-In: a plan (`module_scope.py`), the passes of an algorithm and calibration batches. Out: codes on the anchors
+In: a plan (`module_scope.py`), an algorithm and calibration batches. Out: codes on the anchors
 of the plan's graphs, where `fold` finds them; the model itself is as it was.
 
-    solve_sites(model, found, Pipeline.parse("clip,gptq"), batches)
+    solve_sites(model, found, algorithm_of("awq,clip,gptq"), batches)
         every batch once through the float model      what each block is called with, and that all is well
-        block 0: q, k, v    inputs measured, solved, the rounded weights put in
+        block 0, balanced: q, k, v    inputs measured, solved, the rounded weights put in
                  o; gate, up; down                    each after what it depends on
         block 0 again, on rounded weights             what block 1 gets; float weights are put back
         block 1 ...
@@ -25,16 +25,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from ..formats import BitfoldError, format
-from ..passes import Miss, MissRecord, Pipeline
+from ..passes import Miss, MissRecord
 from ..passes.anchors import TARGETS
 from ..passes.draft import DRAFT, Draft
 from ..passes.inputs import INPUTS
 from ..passes.note import annotated
-from ..passes.solve import Solver
+from .algorithm import Algorithm
+from .balance_block import Balance
 from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
 from .measure import gatherer, measure
@@ -47,42 +48,56 @@ from .swaps import Swaps
 def solve_sites(
     model: nn.Module,
     found: Plan,
-    steps: Pipeline,
+    algorithm: Algorithm,
     batches: Sequence[Batch],
     *,
     results: Results | None = None,
     progress: Step | None = None,
-) -> None:
-    """Decide the codes of every weight of the plan. Raises BitfoldError, before long work begins, for batches
-    that
+) -> dict[str, Tensor]:
+    """Decide the codes of every weight of the plan, and return new values for parameters that take none.
+    Raises BitfoldError, before long work begins, for batches that
     do not go through the model, give NaN, or miss a layer."""
     sites = [site for site in found.sites if any(note.weight for _, note in annotated(site.gm))]
-    solver = _Solver(steps, results, progress, len(sites))
-    if not any(_wants(step) for step in steps.passes):
+    solver = _Solver(algorithm, results, progress, len(sites))
+    if not algorithm.needs_data:
         for site in sites:
             solver.solve(site)
-        return
+        return {}
     if not batches:
-        raise BitfoldError(f"{steps} measures what goes into each layer; give calibration=[batches]")
+        raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
+    for site in sites:
+        if algorithm.balance and any(note.output and note.observer for _, note in annotated(site.gm)):
+            raise BitfoldError(
+                f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
+                "would change afterwards; leave the format of outputs to the layers that read them"
+            )
+    balance = Balance(algorithm.balance)
     with without_cache(model):
         chain, rest = _recorded(model, sites, batches)
         if isinstance(chain, Miss):
+            if algorithm.balance:
+                name = algorithm.balance[0].name
+                raise BitfoldError(
+                    f"{name} balances a chain of blocks, and this model is none: {chain.reason}"
+                )
             reason = f"{chain.reason}, so each layer is measured in the float model"
-            found.misses.append(MissRecord("", "", "", str(steps), reason))
+            found.misses.append(MissRecord("", "", "", str(algorithm), reason))
         else:
             with hooked(model, {}):
                 for place, path in enumerate(chain.paths):
                     inside = [site for site in sites if _within(site.path, path)]
-                    _solve_block(chain, place, inside, solver)
+                    _solve_block(chain, place, inside, solver, balance)
         for site in rest:
             solver.solve(site)
+    found.misses += balance.misses
+    return balance.changes
 
 
 @dataclass
 class _Solver:
     """Runs the passes on one site after another, or takes what an earlier run has found."""
 
-    steps: Pipeline
+    algorithm: Algorithm
     results: Results | None
     progress: Step | None
     total: int
@@ -94,11 +109,11 @@ class _Solver:
 
     def solve(self, site: Site) -> None:
         if self.progress is not None:
-            self.progress(f"{self.steps} {site.path}", self.done, self.total)
+            self.progress(f"{self.algorithm} {site.path}", self.done, self.total)
         self.done += 1
         if self.results is not None and self.results.restore(site):
             return
-        self.steps.run(site.gm, verify=False)
+        self.algorithm.solve.run(site.gm, verify=False)
         for node, note in annotated(site.gm):
             node.meta.pop(INPUTS, None)
             draft = node.meta.get(DRAFT)
@@ -183,7 +198,7 @@ def _widths(site: Site) -> Iterator[int]:
             yield int(operand.meta["val"].shape[-1])
 
 
-def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver) -> None:
+def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, balance: Balance) -> None:
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
     def run() -> None:
@@ -191,6 +206,8 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver) -
             chain.run(place, batch)
 
     with Swaps() as swaps:
+        if balance.steps:
+            balance.apply(chain, place, sites, swaps)
         for group in _order(chain, place, sites):
             if not solver.known(group):
                 measure(group, run)
@@ -225,7 +242,3 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[list[Site]]:
 
 def _within(path: str, block: str) -> bool:
     return path == block or path.startswith(block + ".")
-
-
-def _wants(step: object) -> bool:
-    return isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)

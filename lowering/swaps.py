@@ -7,7 +7,8 @@ In: sites whose codes are decided. Out: the model computing with them, and after
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..passes.anchors import TARGETS
 from ..passes.capture_module import is_stock
 from ..passes.draft import DRAFT
 from ..passes.note import Note, annotated
-from .module_scope import Site
+from .module_scope import Plan, Site
 from .steps_back import back_from
 
 
@@ -77,3 +78,35 @@ def _rounding(text: str) -> Callable[..., Any]:
         return (fmt.fake_quantize(args[0]), *args[1:]) if args else None
 
     return hook
+
+
+@contextmanager
+def changed(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Iterator[None]:
+    """Write new values into parameters, around the folding of the weights that were scaled to match them.
+
+    If folding stops midway, the layers that are still float get what their codes stand for: otherwise they
+    would read channels of another size than they were made for.
+    """
+    for path, value in changes.items():
+        model.get_parameter(path).data.copy_(value)
+    try:
+        yield
+    except BaseException:
+        if changes:
+            for site in found.sites:
+                Swaps().put(site)
+        raise
+
+
+@contextmanager
+def as_decided(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Iterator[None]:
+    """The whole model as it will be folded, meanwhile, if an algorithm has decided codes: ranges of
+    activations are
+    those behind rounded weights, and of channels as they were balanced."""
+    with Swaps() as swaps:
+        for path, value in changes.items():
+            prefix, _, name = path.rpartition(".")
+            swaps.replace(model.get_submodule(prefix), name, value)
+        for site in found.sites:
+            swaps.put(site)
+        yield

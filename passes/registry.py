@@ -39,6 +39,9 @@ _BUILT_IN = {
     "gptq": "gptq",
     "refit": "refit",
     "hqq": "hqq",
+    "awq": "awq",
+    "smooth": "smooth",
+    "equalize": "equalize",
 }
 
 # The one thing here that changes: what a program registers while it runs.

@@ -1,4 +1,4 @@
-"""`bf.quantize(algorithm=...)`: block by block, on what rounded blocks give; resumable; bad data said first."""
+"""`bf.quantize(algorithm=...)`: block by block, on what rounded blocks give; results kept; bad data first."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_too_few_tokens_are_warned_of(model: Model, batches: list[Tensor]) -> No
 
 
 def test_what_is_no_algorithm_is_said(model: Model) -> None:
-    with pytest.raises(bf.BitfoldError, match="'fold' decides no codes; an algorithm is made of clip, gptq"):
+    with pytest.raises(bf.BitfoldError, match="'fold' decides no codes; an algorithm is made of awq, clip"):
         bf.quantize(model, "int4[g32]", algorithm="fold", calibration=[])
     with pytest.raises(bf.BitfoldError, match="no pass 'gtpq'"):
         bf.quantize(model, "int4[g32]", algorithm="gtpq", calibration=[])
