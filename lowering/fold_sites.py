@@ -71,7 +71,7 @@ def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None
 def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, installer: Installer) -> None:
     wanted, dtype = _sources(site, names)
     state(site.gm).store = store
-    Pipeline([Fold()]).run(site.gm)
+    Pipeline([Fold()]).run(site.gm, record=False)
     graph = dump(site.gm)
     sources = {_codes_of(anchor): source for anchor, source in wanted.items()}
     tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}

@@ -108,7 +108,7 @@ def plan(
             continue
         known += [anchor.site for anchor in anchors(site.gm, heads)] if named else []
         state(site.gm).stored = codes
-        found.misses += annotate.run(site.gm).misses
+        found.misses += annotate.run(site.gm, record=False).misses
         if any(True for _ in annotated(site.gm)):
             found.sites.append(site)
     found.misses += _split_ties(found.sites)

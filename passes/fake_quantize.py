@@ -22,6 +22,7 @@ from ..formats import BitfoldError, format
 from .anchors import TARGETS, from_rows, to_rows
 from .constants import add_constant, expression
 from .core import Pass
+from .draft import DRAFT
 from .edges import EDGE, Edge, edge, split_activations
 from .edit import call
 from .note import KEY, Note, annotated
@@ -47,8 +48,9 @@ class FakeQuantize(Pass):
         """Number of edges. Raises BitfoldError, with nothing written, for an observer that saw no data."""
         check_observers(gm)
         for node, note in annotated(gm):
-            # Weights that will train leave the codes that they came with.
+            # Weights that will train leave the codes that they came with, or that an algorithm found.
             node.meta[KEY] = replace(note, stored="")
+            node.meta.pop(DRAFT, None)
         made = mark_edges(gm)
         return made + _mask_weights(gm)
 
@@ -130,6 +132,8 @@ def _mark_weight(gm: GraphModule, node: Node, note: Note, shared: dict[tuple[Nod
         rows = to_rows(gm, note.anchor, weight, node)
         marked = _fake_quantize(gm, on, rows, node)
         marked.meta[EDGE] = on
+        if DRAFT in node.meta:
+            marked.meta[DRAFT] = node.meta.pop(DRAFT)
         shared[known] = from_rows(gm, note.anchor, marked, weight, node)
     node.update_arg(index, shared[known])
     return 1

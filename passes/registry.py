@@ -36,6 +36,13 @@ _BUILT_IN = {
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",
+    "clip": "clip",
+    "gptq": "gptq",
+    "refit": "refit",
+    "hqq": "hqq",
+    "awq": "awq",
+    "smooth": "smooth",
+    "equalize": "equalize",
 }
 
 # The one thing here that changes: what a program registers while it runs.

@@ -25,7 +25,11 @@ Json = dict[str, Any]
 
 
 def page_data(
-    trace: Trace, *, errors: Mapping[str, NodeError] | None = None, title: str | None = None
+    trace: Trace,
+    *,
+    errors: Mapping[str, NodeError] | None = None,
+    title: str | None = None,
+    overlays: Json | None = None,
 ) -> Json:
     """All that the page shows. Linear in the nodes of all steps."""
     table = _Table()
@@ -48,6 +52,7 @@ def page_data(
         "steps": steps,
         "errors": {name: error.as_json() for name, error in (errors or {}).items()},
         "regions": _regions(trace.gm),
+        "overlays": overlays or {},
     }
 
 
@@ -194,7 +199,9 @@ def _regions(gm: GraphModule | None) -> dict[str, str]:
 
 
 def _title(trace: Trace) -> str:
-    return ", ".join(str(step) for step in trace.steps[1:]) or "captured graph"
+    # What a target does at last is no pass.
+    passes = [str(step) for step in trace.steps[1:] if step.name != "finish"]
+    return ", ".join(passes) or "captured graph"
 
 
 def _summary(trace: Trace, steps: list[Json]) -> str:

@@ -52,6 +52,18 @@ const Panels = (() => {
         el("i", { class: `swatch kind-${kind.key}` }), el("span", {}, kind.text), el("span", { class: "quiet" }, String(present[kind.key])))));
   }
 
+  // The overlays to choose from, and what the chosen one's colours mean.
+  function overlays(data, chosen) {
+    return [["", "What nodes became", ""], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
+      .map(([key, label, title]) => el("option", { value: key, title, selected: key === (chosen ?? "") ? "" : null }, label));
+  }
+
+  function scale({ title, scale: ends, entries, worst }) {
+    if (entries) return [el("p", { class: "quiet" }, title), el("ul", { class: "plain" }, entries.map(({ colour, text, n }) => el("li", { class: "entry" }, el("i", { class: "swatch", style: `--kind: ${colour}` }), el("span", {}, text), el("span", { class: "quiet" }, ` ${n}`))))];
+    return [el("p", { class: "quiet" }, title), el("div", { class: "ramp" }), el("div", { class: "ends quiet" }, el("span", {}, ends[0]), el("span", {}, ends[1])),
+      el("ol", { class: "plain worst" }, worst.map(({ name, text }) => el("li", {}, el("b", {}, `${text} `), jump(name))))];
+  }
+
   function row(term, value) {
     return value === null || value === undefined || value === "" ? [] : [el("dt", {}, term), el("dd", {}, value)];
   }
@@ -63,6 +75,7 @@ const Panels = (() => {
   function errorRows(error, name) {
     if (!error) return [];
     return [
+      ...row("own error", error.isolated_db === undefined || error.isolated_db === "NaN" ? null : decibel(error.isolated_db)),
       ...row("signal to noise", decibel(error.sqnr_db)),
       ...row("largest error", Number(error.max_abs).toPrecision(3)),
       ...row("relative to largest value", error.max_rel === undefined ? null : Number(error.max_rel).toPrecision(3)),
@@ -85,13 +98,23 @@ const Panels = (() => {
         row("your source", node.source), row("", node.source_text ? el("code", {}, node.source_text) : null),
         row("operation", node.target), row("format", node.format), row("annotation", node.note),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
-        moduleBytes(data, graph, node), errorRows(error, name),
-        row("inputs", node.args.length ? links(node.args) : null),
+        moduleBytes(data, graph, node), Details.workRows(data, name), errorRows(error, name),
+        row("run by", data.overlays.targets?.[name]),
+        row("inputs", node.args.length ? edges(graph, node) : null),
         row("read by", node.users.length ? links(node.users) : null),
         row("made from", node.origins.length ? links(node.origins) : null)),
       error === undefined && Object.keys(data.errors).length > 0 ? el("p", { class: "quiet" }, "No error figure: the unquantized graph has no value to compare this one with.") : null,
       data.regions[node.target] ? [el("h2", {}, "Inside the region"), codeBlock(data.regions[node.target], "wrap")] : null,
+      Details.kernelSection(data, name), Details.weightSection(data, node.target), Details.flowSection(data, name),
       history(data, graph, name));
+  }
+
+  // What comes in on each edge: its shape and format.
+  function edges(graph, node) {
+    return el("ul", { class: "plain" }, node.args.slice(0, 40).map((name) => {
+      const from = graph.nodes.get(name);
+      return el("li", {}, jump(name), el("span", { class: "quiet" }, ` ${from ? [`${from.dtype}${from.shape}`, from.format].filter(Boolean).join(" ") : ""}`));
+    }), node.args.length > 40 ? el("li", {}, `and ${node.args.length - 40} more`) : null);
   }
 
   function links(names) {
@@ -218,5 +241,5 @@ const Panels = (() => {
       el("span", { class: `row ${className[line.sign]}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`)));
   }
 
-  return { el, stages, legend, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
+  return { el, stages, legend, overlays, scale, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
 })();
