@@ -7,6 +7,9 @@ In: a folder with qweight, qzeros and scales [K / g, N] for each layer. Out: a `
     ->    stored["up.weight"] = Stored(Quantized(uint4[g128,f16,zero], ..)), or int4[g128,f16] if every zero
           point is the middle
 
+Where GPTQ's g_idx spreads a group over the row (activation order without static groups), the codes' columns
+are put in the order of the groups, and the layer's input with them.
+
 GPTQ's first version stores zero points less one. A stored 15 could then only be 16, which no quantizer
 makes, or a -1 that has run into its neighbours when it was packed: that is refused.
 """
@@ -54,7 +57,7 @@ def read_by_column(folder: Folder, model: nn.Module) -> Checkpoint:
     for path in sorted(name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
         found = {name: tensors.pop(f"{path}.{name}", None) for name in _OF_A_WEIGHT}
         try:
-            stored[f"{path}.weight"] = Stored(_weight(packing, found))
+            stored[f"{path}.weight"] = _weight(packing, found)
         except BitfoldError as error:
             raise BitfoldError(f"{folder.path}, layer {path}: {error}") from error
         _drop_empty_bias(model, path, tensors)
@@ -97,7 +100,7 @@ def _packing(folder: Folder, config: Mapping[str, Any]) -> Packing:
     return Packing(method, int(bits), None if group == -1 else group, version == "gptq")
 
 
-def _weight(packing: Packing, found: Mapping[str, Tensor | None]) -> Quantized:
+def _weight(packing: Packing, found: Mapping[str, Tensor | None]) -> Stored:
     words, zero_words, scales = found["qweight"], found["qzeros"], found["scales"]
     if words is None or scales is None or words.dtype is not torch.int32 or scales.dtype not in _SCALES:
         raise BitfoldError("it needs an int32 qweight and float scales")
@@ -115,14 +118,17 @@ def _weight(packing: Packing, found: Mapping[str, Tensor | None]) -> Quantized:
             f"its scales are {list(scales.shape)} and {rows} x {k} codes in {groups} groups have "
             f"[{groups}, {rows}], zero points [{groups}, {words_wide}]"
         )
-    _check_order(packing, found["g_idx"], k)
+    order = _order(packing, found["g_idx"], k)
     zeros = _zeros(packing, unsigned, zero_words, groups, rows)
     middle = 1 << (bits - 1)
     if bool((zeros == middle).all()):
         fmt, params = format(f"int{bits}[{grain},{_SCALES[scales.dtype]}]"), {}
     else:
         fmt, params = unsigned, {"zeros": zeros}
-    return Quantized(fmt, k, _codes(packing, fmt, words, k), scales.mT.contiguous(), **params)
+    codes = _codes(packing, fmt, words, k)
+    if order is not None:
+        codes = fmt.pack(fmt.unpack(codes, k)[:, order].contiguous())
+    return Stored(Quantized(fmt, k, codes, scales.mT.contiguous(), **params), order=order)
 
 
 def _codes(packing: Packing, fmt: Format, words: Tensor, k: int) -> Tensor:
@@ -157,15 +163,22 @@ def _awq_numbers(words: Tensor) -> Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.uint8)
 
 
-def _check_order(packing: Packing, order: Tensor | None, k: int) -> None:
-    if order is None or packing.group is None:
-        return
-    if order.shape != (k,) or not torch.equal(order.long().cpu(), torch.arange(k) // packing.group):
+def _order(packing: Packing, groups: Tensor | None, k: int) -> Tensor | None:
+    """Which input each column of codes shall belong to, so that those of a group are neighbours: activation
+    order without static groups spreads them over the row. None if they are neighbours.
+    """
+    if groups is None or packing.group is None:
+        return None
+    groups = groups.long().cpu()
+    if groups.shape == (k,) and torch.equal(groups, torch.arange(k) // packing.group):
+        return None
+    counts = torch.bincount(groups.clamp(min=0), minlength=k // packing.group)
+    if groups.shape != (k,) or int(groups.min()) < 0 or not bool((counts == packing.group).all()):
         raise BitfoldError(
-            "its groups are not of neighbouring inputs (g_idx, activation order without static groups), and "
-            "codes that share a scale lie side by side here; quantize with static_groups=True or "
-            "desc_act=False"
+            f"its g_idx does not name each of {k // packing.group} groups {packing.group} times, so what "
+            "shares a scale is not known; copy the checkpoint again"
         )
+    return torch.argsort(groups, stable=True)
 
 
 def _drop_empty_bias(model: nn.Module, path: str, tensors: dict[str, Tensor]) -> None:

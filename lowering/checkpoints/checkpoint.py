@@ -21,12 +21,14 @@ class Stored:
     """One weight that came quantized.
 
     `input`: the format that the layer's activations take, "" for none; `input_params`: its scale and zero
-    point where those are static. `kept`: what the file says besides and a writer needs to say it again.
+    point where those are static. `order`: which input each column of codes belongs to, where those that share
+    a scale were not neighbours. `kept`: what the file says besides and a writer needs to say it again.
     """
 
     weight: Quantized
     input: str = ""
     input_params: tuple[Tensor, ...] = ()
+    order: Tensor | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError, nearest
-from ...passes import MissRecord, Pipeline
+from ...passes import MissRecord, Pipeline, add_constant, call
+from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.observe import Observe
 from ...passes.observers import Given, Observer
@@ -54,6 +55,7 @@ def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device:
         _check_all_fold(place, found)
         for site in found.sites:
             _give_ranges(site, place.stored)
+            _reorder(site, place.stored)
     except BaseException:
         for module, parameters, buffers in before:
             module._parameters.update(parameters)
@@ -235,3 +237,20 @@ def _give_ranges(site: Site, stored: dict[str, Stored]) -> None:
     for name, module in list(site.gm.named_modules()):
         if isinstance(module, Observer):
             site.gm.set_submodule(name, given)
+
+
+def _reorder(site: Site, stored: dict[str, Stored]) -> None:
+    """The input in the order of the codes' columns, where that is another one."""
+    for node, note in annotated(site.gm):
+        order = stored[note.stored].order
+        if order is None:
+            continue
+        if note.anchor != "linear" or note.input:
+            raise BitfoldError(f"layer {note.layer}: only a linear of float inputs has its columns reordered")
+        index, source = TARGETS[node.target][1], node.args[TARGETS[node.target][1]]
+        held = add_constant(site.gm, "input_order", order.to(torch.int64), like=node)
+        moved = call(
+            site.gm, torch.ops.aten.index_select.default, (source, -1, held), before=node, origin_from=node
+        )
+        node.update_arg(index, moved)
+        site.columns = tuple(int(place) for place in torch.argsort(order))

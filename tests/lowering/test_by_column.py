@@ -163,12 +163,46 @@ def test_awq_as_compressed_tensors_converts_it(tmp_path: Path) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def order_of_activations(parts: dict[str, Tensor]) -> None:
-    parts["g_idx"] = parts["g_idx"][torch.randperm(len(parts["g_idx"]))]
+@pytest.mark.parametrize("target", ["reference", "cpu"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_in_the_order_of_activations(symmetric: bool, target: str, tmp_path: Path) -> None:
+    """A group's columns anywhere: the same weight, the same product, also after a file of our own."""
+    layers, values = {}, {}
+    for layer, (n, k) in (("up", (N, K)), ("down", (K, N))):
+        codes, zeros, scales = numbers(4, n, k, GROUP, symmetric)
+        groups = torch.arange(k) // GROUP
+        groups = groups[torch.randperm(k)]
+        layers[layer] = {
+            "qweight": stream(codes, 4).T,
+            "qzeros": stream((zeros - 1).T, 4),
+            "scales": scales.T,
+            "g_idx": groups.to(torch.int32),
+        }
+        values[layer] = (codes - zeros[:, groups]).float() * scales.float()[:, groups]
+    config = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}
+    write(tmp_path / "c", layers, config)
+    model = bf.load_checkpoint(tmp_path / "c", into=Model().eval(), target=target)
+    check(model, values)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        hidden = model.norm(torch.nn.functional.linear(x, values["up"], model.up.bias))
+        want = torch.nn.functional.linear(hidden, values["down"])
+        # Sums of 96 products in another order: 100 roundings of 2**-24 of numbers below 30.
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)
+        bf.save(model, tmp_path / "m.safetensors")
+        again = bf.load(tmp_path / "m.safetensors", into=Model().eval(), target=target)
+        check(again, values)
+        assert torch.equal(again(x), model(x))
+    with pytest.raises(bf.BitfoldError, match="layer up: its forward is more than one linear"):
+        bf.save_checkpoint(model, tmp_path / "out")
+
+
+def damaged_order(parts: dict[str, Tensor]) -> None:
+    parts["g_idx"][0] = 1
 
 
 BAD: dict[str, Any] = {
-    "order": (lambda parts, config: order_of_activations(parts), "static_groups=True"),
+    "order": (lambda parts, config: damaged_order(parts), "does not name each of 3 groups 32 times"),
     "zero of zero": (
         lambda parts, config: parts.update(qzeros=parts["qzeros"] | 15),
         "a zero point is stored",
