@@ -1,4 +1,5 @@
-"""The page of an inspection in a real browser: overlays, kernels, tensors, plots, the map, the slider, two traces.
+"""The page of an inspection in a real browser: overlays, kernels, tensors, plots, the map, the slider, two
+traces.
 
 four blocks -> annotate, fold, fuse, lower -> inspect -> page.html -> headless Chromium
 """
@@ -26,8 +27,8 @@ MAP_INK = """(() => {
   const map = document.getElementById('minimap');
   const pixels = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
   const colours = new Set();
-  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) colours.add(pixels.slice(i, i + 3).join());
-  return colours.size;
+  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) colours.add(pixels.slice(i, i +
+  3).join()); return colours.size;
 })()"""
 
 
@@ -113,7 +114,8 @@ def test_the_slider_goes_through_the_stages(browser, pages) -> None:
     page = browser.open(pages["one"])
     assert page.evaluate("document.getElementById('slider').max") == "5"
     page.evaluate(
-        "(() => { const s = document.getElementById('slider'); s.value = 2; s.dispatchEvent(new Event('input')); })()"
+        "(() => { const s = document.getElementById('slider'); s.value = 2; "
+        "s.dispatchEvent(new Event('input')); })()"
     )
     assert page.text("#where") == "after fold"
     page.evaluate("document.getElementById('slider').focus()")

@@ -54,7 +54,7 @@ const Panels = (() => {
 
   // The overlays to choose from, and what the chosen one's colours mean.
   function overlays(data, chosen) {
-    return [["", "What nodes became", ""], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
+    return [["", "Kinds", "What nodes became"], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
       .map(([key, label, title]) => el("option", { value: key, title, selected: key === (chosen ?? "") ? "" : null }, label));
   }
 
