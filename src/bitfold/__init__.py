@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .passes.calibrate import calibrate
     from .passes.recipes import Recipe
     from .passes.rules import Rule
+    from .tools.explain import explain
+    from .tools.inspection import inspect
     from .tools.viz import viz
 
 # Public name -> (module, name there), imported when first asked for.
@@ -46,7 +48,9 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
+    "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
@@ -73,9 +77,11 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "explain",
     "format",
     "formats",
     "get_target",
+    "inspect",
     "load",
     "quantize",
     "register_format",

@@ -204,6 +204,15 @@ def test_alike_findings_are_one_line_and_a_cause_stands_for_its_symptom() -> Non
     assert str(second) == "b and 1 more: …" and second.weight == 50
 
 
+def test_from_python_it_prints_as_the_command_does() -> None:
+    import bitfold as bf
+
+    found = bf.inspect(Net().eval(), "annotate{recipe=int8},fold,fuse,lower{target=cpu}", X, runs=0)
+    told = str(bf.explain(found)).splitlines()
+    assert told[0].startswith("Everything that was asked for was done")
+    assert any("layers.{0..3}" in line for line in told) and told[-1].startswith("weights 0.3 -> 0.1 MiB")
+
+
 def test_hostile_names_are_text_on_the_terminal_too() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:

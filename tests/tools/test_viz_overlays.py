@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.lowering import Pipeline
+from bitfold.passes.annotate import Annotate
+from bitfold.passes.recipes import Recipe
+from bitfold.passes.rules import Rule
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import points
 from bitfold.tools.viz import viz
@@ -216,6 +219,22 @@ def test_two_traces_stand_side_by_side_with_their_differences(browser, pages) ->
     assert "In B, eight" in page.text("#panel") and "int8 weight, int8 input" in page.text("#panel")
     left, right = page.box("#graph"), page.box("#mirror")
     assert abs(left[2] - right[2]) < 3 and right[0] >= left[0] + left[2] - 1
+    assert page.complaints() == []
+
+
+def test_what_explain_found_is_on_the_page_and_on_its_node(browser, tmp_path) -> None:
+    recipe = Recipe("r", (Rule(weight="int8"), Rule("layers.1.down", skip="<b>too</b> sensitive")))
+    steps = Pipeline([Annotate(recipe=str(recipe)), *Pipeline.parse("fold,fuse,lower{target=cpu}").passes])
+    found = inspect(Net().eval(), steps, (torch.randn(4, 64),), runs=0)
+    page = browser.open(viz(found, tmp_path / "page.html"))
+    first = page.evaluate("document.querySelector('.finding').textContent")
+    assert "layers.1.down: left as it was by a rule, which says “<b>too</b> sensitive”" in first
+    assert "try: leave out the rule 'layers.1.down'" in first
+    page.click(".finding .jump")
+    assert page.evaluate("document.querySelectorAll('#panel .finding').length") == 1
+    assert "Missed:" in page.text("#panel")
+    page.evaluate("Main.goStep(1); Main.select('linear', {center: true})")
+    assert "rulelinear *: weight int8" in page.text("#panel")
     assert page.complaints() == []
 
 

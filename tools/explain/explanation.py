@@ -53,6 +53,18 @@ class Explanation:
     weight_bytes: tuple[int, int]
     summary: str
 
+    def __str__(self) -> str:
+        """As the command prints it, without colours."""
+        import io
+
+        from rich.console import Console
+
+        from .show import show
+
+        out = io.StringIO()
+        show(self, Console(file=out, width=140), all=True)
+        return out.getvalue().rstrip()
+
 
 def explain(found: Inspection) -> Explanation:
     """Everything there is to say."""

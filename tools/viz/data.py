@@ -110,6 +110,7 @@ def _record(node: NodeSnapshot, kind: str, group: str, format: str, weight_bytes
         "note": node.note,
         "kind": kind,
         "origins": list(node.made_from),
+        "rule": node.rule,
     }
 
 
