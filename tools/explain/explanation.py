@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from ...passes.provenance import FROM_KEY, origin
 from ..inspection import Inspection
 from ..viz.overlay import targets
+from .coverage import never_asked, not_done
 from .finding import Finding, ranked
 from .numerics import layers, own_errors, saturated, shared_scales
-from .structure import not_done, not_fused, wide_products
+from .structure import not_fused, wide_products
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-CHECKS = (not_done, shared_scales, saturated, not_fused, wide_products, own_errors)
+CHECKS = (not_done, never_asked, shared_scales, saturated, not_fused, wide_products, own_errors)
 
 
 @dataclass(frozen=True)

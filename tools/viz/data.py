@@ -21,6 +21,7 @@ from ...passes.core import MissRecord, state
 from ...passes.trace import GraphSnapshot, NodeSnapshot, Step, Trace, snapshot
 from .errors import NodeError
 from .kinds import KINDS, kinds_of
+from .tensors import without_layout
 
 Json = dict[str, Any]
 
@@ -143,7 +144,7 @@ def _formats(graph: GraphSnapshot, before: Mapping[str, str], kinds: Mapping[str
 def _of_kernel(node: NodeSnapshot) -> str:
     """The weight's format that a generated kernel's text says: `'linear 96x64 f32 2*int8 bias'`."""
     said = _SPEC.search(node.args) if node.target.startswith("bitfold.") else None
-    return said.group(1) if said is not None else ""
+    return without_layout(said.group(1)) if said is not None else ""
 
 
 def _groups(graph: GraphSnapshot, kinds: Mapping[str, str]) -> dict[str, str]:

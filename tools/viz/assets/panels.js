@@ -190,8 +190,10 @@ const Panels = (() => {
     if (!group) return el("p", { class: "quiet" }, `${path} has no box of its own in this stage.`);
     const kinds = data.kinds.filter((kind) => group.kinds[kind.key]);
     const within = (name) => graph.nodes.has(name) && Model.pathsAbove(graph, name).includes(path);
-    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e.sqnr_db === "number" && within(name))
-      .sort((a, b) => a[1].sqnr_db - b[1].sqnr_db).slice(0, 5);
+    const own = Object.values(data.errors).some((e) => typeof e.isolated_db === "number");
+    const figure = own ? "isolated_db" : "sqnr_db";
+    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e[figure] === "number" && within(name))
+      .sort((a, b) => a[1][figure] - b[1][figure]).slice(0, 5);
     const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
     const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
     const changes = Model.codeLines(data, graph).filter(inside);
@@ -204,7 +206,7 @@ const Panels = (() => {
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e.sqnr_db)} `), jump(name)))) : null)),
+        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name)))) : null)),
       changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), codeOf(changes)] : null);
   }
 
