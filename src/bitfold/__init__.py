@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .passes.calibrate import calibrate
     from .passes.recipes import Recipe
     from .passes.rules import Rule
+    from .tools.explain import explain
+    from .tools.inspection import inspect
     from .tools.viz import viz
 
 # Public name -> (module, name there), imported when first asked for.
@@ -50,7 +52,9 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
+    "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
     "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
     "quantize": ("lowering.quantize", "quantize"),
@@ -80,9 +84,11 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "explain",
     "format",
     "formats",
     "get_target",
+    "inspect",
     "load",
     "load_checkpoint",
     "quantize",
