@@ -1,4 +1,4 @@
-"""The command `bitfold`: formats, quantize, inspect, run, bench, tune and demo.
+"""The command `bitfold`: formats, quantize, inspect, diagnose, run, bench, tune and demo.
 
 In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or with one sentence
 on stderr 2 for something asked for that cannot be, 1 when the disk or the terminal fails.
@@ -35,6 +35,7 @@ examples:
   bitfold quantize --recipe int8_all -o m.safetensors
   bitfold inspect m.safetensors                  what a file holds
   bitfold inspect --recipe 'int4[g64]' --html page.html    what the passes do to a model
+  bitfold diagnose --recipe 'int4[g64]'          which layers lose the quality
   bitfold run --recipe stored --prompt "Why is the sky blue?"
   bitfold bench --recipe none --recipe int8_all  how fast it decodes
   bitfold tune --recipe int4                     the fastest kernels for it on this GPU

@@ -23,6 +23,7 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .lowering.diagnose import diagnose
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
@@ -46,6 +47,7 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "diagnose": ("lowering.diagnose", "diagnose"),
     "get_target": ("lowering.target", "get_target"),
     "load": ("lowering.load", "load"),
     "quantize": ("lowering.quantize", "quantize"),
@@ -73,6 +75,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "diagnose",
     "format",
     "formats",
     "get_target",

@@ -5,6 +5,7 @@ docstring is the command's help.
 from . import (
     bench_command,
     demo_command,
+    diagnose_command,
     formats_command,
     inspect_command,
     quantize_command,
@@ -16,6 +17,7 @@ COMMANDS = (
     formats_command,
     quantize_command,
     inspect_command,
+    diagnose_command,
     run_command,
     bench_command,
     tune_command,
