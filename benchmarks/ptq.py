@@ -8,9 +8,10 @@ minutes, peak memory, and the share of rounding's loss that is won back.
     python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]"       to try the script
 
 An algorithm has a few variants (its settings); the variant is chosen by the perplexity of the validation
-text, format by format, and that one alone is run on the test text. `best` chooses among all variants of all
-algorithms. Calibration data are windows of the training text. Everything is computed in float32 on the
-reference target, from the bfloat16 weights of the file: what is measured is the rounding.
+text, format by format, and that one alone is run on the test text (--first takes the first one unseen).
+`best` chooses among all variants of all algorithms. Calibration data are windows of the training text.
+Everything is computed in float32 on the reference target, from the bfloat16 weights of the file: what is
+measured is the rounding.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Bench:
         }
         calibration = self._windows(arguments.data, "train", arguments.calibration)
         self.batches = [(piece,) for piece in calibration.split(16)]
-        self.float_loss = {split: losses(self.model, ids) for split, ids in self.texts.items()}
+        self.float_loss = {"test": losses(self.model, self.texts["test"])}
 
     def _windows(self, folder: str, split: str, count: int) -> Tensor:
         """`count` windows spread over the split (all if 0), the same ones each time."""
@@ -170,7 +171,6 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "float": {
             "test": perplexity(float_test),
             "interval": interval(float_test, float_test, None),
-            "validation": perplexity(bench.float_loss["validation"]),
         },
         "rows": [],
         "validation": {},
@@ -183,14 +183,17 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
             best = None
             for variant in variants:
                 made = bench.quantized(text, variant)
-                seen[variant] = perplexity(losses(made[0], bench.texts["validation"]))
+                if not arguments.first:
+                    seen[variant] = perplexity(losses(made[0], bench.texts["validation"]))
+                    print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
                 if best is None or seen[variant] < seen[best[1]]:
                     best = made, variant
-                print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
             assert best is not None
             rows.append(bench.row(text, name, *best, rounding["loss"]))
-        chosen = min(seen, key=seen.__getitem__)
-        rows.append(next(row for row in rows if row["variant"] == chosen) | {"algorithm": BEST})
+            print(f"{text:18} {best[1]:45} test {rows[-1]['perplexity']:.4f}", flush=True)
+        if seen:
+            chosen = min(seen, key=seen.__getitem__)
+            rows.append(next(row for row in rows if row["variant"] == chosen) | {"algorithm": BEST})
         record["validation"][text] = seen
         record["rows"] += [{key: value for key, value in row.items() if key != "loss"} for row in rows]
         if arguments.out:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
+    from .lowering.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.calibrate import calibrate
@@ -56,6 +57,7 @@ _LATER = {
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
+    "search": ("lowering.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 
@@ -86,6 +88,7 @@ __all__ = [
     "register_target",
     "report",
     "save",
+    "search",
     "viz",
 ]
 
