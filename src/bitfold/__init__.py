@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
     from .lowering.checkpoints.transformers_config import BitfoldConfig
+    from .lowering.diagnose import diagnose
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
+    from .lowering.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.calibrate import calibrate
@@ -52,6 +54,7 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "diagnose": ("lowering.diagnose", "diagnose"),
     "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
     "inspect": ("tools.inspection", "inspect"),
@@ -64,6 +67,7 @@ _LATER = {
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
     "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
+    "search": ("lowering.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 
@@ -84,6 +88,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "diagnose",
     "explain",
     "format",
     "formats",
@@ -98,6 +103,7 @@ __all__ = [
     "report",
     "save",
     "save_checkpoint",
+    "search",
     "viz",
 ]
 
