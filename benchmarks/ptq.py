@@ -8,9 +8,10 @@ minutes, peak memory, and the share of rounding's loss that is won back.
     python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]"       to try the script
 
 An algorithm has a few variants (its settings); the variant is chosen by the perplexity of the validation
-text, format by format, and that one alone is run on the test text. `best` chooses among all variants of all
-algorithms. Calibration data are windows of the training text. Everything is computed in float32 on the
-reference target, from the bfloat16 weights of the file: what is measured is the rounding.
+text, format by format, and that one alone is run on the test text (--first takes the first one unseen).
+`best` chooses among all variants of all algorithms. Calibration data are windows of the training text.
+Everything is computed in float32 on the reference target, from the bfloat16 weights of the file: what is
+measured is the rounding.
 """
 
 from __future__ import annotations
@@ -40,23 +41,15 @@ FORMATS = (
     *("int4[g128]", "int4[g64]", "int4[g32]", "int3[g32]", "mxfp4", "nvfp4"),
     *("int8_dynamic", "fp8_dynamic", "int4[g64] x int8"),
 )
+# The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "clip": ("clip", "clip{weighted=false}", "clip{norm=2.4}"),
     "hqq": ("hqq",),
-    "awq": ("awq", "awq,clip", "awq{clip=true},clip"),
+    "awq": ("awq,clip", "awq", "awq{clip=true},clip"),
     "smooth": ("smooth", "smooth{alpha=0.3}", "smooth{alpha=0.7}"),
-    "gptq": (
-        "gptq{actorder=false,groups=sequential}",
-        "gptq",
-        "gptq{damping=0.05}",
-    ),
-    "gptq, clipped": (
-        "clip,gptq",
-        "clip{weighted=false},gptq",
-        "clip,gptq,refit",
-        "clip,gptq,refit,gptq,refit",
-    ),
-    "awq + gptq": ("awq,gptq", "awq,clip,gptq", "awq{clip=true},clip,gptq,refit"),
+    "gptq": ("gptq", "gptq{actorder=false,groups=sequential}", "gptq{damping=0.05}"),
+    "gptq, tuned": ("clip,gptq,descend,refit", "clip,gptq", "clip,gptq,refit,gptq,descend,refit"),
+    "awq + gptq": ("awq,clip,gptq,descend,refit", "awq{clip=true},clip,gptq,descend,refit"),
 }
 BEST = "best"
 
@@ -73,7 +66,7 @@ class Bench:
         }
         calibration = self._windows(arguments.data, "train", arguments.calibration)
         self.batches = [(piece,) for piece in calibration.split(16)]
-        self.float_loss = {split: losses(self.model, ids) for split, ids in self.texts.items()}
+        self.float_loss = {"test": losses(self.model, self.texts["test"])}
 
     def _windows(self, folder: str, split: str, count: int) -> Tensor:
         """`count` windows spread over the split (all if 0), the same ones each time."""
@@ -91,9 +84,16 @@ class Bench:
         bf.quantize(model, recipe(text), algorithm=algorithm, calibration=batches, target="reference")
         return model, time.perf_counter() - began, _peak() - held
 
-    def row(self, text: str, name: str, algorithm: str | None, rounding: Tensor | None) -> dict[str, Any]:
-        """One line of the table."""
-        model, seconds, memory = self.quantized(text, algorithm)
+    def row(
+        self,
+        text: str,
+        name: str,
+        made: tuple[SmallLlama, float, int],
+        algorithm: str | None,
+        rounding: Tensor | None,
+    ) -> dict[str, Any]:
+        """One line of the table. `made`: as `quantized` returns it."""
+        model, seconds, memory = made
         loss = losses(model, self.texts["test"])
         base = self.float_loss["test"]
         row = {
@@ -171,23 +171,29 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "float": {
             "test": perplexity(float_test),
             "interval": interval(float_test, float_test, None),
-            "validation": perplexity(bench.float_loss["validation"]),
         },
         "rows": [],
         "validation": {},
     }
     for text in arguments.format or FORMATS:
-        rounding = bench.row(text, "rounding", None, None)
+        rounding = bench.row(text, "rounding", bench.quantized(text, None), None, None)
         rows, seen = [rounding], {}
         for name in arguments.algorithm or ALGORITHMS:
-            for variant in ALGORITHMS[name]:
-                model, _, _ = bench.quantized(text, variant)
-                seen[variant] = perplexity(losses(model, bench.texts["validation"]))
-                print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
-            chosen = min(ALGORITHMS[name], key=seen.__getitem__)
-            rows.append(bench.row(text, name, chosen, rounding["loss"]))
-        chosen = min(seen, key=seen.__getitem__)
-        rows.append(next(row for row in rows if row["variant"] == chosen) | {"algorithm": BEST})
+            variants = ALGORITHMS[name][:1] if arguments.first else ALGORITHMS[name]
+            best = None
+            for variant in variants:
+                made = bench.quantized(text, variant)
+                if not arguments.first:
+                    seen[variant] = perplexity(losses(made[0], bench.texts["validation"]))
+                    print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
+                if best is None or seen[variant] < seen[best[1]]:
+                    best = made, variant
+            assert best is not None
+            rows.append(bench.row(text, name, *best, rounding["loss"]))
+            print(f"{text:18} {best[1]:45} test {rows[-1]['perplexity']:.4f}", flush=True)
+        if seen:
+            chosen = min(seen, key=seen.__getitem__)
+            rows.append(next(row for row in rows if row["variant"] == chosen) | {"algorithm": BEST})
         record["validation"][text] = seen
         record["rows"] += [{key: value for key, value in row.items() if key != "loss"} for row in rows]
         if arguments.out:
@@ -235,6 +241,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", help="a JSON file for the rows")
     parser.add_argument("--format", action="append", help="may be repeated (default: all of the table)")
     parser.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="may be repeated")
+    parser.add_argument("--first", action="store_true", help="only the first variant of each algorithm")
     parser.add_argument("--windows", type=int, default=0, help="of validation and test text; 0: all")
     parser.add_argument("--calibration", type=int, default=128, help="windows of the training text")
     return parser.parse_args()

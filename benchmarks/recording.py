@@ -4,9 +4,9 @@ In: recipes. Out: a table, and `results/recording.json`.
 
     python benchmarks/recording.py --recipe int8 mxfp4 --runs 5
 
-With and without take turns, and each is told by its fastest run, of processor time: the passes run on one thread for
-the most part, and what else the machine does counts for nothing. `share`: of the recorded run's time.
-"""
+With and without take turns, and each is told by its fastest run, of processor time: the passes run on one
+thread for the most part, and what else the machine does counts for nothing. `share`: of the recorded run's
+time."""
 
 from __future__ import annotations
 

@@ -43,10 +43,10 @@ class Batch:
                     f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
                 )
 
-    def run(self, model: nn.Module) -> None:
-        """Run the model on it. Raises BitfoldError if the model does not take it."""
+    def run(self, model: nn.Module) -> Any:
+        """What the model returns for it. Raises BitfoldError if the model does not take it."""
         try:
-            model(*self.args, **self.kwargs)
+            return model(*self.args, **self.kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             if isinstance(error, BitfoldError):
                 raise

@@ -7,6 +7,7 @@ In: sites (modules and their annotated graphs) and a way to run all batches. Out
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,13 +23,18 @@ from .module_scope import Site
 
 
 def measure(group: Sequence[Site], run: Callable[[], None]) -> None:
-    """Run, and leave statistics on the anchors of these sites, which all read one tensor."""
+    """Run, and leave statistics on the anchors of these sites, which all read one tensor.
+
+    `run` calls a batch after the other through `once`, which ends each as soon as the tensor was seen.
+    """
     alone = [site for site in group if not _simple(site)]
     together = [site for site in group if _simple(site)]
     handles = [
         site.module.register_forward_pre_hook(gatherer(site), with_kwargs=True)
         for site in (*alone, *together[:1])
     ]
+    if not alone:
+        handles.append(together[0].module.register_forward_pre_hook(_seen))
     try:
         run()
     finally:
@@ -38,6 +44,20 @@ def measure(group: Sequence[Site], run: Callable[[], None]) -> None:
         seen = linears(together[0].gm)[0][0].meta.get(INPUTS)
         if seen is not None:
             linears(site.gm)[0][0].meta[INPUTS] = seen
+
+
+class _Seen(Exception):
+    """What was to be measured has been: the rest of the block need not run."""
+
+
+def _seen(module: nn.Module, args: Any) -> None:
+    raise _Seen
+
+
+def once(call: Callable[[], object]) -> None:
+    """`call`, as far as `measure` needs it."""
+    with contextlib.suppress(_Seen):
+        call()
 
 
 def linears(gm: GraphModule) -> list[tuple[Node, Note]]:

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from .algorithm import Algorithm
 from .balance_block import Balance
 from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
-from .measure import gatherer, measure
+from .measure import gatherer, measure, once
 from .module_scope import Plan, Site, Step
 from .results import Results
 from .swaps import Swaps
@@ -203,7 +204,7 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
 
     def run() -> None:
         for batch in range(len(chain.hidden)):
-            chain.run(place, batch)
+            once(partial(chain.run, place, batch))
 
     with Swaps() as swaps:
         if balance.steps:

@@ -88,7 +88,10 @@ def changed(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Ite
     would read channels of another size than they were made for.
     """
     for path, value in changes.items():
-        model.get_parameter(path).data.copy_(value)
+        # New parameters: the old ones may be another model's too.
+        prefix, _, name = path.rpartition(".")
+        held = model.get_parameter(path)
+        model.get_submodule(prefix)._parameters[name] = nn.Parameter(value, held.requires_grad)
     try:
         yield
     except BaseException:

@@ -44,6 +44,7 @@ class NodeSnapshot:
     format: str
     note: str
     made_from: tuple[str, ...]
+    rule: str = ""  # the recipe's, that decided what the node is to become
 
     def __str__(self) -> str:
         """`linear: f32[s0, 32] = aten.linear.default(x, w, b)`."""
@@ -175,6 +176,7 @@ def _node(gm: GraphModule, node: Node) -> NodeSnapshot:
         format=_format(gm, node),
         note="" if note is None else str(note),
         made_from=tuple(node.meta.get(FROM_KEY, ())),
+        rule=getattr(note, "rule", ""),
     )
 
 

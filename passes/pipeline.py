@@ -61,9 +61,8 @@ class Pipeline:
         """Rewrite `gm` in place. Raises BitfoldError when a pass cannot start from the graph's stage (before
         anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage.
 
-        record: whether the trace holds the graph as plain data at every step, for the page. Without, its steps
-        say what was rewritten, missed and how long it took, and nothing of the graph is copied.
-        """
+        record: whether the trace holds the graph as plain data at every step, for the page. Without, its
+        steps say what was rewritten, missed and how long it took, and nothing of the graph is copied."""
         if not isinstance(gm, GraphModule):
             raise BitfoldError(
                 f"a pipeline runs on a graph, not on a {type(gm).__name__}; capture(model, inputs) makes one"

@@ -40,6 +40,7 @@ _BUILT_IN = {
     "gptq": "gptq",
     "refit": "refit",
     "hqq": "hqq",
+    "descend": "descend",
     "awq": "awq",
     "smooth": "smooth",
     "equalize": "equalize",

@@ -65,7 +65,7 @@ class Inspection:
 
 def inspect(
     model: nn.Module,
-    pipeline: Pipeline,
+    pipeline: Pipeline | str,
     inputs: Sequence[Any],
     *,
     dynamic: str | None = None,
@@ -75,9 +75,11 @@ def inspect(
     registers: bool = True,
     progress: Progress = lambda _: None,
 ) -> Inspection:
-    """The model is left as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that
-    is not there, to learn of them; stored: codes that came with the model, by path; calibrate: called with
-    the graph before the first pass behind `observe`."""
+    """Capture the model, run the pipeline (or its text) on it and look at what came of it. The model is left
+    as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that is not there, to learn
+    of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
+    first pass behind `observe`."""
+    pipeline = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)

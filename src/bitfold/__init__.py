@@ -26,15 +26,19 @@ if TYPE_CHECKING:
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
     from .lowering.checkpoints.transformers_config import BitfoldConfig
+    from .lowering.diagnose import diagnose
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
+    from .lowering.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.calibrate import calibrate
     from .passes.recipes import Recipe
     from .passes.rules import Rule
+    from .tools.explain import explain
+    from .tools.inspection import inspect
     from .tools.viz import viz
 
 # Public name -> (module, name there), imported when first asked for.
@@ -50,7 +54,10 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "diagnose": ("lowering.diagnose", "diagnose"),
+    "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
+    "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
     "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
     "quantize": ("lowering.quantize", "quantize"),
@@ -60,6 +67,7 @@ _LATER = {
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
     "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
+    "search": ("lowering.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 
@@ -80,9 +88,12 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "diagnose",
+    "explain",
     "format",
     "formats",
     "get_target",
+    "inspect",
     "load",
     "load_checkpoint",
     "quantize",
@@ -92,6 +103,7 @@ __all__ = [
     "report",
     "save",
     "save_checkpoint",
+    "search",
     "viz",
 ]
 

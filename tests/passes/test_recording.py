@@ -1,4 +1,5 @@
-"""Recording: a trace without graphs costs nothing, one with them little, and both say the same of the passes."""
+"""Recording: a trace without graphs costs nothing, one with them little, and both say the same of the
+passes."""
 
 from __future__ import annotations
 
@@ -80,8 +81,8 @@ def test_a_trace_without_graphs_is_not_drawn(tmp_path) -> None:
 
 
 def test_recording_takes_less_than_a_seventh_of_the_pipelines_time() -> None:
-    """15 %, of processor time (other processes count for nothing), the fastest run of several of each kind, taken
-    in turns; three rounds, since even processor time has its accidents."""
+    """15 %, of processor time (other processes count for nothing), the fastest run of several of each kind,
+    taken in turns; three rounds, since even processor time has its accidents."""
     assert pipeline_module.Recorder is Recorder
 
     def seconds(record: bool) -> float:

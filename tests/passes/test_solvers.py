@@ -10,6 +10,7 @@ import bitfold as bf
 from bitfold.formats import Quantized
 from bitfold.passes import Pipeline, annotated
 from bitfold.passes.clip import Clip
+from bitfold.passes.descend import Descend
 from bitfold.passes.draft import DRAFT, Draft
 from bitfold.passes.gptq import GPTQ, compensate, inverse_factor
 from bitfold.passes.hqq import HQQ
@@ -220,6 +221,35 @@ def test_hqq_makes_no_block_worse(text: str) -> None:
         return grain.means((draft.rounded(f) - one.weight).abs() ** 0.7)
 
     assert (blocks(HQQ().solve(one)) <= blocks(one.draft)).all()
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_descending_never_raises_the_error(text: str) -> None:
+    """Every step is the best for its column; float32 sums of 128 products leave 1e-4 of doubt."""
+    one = task(text, k=256 if text == "tinygemm" else 128, x=correlated(256) if text == "tinygemm" else None)
+    rounded = GPTQ().solve(one)
+    once = Descend(sweeps=1, damping=0.0).solve(Task("fc", one.format, rounded, one.inputs))
+    twice = Descend(sweeps=3, damping=0.0).solve(Task("fc", one.format, rounded, one.inputs))
+    assert error(one, once) < error(one, rounded)
+    assert error(one, twice) <= error(one, once) * (1 + 1e-4)
+    assert torch.equal(one.format.fake_quantize(twice.rounded(one.format), twice.params), twice.values)
+
+
+def test_a_descent_ends_where_no_single_column_helps() -> None:
+    one = task("int4[g32]", rows=4, k=32)
+    f, x = one.format, correlated(32)
+    inputs = Inputs(32)
+    inputs.add(x)
+    done = Descend(sweeps=50, damping=0.0).solve(Task("fc", f, one.draft, inputs))
+    assert done.values is not None and done.params is not None
+    least = inputs.error(done.values - one.weight)
+    step = f.scale.decode(done.params[0])  # type: ignore[union-attr]
+    for j in range(32):
+        for sign in (-1, 1):
+            other = done.values.clone()
+            other[:, j] += sign * step[:, 0]
+            inside = (other[:, j] / step[:, 0] < 7.5) & (other[:, j] / step[:, 0] > -8.5)
+            assert (inputs.error(other - one.weight) >= least * (1 - 1e-4))[inside].all()
 
 
 @pytest.mark.parametrize("text", ["int3[g32]", "int4[row]", "nf4[g64]", "nvfp4"])

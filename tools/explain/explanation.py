@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from ...passes.provenance import FROM_KEY, origin
 from ..inspection import Inspection
 from ..viz.overlay import targets
+from .coverage import never_asked, not_done
 from .finding import Finding, ranked
 from .numerics import layers, own_errors, saturated, shared_scales
-from .structure import not_done, not_fused, wide_products
+from .structure import not_fused, wide_products
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-CHECKS = (not_done, shared_scales, saturated, not_fused, wide_products, own_errors)
+CHECKS = (not_done, never_asked, shared_scales, saturated, not_fused, wide_products, own_errors)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ class Explanation:
     error_db: float
     weight_bytes: tuple[int, int]
     summary: str
+
+    def __str__(self) -> str:
+        """As the command prints it, without colours."""
+        import io
+
+        from rich.console import Console
+
+        from .show import show
+
+        out = io.StringIO()
+        show(self, Console(file=out, width=140), all=True)
+        return out.getvalue().rstrip()
 
 
 def explain(found: Inspection) -> Explanation:

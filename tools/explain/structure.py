@@ -1,5 +1,5 @@
-"""Checks of the graph: what a recipe asked for and did not get, what stands beside a kernel that could be in
-it, and products in float32 where the model computes in less.
+"""Checks of the graph: what stands beside a kernel that could be in it, and products in float32 where the
+model computes in less.
 
 In: an `Inspection`. Out: findings.
 
@@ -18,57 +18,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...passes import MissRecord, Recipe
 from ...passes.anchors import TARGETS
 from ...passes.fuse import ANCHORS, EPILOGUE
 from ...passes.provenance import origin
-from ...passes.stages import find_attribute
 from ..inspection import Inspection
 from .finding import Finding
 
 aten = torch.ops.aten
 DEQUANTIZE = torch.ops.bitfold.dequantize.default
 _KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
-# Told even where next to nothing is lost: what was asked for by name was not done.
-_LEAST = 15.0
-
-
-def not_done(found: Inspection) -> Iterator[Finding]:
-    """Misses of all passes: skipped by a rule, or impossible; weighed by the bytes that stay as they were."""
-    sizes = _float_bytes(found)
-    whole = max(1, sum(sizes.values()))
-    skips = {rule.skip for rule in found.recipe.rules if rule.skip} if found.recipe else set()
-    for step in found.trace.steps:
-        for miss in step.misses:
-            share = 100.0 * sizes.get(miss.module_path, 0) / whole
-            if step.name == "lower":
-                yield _left(miss, found)
-            elif miss.reason in skips:
-                what = f"left as it was by a rule, which says “{miss.reason}”: {share:.0f} % of the weights"
-                remedy = _other(found.recipe, miss.reason)
-                yield Finding(max(_LEAST, 2 * share), "skipped", miss.module_path, what, remedy, miss.node)
-            elif not miss.node:
-                what = f"{miss.asked}: {miss.reason}"
-                yield Finding(60.0, "unmatched", "the recipe", what, "correct the rule's pattern", "")
-            else:
-                asked = f"asked for {miss.asked}, not given: " if miss.asked else "not done: "
-                remedy = "a format that fits its shape, by a rule of its own"
-                yield Finding(
-                    max(_LEAST, 2 * share), "missed", miss.module_path, asked + miss.reason, remedy, miss.node
-                )
-
-
-def _left(miss: MissRecord, found: Inspection) -> Finding:
-    remedy = "a target that takes it; the reason says what stands against it"
-    return Finding(
-        80.0, "on reference", miss.module_path, f"no target runs it: {miss.reason}", remedy, miss.node
-    )
-
-
-def _other(recipe: Recipe | None, reason: str) -> str:
-    rule = next((rule for rule in recipe.rules if rule.skip == reason), None) if recipe else None
-    named = f" {rule.match!r}" if rule else ""
-    return f"leave out the rule{named} if its reason no longer holds"
 
 
 def not_fused(found: Inspection) -> Iterator[Finding]:
@@ -95,7 +53,7 @@ def not_fused(found: Inspection) -> Iterator[Finding]:
             continue
         name = str(node.target).split(".")[1]
         readers = len(behind.users)
-        if node.target in EPILOGUE and readers > 1:
+        if readers > 1:
             continue  # the result is read elsewhere too, so it is written in any case
         why = (
             "kernels do it, and here something is in the way (another shape, or a write in between)"
@@ -179,18 +137,3 @@ def _cast_up(node: Any) -> Node | None:
 
 def _place(node: Node) -> str:
     return origin(node).module_path or node.name
-
-
-def _float_bytes(found: Inspection) -> dict[str, int]:
-    """Bytes of the float weights that each module of the captured graph reads."""
-    sizes: dict[str, int] = {}
-    for node in found.reference.graph.find_nodes(op="get_attr"):
-        value = find_attribute(found.reference, str(node.target))
-        for user in node.users:
-            if isinstance(value, Tensor) and user.target in TARGETS:
-                path = origin(user).module_path
-                sizes[path] = sizes.get(path, 0) + value.nbytes
-    return sizes
-
-
-__all__ = ["not_done", "not_fused", "wide_products"]

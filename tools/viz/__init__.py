@@ -25,6 +25,7 @@ from .page import render
 from .subject import Subject, subject
 
 if TYPE_CHECKING:
+    from ..inspection import Inspection
     from ..pareto import Point
 
 __all__ = ["NodeError", "node_errors", "page_text", "viz"]
@@ -77,8 +78,16 @@ def page_text(
     return render(data)
 
 
+def _overlays(found: Inspection) -> Json:
+    from ..explain import explain
+
+    findings = explain(found).findings
+    told = [{"node": f.node, "text": str(f), "remedy": f.remedy, "weight": f.weight} for f in findings]
+    return overlay_data(found) | {"findings": told}
+
+
 def _data(given: Subject, errors: Mapping[str, NodeError] | None, title: str | None) -> Json:
-    overlays = None if given.inspection is None else overlay_data(given.inspection)
+    overlays = None if given.inspection is None else _overlays(given.inspection)
     data = page_data(given.trace, errors=errors or given.errors, title=title, overlays=overlays)
     if given.graphs > 1:
         data["summary"] += f" · the largest of {given.graphs} graphs"

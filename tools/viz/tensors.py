@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.fx import GraphModule, Node
 
 from ...formats import Format, Quantized, format
 from ...formats.granularity import Granularity
+from ...formats.layout import default
 from ...lowering.install import weight_parts
 from ...passes import constant
 from ...passes.anchors import TARGETS
@@ -112,7 +114,7 @@ def _stats(name: str, q: Quantized, reader: Node, exact: Tensor | None) -> Weigh
     return WeightStats(
         name,
         origin(reader).module_path,
-        str(q.format),
+        without_layout(str(q.format)),
         tuple(decoded.shape),
         q.nbytes,
         histogram(values),
@@ -123,6 +125,13 @@ def _stats(name: str, q: Quantized, reader: Node, exact: Tensor | None) -> Weigh
         math.nan if exact is None else signal_to_noise(exact, decoded),
         math.nan if exact is None else _by_row(q.format, exact),
     )
+
+
+@lru_cache(maxsize=4096)
+def without_layout(text: str) -> str:
+    """The format as a recipe says it: where its bits lie is the target's choice."""
+    found = format(text)
+    return str(replace(found, layout=default(found.element.bits)))
 
 
 def code_counts(q: Quantized) -> tuple[tuple[float, int], ...]:

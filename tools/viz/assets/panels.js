@@ -54,7 +54,7 @@ const Panels = (() => {
 
   // The overlays to choose from, and what the chosen one's colours mean.
   function overlays(data, chosen) {
-    return [["", "What nodes became", ""], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
+    return [["", "Kinds", "What nodes became"], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
       .map(([key, label, title]) => el("option", { value: key, title, selected: key === (chosen ?? "") ? "" : null }, label));
   }
 
@@ -91,12 +91,14 @@ const Panels = (() => {
     return el("div", {},
       el("h2", {}, el("i", { class: `swatch kind-${node.kind}` }), node.name),
       el("p", { class: "quiet" }, node.kindText),
+      findings(data, name),
+      misses.length === 0 ? unasked(data, graph, node) : null,
       misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), miss.asked ? `${miss.asked}: ` : "", miss.reason)),
       codeBlock(node.code, "wrap"),
       el("dl", {},
         row("module", node.module ? jump(`@${node.module}`, node.module) : null),
         row("your source", node.source), row("", node.source_text ? el("code", {}, node.source_text) : null),
-        row("operation", node.target), row("format", node.format), row("annotation", node.note),
+        row("operation", node.target), row("format", node.format), row("annotation", node.note), row("rule", node.rule ? el("code", {}, node.rule) : null),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
         moduleBytes(data, graph, node), Details.workRows(data, name), errorRows(error, name),
         row("run by", data.overlays.targets?.[name]),
@@ -107,6 +109,21 @@ const Panels = (() => {
       data.regions[node.target] ? [el("h2", {}, "Inside the region"), codeBlock(data.regions[node.target], "wrap")] : null,
       Details.kernelSection(data, name), Details.weightSection(data, node.target), Details.flowSection(data, name),
       history(data, graph, name));
+  }
+
+  // What `explain` found: of one node, or the gravest of all.
+  function findings(data, name) {
+    const all = data.overlays.findings ?? [];
+    const shown = name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
+    return shown.map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
+  }
+
+  // Why a layer that could have a format has none, where nobody asked for one.
+  function unasked(data, graph, node) {
+    const annotated = data.steps.findIndex((step) => step.name === "annotate");
+    const layer = /^(linear|conv[12]d|embedding|matmul|bmm)$/.test(node.label);
+    if (annotated < 0 || graph.index < annotated || !layer || node.note || node.kind !== "untouched") return null;
+    return el("p", { class: "quiet" }, "Not quantized: no rule of the recipe speaks of this layer, or its operands are no constants.");
   }
 
   // What comes in on each edge: its shape and format.
@@ -173,20 +190,23 @@ const Panels = (() => {
     if (!group) return el("p", { class: "quiet" }, `${path} has no box of its own in this stage.`);
     const kinds = data.kinds.filter((kind) => group.kinds[kind.key]);
     const within = (name) => graph.nodes.has(name) && Model.pathsAbove(graph, name).includes(path);
-    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e.sqnr_db === "number" && within(name))
-      .sort((a, b) => a[1].sqnr_db - b[1].sqnr_db).slice(0, 5);
+    const own = Object.values(data.errors).some((e) => typeof e.isolated_db === "number");
+    const figure = own ? "isolated_db" : "sqnr_db";
+    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e[figure] === "number" && within(name))
+      .sort((a, b) => a[1][figure] - b[1][figure]).slice(0, 5);
     const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
     const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
     const changes = Model.codeLines(data, graph).filter(inside);
     return el("div", {},
       el("h2", {}, path || "the whole model"),
+      path ? null : findings(data, null),
       misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), jump(miss.node), ` ${miss.reason}`)),
       el("dl", {}, row("nodes", String(group.size)),
         row("what they became", el("ul", { class: "plain" }, kinds.map((kind) => el("li", {}, el("i", { class: `swatch kind-${kind.key}` }), ` ${group.kinds[kind.key]} ${kind.text}`)))),
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e.sqnr_db)} `), jump(name)))) : null)),
+        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name)))) : null)),
       changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), codeOf(changes)] : null);
   }
 
