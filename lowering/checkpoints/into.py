@@ -54,8 +54,8 @@ def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device:
         found = plan(model, _recipe(place), stored={p: s.weight for p, s in place.stored.items()})
         _check_all_fold(place, found)
         for site in found.sites:
-            _give_ranges(site, place.stored)
-            _reorder(site, place.stored)
+            _give_ranges(site, place.by_every_path)
+            _reorder(site, place.by_every_path)
     except BaseException:
         for module, parameters, buffers in before:
             module._parameters.update(parameters)
@@ -94,6 +94,11 @@ class _Placement:
             return self.given_device
         devices = [parameter.device for parameter in self.model.parameters() if not parameter.is_meta]
         return devices[0] if devices else torch.device("cpu")
+
+    @property
+    def by_every_path(self) -> dict[str, Stored]:
+        """`stored` under every path of a tied weight."""
+        return {path: self.stored[first] for path, first in self.first.items() if first in self.stored}
 
     def check(self) -> None:
         if any(isinstance(module, Folded) for module in self.model.modules()):
