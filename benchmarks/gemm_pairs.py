@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bitfold.codegen import GemmSpec, kernel_layout
 from bitfold.codegen.compiling import Job
+from bitfold.codegen.table import LIBRARY
 from bitfold.codegen.trial import Trial, Weights
 from bitfold.formats import format
 
@@ -84,7 +85,8 @@ def time_pair(name: str, given: argparse.Namespace, pick: Chooser, report: Calla
         spec = spec_of(name, n, k)
         weights, both = Weights.of(spec), quantizing(spec)
         for m in given.ms:
-            schedule = str(pick(spec, m))
+            chosen = pick(spec, m)
+            schedule = LIBRARY if chosen is None else str(chosen)
             trial = Trial.of(weights, m)
             alone = row_of(name, spec, m, weights.nbytes, False, schedule)
             report(timed(alone, trial, partial(trial.calls, schedule), given.repeats))

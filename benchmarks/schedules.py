@@ -29,8 +29,9 @@ from gemm_ours import FORMATS
 
 from bitfold.codegen import CodegenError, GemmSpec, Schedule, kernel_layout
 from bitfold.codegen.candidates import bucket, candidates, rows_each
-from bitfold.codegen.choose import MOST_ROWS, has_library, untuned
+from bitfold.codegen.choose import MOST_ROWS, untuned
 from bitfold.codegen.device import Device, device, present
+from bitfold.codegen.library import has_library
 from bitfold.codegen.pipelined import parsed
 from bitfold.codegen.table import LIBRARY, Table, best_of
 from bitfold.codegen.tune import Row, best_rows, tune
@@ -40,7 +41,7 @@ from bitfold.formats.layout import Halfwords
 SHAPES = ("28672x4096", "4096x14336", "4096x4096", "8192x8192", "6144x4096", "14336x4096")
 MS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
 # Schedules drawn at random among which a good one may be expected.
-MANY = 12
+MANY = 10
 # How the GEMM benchmark calls what the table calls `library`.
 BY_LIBRARY = "decode, then the library"
 

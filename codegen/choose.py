@@ -27,6 +27,7 @@ from .candidates import bucket, candidates, rows_each
 from .cost import facts, ranked
 from .device import Device, present
 from .epilogue import Epilogue
+from .library import has_library, multiplies_codes
 from .pipelined import Pipelined
 from .plans import untuned_plan
 from .schedule import OVERLAP_FROM, Schedule, scales
@@ -80,7 +81,14 @@ def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelin
         return None
     if (plan := untuned_plan(spec, size, card)) is not None:
         return plan
-    return None if has_library(spec) and size > MOST_ROWS else unmeasured(spec, size, card)
+    return None if has_library(spec) and size > _most_rows(spec, card) else unmeasured(spec, size, card)
+
+
+def _most_rows(spec: GemmSpec, card: Device) -> int:
+    """Rows past which the library is faster; of codes as they lie already where tiles of ours leave
+    multiprocessors idle: float8, 28672 x 4096, M = 256: 52 us and 55; 4096 x 4096, M = 128: 20 and 14."""
+    fills = -(-spec.n // TRIED_N) >= card.multiprocessors
+    return MOST_ROWS if fills or not multiplies_codes(spec) else SKINNY
 
 
 def unmeasured(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
@@ -94,15 +102,12 @@ def overlapped(spec: GemmSpec, schedule: Schedule, m: int, card: Device) -> Sche
     Each part of the sum keeps two runs, so that loads of one run beside the products of the other."""
     if card.arch < OVERLAP_FROM:
         return schedule
-    programs = -(-spec.n // schedule.block_n) * -(-m // schedule.block_m) * max(1, spec.experts)
+    # Of all weights: two in a program are twice the work, and want no parts that one would.
+    tiles = -(-spec.n // schedule.block_n) * spec.weights
+    programs = tiles * -(-m // schedule.block_m) * max(1, spec.experts)
     parts = round(OVERLAPPED_PROGRAMS * card.multiprocessors / programs)
     split = max(1, min(parts, int(facts(spec)["runs"]) // 2, MOST_OVERLAPPED))
     return replace(schedule, split=split, overlap=1)
-
-
-def has_library(spec: GemmSpec) -> bool:
-    """Whether decoding weights and the library's products can take the kernel's place."""
-    return spec.activation is None and not spec.experts
 
 
 def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
@@ -125,7 +130,7 @@ def rule(spec: GemmSpec, m: int, card: Device) -> Schedule | None:
     known = facts(spec)
     block_m = next(size for size in (8, 16, 32, 64, 128) if m <= size or size == 128)
     block_n, warps = (64, 2) if block_m <= SKINNY else (64, 4)
-    programs = -(-spec.n // block_n) * -(-m // block_m)
+    programs = -(-spec.n // block_n) * -(-m // block_m) * spec.weights
     split = max(1, min(round(PROGRAMS * card.multiprocessors / programs), int(known["runs"]) // 4, 8))
     return Schedule(block_m, block_n, warps, _stages(known, block_m, block_n), split, _placed(wanted))
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..formats import Quantized
+from .library import product
 from .pipelined import parsed
 from .spec import GemmSpec
 from .table import LIBRARY
@@ -91,16 +92,15 @@ class Trial:
 
     def calls(self, schedule: str) -> list[Call]:
         """One a copy of the weights, into the same memory, NaN before."""
-        from .triton.build import decode
         from .triton.run import run
 
         spec, m = self.weights.spec, self.first[0].shape[0]
         if schedule == LIBRARY:
             x, count = self.first[0], len(spec.weight.parts)
+            scales = None if spec.activation is None else self.first[1]
 
             def by_library(copy: tuple[Tensor, ...]) -> Tensor:
-                bias = copy[count] if spec.bias else None
-                return torch.nn.functional.linear(x, decode(spec, copy[:count], x), bias)
+                return product(spec, x, scales, copy[:count], copy[count] if spec.bias else None)
 
             return [partial(by_library, copy) for copy in self.weights.copies]
         y = torch.full((m, spec.n), float("nan"), device=self.reference.device).to(spec.out)

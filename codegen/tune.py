@@ -24,10 +24,11 @@ from typing import Any, Protocol
 import torch
 
 from .candidates import bucket, rows_each, shortlist
-from .choose import SKINNY, forget, has_library, unmeasured, untuned
+from .choose import SKINNY, forget, unmeasured, untuned
 from .compiling import Job, Made, compiling, default_workers
 from .cost import microseconds as predicted
 from .device import Device, present
+from .library import has_library
 from .pipelined import ARCH
 from .plans import plans
 from .schedule import OVERLAP_FROM, Schedule

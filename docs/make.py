@@ -100,6 +100,35 @@ def gemm_table() -> str:
     return "\n".join(found)
 
 
+def llama_table() -> str:
+    """One table for each run of `benchmarks/llama_decode.py` that is committed."""
+    found = []
+    for path in sorted(RESULTS.glob("llama-*.json")):
+        found.append(_llama(json.loads(path.read_text(encoding="utf-8")), path))
+    return "\n".join(found)
+
+
+def _llama(record: dict[str, Any], path: Path) -> str:
+    rows = {(row["variant"], row["batch"]): row for row in record["rows"]}
+    batches = sorted({batch for _, batch in rows})
+    head = ["", *(f"batch {batch}, ms a token" for batch in batches), "memory", "compiled in"]
+    lines = []
+    for who in dict.fromkeys(row["variant"] for row in record["rows"]):
+        mine = [rows[who, batch] for batch in batches]
+        plain = [rows.get(("bf16", batch)) for batch in batches]
+        times = [
+            f"{row['ms']:.2f}" + (f" ({base['ms'] / row['ms']:.2f}x)" if base else "")
+            for row, base in zip(mine, plain, strict=True)
+        ]
+        seconds = max(row["compile_s"] for row in mine)
+        lines.append((f"`{who}`", *times, f"{mine[0]['memory'] / 1e9:.1f} GB", f"{seconds:.0f} s"))
+    link = path.relative_to(ROOT).as_posix()
+    return (
+        f"{record['card']}, torch {record['torch']} ([raw output]({link}), "
+        f"`python benchmarks/llama_decode.py`):\n\n" + _table(head, lines)
+    )
+
+
 def cpu_table() -> str:
     """One table for each run of `benchmarks/cpu_decode.py` that is committed."""
     found = []
@@ -143,7 +172,12 @@ def made() -> dict[Path, str]:
     """Every made document and its whole text."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in (("demo", demo_table()), ("gemm", gemm_table()), ("cpu", cpu_table())):
+    for name, table in (
+        ("demo", demo_table()),
+        ("gemm", gemm_table()),
+        ("llama", llama_table()),
+        ("cpu", cpu_table()),
+    ):
         text = re.sub(
             rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
             lambda m, table=table: m[1] + table + m[2],

@@ -95,6 +95,8 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[Node, Sou
             own = chain.path.removeprefix(site.path).strip(".")
             path = names[id(chain.parameter)][0]
             shape, back = tuple(chain.parameter.shape), back_from(chain, note.anchor)
+            if site.columns is not None and back is not None:
+                back = (("columns", site.columns), *back)
             sources[node] = Source(own, shape, path, back, (path, chain.text, back))
     return sources, dtype
 

@@ -6,7 +6,7 @@ In: a kernel's inputs and the text of its `GemmSpec` (see `codegen/spec.py`). Ou
     bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]")   ->   [y]
 
 Which schedule runs is chosen at run time from the number of rows of x, so a graph with a varying one stays
-one graph. Past `MOST_ROWS` the weight is decoded into memory for the length of one product.
+one graph. Past `MOST_ROWS` the weight is decoded into memory for the length of one product of torch's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from ..codegen import CodegenError, GemmSpec, Inputs, choose
+from ..codegen import CodegenError, GemmSpec, Inputs, choose, library
 from ..codegen.choose import alone
 from ..formats import FormatError, cache_tag
 from ..formats.ops import no_gradient_text
@@ -79,25 +79,23 @@ def _as_rows(spec: GemmSpec, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def by_library(spec: GemmSpec, given: Inputs) -> Tensor:
-    """The same with products first, where that is faster: the library's, each weight decoded into memory for
-    as long as its product takes; or pipelined ones, and what stands behind them in a kernel of its own."""
-    from ..codegen.triton.build import decode
+    """The same with products first, where that is faster: the library's (`codegen/library.py`), or pipelined
+    ones, and what stands behind them in a kernel of its own."""
     from ..codegen.triton.run import run
 
-    if spec.activation is not None or spec.experts:
-        raise CodegenError(f"no schedule runs {spec}, and no product of the library does what it says")
+    def by_torch(of: GemmSpec, parts: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+        return library.product(of, given.x, given.x_scales, parts, bias)
+
     if spec.epilogue.plain:
-        bias = given.biases[0] if spec.bias else None
-        return torch.nn.functional.linear(given.x, decode(spec, given.parts[0], given.x), bias)
+        return by_torch(spec, given.parts[0], given.biases[0] if spec.bias else None)
     from ..codegen.triton.finish import finish as finish_at_once
 
     product = alone(spec)
     schedule = choose(product, given.x.shape[0])
-    if schedule is not None:
-        sums = [run(product, schedule, [given.x, *parts]) for parts in given.parts]
-    else:
-        sums = [torch.nn.functional.linear(given.x, decode(spec, parts, given.x)) for parts in given.parts]
-    return finish_at_once(spec, sums, given)
+    if schedule is None:
+        return finish_at_once(spec, [by_torch(product, parts) for parts in given.parts], given)
+    first = [given.x] if given.x_scales is None else [given.x, given.x_scales]
+    return finish_at_once(spec, [run(product, schedule, [*first, *parts]) for parts in given.parts], given)
 
 
 def finish(spec: GemmSpec, sums: Sequence[Tensor], given: Inputs) -> Tensor:

@@ -28,6 +28,9 @@ STATIC = "bitfold_static"
 
 # Torch's compile caches keep what was compiled with these told.
 cache_tag.add("static inputs 1")
+# Inductor's cache keeps C++ that is written for the vectors of one process and compiles it for those of
+# another: where they are wider, it stores behind the end of its buffers.
+cache_tag.add(torch.backends.cpu.get_cpu_capability())
 
 
 def _inner_compile(gm: GraphModule) -> Any:
@@ -71,6 +74,10 @@ class InductorTarget(Target):
         """What this machine lacks for compiling, as the beginning of a sentence, or None."""
         return None
 
+    def settings(self) -> dict[str, Any]:
+        """Inductor's options that this device wants, where the user's do not say otherwise."""
+        return {}
+
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         lacking = self.missing()
         if lacking:
@@ -79,7 +86,7 @@ class InductorTarget(Target):
                 stacklevel=2,
             )
             return gm.forward
-        return compiled(gm, example_inputs, config)
+        return compiled(gm, example_inputs, self.settings() | dict(config))
 
 
 def compiled(gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:

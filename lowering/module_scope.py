@@ -52,12 +52,14 @@ class Site:
     """One module that will be folded, and its graph.
 
     `ranks`: the number of dimensions of each input that the graph holds for; None if it holds for any.
+    `columns`: where each column of the parameter lies among those of the codes; None if they lie alike.
     """
 
     path: str
     module: nn.Module
     gm: GraphModule
     ranks: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
 
     @property
     def calibrated(self) -> bool:

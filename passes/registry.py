@@ -31,10 +31,19 @@ _BUILT_IN = {
     "fold_batch_norm": "batch_norm",
     "annotate": "annotate",
     "observe": "observe",
+    "share": "share",
     "fake_quantize": "fake_quantize",
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",
+    "clip": "clip",
+    "gptq": "gptq",
+    "refit": "refit",
+    "hqq": "hqq",
+    "descend": "descend",
+    "awq": "awq",
+    "smooth": "smooth",
+    "equalize": "equalize",
 }
 
 # The one thing here that changes: what a program registers while it runs.

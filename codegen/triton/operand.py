@@ -21,7 +21,7 @@ from ..decode import decoder
 from ..schedule import Schedule
 from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
-from .arguments import SUFFIXES, has_offset, sums_are_integers
+from .arguments import SUFFIXES, has_offset, reads_bytes, sums_are_integers
 from .lines import TL, Lines
 from .scales import Scales, TokenScales, group
 from .values import code_line, value_lines
@@ -152,12 +152,15 @@ class Operand:
         widened = ""
         if self.decodes_plainly:
             widened = f".to({'tl.uint8' if self.in_bytes else 'tl.uint16'}, bitcast=True).to(tl.int32)"
+        # Codes that are multiplied as they lie come as float8, which no integer is cast to.
+        as_float8 = self.spec.lane == "e4m3" and reads_bytes(self.spec) and not self.plain
+        zero = "0.0" if as_float8 else "0"
         for i, start in enumerate(w.loads):
             offset = f" + {start}" if start else ""
             hint = ", eviction_policy='evict_first'" if self.schedule.block_m <= 64 else ""
             inside = ""
             if w.stride < w.runs * w.units:  # the last run of a row is cut short
-                inside = f", mask=(run * {w.units}{offset} + rk[None, :]) < {w.stride}, other=0"
+                inside = f", mask=(run * {w.units}{offset} + rk[None, :]) < {w.stride}, other={zero}"
             out.add(f"u{i}{t} = tl.load(units{t} + (run * {w.units}{offset}){inside}{hint}){widened}")
 
     def decode(self, out: Lines) -> None:

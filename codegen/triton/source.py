@@ -24,9 +24,6 @@ from .operand import Operand
 from .scales import functions
 from .values import value_lines
 
-_FETCH = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-_FETCHED = "dtype=tl.int32, is_pure=False, pack=1"
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -116,10 +113,6 @@ class Kernel:
     def _head(self, out: Lines) -> None:
         if self.schedule.split > 1:
             out.add(f"lock = locks + (block * {-(-self.spec.n // self.schedule.block_n)} + tile)")
-            # Other weights went through the cache since the counter was last used.
-            out.add(
-                *[f'tl.inline_asm_elementwise("{_FETCH}", "=r,l", [lock], {_FETCHED})'] * (not self.plain)
-            )
         for operand in self.operands:
             operand.head(out)
         if self.overlaps and not self.spec.experts:

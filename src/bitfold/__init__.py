@@ -23,10 +23,15 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .lowering.checkpoints.load import load_checkpoint
+    from .lowering.checkpoints.save import save_checkpoint
+    from .lowering.checkpoints.transformers_config import BitfoldConfig
+    from .lowering.diagnose import diagnose
     from .lowering.load import load
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
+    from .lowering.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.calibrate import calibrate
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
+    "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
@@ -48,20 +54,25 @@ _LATER = {
     "Trace": ("passes", "Trace"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "diagnose": ("lowering.diagnose", "diagnose"),
     "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
     "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
+    "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
     "register_pass": ("passes", "register_pass"),
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
+    "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
+    "search": ("lowering.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 
 __all__ = [
+    "BitfoldConfig",
     "BitfoldError",
     "Format",
     "FormatError",
@@ -77,18 +88,22 @@ __all__ = [
     "__version__",
     "calibrate",
     "capture",
+    "diagnose",
     "explain",
     "format",
     "formats",
     "get_target",
     "inspect",
     "load",
+    "load_checkpoint",
     "quantize",
     "register_format",
     "register_pass",
     "register_target",
     "report",
     "save",
+    "save_checkpoint",
+    "search",
     "viz",
 ]
 

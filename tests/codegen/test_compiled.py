@@ -40,6 +40,7 @@ OF_BYTES = [
     ("linear 4096x4096 bf16 float8_e4m3fn[128x128] x:float8_e4m3fn[g128]", "m16 n64 w4 s3 k2 sum"),
     ("linear 4096x4096 bf16 int4[g128,planar256] x:float8_e4m3fn", "m16 n64 w4 s3 k1 sum"),
     ("grouped 8 4096x4096 bf16 int8[bytes] x:int8", "m32 n64 w4 s3 k1 end"),
+    ("linear 4096x4032 bf16 float8_e4m3fn[bytes] x:float8_e4m3fn", "m16 n64 w4 s3 k1 end"),
     ("linear 14336x4096 bf16 2*int4[g128,halves256] -> mul(silu(y0),y1)", "m8 n64 w2 s3 k1 sum o1"),
     ("grouped 8 4096x4096 bf16 int4[g128,halves256]", "m16 n64 w2 s3 k1 sum"),
 ]

@@ -126,6 +126,55 @@ def test_counters_of_captured_calls_begin_at_lines_of_the_cache() -> None:
     assert arena.take(4096) is None
 
 
+def test_calls_of_one_captured_graph_share_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of other graphs and of other streams of it have their own; without a driver's word each call."""
+    device, now = torch.device("cuda", 0), {"graph": 7, "stream": 1}
+    arena = locks_module._Arena(torch.zeros(1 << 15, dtype=torch.int32))
+    monkeypatch.setitem(locks_module._arenas, device, arena)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": now["stream"]})
+    )
+    monkeypatch.setattr(locks_module, "capture_of", lambda stream: now["graph"])
+
+    def place(count: int) -> int:
+        found = locks_module.locks(device, count)
+        assert found.numel() == count
+        return found.storage_offset()
+
+    first = place(448)
+    assert place(64) == first and place(locks_module.OF_GRAPH) == first
+    larger = place(locks_module.OF_GRAPH + 1)
+    assert larger != first and place(448) == larger
+    now["stream"] = 2
+    other = place(448)
+    now["graph"] = 8
+    assert len({larger, other, place(448)}) == 3
+    monkeypatch.setattr(locks_module, "capture_of", lambda stream: None)
+    assert place(448) != place(448)
+
+
+def test_the_first_call_sets_counters_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each captured call after it would zero its own, by a kernel that takes a microsecond and more."""
+    device, capturing = torch.device("cuda", 0), [True]
+    made = locks_module._Arena(torch.zeros(1 << 15, dtype=torch.int32))
+    monkeypatch.setattr(locks_module, "_arenas", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 1}))
+    monkeypatch.setattr(locks_module, "reserve", lambda device: locks_module._arenas.update({device: made}))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: zeros(*a, dtype=k["dtype"]))
+    assert locks_module.locks(device, 8).untyped_storage() is not made.memory.untyped_storage()
+    capturing[0] = False
+    assert locks_module.locks(device, 8).data_ptr() == made.memory.data_ptr()
+
+
+def test_without_a_driver_no_capture_is_known() -> None:
+    if not torch.cuda.is_available():
+        locks_module._driver.cache_clear()
+        assert locks_module.capture_of(0) is None
+
+
 def pipelined(n: int = 512, k: int = 256) -> tuple[GemmSpec, list[torch.Tensor], torch.Tensor]:
     spec = GemmSpec(format("int4[g128,halves256]"), n, k)
     return spec, spec.weight.quantize(torch.randn(n, k)).parts, torch.randn(64, k).bfloat16()

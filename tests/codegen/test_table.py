@@ -223,7 +223,9 @@ def test_shipped_tables_hold_today(home: Path) -> None:
         assert found.sources and found.entries
         for name, sizes in found.entries.items():
             for size, entry in sizes.items():
-                told = lookup(GemmSpec.parse(name), size, card)
+                # An entry of two weights serves any epilogue, without which there is no such kernel.
+                text = f"{name} -> add(y0,y1)" if " 2*" in name else name
+                told = lookup(GemmSpec.parse(text), size, card)
                 assert told is not None and str(told) == entry.schedule and entry.us > 0
 
 

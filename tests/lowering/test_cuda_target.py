@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.codegen import CodegenError, GemmSpec, kernel_layout
-from bitfold.lowering import register_target
+from bitfold.codegen.device import device
+from bitfold.lowering import cuda, inductor, register_target
 from bitfold.lowering import target as targets
 from bitfold.lowering.cuda import CudaTarget
 from bitfold.lowering.fused import parsed
@@ -186,3 +187,18 @@ def test_compiled_on_a_gpu_it_is_the_reference_within_rounding(recipe: str) -> N
             # more where a table's entries are no bf16 numbers, and are rounded before the scale multiplies.
             roundings = 5 if recipe == "nf4" else 3
             assert (found - wanted).norm() / wanted.norm() < roundings * 2.0**-9
+
+
+def test_inductors_launches_overlap_where_the_user_does_not_forbid_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr(inductor, "compiled", lambda gm, inputs, config: told.append(dict(config)))
+    target = CudaTarget()
+    monkeypatch.setattr(target, "missing", lambda: None)
+    empty = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+    target.compile(empty, [], {"max_autotune": True})
+    target.compile(empty, [], {"triton.enable_pdl": False})
+    monkeypatch.setattr(cuda, "present", lambda: device("NVIDIA A100"))
+    target.compile(empty, [], {})
+    assert told == [{"triton.enable_pdl": True, "max_autotune": True}, {"triton.enable_pdl": False}, {}]

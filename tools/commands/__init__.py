@@ -5,6 +5,7 @@ docstring is the command's help.
 from . import (
     bench_command,
     demo_command,
+    diagnose_command,
     explain_command,
     formats_command,
     inspect_command,
@@ -22,6 +23,7 @@ COMMANDS = (
     explain_command,
     viz_command,
     plot_command,
+    diagnose_command,
     run_command,
     bench_command,
     tune_command,
