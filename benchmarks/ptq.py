@@ -49,6 +49,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth", "smooth{alpha=0.3}", "smooth{alpha=0.7}"),
     "gptq": ("gptq", "gptq{actorder=false,groups=sequential}", "gptq{damping=0.05}"),
     "gptq, tuned": ("clip,gptq,descend,refit", "clip,gptq", "clip,gptq,refit,gptq,descend,refit"),
+    "learned": ("clip,gptq,learn", "clip,gptq,descend,refit,learn{steps=400}", "clip,learn{steps=400}"),
     "awq + gptq": ("awq,clip,gptq,descend,refit", "awq{clip=true},clip,gptq,descend,refit"),
 }
 BEST = "best"
@@ -65,7 +66,7 @@ class Bench:
             split: self._windows(arguments.data, split, arguments.windows) for split in ("validation", "test")
         }
         calibration = self._windows(arguments.data, "train", arguments.calibration)
-        self.batches = [(piece,) for piece in calibration.split(16)]
+        self.batches = [(piece,) for piece in calibration.split(4)]
         self.float_loss = self.losses(self.model, "test")[0]
 
     def _windows(self, folder: str, split: str, count: int) -> Tensor:
