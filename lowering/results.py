@@ -79,6 +79,10 @@ class Results:
             node.meta[DRAFT] = codes
         return True
 
+    def has(self, site: Site) -> bool:
+        """Whether the site's codes are on disk."""
+        return self._path(site).exists()
+
     def keep(self, site: Site) -> None:
         """Write the site's codes."""
         tensors: dict[str, Tensor] = {}
