@@ -43,6 +43,7 @@ from .measure import gatherer, measure, once
 from .module_scope import Plan, Site, Step
 from .results import Results
 from .swaps import Swaps
+from .used_once import used_more_than_once
 
 
 @torch.no_grad()
@@ -72,8 +73,9 @@ def solve_sites(
                 f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
                 "would change afterwards; leave the format of outputs to the layers that read them"
             )
-    balance = Balance(algorithm.balance)
     with without_cache(model):
+        shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
+        balance = Balance(algorithm.balance, shared)
         chain, rest = _recorded(model, sites, batches)
         if isinstance(chain, Miss):
             if algorithm.balance:
@@ -209,9 +211,9 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     with Swaps() as swaps:
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
-        for group in _order(chain, place, sites):
+        for group, repeated in _order(chain, place, sites):
             if not solver.known(group):
-                measure(group, run)
+                measure(group, run, repeated=repeated)
             for site in group:
                 solver.solve(site)
                 swaps.put(site)
@@ -219,14 +221,19 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
             chain.hidden[batch] = chain.run(place, batch)
 
 
-def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[list[Site]]:
-    """The sites as they run, those that share an input together."""
+def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:
+    """The sites as they run, those that share an input together; and whether a group is one that runs again.
+
+    A module that runs several times is alone: what it reads the next time is another tensor.
+    """
     by_module = {site.module: site for site in sites}
     groups: list[tuple[Any, list[Site]]] = []
     seen: set[nn.Module] = set()
+    again: set[nn.Module] = set()
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in seen:
+            again.add(module)
             return
         seen.add(module)
         given = args[0] if args else next(iter(kwargs.values()), None)
@@ -237,8 +244,13 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[list[Site]]:
 
     with hooked(chain.blocks[place], dict.fromkeys(by_module, note)):
         chain.run(place, 0)
-    late = [site for site in sites if site.module not in seen]
-    return [group for _, group in groups] + [[site] for site in late]
+    found: list[tuple[list[Site], bool]] = []
+    for _, group in groups:
+        once = [site for site in group if site.module not in again]
+        found += [(once, False)] if once else []
+        found += [([site], True) for site in group if site.module in again]
+    # Those that the first batch does not reach may run any number of times for another.
+    return found + [([site], True) for site in sites if site.module not in seen]
 
 
 def _within(path: str, block: str) -> bool:
