@@ -39,8 +39,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torc
 
 @dataclass
 class Balance:
-    """Applies `steps` to a chain's blocks. `shared`: identities of the parameters that something outside their
-    group reads too (`used_once.py`); `changes`: new values of parameters that take no codes, by path."""
+    """Applies `steps` to a chain's blocks. `shared`: identities of the parameters that something outside
+    their group reads too (`used_once.py`); `changes`: new values of parameters that take no codes, by
+    path."""
 
     steps: Sequence[Balancer]
     shared: frozenset[int] = frozenset()

@@ -41,7 +41,7 @@ from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
 from .measure import gatherer, measure, once
 from .module_scope import Plan, Site, Step
-from .results import Results
+from .results import Results, drafts_of
 from .swaps import Swaps
 from .used_once import used_more_than_once
 
@@ -116,6 +116,7 @@ class _Solver:
         self.done += 1
         if self.results is not None and self.results.restore(site):
             return
+        drafts = drafts_of(site) if self.results is not None else []
         self.algorithm.solve.run(site.gm, verify=False)
         for node, note in annotated(site.gm):
             node.meta.pop(INPUTS, None)
@@ -124,7 +125,7 @@ class _Solver:
                 assert note.weight is not None
                 node.meta[DRAFT] = draft.quantized(format(note.weight))
         if self.results is not None:
-            self.results.keep(site)
+            self.results.keep(site, drafts)
 
 
 def _recorded(

@@ -1,4 +1,4 @@
-"""Blocks that share parameters, use a layer twice or write into their input: algorithms keep what they compute."""
+"""Blocks that share parameters, use a layer twice or write into their input compute what they computed."""
 
 from __future__ import annotations
 
