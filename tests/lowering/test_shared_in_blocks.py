@@ -146,3 +146,20 @@ def test_every_call_of_a_layer_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     tokens = sum(batch.shape[0] * batch.shape[1] for batch in batches)
     # up and down of each block run twice a batch, the last layer once.
     assert sorted(counts.values()) == [tokens, *[2 * tokens] * 4]
+
+
+@pytest.mark.parametrize(
+    ("batch", "match"),
+    [
+        (torch.randn(1, 4, WIDTH, device="meta"), "batch 0 has no numbers"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.int64)}, "batch 0 is empty"),
+    ],
+)
+def test_batches_without_numbers_are_said(batch: object, match: str) -> None:
+    with pytest.raises(bf.BitfoldError, match=match):
+        bf.quantize(Model(), "int4[g32]", algorithm="gptq", calibration=[batch])
+
+
+def test_a_damping_that_is_no_number_is_said() -> None:
+    with pytest.raises(bf.BitfoldError, match="damping above 0"):
+        bf.quantize(Model(), "int4[g32]", algorithm="gptq{damping=nan}", calibration=_batches())
