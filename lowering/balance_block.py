@@ -39,10 +39,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torc
 
 @dataclass
 class Balance:
-    """Applies `steps` to a chain's blocks. `changes`: new values of parameters that take no codes, by
+    """Applies `steps` to a chain's blocks. `shared`: identities of the parameters that something outside
+    their group reads too (`used_once.py`); `changes`: new values of parameters that take no codes, by
     path."""
 
     steps: Sequence[Balancer]
+    shared: frozenset[int] = frozenset()
     changes: dict[str, Tensor] = field(default_factory=dict)
     misses: list[MissRecord] = field(default_factory=list)
     known: dict[Hashable, list[Group] | Miss] = field(default_factory=dict)
@@ -54,6 +56,7 @@ class Balance:
         if isinstance(found, Miss):
             self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), found.reason))
             return
+        found = [group for group in found if self._alone(group, block, path)]
         work = _Work(block, path, sites, swaps)
         before = chain.run(place, 0)
         for step in self.steps:
@@ -64,12 +67,24 @@ class Balance:
                     work.scale(group, factors)
         after = chain.run(place, 0)
         apart = float((after - before).float().norm() / before.float().norm().clamp(min=1e-12))
-        if apart > TOLERANCE.get(before.dtype, 1e-2):
+        if not apart <= TOLERANCE.get(before.dtype, 1e-2):  # NaN, of a weight past its dtype's range, neither
             raise BitfoldError(
                 f"{path} computes something else after balancing (by {apart:.1e}): its channels are mixed "
                 f"in a way that is not seen; leave {self.steps[0].name} out for this model"
             )
         self.changes |= work.changes
+
+    def _alone(self, group: Group, block: nn.Module, path: str) -> bool:
+        """Whether nothing but this group reads its parameters; a miss says which one has another reader."""
+        names = (*(one.path for one in group.producers), *group.readers)
+        for name in names:
+            if id(block.get_parameter(name)) in self.shared:
+                reason = (
+                    f"{path}.{name} is used in more than one place, so {group.readers[0]} is not balanced"
+                )
+                self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
+                return False
+        return True
 
     def _groups(self, chain: Chain, place: int) -> list[Group] | Miss:
         """The block's groups; blocks of one kind and shape are captured once."""

@@ -41,7 +41,7 @@ class Chain:
 
     def run(self, block: int, batch: int) -> Tensor:
         """The block's result for the batch, from the hidden value as it is now."""
-        args, kwargs = _filled(self.calls[batch][block], self.hidden[batch])
+        args, kwargs = self.arguments(block, batch)
         return first_tensor(self.blocks[block](*args, **kwargs))
 
     def run_exact(self, block: int, batch: int) -> Tensor:
@@ -51,7 +51,8 @@ class Chain:
 
     def arguments(self, block: int, batch: int = 0) -> Call:
         """What the block is called with."""
-        return _filled(self.calls[batch][block], self.hidden[batch])
+        # A copy: a block that adds to what it is given would change what the next run of it starts from.
+        return _filled(self.calls[batch][block], self.hidden[batch].clone())
 
 
 def record(model: nn.Module, batches: Sequence[Batch]) -> Chain | Miss:

@@ -33,11 +33,17 @@ class Batch:
     kwargs: dict[str, Any]
 
     def __post_init__(self) -> None:
-        for path, value in pytree.tree_flatten_with_path((self.args, self.kwargs))[0]:
-            if not isinstance(value, Tensor) or not value.is_floating_point():
+        leaves = pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
+        nothing = not any(value.numel() for _, value in leaves if isinstance(value, Tensor))
+        for path, value in leaves:
+            if not isinstance(value, Tensor):
                 continue
-            if value.numel() == 0:
+            if value.is_meta:
+                raise BitfoldError(f"{self.name} has no numbers: {_place(path)} is on the meta device")
+            if value.numel() == 0 and (value.is_floating_point() or nothing):
                 raise BitfoldError(f"{self.name} is empty: {_place(path)} has shape {list(value.shape)}")
+            if not value.is_floating_point():
+                continue
             if not bool(torch.isfinite(value).all()):
                 raise BitfoldError(
                     f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"

@@ -34,8 +34,8 @@ from .given_model import module_of
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """One folded layer. Ratios in dB; infinite where nothing differs. `alone` is NaN if it was not asked
-    for."""
+    """One folded layer. Ratios in dB; infinite where nothing differs; NaN for `alone` if it was not asked
+    for, and for `cumulative` where a router sent the layer other tokens than in the float model."""
 
     path: str
     format: str
@@ -76,6 +76,7 @@ class _Ratio:
 
     signal: float = 0.0
     noise: float = 0.0
+    incomparable: bool = False
 
     def add(self, reference: Tensor, value: Tensor) -> None:
         exact = reference.detach().to(torch.float64)
@@ -83,8 +84,18 @@ class _Ratio:
         self.signal += float(torch.where(exact.isinf(), 0.0, exact).square().sum())
         self.noise += float(difference.square().sum())
 
+    def compare(self, references: list[Tensor], values: list[Tensor]) -> None:
+        """Each with its like. Tensors of other shapes are not the same tokens (a router sent other ones), and
+        then there is no ratio."""
+        self.incomparable |= [one.shape for one in references] != [one.shape for one in values]
+        if not self.incomparable:
+            for reference, value in zip(references, values, strict=True):
+                self.add(reference, value)
+
     @property
     def db(self) -> float:
+        if self.incomparable:
+            return math.nan
         if self.noise == 0.0:
             return math.inf
         if not math.isfinite(self.noise):
@@ -155,6 +166,12 @@ def first_output(model: nn.Module, batch: Batch) -> Tensor:
     return tensor
 
 
+def _numbers(result: Any) -> list[Tensor]:
+    """The floating-point tensors of what a layer returned."""
+    leaves = pytree.tree_leaves(result)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
 @contextmanager
 def replaced(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
     """The model with another module at `path`."""
@@ -189,6 +206,11 @@ def _paired(model: nn.Module, quantized: nn.Module) -> list[_Layer]:
             )
         if path:
             found.append(_Layer(path, module, known[path]))
+    if not found and isinstance(quantized, Folded):
+        raise BitfoldError(
+            f"this {type(quantized).__name__} is one layer and no model with layers in it; put both into an "
+            "nn.Sequential"
+        )
     if not found:
         name = type(quantized).__name__
         raise BitfoldError(f"no layer of this {name} is quantized; call bf.quantize first")
@@ -199,19 +221,20 @@ def _compare(
     model: nn.Module, quantized: nn.Module, layers: list[_Layer], batch: Batch, output: _Ratio
 ) -> Tensor:
     """One batch through both models; the float model's output."""
-    kept: dict[str, list[Tensor]] = {layer.path: [] for layer in layers}
+    kept: dict[str, list[list[Tensor]]] = {layer.path: [] for layer in layers}
 
     def keep(layer: _Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
-            kept[layer.path].append(result)
-            layer.isolated.add(result, layer.folded(*args, **kwargs))
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            exact = _numbers(result)
+            kept[layer.path].append(exact)
+            layer.isolated.compare(exact, _numbers(layer.folded(*args, **kwargs)))
 
         return hook
 
     def against(layer: _Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             if kept[layer.path]:
-                layer.cumulative.add(kept[layer.path].pop(0), result)
+                layer.cumulative.compare(kept[layer.path].pop(0), _numbers(result))
 
         return hook
 

@@ -22,10 +22,11 @@ from ..passes.note import Note, annotated
 from .module_scope import Site
 
 
-def measure(group: Sequence[Site], run: Callable[[], None]) -> None:
+def measure(group: Sequence[Site], run: Callable[[], None], *, repeated: bool = False) -> None:
     """Run, and leave statistics on the anchors of these sites, which all read one tensor.
 
-    `run` calls a batch after the other through `once`, which ends each as soon as the tensor was seen.
+    `run` calls a batch after the other through `once`, which ends each as soon as the tensor was seen; if it
+    is `repeated`, several are to be seen in one batch, and each runs to its end.
     """
     alone = [site for site in group if not _simple(site)]
     together = [site for site in group if _simple(site)]
@@ -33,7 +34,7 @@ def measure(group: Sequence[Site], run: Callable[[], None]) -> None:
         site.module.register_forward_pre_hook(gatherer(site), with_kwargs=True)
         for site in (*alone, *together[:1])
     ]
-    if not alone:
+    if not alone and not repeated:
         handles.append(together[0].module.register_forward_pre_hook(_seen))
     try:
         run()

@@ -14,6 +14,7 @@ first order, what its cross-entropy rises by, with far less noise. `loss=` gives
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,9 @@ def sensitivity(
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
     with hooked(model, {}):
         exact = [first_output(model, batch) for batch in batches]
+        spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)
+        if spoilt is not None:
+            raise BitfoldError(f"the float model's output for {spoilt.name} has NaN in it; leave it out")
         measured = loss or divergence
         choices, numel = [], {}
         plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
@@ -114,15 +118,22 @@ def sensitivity(
                 bits, count = round_site(site)
                 numel[site.path] = count
                 brought = _brought(model, site, batches, exact, measured)
-                choices.append(Choice(site.path, text, bits, brought))
-    if not choices:
+                if math.isfinite(brought):  # a format that overflows is no choice
+                    choices.append(Choice(site.path, text, bits, brought))
+    if not numel:
         raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
+    lost = sorted(set(numel) - {choice.layer for choice in choices})
+    if lost:
+        raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {lost[0]} is not finite")
     return Sensitivity(tuple(choices), numel)
 
 
 def divergence(exact: Tensor, found: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the softmax of the last dimension, the mean over the others, in nats."""
     before, after = exact.float().log_softmax(-1), found.float().log_softmax(-1)
+    # What both mask by -inf is the same prediction, and not the difference of two infinities.
+    masked = (before == -math.inf) & (after == -math.inf)
+    before, after = before.masked_fill(masked, 0.0), after.masked_fill(masked, 0.0)
     return F.kl_div(after.flatten(0, -2), before.flatten(0, -2), reduction="batchmean", log_target=True)
 
 

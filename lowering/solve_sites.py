@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,9 @@ from .calibration import Batch, hooked
 from .learn_block import learn_block
 from .measure import gatherer, measure, once
 from .module_scope import Plan, Site, Step
-from .results import Results
+from .results import Results, drafts_of
 from .swaps import Swaps
+from .used_once import used_more_than_once
 
 
 @torch.no_grad()
@@ -73,8 +74,9 @@ def solve_sites(
                 f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
                 "would change afterwards; leave the format of outputs to the layers that read them"
             )
-    balance = Balance(algorithm.balance)
     with without_cache(model):
+        shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
+        balance = Balance(algorithm.balance, shared)
         chain, rest = _recorded(model, sites, batches)
         if isinstance(chain, Miss):
             if algorithm.balance or algorithm.learn:
@@ -107,6 +109,8 @@ class _Solver:
     progress: Step | None
     total: int
     done: int = 0
+    drafts: dict[str, list[str]] = field(default_factory=dict)
+    """Of sites that are solved and not settled: what was decided of them before."""
 
     def known(self, sites: Sequence[Site]) -> bool:
         """Whether an earlier run has found the codes of all of these; they are put on the anchors then."""
@@ -118,6 +122,8 @@ class _Solver:
         self.done += 1
         if self.results is not None and self.results.restore(site):
             return
+        if self.results is not None:
+            self.drafts[site.path] = drafts_of(site)
         self.algorithm.solve.run(site.gm, verify=False)
         for node, note in annotated(site.gm):
             node.meta.pop(INPUTS, None)
@@ -135,8 +141,9 @@ class _Solver:
             if isinstance(draft, Draft):
                 assert note.weight is not None
                 node.meta[DRAFT] = draft.quantized(format(note.weight))
-        if self.results is not None and not self.results.has(site):
-            self.results.keep(site)
+        if site.path in self.drafts:
+            assert self.results is not None
+            self.results.keep(site, self.drafts.pop(site.path))
 
 
 def _recorded(
@@ -224,9 +231,9 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     with Swaps() as swaps:
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
-        for group in _order(chain, place, sites):
+        for group, repeated in _order(chain, place, sites):
             if not solver.known(group):
-                measure(group, run)
+                measure(group, run, repeated=repeated)
             for site in group:
                 solver.solve(site)
                 swaps.put(site)
@@ -240,14 +247,19 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     chain.exact = targets
 
 
-def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[list[Site]]:
-    """The sites as they run, those that share an input together."""
+def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:
+    """The sites as they run, those that share an input together; and whether a group is one that runs again.
+
+    A module that runs several times is alone: what it reads the next time is another tensor.
+    """
     by_module = {site.module: site for site in sites}
     groups: list[tuple[Any, list[Site]]] = []
     seen: set[nn.Module] = set()
+    again: set[nn.Module] = set()
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module in seen:
+            again.add(module)
             return
         seen.add(module)
         given = args[0] if args else next(iter(kwargs.values()), None)
@@ -258,8 +270,13 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[list[Site]]:
 
     with hooked(chain.blocks[place], dict.fromkeys(by_module, note)):
         chain.run(place, 0)
-    late = [site for site in sites if site.module not in seen]
-    return [group for _, group in groups] + [[site] for site in late]
+    found: list[tuple[list[Site], bool]] = []
+    for _, group in groups:
+        once = [site for site in group if site.module not in again]
+        found += [(once, False)] if once else []
+        found += [([site], True) for site in group if site.module in again]
+    # Those that the first batch does not reach may run any number of times for another.
+    return found + [([site], True) for site in sites if site.module not in seen]
 
 
 def _within(path: str, block: str) -> bool:

@@ -17,6 +17,7 @@ format's affair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -48,7 +49,7 @@ class GPTQ(Solver):
     groups: Literal["static", "sequential"] = "static"
 
     def __post_init__(self) -> None:
-        if self.damping <= 0 or self.block < 1:
+        if not 0 < self.damping < math.inf or self.block < 1:
             raise BitfoldError(f"gptq takes damping above 0 and blocks of 1 or more columns, not {self}")
         if self.actorder and self.groups == "sequential":
             raise BitfoldError(

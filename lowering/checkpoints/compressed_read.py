@@ -51,7 +51,7 @@ def read_compressed(folder: Folder, model: nn.Module, *, activations: bool = Tru
     """Raises BitfoldError, naming the layer, for what cannot be kept as it is."""
     config = folder.quantization
     schemes = _schemes(folder, config)
-    ignore = tuple(config.get("ignore") or ())
+    ignore = _targets(folder, "ignore", config.get("ignore"))
     tensors = dict(folder.tensors)
     unused = {
         name: "a KV cache's scale; a cache is quantized by a recipe's rule of its own"
@@ -79,14 +79,15 @@ def read_compressed(folder: Folder, model: nn.Module, *, activations: bool = Tru
 
 
 def _schemes(folder: Folder, config: Mapping[str, Any]) -> list[Scheme]:
-    sparse = config.get("sparsity_config") or {}
-    way = config.get("format")
-    if way in _WITHOUT_CODES or (sparse and sparse.get("format", "dense") != "dense"):
+    sparse, way = config.get("sparsity_config") or {}, config.get("format")
+    _check_kind(folder, "sparsity_config", sparse, Mapping)
+    if (isinstance(way, str) and way in _WITHOUT_CODES) or sparse.get("format", "dense") != "dense":
         raise BitfoldError(
             f"{folder.path} is stored as {way if way in _WITHOUT_CODES else sparse.get('format')}, a sparse "
             "layout that is not read here; decompress it with the library that wrote it"
         )
     groups = config.get("config_groups") or {}
+    _check_kind(folder, "config_groups", groups, Mapping)
     found = []
     for name, group in groups.items():
         if not isinstance(group, Mapping):
@@ -94,19 +95,36 @@ def _schemes(folder: Folder, config: Mapping[str, Any]) -> list[Scheme]:
                 f"{folder.path}: group {name!r} of the quantization config names a preset; write its "
                 "arguments out"
             )
-        found.append(
-            Scheme(
-                tuple(group.get("targets") or ()),
-                group.get("weights"),
-                group.get("input_activations"),
-                group.get("output_activations"),
-            )
-        )
+        arguments = [group.get(part) for part in ("weights", "input_activations", "output_activations")]
+        for one in arguments:
+            _check_kind(folder, f"{name}: arguments of numbers", {} if one is None else one, Mapping)
+        found.append(Scheme(_targets(folder, f"{name}: targets", group.get("targets")), *arguments))
     if not found:
         raise BitfoldError(
             f"{folder.path}: its quantization config has no groups, so it says of no layer how"
         )
     return found
+
+
+def _targets(folder: Folder, name: str, given: Any) -> tuple[str, ...]:
+    """Names and patterns of layers, each a pattern that compiles."""
+    given = [] if given is None else given
+    _check_kind(folder, name, given, list)
+    for target in given:
+        _check_kind(folder, f"{name}: {target!r}", target, str)
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise BitfoldError(f"{folder.path}: {name}: {target!r} is no pattern ({error})") from error
+    return tuple(given)
+
+
+def _check_kind(folder: Folder, name: str, given: object, kind: type) -> None:
+    if not isinstance(given, kind):
+        raise BitfoldError(
+            f"{folder.path}: {name} of the quantization config is a {type(given).__name__} where a "
+            f"{kind.__name__.lower()} is expected; copy the checkpoint again"
+        )
 
 
 def _quantized(tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -189,7 +207,17 @@ def _weight(scheme: Scheme, found: Mapping[str, Tensor | None]) -> tuple[Quantiz
             raise BitfoldError("NVFP4 weights have one weight_global_scale a layer, which is not here")
         kept["weight_global_scale"] = divisor
         params["tensor_scale"] = 1.0 / divisor.to(torch.float32).reshape(1, 1)
+    damaged = [name for name, part in params.items() if name != "zeros" and not _finite(part)]
+    if damaged:
+        raise BitfoldError(f"its {damaged[0]} has NaN or infinity in it; copy the checkpoint again")
     return Quantized(fmt, k, codes, **params), kept
+
+
+def _finite(part: Tensor) -> bool:
+    """Whether every scale is a number. In E8M0 the byte 255 is none."""
+    if part.dtype is torch.uint8:
+        return not bool((part == 255).any())
+    return bool(torch.isfinite(part.to(torch.float32)).all())
 
 
 def _in_order(order: Tensor, fmt: Format) -> bool:
@@ -204,7 +232,7 @@ def _codes(fmt: Format, found: Mapping[str, Tensor | None]) -> tuple[Tensor, int
         shape = found["weight_shape"]
         if shape is None or shape.numel() != 2:
             raise BitfoldError("packed codes need a weight_shape of two numbers beside them")
-        rows, k = (int(size) for size in shape)
+        rows, k = (int(size) for size in shape.reshape(-1))
         words = -(-k * fmt.element.bits // 32)
         if tuple(packed.shape) != (rows, words):
             raise BitfoldError(
@@ -242,7 +270,8 @@ def _shaped(fmt: Format, part: Tensor, rows: int, k: int, name: str) -> Tensor:
     assert fmt.scale is not None
     wanted = fmt.scale.granularity.scales_shape((rows, k))
     squeezed = part.numel() == 1 and len(wanted) == 2 and wanted == (1, 1)
-    if tuple(part.shape) != wanted and not squeezed and (part.ndim, *wanted[1:]) != (1, 1):
+    by_row = tuple(part.shape) == wanted[:1] and wanted[1:] == (1,)
+    if tuple(part.shape) != wanted and not squeezed and not by_row:
         raise BitfoldError(f"{name} is {list(part.shape)} and {fmt} of [{rows}, {k}] has {list(wanted)}")
     return part.reshape(wanted)
 

@@ -63,12 +63,10 @@ def read_folder(given: object) -> Folder:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    if (path / INDEX).is_file():
-        names = _json(path / INDEX).get("weight_map", {})
-        files = sorted({str(name) for name in names.values()})
-        outside = [name for name in files if Path(name).name != name]
-        if outside:
-            raise FileError(f"{path / INDEX} names {outside[0]!r}, which is not a file of this folder")
+    """Each tensor from the file that the index names for it; without one, from the only file that has it."""
+    listed = _listed(path / INDEX) if (path / INDEX).is_file() else None
+    if listed is not None:
+        files = sorted(set(listed.values()))
     else:
         files = (
             [WEIGHTS] if (path / WEIGHTS).is_file() else sorted(f.name for f in path.glob("*.safetensors"))
@@ -76,15 +74,38 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not files:
         raise FileError(f"{path} has no safetensors file; give the folder of a saved model")
     found: dict[str, Tensor] = {}
+    where: dict[str, str] = {}
     for name in files:
         try:
             with safe_open(str(path / name), framework="pt") as opened:
-                found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no mapping)
+                for key in opened.keys():  # noqa: SIM118  (no mapping)
+                    if listed is not None and listed.get(key, name) != name:
+                        continue
+                    if key in found:
+                        raise FileError(
+                            f"{path} has {key!r} in {where[key]} and in {name}, and nothing says which is "
+                            "meant; leave one model's files in the folder"
+                        )
+                    found[key], where[key] = opened.get_tensor(key), name
         except (SafetensorError, OSError) as error:
             raise FileError(
                 f"{path / name} is missing, truncated or no safetensors file ({error}); copy it again"
             ) from error
+    lost = [key for key in listed or () if key not in found]
+    if listed is not None and lost:
+        raise FileError(f"{path / listed[lost[0]]} lacks {lost[0]!r}, which {INDEX} has in it; copy it again")
     return found
+
+
+def _listed(index: Path) -> dict[str, str]:
+    """The index: each tensor's file, all of them files of this folder."""
+    listed = _json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise FileError(f"{index} has no weight_map of names and files; copy it again")
+    outside = [name for name in listed.values() if Path(name).name != name or name in ("", "..")]
+    if outside:
+        raise FileError(f"{index} names {outside[0]!r}, which is not a file of this folder")
+    return listed
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -104,18 +125,27 @@ def write_folder(given: object, tensors: Mapping[str, Tensor], config: Mapping[s
         raise FileError(f"{path} is a file; give the path of a folder")
     if (path / INDEX).exists():
         raise BitfoldError(f"{path} holds a model in several files already; give another folder")
-    beside = path / f"{WEIGHTS}.{os.getpid()}.part"
+    weights = path / f"{WEIGHTS}.{os.getpid()}.part"
+    text = path / f"{CONFIG}.{os.getpid()}.part"
     try:
         path.mkdir(exist_ok=True)
-        save_file(_each_its_own(tensors), beside, {"format": "pt"})
-        os.replace(beside, path / WEIGHTS)
-        text = path / f"{CONFIG}.{os.getpid()}.part"
+        save_file(_each_its_own(tensors), weights, {"format": "pt"})
         text.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for one in (weights, text):
+            _to_disk(one)
+        # Both are there before either is in place: new codes under an old configuration mean other numbers.
+        os.replace(weights, path / WEIGHTS)
         os.replace(text, path / CONFIG)
     except (OSError, SafetensorError) as error:
         raise FileError(f"{path} cannot be written: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        for one in (weights, text):
+            one.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _each_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

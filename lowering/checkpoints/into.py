@@ -13,7 +13,8 @@ while the layers are captured. Whatever fails before folding leaves the skeleton
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,18 @@ def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device:
             model.get_submodule(path.rpartition(".")[0]).__dict__[KEPT] = dict(one.kept)
 
 
+def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two names hold the same numbers."""
+    return len(one) == len(other) and all(
+        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def _unused(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield from sorted(checkpoint.unused.items())
 
@@ -109,7 +122,9 @@ class _Placement:
             shape = self._shape(path)
             if stored.weight.shape != shape:
                 self._misshapen(path, tuple(stored.weight.shape), shape)
-            self.stored.setdefault(self.first[path], stored)
+            held = self.stored.setdefault(self.first[path], stored)
+            if not _alike(held.weight.parts, stored.weight.parts):
+                self._tied_apart(path)
         for path, tensor in self.checkpoint.plain.items():
             if path in self.buffers:
                 self._check_buffer(path, tensor)
@@ -117,8 +132,11 @@ class _Placement:
             shape = self._shape(path)
             if tensor.shape != shape:
                 self._misshapen(path, tuple(tensor.shape), shape)
-            if self.first[path] not in self.stored:
-                self.plain.setdefault(self.first[path], tensor)
+            if kind(tensor.dtype) != kind(self.parameters[path].dtype):
+                self._of_another_kind(path, self.parameters[path], tensor)
+            first = self.first[path]
+            if first in self.stored or not _alike([self.plain.setdefault(first, tensor)], [tensor]):
+                self._tied_apart(path)
         self._check_covered()
 
     def _shape(self, path: str) -> tuple[int, ...]:
@@ -134,10 +152,19 @@ class _Placement:
         if tensor.shape != here.shape:
             self._misshapen(path, tuple(tensor.shape), tuple(here.shape))
         if kind(tensor.dtype) != kind(here.dtype):
-            raise BitfoldError(
-                f"{path} is {here.dtype} here and {tensor.dtype} in {self.checkpoint.source}, and numbers of "
-                "one kind are not copied into another"
-            )
+            self._of_another_kind(path, here, tensor)
+
+    def _of_another_kind(self, path: str, here: Tensor, tensor: Tensor) -> None:
+        raise BitfoldError(
+            f"{path} is {here.dtype} here and {tensor.dtype} in {self.checkpoint.source}, and numbers of "
+            "one kind are not copied into another"
+        )
+
+    def _tied_apart(self, path: str) -> None:
+        raise BitfoldError(
+            f"{path} is one parameter with {self.first[path]} here, and {self.checkpoint.source} has other "
+            "numbers for it; make the skeleton without that tie (tie_word_embeddings=False)"
+        )
 
     def _misshapen(self, path: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
         raise BitfoldError(
@@ -183,11 +210,18 @@ class _Placement:
         return nn.Parameter(one.expand(old.shape), requires_grad=False)
 
     def _computed_in(self, stored: Stored) -> torch.dtype:
-        """A skeleton on meta computes in what the checkpoint says, or in its 16-bit scales' dtype."""
+        """A skeleton on meta computes in what the checkpoint says, or in the dtype of most of its numbers
+        that are not quantized; where it has none, in its 16-bit scales' dtype."""
+        if self.checkpoint.dtype is not None and self.checkpoint.dtype.is_floating_point:
+            return self.checkpoint.dtype
+        counts: Counter[torch.dtype] = Counter()
+        for tensor in self.plain.values():
+            counts[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
+        if counts.total():
+            return counts.most_common(1)[0][0]
         scales = stored.weight.scales
         half = scales is not None and scales.dtype in (torch.bfloat16, torch.float16)
-        own = scales.dtype if scales is not None and half else torch.float32
-        return self.checkpoint.dtype or own
+        return scales.dtype if scales is not None and half else torch.float32
 
     def _owner(self, path: str) -> tuple[nn.Module, str]:
         owner, _, name = path.rpartition(".")

@@ -173,9 +173,9 @@ def test_an_interrupted_run_goes_on(
 def test_results_of_another_run_are_refused(model: Model, batches: list[Tensor], tmp_path: Path) -> None:
     asked: dict[str, Any] = {"calibration": batches, "target": "reference", "resume": tmp_path}
     bf.quantize(copy.deepcopy(model), "int4[g32]", algorithm="gptq", **asked)
-    with pytest.raises(bf.BitfoldError, match="another model, recipe, algorithm or data"):
+    with pytest.raises(bf.BitfoldError, match="another model, recipe, algorithm, data"):
         bf.quantize(model, "int4[g32]", algorithm="clip,gptq", **asked)
-    with pytest.raises(bf.BitfoldError, match="another model, recipe, algorithm or data"):
+    with pytest.raises(bf.BitfoldError, match="another model, recipe, algorithm, data"):
         bf.quantize(model, "int4[g32]", algorithm="gptq", **{**asked, "calibration": batches[:3]})
 
 

@@ -75,3 +75,68 @@ def test_mistakes_are_one_sentence(model: nn.Sequential) -> None:
         bf.diagnose(model, q, [torch.randn(4, 31)])
     with pytest.raises(bf.BitfoldError, match="diagnose takes"):
         bf.diagnose(model, "q", [torch.randn(4, 32)])  # type: ignore[arg-type]
+
+
+class Pair(nn.Module):
+    """A module with a weight of its own that returns two tensors and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32) / 6)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = nn.functional.linear(x, self.weight)
+        return y, y * 2
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.pair = nn.Linear(32, 32), Pair()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two = self.pair(self.first(x))
+        return one + two  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_returns_several_tensors() -> None:
+    torch.manual_seed(0)
+    model, x = Pairs().eval(), torch.randn(16, 32)
+    q = bf.quantize(copy.deepcopy(model), "int4[g32]", example_inputs=x, target="reference")
+    assert {one.path for one in bf.diagnose(model, q, [x]).layers} == {"first", "pair"}
+    assert all(10 < one.isolated < 40 for one in bf.diagnose(model, q, [x]).layers)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen, out = self.router(x).argmax(-1), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            out[chosen == index] = expert(x[chosen == index])
+        return out
+
+
+def test_experts_that_get_other_tokens_have_no_ratio_behind_the_router() -> None:
+    torch.manual_seed(0)
+    model, x = Experts().eval(), torch.randn(512, 32)
+    q = bf.quantize(copy.deepcopy(model), "int3[g32]", target="reference")
+    found = {one.path: one for one in bf.diagnose(model, q, [x]).layers}
+    assert 5 < found["router"].cumulative < 40
+    sent = [(model.router(x).argmax(-1) == i).sum() for i in range(4)]
+    sent_by_codes = [(q.router(x).argmax(-1) == i).sum() for i in range(4)]
+    moved = [a != b for a, b in zip(sent, sent_by_codes, strict=True)]
+    assert any(moved)
+    for index, other in enumerate(moved):
+        expert = found[f"experts.{index}"]
+        assert 5 < expert.isolated < 40
+        assert math.isnan(expert.cumulative) == bool(other)
+
+
+def test_a_model_that_is_one_layer_is_said() -> None:
+    layer = nn.Linear(32, 32)
+    with pytest.raises(bf.BitfoldError, match="one layer and no model"):
+        bf.diagnose(layer, bf.quantize(copy.deepcopy(layer), "int4[g32]"), [torch.randn(4, 32)])

@@ -142,3 +142,29 @@ def test_no_data_is_said(model: nn.Module) -> None:
         bf.search(model, [], budget="4 bits")
     with pytest.raises(bf.BitfoldError, match="does not go through"):
         bf.search(model, [torch.randn(2, 3)], budget="4 bits")
+
+
+class Masked(nn.Module):
+    """Five outputs are masked, as the padding of a vocabulary is."""
+
+    def __init__(self, model: nn.Module, value: float) -> None:
+        super().__init__()
+        self.model, self.value = model, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x).clone()
+        out[..., :5] = self.value
+        return out
+
+
+def test_masked_outputs_are_no_difference(model: nn.Module, data: list[Tensor]) -> None:
+    """-inf in both predictions: the same choice as where the mask is a number too small to count."""
+    infinite = bf.search(Masked(model, -math.inf), data, budget="4.5 bits")
+    assert infinite == bf.search(Masked(model, -1e4), data, budget="4.5 bits")
+
+
+def test_outputs_that_are_no_numbers_are_said(model: nn.Module, data: list[Tensor]) -> None:
+    with pytest.raises(bf.BitfoldError, match="batch 0 has NaN"):
+        bf.search(Masked(model, math.nan), data, budget="4.5 bits")
+    with pytest.raises(bf.BitfoldError, match="is not finite"):
+        bf.search(model, data, budget="4.5 bits", loss=lambda exact, found: torch.tensor(math.nan))
