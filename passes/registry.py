@@ -32,6 +32,8 @@ _BUILT_IN = {
     "annotate": "annotate",
     "observe": "observe",
     "fake_quantize": "fake_quantize",
+    "train_quantizers": "train_quantizers",
+    "settle_quantizers": "settle_quantizers",
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",

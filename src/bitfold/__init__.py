@@ -23,7 +23,11 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .lowering.convert import convert
     from .lowering.load import load
+    from .lowering.prepare import prepare_qat
+    from .lowering.qat_options import Qat
+    from .lowering.qat_schedule import advance, parameter_groups
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
@@ -44,10 +48,15 @@ _LATER = {
     "Rule": ("passes.rules", "Rule"),
     "Target": ("lowering.target", "Target"),
     "Trace": ("passes", "Trace"),
+    "Qat": ("lowering.qat_options", "Qat"),
+    "advance": ("lowering.qat_schedule", "advance"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "convert": ("lowering.convert", "convert"),
     "get_target": ("lowering.target", "get_target"),
     "load": ("lowering.load", "load"),
+    "parameter_groups": ("lowering.qat_schedule", "parameter_groups"),
+    "prepare_qat": ("lowering.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
     "register_pass": ("passes", "register_pass"),
@@ -64,6 +73,7 @@ __all__ = [
     "Miss",
     "Pass",
     "Pipeline",
+    "Qat",
     "Quantized",
     "Recipe",
     "Report",
@@ -71,12 +81,16 @@ __all__ = [
     "Target",
     "Trace",
     "__version__",
+    "advance",
     "calibrate",
     "capture",
+    "convert",
     "format",
     "formats",
     "get_target",
     "load",
+    "parameter_groups",
+    "prepare_qat",
     "quantize",
     "register_format",
     "register_pass",
