@@ -12,6 +12,8 @@ passes as without training. Every check runs before the first write.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,17 +22,19 @@ from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError
-from ..passes import Miss, Pipeline, SettleQuantizers
+from ..passes import Miss, Pipeline
 from ..passes.annotate import Annotate
 from ..passes.note import annotated
 from ..passes.observe import Observe
+from ..passes.settle_quantizers import SettleQuantizers
+from .distill import dismiss
 from .fold_sites import fold_sites
 from .given_model import module_of
 from .install import resolve_target
 from .memory import held, release
 from .module_scope import Call, Plan, Site, Step, site_of
 from .prepare import train_pass
-from .prepared import Preparation, Prepared, unprepare
+from .prepared import Preparation, Prepared, unprepared
 from .tracing import TRACING
 
 
@@ -56,10 +60,14 @@ def convert(model: nn.Module, *, target: str | None = None, progress: Step | Non
                 "bf.quantize to quantize it without training"
             )
         _check(model)
-        trained = _Trained(prepared)
+        about = {path: module.preparation for path, module in prepared.items()}
+        with unprepared(model) as extra:
+            trained = _Trained(about, extra)
+            sites = [trained.checked(path, module) for path, module in prepared.items()]
+        dismiss(model)
         before = held(model)
-        fold_sites(model, Plan(trained.sites, []), on, progress, trained.settle)
-        trained.forget()
+        fold_sites(model, Plan(sites, []), on, progress, trained.settle)
+        extra.clear()
         release(before - held(model))
         return given
 
@@ -74,28 +82,19 @@ def _check(model: nn.Module) -> None:
             raise BitfoldError(f"{path} is on the meta device and has no numbers; load the model first")
 
 
+@dataclass(frozen=True)
 class _Trained:
-    """Sites whose modules are original again, and what training had added to them."""
+    """What training had added to modules that are original again, by path, and how they were prepared."""
 
-    def __init__(self, prepared: dict[str, Prepared]) -> None:
-        self.extra: dict[str, dict[str, Tensor]] = {}
-        self.about = {path: module.preparation for path, module in prepared.items()}
-        self.sites: list[Site] = []
-        kept = {
-            path: (type(module), dict(module.__dict__), _held(module)) for path, module in prepared.items()
-        }
-        try:
-            for path, module in prepared.items():
-                self.extra[path] = unprepare(module)
-            for path, module in prepared.items():
-                site = _site(path, module, self.about[path])
-                self.train(site)
-                SettleQuantizers().check(site.gm)
-                self.sites.append(_site(path, module, self.about[path]))
-        except BaseException:
-            for path, module in prepared.items():
-                _restore(module, *kept[path])
-            raise
+    about: Mapping[str, Preparation]
+    extra: Mapping[str, dict[str, Tensor]]
+
+    def checked(self, path: str, module: nn.Module) -> Site:
+        """The site to fold. Raises BitfoldError for what cannot be folded."""
+        site = _site(path, module, self.about[path])
+        self.train(site)
+        SettleQuantizers().check(site.gm)
+        return _site(path, module, self.about[path])
 
     def train(self, site: Site) -> None:
         """The graph that trained, with the numbers that training arrived at."""
@@ -109,22 +108,6 @@ class _Trained:
         """What is done to a site just before it is folded."""
         self.train(site)
         Pipeline([SettleQuantizers()]).run(site.gm)
-
-    def forget(self) -> None:
-        self.extra.clear()
-
-
-def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return dict(module._parameters), dict(module._buffers), dict(module._modules)
-
-
-def _restore(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any], held: Any) -> None:
-    """A prepared module as it was."""
-    module.__class__ = cls
-    module.__dict__.clear()
-    module.__dict__.update(attributes)
-    for name, kept in zip(("_parameters", "_buffers", "_modules"), held, strict=True):
-        module.__dict__[name] = kept
 
 
 def _site(path: str, module: nn.Module, about: Preparation) -> Site:

@@ -11,25 +11,28 @@ Every check runs before the first write, so that a mistake leaves the model as i
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError
-from ..passes import Pipeline, TrainQuantizers, expression
+from ..passes import Pipeline, expression
 from ..passes.edges import edge
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
-from ..passes.train_quantizers import TRAIN_QUANTIZE
+from ..passes.train_quantizers import CLOCK, TRAIN_QUANTIZE, TrainQuantizers
 from .calibration import Batches
+from .distill import Distill, Teacher, dismiss, teach
 from .folded import Folded
 from .given_model import module_of
 from .module_scope import Call, Plan, Site, Step, plan
 from .parameters import check_parameters
-from .prepared import Bodies, Preparation, Prepared, bodies_of, prepare_module
+from .prepared import Bodies, Preparation, bodies_of, prepare_module, unprepared
 from .qat_options import Qat
 from .quantize import Scope, _calibrate, _check_found, _check_scope, _recorder
 from .report import ATTRIBUTE
@@ -44,6 +47,7 @@ def prepare_qat(
     calibration: Iterable[Any] | None = None,
     scope: Scope = "module",
     state: Mapping[str, Any] | None = None,
+    distill: Distill | None = None,
     example_inputs: Any = None,
     dynamic: Any = None,
     progress: Step | None = None,
@@ -54,7 +58,12 @@ def prepare_qat(
     - calibration: batches from which the ranges of calibrated activations start; needed by recipes that have
       some, unless `Qat(observe=..)` finds them in training, or `state` brings them
     - scope, example_inputs, dynamic, progress: as for `bf.quantize`
+    - distill: keep a frozen copy of the float model, for `bf.distillation`
     - state: a state dict of this model prepared in the same way, which is loaded; training goes on from there
+
+    A model that is prepared already goes on in the formats of the new recipe (fewer bits, say), with the same
+    parameters: its learned scales begin anew, as the same objects where their shapes are the same, so that an
+    optimizer keeps them; its ranges and its step counter go on.
 
     Returns the model, or the program. Raises BitfoldError, with the model as it was, for anything wrong in
     what was given.
@@ -70,21 +79,31 @@ def prepare_qat(
         check_parameters(model)
         batches = Batches(calibration, example_inputs)
         if scope == "program":
+            if distill is not None:
+                raise BitfoldError(
+                    "distill is for scope='module'; in a program add the loss by bf.Distill().of"
+                )
             from .prepared_program import prepare_program
 
             return prepare_program(
                 model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
             )
-        calls: dict[nn.Module, Call] = {}
-        found = plan(model, wanted, stored={}, record=_remembering(model, batches, calls), progress=progress)
-        _check_found(model, wanted, found)
-        _observe(model, found, how, batches, state, progress)
-        made = _Made(model, wanted, how, calls, resumed=state is not None)
-        for site in found.sites:
-            made.graph(site)
+        teacher = Teacher(model, distill) if distill is not None else None
+        with unprepared(model) as earlier:
+            calls: dict[nn.Module, Call] = {}
+            record = _remembering(model, batches, calls)
+            found = plan(model, wanted, stored={}, record=record, progress=progress)
+            _check_found(model, wanted, found)
+            made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
+            _observe(model, found, how, batches, made.resumed, progress)
+            for site in found.sites:
+                made.graph(site)
         for site in found.sites:
             made.write(site)
         model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+        if teacher is not None:
+            dismiss(model)
+            teach(model, teacher)
         if state is not None:
             model.load_state_dict(dict(state))
         return given
@@ -92,8 +111,6 @@ def prepare_qat(
 
 def _check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, Prepared):
-            raise BitfoldError(f"layer {path or '(the model)'} is prepared already; call bf.convert first")
         if isinstance(module, Folded):
             raise BitfoldError(
                 f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
@@ -115,7 +132,7 @@ def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call
 
 
 def _observe(
-    model: nn.Module, found: Plan, how: Qat, batches: Batches, state: object, progress: Step | None
+    model: nn.Module, found: Plan, how: Qat, batches: Batches, resumed: bool, progress: Step | None
 ) -> None:
     """Ranges from calibration, where there is data; else observers that have seen nothing."""
     if not found.calibrated:
@@ -123,7 +140,7 @@ def _observe(
     if batches.given:
         _calibrate(model, found, batches, progress)
         return
-    if not how.observe and state is None:
+    if not how.observe and not resumed:
         layer = next(site.path for site in found.sites if site.calibrated)
         raise BitfoldError(
             f"layer {layer} takes activations of calibrated range; give calibration=[batches], or let "
@@ -138,12 +155,21 @@ class _Made:
     """The prepared modules of one model: what they share, and the write."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, how: Qat, calls: Mapping[nn.Module, Call], *, resumed: bool
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        how: Qat,
+        calls: Mapping[nn.Module, Call],
+        earlier: Mapping[str, dict[str, Tensor]],
+        *,
+        resumed: bool,
     ) -> None:
-        self.recipe, self.how, self.calls = str(recipe), how, calls
+        self.recipe, self.how, self.calls, self.earlier = str(recipe), how, calls, earlier
+        # Ranges that an earlier recipe had go on; numbers that it had learned are of other formats.
+        self.resumed = resumed or (bool(earlier) and not how.activation_learns)
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.tables = tables
-        self.passed = train_pass(how, resumed=resumed)
+        self.passed = train_pass(how, resumed=self.resumed)
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
 
@@ -169,12 +195,30 @@ class _Made:
         tensors = {name: find_attribute(site.gm, name) for name in attributes}
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         extra = {name: tensor for name, tensor in tensors.items() if name not in held}
+        extra = {name: _going_on(name, one, self.earlier.get(site.path, {})) for name, one in extra.items()}
         weight = module._parameters.get("weight")
         tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
         call = self.calls.get(module)
         shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
         about = Preparation(site.path, self.recipe, self.how, tied, shapes)
         prepare_module(module, bodies, attributes, extra, about, site.ranks)
+
+
+def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+    """What an earlier recipe had under this name, if it can stay: a parameter with new numbers, a buffer."""
+    old = earlier.get(name)
+    if (
+        old is None
+        or old.shape != new.shape
+        or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter)
+    ):
+        return new
+    if not isinstance(new, nn.Parameter):
+        unseen = name.endswith(("_low", "_high")) and not bool(new.isfinite().all())
+        return old if unseen or name == CLOCK else new
+    with torch.no_grad():
+        old.copy_(new)
+    return old
 
 
 def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:
@@ -191,6 +235,8 @@ def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None
         if on.which != "weight":
             continue
         source: Any = node.args[0]
+        if source.target is operator.getitem:  # of a batch norm folded into it
+            source = source.args[0].args[0]
         chain = expression(gm, source)
         assert chain is not None, f"{node.name} reads no parameter"
         for part in node.args[3]:

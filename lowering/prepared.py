@@ -14,7 +14,8 @@ its `state_dict`, float32 whatever `.to(dtype)` says.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -56,6 +57,7 @@ class Prepared(nn.Module):
     ranks: tuple[int, ...] | None
     preparation: Preparation
     own_forward: dict[str, Any]
+    is_prepared = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs:
@@ -149,6 +151,26 @@ def unprepare(module: Prepared) -> dict[str, Tensor]:
     module.__class__ = unprepared_class(module)
     module.__dict__.update(own)
     return extra
+
+
+@contextmanager
+def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """The model with original modules; yields what training had added to each, by path. If the block raises,
+    every module is prepared again, as it was."""
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, Prepared)}
+    kept = {path: (type(module), dict(module.__dict__)) for path, module in modules.items()}
+    held = {path: [dict(module.__dict__[table]) for table in _TABLES] for path, module in modules.items()}
+    try:
+        yield {path: unprepare(module) for path, module in modules.items()}
+    except BaseException:
+        for path, module in modules.items():
+            module.__class__, attributes = kept[path]
+            module.__dict__.clear()
+            module.__dict__.update(attributes, **dict(zip(_TABLES, held[path], strict=True)))
+        raise
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:

@@ -20,13 +20,15 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError
-from ..passes import Fold, Pipeline, SettleQuantizers, capture
+from ..passes import Fold, Pipeline, capture
 from ..passes.annotate import Annotate
 from ..passes.calibrate import calibrate
 from ..passes.mode import TrainMode
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
+from ..passes.settle_quantizers import SettleQuantizers
+from ..passes.train_batch_norm import SettleBatchNorm, TrainBatchNorm
 from .calibration import Batches
 from .folded import Canonical
 from .graph_data import dump
@@ -98,6 +100,9 @@ def prepare_program(
         if batches.given:
             calibrate(gm, batches.raw())
     Pipeline([train_pass(how, resumed=state is not None)]).run(gm, progress=progress)
+    if how.fold_norm:
+        freeze = -1 if how.freeze_norm is None else how.freeze_norm
+        Pipeline([TrainBatchNorm(freeze)]).run(gm, progress=progress)
     share_learned(gm, {})
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
@@ -116,7 +121,7 @@ def convert_program(gm: GraphModule, target: str, progress: Step | None) -> Grap
     made = copy.deepcopy(gm)
     made.eval()
     _of_class(made, GraphModule, False)
-    Pipeline([SettleQuantizers(), Fold()]).run(made, progress=progress)
+    Pipeline([SettleBatchNorm(), SettleQuantizers(), Fold()]).run(made, progress=progress)
     made.meta[CANONICAL] = Canonical(dump(made), {})
     lowered = lower_graph(made, target)
     own_tensors(lowered, gm)

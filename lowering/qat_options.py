@@ -50,6 +50,11 @@ class Qat:
             raise BitfoldError(f"rate is above 0 and at most 1, not {self.rate!r}")
 
     @property
+    def activation_learns(self) -> bool:
+        """Whether scales of calibrated activations are parameters."""
+        return Gradient.parse(self.activation).learns
+
+    @property
     def counts(self) -> bool:
         """Whether anything depends on the step."""
         return bool(self.warmup or self.observe or self.freeze_norm is not None)

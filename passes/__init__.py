@@ -33,11 +33,9 @@ from .provenance import Origin, inherit, origin
 from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
-from .settle_quantizers import SettleQuantizers
 from .sparsify import Sparsify
 from .stages import Stage, VerificationError
 from .trace import Change, Step, Trace
-from .train_quantizers import TrainQuantizers
 from .verify import verify
 
 __all__ = [
@@ -64,14 +62,12 @@ __all__ = [
     "Recipe",
     "Region",
     "Rule",
-    "SettleQuantizers",
     "Site",
     "Sparsify",
     "Stage",
     "State",
     "Step",
     "Trace",
-    "TrainQuantizers",
     "VerificationError",
     "WeightStore",
     "add_constant",

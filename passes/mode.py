@@ -34,6 +34,8 @@ _TRAINING: dict[Any, int] = {
     aten.rrelu.default: 3,
     torch.ops.bitfold.train_quantize.default: 4,
     torch.ops.bitfold.observe_range.default: 3,
+    torch.ops.bitfold.fold_norm.default: 7,
+    torch.ops.bitfold.unfold_norm.default: 9,
 }
 
 

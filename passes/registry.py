@@ -34,6 +34,8 @@ _BUILT_IN = {
     "fake_quantize": "fake_quantize",
     "train_quantizers": "train_quantizers",
     "settle_quantizers": "settle_quantizers",
+    "train_batch_norm": "train_batch_norm",
+    "settle_batch_norm": "train_batch_norm",
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",

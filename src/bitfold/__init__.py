@@ -23,7 +23,9 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .formats.gradient import Gradient
     from .lowering.convert import convert
+    from .lowering.distill import Distill, distillation
     from .lowering.load import load
     from .lowering.prepare import prepare_qat
     from .lowering.qat_options import Qat
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
+    "Distill": ("lowering.distill", "Distill"),
+    "Gradient": ("formats.gradient", "Gradient"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
@@ -53,6 +57,7 @@ _LATER = {
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
     "convert": ("lowering.convert", "convert"),
+    "distillation": ("lowering.distill", "distillation"),
     "get_target": ("lowering.target", "get_target"),
     "load": ("lowering.load", "load"),
     "parameter_groups": ("lowering.qat_schedule", "parameter_groups"),
@@ -68,8 +73,10 @@ _LATER = {
 
 __all__ = [
     "BitfoldError",
+    "Distill",
     "Format",
     "FormatError",
+    "Gradient",
     "Miss",
     "Pass",
     "Pipeline",
@@ -85,6 +92,7 @@ __all__ = [
     "calibrate",
     "capture",
     "convert",
+    "distillation",
     "format",
     "formats",
     "get_target",

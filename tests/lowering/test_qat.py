@@ -459,8 +459,9 @@ def test_mistakes_are_one_sentence_and_change_nothing() -> None:
         assert set(before) == set(model.state_dict())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     bf.prepare_qat(model, ALL, bf.Qat("lsq"))
-    with pytest.raises(bf.BitfoldError, match="prepared already"):
-        bf.prepare_qat(model, ALL)
+    with pytest.raises(bf.BitfoldError, match="24"):
+        bf.prepare_qat(model, "int4[g24]")
+    assert isinstance(model.fc, Prepared) and isinstance(model.embed, Prepared)
     with torch.no_grad():
         model.fc.weight_step[0] = math.nan
     with pytest.raises(bf.BitfoldError, match="not finite"):
@@ -479,3 +480,87 @@ def test_a_range_without_data_is_not_converted() -> None:
     with pytest.raises(bf.BitfoldError, match="no data"):
         bf.convert(model)
     assert isinstance(model.fc, Prepared)
+
+
+def test_fewer_bits_as_training_goes_on_with_the_same_optimizer() -> None:
+    torch.manual_seed(0)
+    recipes = [bf.Recipe("r", (Rule(op="*", weight=f"int{b}[g16]"),)) for b in (8, 4, 2)]
+    model = bf.prepare_qat(Net(), recipes[0], bf.Qat("lsq", warmup=1))
+    optimizer = torch.optim.Adam(bf.parameter_groups(model, 5e-3))
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for recipe in recipes:
+        if recipe is not recipes[0]:
+            bf.prepare_qat(model, recipe, bf.Qat("lsq", warmup=1))
+        assert {id(p) for p in model.parameters()} == trained
+        for _ in range(5):
+            loss(model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bf.advance(model)
+    assert int(model.fc.clock) == 15
+    model.eval()
+    with torch.no_grad():
+        expected = model(TOKENS)
+        bf.convert(model, target="reference")
+        assert torch.equal(model(TOKENS), expected)
+    assert model.fc.folded_weights[0].format.startswith("int2[g16")
+
+
+def test_ranges_go_on_when_bits_change() -> None:
+    def static(bits: int) -> bf.Recipe:
+        return bf.Recipe("r", (Rule(weight=f"int{bits}", input="int8[tensor]", observer="minmax"),))
+
+    model = bf.prepare_qat(Net(), static(8), calibration=[TOKENS])
+    high = model.fc.input_high.clone()
+    bf.prepare_qat(model, static(4))
+    assert torch.equal(model.fc.input_high, high) and bool(high.isfinite())
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_the_float_model_teaches_in_one_line(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    floats = copy.deepcopy(model)
+    names = set(model.state_dict())
+    with pytest.raises(bf.BitfoldError, match="no teacher"):
+        bf.distillation(model)
+    bf.prepare_qat(model, ALL, distill=bf.Distill(kind, temperature=2.0, weight=3.0))
+    assert set(model.state_dict()) == names and len(list(model.parameters())) == len(
+        list(floats.parameters())
+    )
+    with pytest.raises(bf.BitfoldError, match="not been called"):
+        bf.distillation(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        said = model(TOKENS)
+        got = bf.distillation(model)
+        with torch.no_grad():
+            wanted = floats(TOKENS)
+        if kind == "mse":
+            assert torch.allclose(got, 3 * (said - wanted).square().mean())
+        else:
+            p, q = (torch.softmax(t.double() / 2, -1) for t in (wanted, said))
+            by_hand = 3 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
+            assert torch.allclose(got.double(), by_hand, rtol=1e-4)  # logarithms of float32 near each other
+        got.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(got.item())
+    assert losses[-1] < 0.8 * losses[0]
+    twin = copy.deepcopy(model)
+    twin(TOKENS)
+    bf.convert(twin)
+    assert not twin._forward_hooks and "bitfold_teacher" not in twin.__dict__
+
+
+def test_a_teacher_compiles_with_its_model() -> None:
+    torch._dynamo.reset()
+    model = bf.prepare_qat(Net(), ALL, distill=bf.Distill())
+    step_ = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = (model(TOKENS), bf.distillation(model))[1]
+    step_(TOKENS)
+    got = bf.distillation(model)
+    assert torch.allclose(got, expected, atol=1e-6)
+    got.backward()
+    assert model.fc.weight.grad is not None

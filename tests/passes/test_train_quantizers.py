@@ -13,14 +13,14 @@ from bitfold.passes import (
     Pipeline,
     Recipe,
     Rule,
-    SettleQuantizers,
-    TrainQuantizers,
     calibrate,
     capture,
     snapshot,
     state,
 )
 from bitfold.passes.mode import TrainMode
+from bitfold.passes.settle_quantizers import SettleQuantizers
+from bitfold.passes.train_quantizers import TrainQuantizers
 
 RECIPE = Recipe("r", (Rule(weight="int4", input="int8[tensor]", observer="minmax"),))
 
