@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bitfold.lowering.checkpoints.gguf_read import unpermute_rows
 from bitfold.passes.recipes import Recipe
 from bitfold.tools.demo import environment
 from bitfold.tools.perplexity import perplexity
-from bitfold.tools.smollm2 import default_path, load_smollm2, parameter_name, unpermute_rows
+from bitfold.tools.smollm2 import default_path, load_smollm2, parameter_name
 from bitfold.tools.text import brown_tokens, fetch_brown, pydoc_tokens
 from bitfold.tools.trial import Bench, shared_copy
 

@@ -120,7 +120,7 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     state(graph).store = weights
     positions = {node.name: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     _mark_static(gm, graph)
-    trace = steps.run(graph)
+    trace = steps.run(graph, record=options.trace is not None)
     deliver(options.trace, trace)
     _warn_unmatched(steps, trace, graph)
     _warn_unversioned(graph, weights)

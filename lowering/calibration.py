@@ -43,10 +43,10 @@ class Batch:
                     f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
                 )
 
-    def run(self, model: nn.Module) -> None:
-        """Run the model on it. Raises BitfoldError if the model does not take it."""
+    def run(self, model: nn.Module) -> Any:
+        """What the model returns for it. Raises BitfoldError if the model does not take it."""
         try:
-            model(*self.args, **self.kwargs)
+            return model(*self.args, **self.kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             if isinstance(error, BitfoldError):
                 raise
@@ -129,7 +129,7 @@ def record_arguments(model: nn.Module, batch: Batch, modules: Iterable[nn.Module
     def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen.setdefault(module, (args, kwargs))
 
-    with _hooked(model, dict.fromkeys(modules, remember)):
+    with hooked(model, dict.fromkeys(modules, remember)):
         batch.run(model)
     return seen
 
@@ -146,7 +146,7 @@ def observe_modules(
         observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
 
     count = 0
-    with _hooked(model, dict.fromkeys(observers, observe)):
+    with hooked(model, dict.fromkeys(observers, observe)):
         for batch in batches:
             if progress is not None:
                 progress(f"calibrate on batch {count}", count, 0)
@@ -156,10 +156,17 @@ def observe_modules(
 
 
 @contextmanager
-def _hooked(model: nn.Module, hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    """The model in eval mode, without gradients, with these hooks before the forwards; then as it was."""
+def hooked(
+    model: nn.Module,
+    before: Mapping[nn.Module, Callable[..., Any]],
+    after: Mapping[nn.Module, Callable[..., Any]] | None = None,
+) -> Iterator[None]:
+    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was."""
     training = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
+    handles += [
+        module.register_forward_hook(hook, with_kwargs=True) for module, hook in (after or {}).items()
+    ]
     try:
         model.eval()
         with torch.no_grad():

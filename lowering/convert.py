@@ -99,15 +99,15 @@ class _Trained:
     def train(self, site: Site) -> None:
         """The graph that trained, with the numbers that training arrived at."""
         if site.calibrated:
-            Pipeline([Observe()]).run(site.gm)
-        Pipeline([train_pass(self.about[site.path].options, resumed=True)]).run(site.gm)
+            Pipeline([Observe()]).run(site.gm, record=False)
+        Pipeline([train_pass(self.about[site.path].options, resumed=True)]).run(site.gm, record=False)
         for name, tensor in self.extra[site.path].items():
             setattr(site.gm, name, tensor)
 
     def settle(self, site: Site) -> None:
         """What is done to a site just before it is folded."""
         self.train(site)
-        Pipeline([SettleQuantizers()]).run(site.gm)
+        Pipeline([SettleQuantizers()]).run(site.gm, record=False)
 
 
 def _site(path: str, module: nn.Module, about: Preparation) -> Site:
@@ -121,7 +121,7 @@ def _site(path: str, module: nn.Module, about: Preparation) -> Site:
     if isinstance(site, Miss):
         raise BitfoldError(f"layer {path}: {site.reason}")
     heads = about.path if about.tied_head else ""
-    Pipeline([Annotate(recipe=about.recipe, heads=heads)]).run(site.gm)
+    Pipeline([Annotate(recipe=about.recipe, heads=heads)]).run(site.gm, record=False)
     if not any(True for _ in annotated(site.gm)):
         raise BitfoldError(f"layer {path} no longer takes what it was prepared for; prepare the model again")
     site.path = path

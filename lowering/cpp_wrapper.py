@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
 
 
 class _Shims(dict[Any, list[str]]):
@@ -44,6 +45,17 @@ SHIMS = _Shims(
 )
 
 
-def cpp_wrapper() -> dict[str, Any]:
-    """Options of Inductor."""
+def options_for(gm: GraphModule) -> dict[str, Any]:
+    """Options of Inductor for this graph; none if it calls an operator that C++ cannot.
+
+    An operator without a C function is called through Python there, and if it gives a list of one tensor,
+    Inductor 2.11 to 2.14 takes the list for the tensor: the process dies.
+    """
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target not in SHIMS:
+            returned = node.target._schema.returns
+            if node.target.namespace == "bitfold" and any(
+                str(one.type) == "List[Tensor]" for one in returned
+            ):
+                return {}
     return {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": SHIMS}

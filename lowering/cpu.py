@@ -36,7 +36,7 @@ from ..formats import format as parse
 from ..passes import inherit
 from . import cpu_conv
 from .conv_chain import chain
-from .cpp_wrapper import cpp_wrapper
+from .cpp_wrapper import options_for
 from .cpu_cache import lower_caches
 from .cpu_forms import MOST_ROWS, Plan, gemv, plan, vector_layout
 from .few_queries import FEW_QUERIES, few_queries
@@ -159,8 +159,9 @@ class CpuTarget(InductorTarget):
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         """A layer that occurs many times is compiled once, where nothing is differentiated."""
         if self.missing() is None and not torch.is_grad_enabled():
-            options = {**cpp_wrapper(), **config}
-            pieces = compile_repeats(gm, lambda piece, inputs: compiled(piece, inputs, options))
+            pieces = compile_repeats(
+                gm, lambda piece, inputs: compiled(piece, inputs, {**options_for(piece), **config})
+            )
             if pieces is not None:
                 return pieces
         return super().compile(gm, example_inputs, config)

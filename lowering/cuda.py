@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -38,8 +40,10 @@ from ..formats.layout import Halfwords
 from ..passes import Miss, inherit
 from .fused import parsed
 from .inductor import InductorTarget, dequantized
+from .launches import can_overlap, every_kernel_waits
 from .product import Product, product, products
 from .splice import splice
+from .target import Compiled
 
 aten = torch.ops.aten
 # Compute capability from which tensor cores multiply float8.
@@ -74,10 +78,12 @@ class CudaTarget(InductorTarget):
     def settings(self) -> dict[str, Any]:
         """Kernels of Inductor's between ours start before their predecessors have ended, too: a token of
         Llama-3-8B in int4 takes 8 % less (`docs/notes/gpu.md`)."""
-        from torch._inductor import config
+        early = present().arch >= OVERLAP_FROM and can_overlap()
+        return {"triton.enable_pdl": True} if early else {}
 
-        known = hasattr(config.triton, "enable_pdl")
-        return {"triton.enable_pdl": True} if known and present().arch >= OVERLAP_FROM else {}
+    def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
+        with every_kernel_waits() if can_overlap() else nullcontext():
+            return super().compile(gm, example_inputs, config)
 
     def finish(self, gm: GraphModule) -> int:
         """Operations around kernels become part of them."""

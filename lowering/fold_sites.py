@@ -88,7 +88,7 @@ def _fold_site(
     state(site.gm).store = store
     if settle is not None:
         settle(site)
-    Pipeline([Fold()]).run(site.gm)
+    Pipeline([Fold()]).run(site.gm, record=False)
     graph = dump(site.gm)
     sources = {_codes_of(anchor): source for anchor, source in wanted.items()}
     tensors = {name: find_attribute(site.gm, name) for name in tensor_names(graph)}
@@ -112,6 +112,8 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[Node, Sou
             own = chain.path.removeprefix(site.path).strip(".")
             path = names[id(chain.parameter)][0]
             shape, back = tuple(chain.parameter.shape), back_from(chain, note.anchor)
+            if site.columns is not None and back is not None:
+                back = (("columns", site.columns), *back)
             sources[node] = Source(own, shape, path, back, (path, chain.text, back))
     return sources, dtype
 

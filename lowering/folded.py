@@ -50,7 +50,8 @@ class FoldedWeight:
 
     `path` is the parameter's first path in the model, `format` that of the parts as they lie here,
     `canonical` the same in the layout that files have. `back` leads from the decoded rows to the parameter by
-    ("permute", dims) and ("reshape", shape) steps; None if the rows are only a slice of it.
+    ("columns", places), ("permute", dims) and ("reshape", shape) steps; None if the rows are only a slice of
+    it.
     """
 
     name: str
@@ -69,7 +70,10 @@ class FoldedWeight:
                 f"{self.name!r} was folded through a slice of it, so it cannot be decoded as a whole"
             )
         for step, sizes in self.back:
-            rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
+            if step == "columns":
+                rows = rows[..., torch.tensor(sizes, device=rows.device)]
+            else:
+                rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
         return rows
 
 

@@ -28,6 +28,9 @@ STATIC = "bitfold_static"
 
 # Torch's compile caches keep what was compiled with these told.
 cache_tag.add("static inputs 1")
+# Inductor's cache keeps C++ that is written for the vectors of one process and compiles it for those of
+# another: where they are wider, it stores behind the end of its buffers.
+cache_tag.add(torch.backends.cpu.get_cpu_capability())
 
 
 def _inner_compile(gm: GraphModule) -> Any:

@@ -270,7 +270,7 @@ def lower_graph(gm: GraphModule, target: str) -> GraphModule:
     """`gm` for `target`, regions put back into one graph; the reference runs the folded graph as it is."""
     if target == "reference" or state(gm).stage >= Stage.lowered:
         return gm
-    Pipeline([Fuse(), Lower(target=target)]).run(gm)
+    Pipeline([Fuse(), Lower(target=target)]).run(gm, record=False)
     inline(gm)
     for name in target.split(","):
         get_target(name.strip()).finish(gm)

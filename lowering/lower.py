@@ -29,6 +29,8 @@ from .partition import Partition, partition
 from .target import Target, get_target
 
 DEQUANTIZE = torch.ops.bitfold.dequantize.default
+TAKEN_BY = "bitfold_target"
+"""In the `meta` of a region's call: the name of the target that took it."""
 
 
 @register_pass
@@ -54,6 +56,7 @@ class Lower(Pass):
             region = region_of(gm, call)
             assert region is not None
             _put(gm, call, region, target.lower(region))
+            call.meta[TAKEN_BY] = target.name
         return len(found.taken)
 
 

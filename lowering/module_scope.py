@@ -52,12 +52,14 @@ class Site:
     """One module that will be folded, and its graph.
 
     `ranks`: the number of dimensions of each input that the graph holds for; None if it holds for any.
+    `columns`: where each column of the parameter lies among those of the codes; None if they lie alike.
     """
 
     path: str
     module: nn.Module
     gm: GraphModule
     ranks: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -108,7 +110,7 @@ def plan(
             continue
         known += [anchor.site for anchor in anchors(site.gm, heads)] if named else []
         state(site.gm).stored = codes
-        found.misses += annotate.run(site.gm).misses
+        found.misses += annotate.run(site.gm, record=False).misses
         if any(True for _ in annotated(site.gm)):
             found.sites.append(site)
     found.misses += _split_ties(found.sites)

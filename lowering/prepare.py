@@ -148,7 +148,7 @@ def _observe(
         )
     for site in found.sites:
         if site.calibrated:
-            Pipeline([Observe()]).run(site.gm)
+            Pipeline([Observe()]).run(site.gm, record=False)
 
 
 class _Made:
@@ -175,7 +175,7 @@ class _Made:
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
-        Pipeline([self.passed]).run(site.gm)
+        Pipeline([self.passed]).run(site.gm, record=False)
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         held = (*site.gm.named_parameters(), *site.gm.named_buffers())

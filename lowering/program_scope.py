@@ -12,22 +12,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, state
 from ..passes.annotate import Annotate
-from ..passes.calibrate import calibrate
+from ..passes.calibrate import calibrate, flat_arguments
 from ..passes.fold import Fold
 from ..passes.note import annotated
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
+from ..passes.share import Share
+from .algorithm import Algorithm
 from .cache import QuantizeCache, speaks_of_caches
 from .calibration import Batches
 from .folded import Canonical
 from .graph_data import dump
 from .install import CANONICAL, lower_graph
+from .measure import Gatherer, linears
 from .module_scope import Step
 from .parameters import with_all_names
 from .program import as_program, own_tensors
@@ -42,6 +46,7 @@ def quantize_program(
     stored: Mapping[str, Quantized],
     dynamic: Any = None,
     progress: Step | None = None,
+    steps: Algorithm | None = None,
 ) -> GraphModule:
     """Capture, annotate, calibrate if the recipe asks for it, fold and lower. Mistakes are BitfoldErrors."""
     example = batches.example()
@@ -53,17 +58,45 @@ def quantize_program(
     state(gm).stored = with_all_names(stored, model)
     caches = 0
     if speaks_of_caches(recipe):
-        caches = Pipeline([QuantizeCache(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
-    notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
+        caches = (
+            Pipeline([QuantizeCache(recipe=str(recipe))])
+            .run(gm, record=False, progress=progress)
+            .steps[-1]
+            .rewrites
+        )
+    notes = (
+        Pipeline([Annotate(recipe=str(recipe))]).run(gm, record=False, progress=progress).steps[-1].rewrites
+    )
     if notes + caches == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
+    data: list[Any] = list(batches.raw()) if steps is not None else []
+    if steps is not None:
+        _solve(gm, steps, data, progress)
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:
         batches.check_given(observed)
-        Pipeline([Observe()]).run(gm, progress=progress)
-        calibrate(gm, batches.raw())
-    Pipeline([Fold()]).run(gm, progress=progress)
+        Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
+        calibrate(gm, data if steps is not None else batches.raw())
+    Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)
     own_tensors(lowered, model)
     return as_program(lowered)
+
+
+@torch.no_grad()
+def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step | None) -> None:
+    """All layers measured in the float graph, then solved one after the other. (The module scope holds one
+    block's
+    statistics at a time, and measures each block behind the rounded ones.)"""
+    if steps.balance:
+        raise BitfoldError(f"{steps.balance[0].name} balances the blocks of a model; use scope='module'")
+    if steps.needs_data:
+        if not batches:
+            raise BitfoldError(f"{steps} measures what goes into each layer; give calibration=[batches]")
+        run = Gatherer(gm, [node for node, _ in linears(gm)], type(gm).__name__)
+        for index, batch in enumerate(batches):
+            if progress is not None:
+                progress(f"measure batch {index}", index, len(batches))
+            run.run(*flat_arguments(gm, index, batch))
+    steps.solve.run(gm, progress=progress)

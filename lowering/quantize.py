@@ -12,11 +12,13 @@ Every check runs before the first write, so that a mistake leaves the model as i
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
@@ -24,7 +26,8 @@ from ..passes import Pipeline
 from ..passes.fake_quantize import check_observers
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
-from .calibration import Batches, observe_modules, record_arguments
+from .algorithm import Algorithm, algorithm_of
+from .calibration import Batch, Batches, observe_modules, record_arguments
 from .fold_sites import fold_sites
 from .folded import Folded
 from .given_model import module_of
@@ -33,6 +36,9 @@ from .memory import held, release
 from .module_scope import Plan, Record, Step, plan
 from .parameters import check_parameters
 from .program_scope import quantize_program
+from .results import Results, fingerprint
+from .solve_sites import solve_sites
+from .swaps import as_decided, changed
 from .tracing import TRACING
 
 Scope = Literal["module", "program"]
@@ -50,6 +56,8 @@ def quantize(
     example_inputs: Any = None,
     dynamic: Any = None,
     progress: Step | None = None,
+    algorithm: str | Pipeline | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Quantize `model` by `recipe` (a name such as "int4", a format, JSON, or a `Recipe`).
 
@@ -60,6 +68,9 @@ def quantize(
     - example_inputs: as one batch; for the program scope, and for modules of kinds that are not known
     - dynamic: program scope, the sizes that vary, as `bf.capture` takes them
     - progress: called with (what, done, total)
+    - algorithm: passes that decide the codes, such as "clip,gptq" (docs/notes/ptq.md); by default each number
+      is rounded to the nearest. Most measure what goes into each layer, and so want `calibration`
+    - resume: a folder for what the algorithm has found, layer by layer; a run that was interrupted goes on
 
     Returns the model (module scope) or the lowered GraphModule, which stays in the mode (train or eval), in
     the dtype and over the unquantized parameters of the model as it is now.
@@ -76,16 +87,27 @@ def quantize(
         on = resolve_target(target, device)
         batches = Batches(calibration, example_inputs)
         codes = stored or {}
+        steps = None if algorithm is None else algorithm_of(algorithm)
+        if resume is not None and (steps is None or scope == "program"):
+            raise BitfoldError("resume keeps what an algorithm finds (module scope); give algorithm= too")
         if scope == "program":
             return quantize_program(
-                model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress
+                model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress, steps=steps
             )
         found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
         _check_found(model, wanted, found)
+        data: Iterable[Batch] = batches
+        changes: dict[str, Tensor] = {}
+        if steps is not None:
+            data = list(batches)  # an algorithm goes over them again and again
+            changes = _solve(model, wanted, found, steps, data, resume, progress)
         if found.calibrated:
-            _calibrate(model, found, batches, progress)
+            batches.check_given(next(site.path for site in found.sites if site.calibrated))
+            with as_decided(model, changes, found):
+                _calibrate(model, found, data, progress)
         before = held(model)
-        fold_sites(model, found, on, progress)
+        with changed(model, changes, found):
+            fold_sites(model, found, on, progress)
         release(before - held(model))
         return given
 
@@ -125,12 +147,26 @@ def _check_found(model: nn.Module, recipe: Recipe, found: Plan) -> None:
     )
 
 
-def _calibrate(model: nn.Module, found: Plan, batches: Batches, progress: Step | None) -> None:
-    batches.check_given(next(site.path for site in found.sites if site.calibrated))
+def _solve(
+    model: nn.Module,
+    recipe: Recipe,
+    found: Plan,
+    steps: Algorithm,
+    batches: list[Batch],
+    resume: str | os.PathLike[str] | None,
+    progress: Step | None,
+) -> dict[str, Tensor]:
+    results = None
+    if resume is not None:
+        results = Results(resume, fingerprint(model, (json.dumps(recipe.to_dict()), str(steps)), batches))
+    return solve_sites(model, found, steps, batches, results=results, progress=progress)
+
+
+def _calibrate(model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Step | None) -> None:
     observed = {}
     for site in found.sites:
         if site.calibrated:
-            Pipeline([Observe()]).run(site.gm)
+            Pipeline([Observe()]).run(site.gm, record=False)
             observed[site.module] = site.gm
     if observe_modules(model, batches, observed, progress) == 0:
         raise BitfoldError("calibration has no batches; give at least one")

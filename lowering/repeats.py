@@ -8,7 +8,8 @@ layer, the part behind. None if nothing in the graph repeats.
 
 Nothing is known of layers here: the sequence of operators, constants and shapes is looked at as text, and the
 longest stretch that is its own continuation after `period` nodes is cut where the fewest values pass. Nodes
-stay in order, so writes to caches happen where they did.
+stay in order, so writes to caches happen where they did; a graph is left whole if a stretch writes to memory
+that two of its inputs share, since those of another layer may not.
 
 The C++ that calls the kernels of thirty layers is one function that GCC takes minutes for; that of one layer
 takes seconds. What it costs is that nothing is fused over the border of two layers, and a call from Python
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from .shared_memory import memory, writes_shared
 from .shared_regions import alike, described
 from .target import Compiled
 
@@ -57,6 +59,9 @@ def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
     edges = [found.start + found.period * i for i in range(found.count + 1)]
     cuts = [body[: edges[0]], *(body[a:b] for a, b in pairwise(edges)), body[edges[-1] :]]
     pieces = [_piece(gm, cut) for cut in cuts if cut]
+    shared = memory(gm.graph)
+    if any(writes_shared(piece.nodes, piece.inputs, shared) for piece in pieces):
+        return None
     layers = [piece for piece in pieces if len(piece.nodes) == found.period]
     keys = {alike(piece.graph, kernels=True) for piece in layers}
     if len(keys) != 1 or None in keys:

@@ -47,14 +47,19 @@ def save(
     The file appears whole or not at all; what was at `path` before stays until then.
     """
     place, model = place_of(path), module_of(model, "bf.save")
-    contents = _Contents()
-    header = _program(model, contents) if is_graph(model) else _module(model, contents)
-    header = {"version": VERSION, "bitfold": __version__, **header}
-    header |= {"tensors": described(contents.kinds), "tied": contents.tied}
+    contents, header = contents_of(model)
     write(place, contents.tensors, header, contents.kinds, progress)
 
 
-class _Contents:
+def contents_of(model: nn.Module) -> tuple[Contents, dict[str, Any]]:
+    """The tensors of the file that `save` writes, and its header."""
+    contents = Contents()
+    header = _program(model, contents) if is_graph(model) else _module(model, contents)
+    header = {"version": VERSION, "bitfold": __version__, **header}
+    return contents, header | {"tensors": described(contents.kinds), "tied": contents.tied}
+
+
+class Contents:
     """The tensors of the file: each once, whatever names it has."""
 
     def __init__(self) -> None:
@@ -76,7 +81,7 @@ class _Contents:
         self.kinds[name], self.tensors[name] = made or ((tensor.dtype, tuple(tensor.shape)), tensor)
 
 
-def _module(model: nn.Module, contents: _Contents) -> dict[str, Any]:
+def _module(model: nn.Module, contents: Contents) -> dict[str, Any]:
     # A module under two names is in the file under both, as its tensors are.
     every = model.named_modules(remove_duplicate=False)
     folded = {path: module for path, module in every if isinstance(module, Folded)}
@@ -155,7 +160,7 @@ def _in_canonical(
     return {name: (kinds[i], partial(part, i)) for i, name in enumerate(names)}
 
 
-def _program(gm: GraphModule, contents: _Contents) -> dict[str, Any]:
+def _program(gm: GraphModule, contents: Contents) -> dict[str, Any]:
     canonical = gm.meta.get(CANONICAL)
     if not isinstance(canonical, Canonical):
         if state(gm).stage is not Stage.folded:

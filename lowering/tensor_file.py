@@ -48,10 +48,10 @@ class TensorFile:
     header: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
-    _open: Any = field(repr=False)
+    _open: Mapping[str, Any] = field(repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._open.get_tensor(name)
+        tensor: Tensor = self._open[name].get_tensor(name)
         return tensor
 
     def __contains__(self, name: str) -> bool:
@@ -98,33 +98,49 @@ def write(
             beside.unlink()
 
 
-def open_file(path: str | os.PathLike[str]) -> TensorFile:
-    """Open what `write` wrote. Raises FileError for no file, a truncated one, one of another program or of a
-    newer bitfold, and one that lacks a tensor.
+def open_file(path: str | os.PathLike[str], *more: str | os.PathLike[str]) -> TensorFile:
+    """Open what `write` wrote, or several files of one model, each of which has the whole header.
+
+    Raises FileError for no file, a truncated one, one of another program or of a newer bitfold, and one that
+    lacks a tensor.
     """
-    place = named(path)
-    if not is_file(place):
-        raise FileError(f"{place} is not a file" if place.exists() else f"there is no file {place}")
-    try:
-        opened: Any = safe_open(str(place), framework="pt")
-        header = _header(place, opened.metadata() or {})
-        names = set(opened.keys())
-        slices = {name: opened.get_slice(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise FileError(
-            f"{place} is truncated or is not a safetensors file ({error}); copy or save it again"
-        ) from error
-    shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-    dtypes = {name: DTYPES.get(part.get_dtype(), torch.float32) for name, part in slices.items()}
+    places = [named(one) for one in (path, *more)]
+    header: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for place in places:
+        opened, header = _opened(place)
+        for name in opened.keys():  # noqa: SIM118  (no mapping)
+            part = opened.get_slice(name)
+            tensors[name], shapes[name] = opened, tuple(part.get_shape())
+            dtypes[name] = DTYPES.get(part.get_dtype(), torch.float32)
+    place = places[0]
     for name, dtype, shape in _listed(place, header):
-        if name not in names:
+        if name not in shapes:
             raise FileError(f"{place} lacks the tensor {name!r} that its header names; save the model again")
         if shapes[name] != shape or _NAMES[dtypes[name]] != dtype:
             raise FileError(
                 f"{place}: tensor {name!r} is {_NAMES[dtypes[name]]}{list(shapes[name])} but its header says "
                 f"{dtype}{list(shape)}; save the model again"
             )
-    return TensorFile(place, header, shapes, dtypes, opened)
+    return TensorFile(place, header, shapes, dtypes, tensors)
+
+
+def _opened(place: Path) -> tuple[Any, dict[str, Any]]:
+    """One file, and its header."""
+    if not is_file(place):
+        raise FileError(f"{place} is not a file" if place.exists() else f"there is no file {place}")
+    try:
+        opened: Any = safe_open(str(place), framework="pt")
+        header = _header(place, opened.metadata() or {})
+        for name in opened.keys():  # noqa: SIM118  (no mapping)
+            opened.get_slice(name)
+    except (SafetensorError, OSError) as error:
+        raise FileError(
+            f"{place} is truncated or is not a safetensors file ({error}); copy or save it again"
+        ) from error
+    return opened, header
 
 
 def _listed(place: Path, header: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -24,15 +24,17 @@ from .fake_quantize import FakeQuantize
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
 from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
+from .histograms import observer
 from .note import Note, annotated, note
 from .observe import Observe
-from .observers import Observer, observer
+from .observers import Observer
 from .pattern import Match, Pattern, rewrite
 from .pipeline import Pipeline
 from .provenance import Origin, inherit, origin
 from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
+from .share import Share
 from .sparsify import Sparsify
 from .stages import Stage, VerificationError
 from .trace import Change, Step, Trace
@@ -62,6 +64,7 @@ __all__ = [
     "Recipe",
     "Region",
     "Rule",
+    "Share",
     "Site",
     "Sparsify",
     "Stage",

@@ -55,6 +55,14 @@ def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None
     return len(given)
 
 
+def flat_arguments(gm: GraphModule, index: int, batch: Any) -> list[Any]:
+    """The values of a batch in the order of the graph's inputs, checked as `calibrate` checks them."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values = _flat(gm, index, *_arguments(batch), len(inputs))
+    _check(index, inputs, values)
+    return values
+
+
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)

@@ -22,6 +22,7 @@ from ..formats import BitfoldError, format
 from .anchors import TARGETS, from_rows, to_rows
 from .constants import add_constant, expression
 from .core import Pass
+from .draft import DRAFT
 from .edges import EDGE, Edge, edge, split_activations
 from .edit import call
 from .note import KEY, Note, annotated
@@ -47,8 +48,9 @@ class FakeQuantize(Pass):
         """Number of edges. Raises BitfoldError, with nothing written, for an observer that saw no data."""
         check_observers(gm)
         for node, note in annotated(gm):
-            # Weights that will train leave the codes that they came with.
+            # Weights that will train leave the codes that they came with, or that an algorithm found.
             node.meta[KEY] = replace(note, stored="")
+            node.meta.pop(DRAFT, None)
         made = mark_edges(gm)
         return made + _mask_weights(gm)
 
@@ -102,11 +104,11 @@ def _settle(gm: GraphModule, node: Node) -> int:
     assert isinstance(value, Node)
     fmt = format(on.format)
     shape = [1] * value.meta["val"].ndim
-    low, high = (end.reshape(shape).to(value.meta["val"].device) for end in observer.range())
+    device = value.meta["val"].device
     names = [part for part in fmt.parts if part not in ("codes", "indices")]
     params = [
-        add_constant(gm, f"{on.layer}_{on.which}_{name}", part, like=node)
-        for name, part in zip(names, fmt.from_range(low, high), strict=True)
+        add_constant(gm, f"{on.layer}_{on.which}_{name}", part.reshape(shape).to(device), like=node)
+        for name, part in zip(names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
     new.meta[EDGE] = on
@@ -130,6 +132,8 @@ def _mark_weight(gm: GraphModule, node: Node, note: Note, shared: dict[tuple[Nod
         rows = to_rows(gm, note.anchor, weight, node)
         marked = _fake_quantize(gm, on, rows, node)
         marked.meta[EDGE] = on
+        if DRAFT in node.meta:
+            marked.meta[DRAFT] = node.meta.pop(DRAFT)
         shared[known] = from_rows(gm, note.anchor, marked, weight, node)
     node.update_arg(index, shared[known])
     return 1

@@ -38,6 +38,7 @@ from .constants import (
     is_pure,
 )
 from .core import Pass, state
+from .draft import DRAFT
 from .edges import EDGE, Edge, edge
 from .edit import fake_mode
 from .fake_quantize import FAKE_QUANTIZE, ROUNDED, check_observers, mark_edges
@@ -119,7 +120,7 @@ class _Folder:
         text = str(node.args[1])
         key: Hashable = (identity(chain.parameter), chain.text, text) if chain else (source, text)
         if key not in self.made:
-            codes = self.codes(on, chain, masked, text)
+            codes = self.codes(on, chain, masked, node)
             name = self.name(chain, on)
             parts = zip(codes.format.parts, codes.parts, strict=True)
             held = [add_constant(self.gm, f"{name}_{part}", tensor, like=node) for part, tensor in parts]
@@ -127,8 +128,10 @@ class _Folder:
         held, k = self.made[key]
         return self.dequantize(node, held, text, k)
 
-    def codes(self, on: Edge, chain: Expression | None, masked: Tensor | None, text: str) -> Quantized:
+    def codes(self, on: Edge, chain: Expression | None, masked: Tensor | None, node: Node) -> Quantized:
+        text = str(node.args[1])
         here, fmt = state(self.gm), format(text)
+        draft = node.meta.get(DRAFT)
         if on.stored:
             return here.stored[on.stored]
         if chain is None:
@@ -137,6 +140,8 @@ class _Folder:
 
         def make(parameter: Tensor) -> Quantized:
             with torch.no_grad():
+                if draft is not None:
+                    return draft if isinstance(draft, Quantized) else draft.quantized(fmt)
                 return fmt.quantize(chain.apply(parameter).contiguous())
 
         if here.store is not None:

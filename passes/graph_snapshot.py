@@ -44,6 +44,7 @@ class NodeSnapshot:
     format: str
     note: str
     made_from: tuple[str, ...]
+    rule: str = ""  # the recipe's, that decided what the node is to become
 
     def __str__(self) -> str:
         """`linear: f32[s0, 32] = aten.linear.default(x, w, b)`."""
@@ -77,38 +78,34 @@ class GraphSnapshot:
         return len(self.nodes)
 
 
+_Seen = tuple[tuple[Any, ...], tuple[Node, ...], NodeSnapshot]
+"""What a node held when it was looked at, who used it, and its record."""
+
+
 class Recorder:
     """Takes snapshots of one graph as it goes through a pipeline, redoing only the nodes that changed."""
 
     def __init__(self) -> None:
-        self._known: dict[Node, tuple[tuple[Any, ...], NodeSnapshot]] = {}
+        self._known: dict[Node, _Seen] = {}
 
     def snapshot(self, gm: GraphModule) -> GraphSnapshot:
         """The graph as it is now."""
-        known: dict[Node, tuple[tuple[Any, ...], NodeSnapshot]] = {}
+        known: dict[Node, _Seen] = {}
         for node in gm.graph.nodes:
+            meta = node.meta
             # fx puts new argument tuples in place when an argument changes, so identity tells.
-            state_of_node = (
-                node.name,
-                node.target,
-                node.args,
-                node.kwargs,
-                node.meta.get("val"),
-                node.meta.get(META_KEY),
-                tuple(node.users),
-            )
+            held = (node.name, node.target, node.args, node.kwargs, meta.get("val"), meta.get(META_KEY))
+            users = tuple(node.users)
             before = self._known.get(node)
-            if before is None or any(
-                old is not new for old, new in zip(before[0][:-1], state_of_node, strict=False)
-            ):
+            if before is None or not all(map(operator.is_, before[0], held)):
                 shown = _node(gm, node)
-            elif before[0][-1] != state_of_node[-1]:
-                shown = replace(before[1], users=tuple(user.name for user in node.users))
+            elif before[1] != users:
+                shown = replace(before[2], users=tuple(user.name for user in users))
             else:
-                shown = before[1]
-            known[node] = (state_of_node, shown)
+                shown = before[2]
+            known[node] = (held, users, shown)
         self._known = known
-        return GraphSnapshot(tuple(shown for _, shown in known.values()))
+        return GraphSnapshot(tuple(shown for _, _, shown in known.values()))
 
 
 def snapshot(gm: GraphModule) -> GraphSnapshot:
@@ -142,12 +139,18 @@ def short_dtype(dtype: torch.dtype) -> str:
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
 
 
+@lru_cache(maxsize=4096)
+def _expression(size: Any) -> str:
+    """A symbolic size as text. Sympy prints slowly, and a graph has few different ones."""
+    return str(size)
+
+
 def _kind(value: Any) -> _Kind:
     if not isinstance(value, Tensor):
         return _Kind(
             dtype=str(value) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else ""
         )
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    shape = tuple(size if isinstance(size, int) else _expression(size.node.expr) for size in value.shape)
     count: int | None = 1
     for size in shape:
         count = count * size if count is not None and isinstance(size, int) else None
@@ -173,6 +176,7 @@ def _node(gm: GraphModule, node: Node) -> NodeSnapshot:
         format=_format(gm, node),
         note="" if note is None else str(note),
         made_from=tuple(node.meta.get(FROM_KEY, ())),
+        rule=getattr(note, "rule", ""),
     )
 
 

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from .core import Pass
 from .edges import Edge, split_activations
 from .edit import free_name
-from .observers import observer
+from .histograms import observer
 from .provenance import inherit
 from .stages import Stage
 

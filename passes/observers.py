@@ -1,10 +1,12 @@
 """Observers: small modules that return their input and remember the range of what went through.
 
-In: tensors.  Out: the same tensors; `low` and `high`, from which a format's `from_range` makes static scales.
+In: tensors.  Out: the same tensors; a range, from which a format's `from_range` makes static scales.
 
     minmax           the extremes of all batches
     average          the mean over batches of each batch's extremes: one odd batch does not decide
-    percentile       the range that holds 99.9 % of all numbers; `percentile:99.99` for another share
+    moving           an exponential moving average of them; `moving:0.01` moves a hundredth of the way
+
+Those that keep a histogram are in `histograms.py`; `observer` there knows all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..formats import BitfoldError, nearest
+from ..formats import BitfoldError, Format
 
 
 class Observer(nn.Module):
@@ -38,6 +40,51 @@ class Observer(nn.Module):
     def range(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest number expected, float32 scalars."""
         raise NotImplementedError
+
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        """The range to be held in `fmt`: what was seen, or less of it."""
+        del fmt
+        return self.range()
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        """Scale, and zero point where `fmt` has one, as scalars."""
+        return fmt.from_range(*self.ends(fmt))
+
+
+class Agreed(Observer):
+    """One of several edges that have one scale: the range is the one that holds all of theirs.
+
+    Each still sees its own numbers, in the observer that it had; `others` are those of all of them.
+    """
+
+    def __init__(self, own: Observer, others: list[Observer]) -> None:
+        super().__init__()
+        # Not submodules: the graph holds each of them once, under its own edge.
+        self.__dict__["own"], self.__dict__["others"] = own, others
+
+    def note(self, x: Tensor) -> None:
+        own: Observer = self.__dict__["own"]
+        own(x)
+
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        others: list[Observer] = self.__dict__["others"]
+        lows, highs = zip(*(other.ends(fmt) for other in others if other.seen), strict=True)
+        return torch.stack(lows).amin(), torch.stack(highs).amax()
+
+
+class Given(Observer):
+    """A scale (and a zero point) that came with a checkpoint: taken as it is, whatever goes through."""
+
+    def __init__(self, params: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.seen = 1
+        self.given = tuple(part.reshape(()) for part in params)
+
+    def note(self, x: Tensor) -> None:
+        del x
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        return self.given
 
 
 class MinMax(Observer):
@@ -72,72 +119,25 @@ class Average(Observer):
         return self.lows / self.seen, self.highs / self.seen
 
 
-class Percentile(Observer):
-    """The range that leaves out the same small share of numbers at either end.
+class Moving(Observer):
+    """An exponential moving average of each batch's extremes: later batches count more.
 
-    Counts fall into bins over [-reach, reach]; when a number lies outside, the reach doubles and each two
-    bins become one, so that no batch is kept and their order hardly matters. Exact to one bin: reach /
-    1024.
+    The first batch begins it; each later one moves it by `share` of the way (torch.ao's
+    MovingAverageMinMaxObserver, whose default is 0.01, for thousands of batches of training; calibration has
+    a few dozen).
     """
 
-    BINS = 2048
-
-    def __init__(self, percent: float = 99.9) -> None:
+    def __init__(self, share: float = 0.1) -> None:
         super().__init__()
-        if not 50 < percent <= 100:
-            raise BitfoldError(
-                f"a percentile observer keeps more than 50 and at most 100 percent, not {percent}"
-            )
-        self.percent = percent
-        self.reach = 0.0
-        self.counts = torch.zeros(self.BINS, dtype=torch.float64)
+        if not 0 < share <= 1:
+            raise BitfoldError(f"a moving observer takes a share above 0 and at most 1, not {share}")
+        self.share = share
+        self.low, self.high = torch.zeros(()), torch.zeros(())
 
     def note(self, x: Tensor) -> None:
-        numbers = x.float().flatten().cpu()
-        largest = float(numbers.abs().max())
-        if largest == 0.0:
-            # Zero is the lower edge of the middle bin, whatever the reach.
-            self.counts[self.BINS // 2] += numbers.numel()
-            return
-        if self.reach == 0.0:
-            self.reach = largest
-        while largest > self.reach:
-            self._double()
-        self.counts += torch.histc(numbers, self.BINS, -self.reach, self.reach)
-
-    def _double(self) -> None:
-        half = self.counts.reshape(-1, 2).sum(1)
-        quarter = self.BINS // 4
-        self.counts = torch.cat([torch.zeros(quarter), half, torch.zeros(quarter)]).double()
-        self.reach *= 2
+        low, high = (end.float().cpu() for end in torch.aminmax(x))
+        step = self.share if self.seen else 1.0
+        self.low, self.high = self.low + step * (low - self.low), self.high + step * (high - self.high)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        if self.reach == 0.0:
-            return torch.zeros(()), torch.zeros(())
-        share = self.counts.cumsum(0) / self.counts.sum()
-        outside = (1 - self.percent / 100) / 2
-        edges = torch.linspace(-self.reach, self.reach, self.BINS + 1)
-        # The first bin whose share passes the left-out part, and the last before the rest is left out.
-        first = int((share <= outside).sum())
-        last = int((share < 1 - outside).sum())
-        return edges[min(first, self.BINS - 1)], edges[min(last, self.BINS - 1) + 1]
-
-
-_KINDS: dict[str, type[Observer]] = {"minmax": MinMax, "average": Average, "percentile": Percentile}
-
-
-def observer(text: str) -> Observer:
-    """The observer that `text` names. Raises BitfoldError with the nearest names for an unknown one."""
-    name, _, option = text.partition(":")
-    if name not in _KINDS:
-        raise BitfoldError(
-            f"unknown observer {name!r}{nearest(name, _KINDS)}; observers are {', '.join(_KINDS)}"
-        )
-    if not option:
-        return _KINDS[name]()
-    if name != "percentile":
-        raise BitfoldError(f"the observer {name} takes no option, and {text!r} gives it one")
-    try:
-        return Percentile(float(option))
-    except ValueError as error:
-        raise BitfoldError(f"{text!r}: a percentile is a number such as 99.9 ({error})") from error
+        return self.low, self.high

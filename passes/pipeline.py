@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from ..formats.errors import BitfoldError
 from .core import MissRecord, Pass, State, state
-from .graph_snapshot import Recorder
+from .graph_snapshot import GraphSnapshot, Recorder
 from .options import parse_passes, print_pass, split_options
 from .registry import find_pass
 from .stages import Stage, VerificationError
@@ -55,15 +55,20 @@ class Pipeline:
     def __str__(self) -> str:
         return ",".join(map(print_pass, self.passes))
 
-    def run(self, gm: GraphModule, *, verify: bool = True, progress: Progress | None = None) -> Trace:
+    def run(
+        self, gm: GraphModule, *, verify: bool = True, record: bool = True, progress: Progress | None = None
+    ) -> Trace:
         """Rewrite `gm` in place. Raises BitfoldError when a pass cannot start from the graph's stage (before
-        anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage."""
+        anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage.
+
+        record: whether the trace holds the graph as plain data at every step, for the page. Without, its
+        steps say what was rewritten, missed and how long it took, and nothing of the graph is copied."""
         if not isinstance(gm, GraphModule):
             raise BitfoldError(
                 f"a pipeline runs on a graph, not on a {type(gm).__name__}; capture(model, inputs) makes one"
             )
         self._check_order(state(gm).stage)
-        recorder, trace = Recorder(), Trace()
+        recorder, trace = Recorder() if record else _NoRecorder(), Trace()
         trace.follow(gm)
         with _collector_paused():
             if verify:
@@ -78,7 +83,9 @@ class Pipeline:
             gm.recompile()
         return trace
 
-    def _run_one(self, step: Pass, gm: GraphModule, trace: Trace, recorder: Recorder, check: bool) -> None:
+    def _run_one(
+        self, step: Pass, gm: GraphModule, trace: Trace, recorder: Recorder | _NoRecorder, check: bool
+    ) -> None:
         here = state(gm)
         refuse(step, here)
         started = time.perf_counter()
@@ -100,6 +107,16 @@ class Pipeline:
             refuse(step, here)
             if step.produces is not None and step.produces > here.stage:
                 here.stage = step.produces
+
+
+class _NoRecorder:
+    """In the place of a recorder: an empty graph at every step."""
+
+    def snapshot(self, gm: GraphModule) -> GraphSnapshot:
+        return _NOTHING
+
+
+_NOTHING = GraphSnapshot(())
 
 
 def _untold(gm: GraphModule) -> tuple[MissRecord, ...]:

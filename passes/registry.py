@@ -31,6 +31,7 @@ _BUILT_IN = {
     "fold_batch_norm": "batch_norm",
     "annotate": "annotate",
     "observe": "observe",
+    "share": "share",
     "fake_quantize": "fake_quantize",
     "train_quantizers": "train_quantizers",
     "settle_quantizers": "settle_quantizers",
@@ -39,6 +40,14 @@ _BUILT_IN = {
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",
+    "clip": "clip",
+    "gptq": "gptq",
+    "refit": "refit",
+    "hqq": "hqq",
+    "descend": "descend",
+    "awq": "awq",
+    "smooth": "smooth",
+    "equalize": "equalize",
 }
 
 # The one thing here that changes: what a program registers while it runs.

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..formats import BitfoldError, format, nearest
-from .observers import observer
+from .histograms import observer
 
 CACHE = "cache"
 OPS = ("linear", "head", "conv", "embedding", CACHE)
@@ -63,7 +63,8 @@ class Rule:
     where     a predicate on N (rows), K (the reduced size) and numel: "K >= 256 and N % 16 == 0"
     weight    format of the weight, or "stored": the codes of a checkpoint that came quantized, as they are
     input     format of the input activation; output: of the result
-    observer  minmax, average or percentile: ranges of activations are found by calibration. "": in each call
+    observer  minmax, average, moving, percentile, mse or entropy: ranges of activations are found by
+              calibration. "": in each call
     skip      the reason for leaving these layers alone; excludes all formats
     on_misfit "error", or "report": a layer that cannot take the format is left alone and reported
     """

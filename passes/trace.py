@@ -75,6 +75,11 @@ class Trace:
         """Time in the passes, without verification and snapshots."""
         return sum(step.seconds for step in self.steps)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether the steps hold the graph (`Pipeline.run(record=True)`)."""
+        return any(len(step.snapshot) for step in self.steps)
+
     def follow(self, gm: GraphModule) -> None:
         """Make `gm` this trace's graph."""
         self._graph = weakref.ref(gm)
@@ -115,7 +120,12 @@ def compare(before: GraphSnapshot, now: GraphSnapshot) -> Change:
     return Change(
         added=tuple(name for name in new if name not in old),
         removed=tuple(name for name in old if name not in new),
-        altered=tuple(name for name, node in new.items() if name in old and _core(node) != _core(old[name])),
+        # A node that was left alone is the same record (`Recorder`), which needs no look.
+        altered=tuple(
+            name
+            for name, node in new.items()
+            if (was := old.get(name)) is not None and was is not node and _core(node) != _core(was)
+        ),
     )
 
 

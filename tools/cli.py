@@ -1,4 +1,4 @@
-"""The command `bitfold`: formats, quantize, inspect, run, bench, tune and demo.
+"""The command `bitfold`: formats, quantize, inspect, explain, diagnose, viz, plot, run, bench, tune and demo.
 
 In: arguments. Out: tables on the terminal, files where asked for, and an exit status: 0, or with one sentence
 on stderr 2 for something asked for that cannot be, 1 when the disk or the terminal fails.
@@ -34,7 +34,9 @@ examples:
   bitfold formats 'int4[g128]' mxfp4             what a format is and what it costs
   bitfold quantize --recipe int8_all -o m.safetensors
   bitfold inspect m.safetensors                  what a file holds
-  bitfold inspect --recipe 'int4[g64]' --html page.html    what the passes do to a model
+  bitfold explain --recipe 'int4[g64]'           what became of each module, and what to try
+  bitfold viz --recipe 'int4[g64]' -o page.html  the same as a page
+  bitfold diagnose --recipe 'int4[g64]'          which layers lose the quality
   bitfold run --recipe stored --prompt "Why is the sky blue?"
   bitfold bench --recipe none --recipe int8_all  how fast it decodes
   bitfold tune --recipe int4                     the fastest kernels for it on this GPU

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from ..formats import Quantized
 from ..lowering import Pipeline
@@ -23,6 +23,7 @@ from ..passes import Trace, capture, state
 from ..passes.annotate import Annotate
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse
+from .inspection import twin
 from .viz import node_errors, viz
 
 
@@ -65,14 +66,6 @@ class Logits(nn.Module):
 def captured(model: nn.Module, tokens: Tensor) -> GraphModule:
     """The program-scope graph, for any batch and length."""
     return capture(Logits(model), (tokens,), dynamic="batch+sequence")
-
-
-def twin(gm: GraphModule) -> GraphModule:
-    """A second graph with the same nodes and the same parameters; capturing again would take longer than all
-    passes together."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
 
 
 def run_passes(gm: GraphModule, recipe: str, model: nn.Module, stored: Mapping[str, Quantized]) -> Trace:

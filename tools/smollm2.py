@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..formats import BitfoldError, Quantized, format
+from ..formats import BitfoldError, Quantized
+from ..lowering.checkpoints.gguf_read import GGUF, heads_of, in_our_order, open_gguf
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -71,16 +71,16 @@ def load_smollm2(path: str | Path | None = None) -> SmolLM2:
     source = default_path() if path is None else Path(path)
     if not source.is_file():
         raise BitfoldError(f"there is no GGUF file at {source}: give the path of SmolLM2's GGUF file")
-    reader = _reader(source)
-    architecture = _field(reader, "general.architecture")
-    if architecture != "llama":
+    file = open_gguf(source)
+    reader = file.reader
+    if file.architecture != "llama":
         raise BitfoldError(
-            f"{source.name} holds a model of architecture {architecture!r}; only 'llama' is read"
+            f"{source.name} holds a model of architecture {file.architecture!r}; only 'llama' is read"
         )
     config = _config(reader)
     state: dict[str, Tensor] = {}
     stored: dict[str, Quantized] = {}
-    for name, tensor in _parameters(reader, config):
+    for name, tensor in _parameters(file):
         if isinstance(tensor, Quantized):
             stored[name] = tensor
             state[name] = tensor.dequantize()
@@ -89,68 +89,13 @@ def load_smollm2(path: str | Path | None = None) -> SmolLM2:
     return SmolLM2(_model(config, state), _tokenizer(reader), stored)
 
 
-def _reader(source: Path) -> Any:
-    """The open file, memory-mapped."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise BitfoldError("a GGUF file is read by gguf: run `pip install 'bitfold[hf]'`") from error
-    try:
-        return gguf.GGUFReader(str(source))
-    except (ValueError, IndexError, KeyError) as error:
-        raise BitfoldError(
-            f"{source} is truncated or is not a GGUF file ({error}); copy or download it again"
-        ) from error
-
-
 # ---- the numbers ----
 
 
-def split_q4_1(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of Q4_1 blocks, uint8 [N, K/32 * 20] -> codes uint8 [N, K], scales and minimums float16 [N, K/32].
-
-    A block is a float16 scale, a float16 minimum, and 16 bytes; byte j holds number j in its low nibble
-    and number j + 16 in its high one. A number is code * scale + minimum."""
-    blocks = data.reshape(data.shape[0], -1, 20)
-    scales, minimums = blocks[..., :4].contiguous().view(torch.float16).unbind(-1)
-    nibbles = blocks[..., 4:]
-    codes = torch.cat([nibbles & 15, nibbles >> 4], dim=-1)
-    return codes.flatten(1), scales.contiguous(), minimums.contiguous()
-
-
-def split_q8_0(data: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of Q8_0 blocks, uint8 [N, K/32 * 34] -> codes uint8 [N, K] (two's complement), scales float16.
-
-    A block is a float16 scale and 32 signed bytes. A number is code * scale."""
-    blocks = data.reshape(data.shape[0], -1, 34)
-    scales = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1)
-    return blocks[..., 2:].flatten(1), scales
-
-
-def unpermute_rows(x: Tensor, heads: int) -> Tensor:
-    """llama.cpp's row order of q and k -> transformers'.
-
-    llama.cpp rotates neighbouring rows of a head (2i, 2i + 1), transformers rows i and i + d/2; so the
-    file has row i and row i + d/2 of each head side by side."""
-    rows = x.shape[0]
-    return x.reshape(heads, rows // heads // 2, 2, -1).transpose(1, 2).reshape(x.shape).contiguous()
-
-
-def _parameters(reader: Any, config: dict[str, Any]) -> Iterator[tuple[str, Tensor | Quantized]]:
+def _parameters(file: GGUF) -> Iterator[tuple[str, Tensor | Quantized]]:
     """Every parameter of the file under transformers' name, quantized ones as they are stored."""
-    for tensor in reader.tensors:
-        name = parameter_name(tensor.name)
-        data = torch.from_numpy(np.array(tensor.data))  # a copy: the file is mapped read-only
-        heads = _rotated_heads(name, config)
-        kind = tensor.tensor_type.name
-        if kind == "F32":
-            yield name, data
-        elif kind == "Q4_1":
-            yield name, _stored("q4_1", *split_q4_1(data), heads=heads)
-        elif kind == "Q8_0":
-            yield name, _stored("q8_0", *split_q8_0(data), heads=heads)
-        else:
-            raise BitfoldError(f"tensor {tensor.name} is {kind}; F32, Q4_1 and Q8_0 are read")
+    for name, tensor in file.tensors():
+        yield parameter_name(name), in_our_order(tensor, heads_of(name, file))
 
 
 def parameter_name(name: str) -> str:
@@ -162,25 +107,6 @@ def parameter_name(name: str) -> str:
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.weight"
     raise BitfoldError(f"the GGUF file has a tensor {name!r}, which a Llama model with tied embeddings lacks")
-
-
-def _rotated_heads(name: str, config: dict[str, Any]) -> int | None:
-    if name.endswith("q_proj.weight"):
-        return int(config["num_attention_heads"])
-    if name.endswith("k_proj.weight"):
-        return int(config["num_key_value_heads"])
-    return None
-
-
-def _stored(
-    text: str, codes: Tensor, scales: Tensor, minimums: Tensor | None = None, *, heads: int | None
-) -> Quantized:
-    """Codes and scales in the canonical layout of the format; all of a row's parts move with the row."""
-    if heads is not None:
-        codes, scales = unpermute_rows(codes, heads), unpermute_rows(scales, heads)
-        minimums = None if minimums is None else unpermute_rows(minimums, heads)
-    kind = format(text)
-    return Quantized(kind, codes.shape[-1], kind.pack(codes), scales, zeros=minimums)
 
 
 # ---- the model and the tokenizer ----

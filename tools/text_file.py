@@ -1,7 +1,7 @@
-"""A text file that appears whole or not at all.
+"""A file that appears whole or not at all.
 
-In: a path and a text. Out: the file; what was there before stays until the new one is complete, also when the
-person at the keyboard stops the program.
+In: a path and a text, or bytes. Out: the file; what was there before stays until the new one is complete,
+also when the person at the keyboard stops the program.
 
     write_text("out/page.html", page)   ->  Path("out/page.html")
 """
@@ -19,10 +19,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 
     Raises FileError, one sentence, if nothing can be written at `path`.
     """
+    return write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """The same for bytes."""
     place = place_of(path)
     beside = place.with_name(f"{place.name[:40]}.{os.getpid()}.part")
     try:
-        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
+        beside.write_bytes(data)
         os.replace(beside, place)
     except OSError as error:
         raise FileError(f"{place} cannot be written: {error.strerror or error}") from error

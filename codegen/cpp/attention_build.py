@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -70,24 +69,10 @@ def _entry(library: Library) -> int | None:
     return ctypes.cast(loaded.attend, ctypes.c_void_p).value
 
 
-@cache
 def attention_operator() -> ctypes.CDLL:
     """Torch's operators of attention, loaded; a text that they do not know is built when one is called."""
-    loaded = operator("attention")
-    loaded.bitfold_attention_builder(_builder())
-    return loaded
+    return operator("attention", "bitfold_attention_builder", _build)
 
 
-@cache
-def _builder() -> Callable[[bytes], int]:
-    """Kept alive: the operator calls it for a text that it does not know."""
-
-    def build(text: bytes) -> int:
-        try:
-            know_attention([AttentionSpec.parse(text.decode())])
-        except Exception as error:  # nothing may be raised through C
-            warnings.warn(str(error), stacklevel=2)
-            return 1
-        return 0
-
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(build)
+def _build(text: str) -> None:
+    know_attention([AttentionSpec.parse(text)])

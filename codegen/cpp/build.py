@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,9 @@ FLAGS = {
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
+# A library calls its own functions. Operators are seen by all that is loaded after them, and their inline
+# functions, written in other vectors, would take the place of a kernel's.
+OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
 # Of loops over floats that call functions: none of those here says by errno what went wrong.
 NO_ERRNO = ("-fno-math-errno",)
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -100,7 +104,7 @@ class Library:
     @property
     def flags(self) -> tuple[str, ...]:
         """What the compiler is told beyond Inductor's own options."""
-        return (*FLAGS[self.vectors], *STRICT, *LOOPS, *(NO_ERRNO if self.loops else ()))
+        return (*FLAGS[self.vectors], *STRICT, *LOOPS, *OWN, *(NO_ERRNO if self.loops else ()))
 
     @property
     def name(self) -> str:
@@ -113,6 +117,7 @@ class Library:
 
     def path(self) -> Path:
         """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
+        refused, why = None, ""
         for place in (folder(), _private):
             here = place if isinstance(place, Path) else place()
             if (found := here / f"{self.name}.so").exists():
@@ -121,14 +126,19 @@ class Library:
                 here.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=here) as beside:
                     os.replace(self._compiled(Path(beside)), found)
-                return found
             except OSError as error:
-                warnings.warn(
-                    f"compiled kernels cannot be kept in {here} ({error.strerror}), so they are compiled "
-                    "anew by each process",
-                    stacklevel=2,
-                )
-        raise CodegenError(f"no folder can be written in which to compile {self.name}")
+                why = str(error.strerror)
+            except CodegenError as error:  # for the text's sake, or a full disk's
+                refused, why = error, "the compiler failed there"
+            else:
+                if why:
+                    warnings.warn(
+                        f"compiled kernels cannot be kept in {folder()} ({why}), so they are compiled anew "
+                        "by each process",
+                        stacklevel=2,
+                    )
+                return found
+        raise refused or CodegenError(f"no folder can be written in which to compile {self.name}")
 
     def _compiled(self, beside: Path) -> Path:
         from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
@@ -171,32 +181,37 @@ def _entries(library: Library) -> dict[str, int | None]:
 
 
 @cache
-def operator(name: str = "runtime") -> ctypes.CDLL:
-    """One of torch's operators, `headers/<name>.cpp`, loaded. `runtime` builds a kernel that it does not know
-    yet when it is called."""
+def operator(name: str, told: str, build: Callable[[str], None]) -> ctypes.CDLL:
+    """One of torch's operators, `headers/<name>.cpp`, loaded. `told`: its function that takes `build`, which
+    makes a kernel that the operator does not know yet when it is called.
+
+    All operators see each other's symbols: their types and C functions have names of their own."""
     text = (HEADERS / f"{name}.cpp").read_text(encoding="utf-8")
     path = Library(text, vectors(), operator=True).path()
     torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     # What Inductor's C++ calls by name is looked for among all libraries that are there for all.
     loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    if name == "runtime":
-        loaded.bitfold_builder(_builder())
+    getattr(loaded, told)(_called_from_c(build))
     return loaded
 
 
 @cache
-def _builder() -> Callable[[bytes], int]:
+def _called_from_c(build: Callable[[str], None]) -> Callable[[bytes], int]:
     """Kept alive: the operator calls it."""
 
-    def build(text: bytes) -> int:
+    def call(text: bytes) -> int:
         try:
-            know([GemmSpec.parse(text.decode())])
+            build(text.decode())
         except Exception as error:  # nothing may be raised through C
             warnings.warn(str(error), stacklevel=2)
             return 1
         return 0
 
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(build)
+    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(call)
+
+
+def _build(text: str) -> None:
+    know([GemmSpec.parse(text)])
 
 
 _known: set[tuple[str, str]] = set()
@@ -211,7 +226,7 @@ def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
     libraries = {spec: library_of(spec, words) for spec in wanted}
     apart = list(dict.fromkeys(libraries.values()))
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        first = pool.submit(operator)
+        first = pool.submit(operator, "runtime", "bitfold_builder", _build)
         entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
     for spec in wanted:

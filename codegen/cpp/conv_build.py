@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
-import torch
-
 from ..conv import ConvSpec
-from .build import FLAGS, HEADERS, Library, vectors
+from .build import FLAGS, Library, operator, vectors
 from .conv_source import normed, source
 
 _PLACES = (
@@ -96,30 +93,8 @@ def _entries(library: Library) -> tuple[int, int | None]:
     return run, ctypes.cast(loaded.widen, ctypes.c_void_p).value if loaded.bytes() == 2 else None
 
 
-@cache
-def operator() -> ctypes.CDLL:
-    """Torch's operator, loaded; a text that it does not know yet is built when it is called."""
-    text = (HEADERS / "conv_runtime.cpp").read_text(encoding="utf-8")
-    path = Library(text, vectors(), operator=True).path()
-    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    loaded = ctypes.CDLL(str(path))
-    loaded.bitfold_conv_builder(_builder())
-    return loaded
-
-
-@cache
-def _builder() -> Callable[[bytes], int]:
-    """Kept alive: the operator calls it."""
-
-    def build(text: bytes) -> int:
-        try:
-            know([ConvSpec.parse(text.decode())])
-        except Exception as error:  # nothing may be raised through C
-            warnings.warn(str(error), stacklevel=2)
-            return 1
-        return 0
-
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(build)
+def _build(text: str) -> None:
+    know([ConvSpec.parse(text)])
 
 
 _known: set[tuple[str, str]] = set()
@@ -134,7 +109,7 @@ def know(specs: Iterable[ConvSpec], words: str | None = None) -> None:
     libraries = [Library(source(spec), words, loops=True) for spec in wanted]
     apart = list(dict.fromkeys(libraries))
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        first: Any = pool.submit(operator)
+        first: Any = pool.submit(operator, "conv_runtime", "bitfold_conv_builder", _build)
         entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
     for spec, library in zip(wanted, libraries, strict=True):

@@ -24,7 +24,11 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 if TYPE_CHECKING:
     from .formats import register as register_format
     from .formats.gradient import Gradient
+    from .lowering.checkpoints.load import load_checkpoint
+    from .lowering.checkpoints.save import save_checkpoint
+    from .lowering.checkpoints.transformers_config import BitfoldConfig
     from .lowering.convert import convert
+    from .lowering.diagnose import diagnose
     from .lowering.distill import Distill, distillation
     from .lowering.load import load
     from .lowering.prepare import prepare_qat
@@ -33,33 +37,41 @@ if TYPE_CHECKING:
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
+    from .lowering.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.calibrate import calibrate
     from .passes.recipes import Recipe
     from .passes.rules import Rule
+    from .tools.explain import explain
+    from .tools.inspection import inspect
     from .tools.viz import viz
 
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
+    "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
     "Distill": ("lowering.distill", "Distill"),
     "Gradient": ("formats.gradient", "Gradient"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
+    "Qat": ("lowering.qat_options", "Qat"),
     "Recipe": ("passes.recipes", "Recipe"),
     "Report": ("lowering.report", "Report"),
     "Rule": ("passes.rules", "Rule"),
     "Target": ("lowering.target", "Target"),
     "Trace": ("passes", "Trace"),
-    "Qat": ("lowering.qat_options", "Qat"),
     "advance": ("lowering.qat_schedule", "advance"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
     "convert": ("lowering.convert", "convert"),
+    "diagnose": ("lowering.diagnose", "diagnose"),
     "distillation": ("lowering.distill", "distillation"),
+    "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
+    "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
+    "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
     "parameter_groups": ("lowering.qat_schedule", "parameter_groups"),
     "prepare_qat": ("lowering.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
@@ -68,10 +80,13 @@ _LATER = {
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
     "save": ("lowering.save", "save"),
+    "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
+    "search": ("lowering.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 
 __all__ = [
+    "BitfoldConfig",
     "BitfoldError",
     "Distill",
     "Format",
@@ -92,11 +107,15 @@ __all__ = [
     "calibrate",
     "capture",
     "convert",
+    "diagnose",
     "distillation",
+    "explain",
     "format",
     "formats",
     "get_target",
+    "inspect",
     "load",
+    "load_checkpoint",
     "parameter_groups",
     "prepare_qat",
     "quantize",
@@ -105,6 +124,8 @@ __all__ = [
     "register_target",
     "report",
     "save",
+    "save_checkpoint",
+    "search",
     "viz",
 ]
 

@@ -9,6 +9,7 @@ behind the last row of codes, where a kernel must not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -289,15 +290,19 @@ def test_layouts_that_follow_the_row_have_kernels_of_their_own() -> None:
         check(spec, 2)
 
 
-def test_specials_propagate(compiled: None) -> None:
-    spec = pair("int4[g64]")
-    x = torch.zeros(4, spec.k)
+@pytest.mark.parametrize("text", ["int4[g64]", "uint4[g32,zero]", "uint2[g64,f16,zero:min]", "uint3[zero]"])
+@pytest.mark.parametrize("m", [4, 12])
+def test_specials_propagate(compiled: None, text: str, m: int) -> None:
+    """Also where a number is added to codes: an infinity meets some that are zero, though no value is."""
+    spec = pair(text)
+    x = torch.zeros(m, spec.k)
     x[0, 3], x[1, 3], x[2, 3] = float("nan"), float("inf"), 1.0
     parts = spec.weight.quantize(drawn(spec.n, spec.k, seed=0)).parts
     (y,) = torch.ops.bitfold.fused([x, *parts], str(spec))
     want = x.double() @ Quantized.from_parts(spec.weight, parts, spec.k).dequantize(torch.float64).T
-    assert y[0].isnan().all() and (y[3] == 0).all()
+    assert y[0].isnan().all() and (y[3:] == 0).all()
     assert torch.equal(y[1].isnan(), want[1].isnan()) and y[2].isfinite().all()
+    assert torch.equal(y[1].isposinf(), want[1].isposinf())
 
 
 @pytest.mark.parametrize(
@@ -328,6 +333,7 @@ def test_wrong_operands_are_refused(compiled: None) -> None:
         ([inputs[0][:, :-1], *inputs[1:]], r"takes x \[.., "),
         ([inputs[0].double(), *inputs[1:]], "does not take x in this dtype"),
         ([inputs[0], inputs[1][:-1], inputs[2]], "rows of"),
+        ([inputs[0], inputs[1].long(), inputs[2]], "rows of .* bytes"),
         ([inputs[0], inputs[1], inputs[2][:-1]], "reads .* scales"),
         ([inputs[0], inputs[1], inputs[2].double()], "in the dtype that its format stores"),
         ([inputs[0].bfloat16(), *inputs[1:]], "does not take x in this dtype"),
@@ -337,11 +343,9 @@ def test_wrong_operands_are_refused(compiled: None) -> None:
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(
-    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pathlib import Path
-
-    full = Path(str(tmp_path)) / "file"
+    full = tmp_path / "file"
     full.write_text("no folder")
     monkeypatch.setattr(build, "folder", lambda: full / "kernels")
     library = build.Library('extern "C" int run() { return 7; }\n', "portable")
@@ -349,5 +353,22 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
         path = library.path()
     assert path.exists()
     broken = build.Library("no C++\n", "portable")
-    with pytest.raises(CodegenError, match="refused a kernel"), pytest.warns(UserWarning):
+    with pytest.raises(CodegenError, match="refused a kernel"):
         broken.path()
+
+
+def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler says that there is no space by refusing; elsewhere it does not."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
+    whole = build.Library._compiled
+
+    def compiled(self: build.Library, beside: Path) -> Path:
+        if tmp_path in beside.parents:
+            raise CodegenError("no space left on device")
+        return whole(self, beside)
+
+    monkeypatch.setattr(build.Library, "_compiled", compiled)
+    library = build.Library('extern "C" int run() { return 8; }\n', "portable")
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert tmp_path not in library.path().parents
+    assert not list((tmp_path / "kernels").iterdir())

@@ -123,3 +123,19 @@ def test_without_a_compiler_it_warns_and_is_right() -> None:
     assert "there is no C++ compiler (install g++, or set CXX to one)" in done.stderr
     assert "correct and slow" in done.stderr
     assert 0.001 < float(done.stdout.split()[-1]) < 0.5
+
+
+def test_caches_of_graphs_know_the_processors_vectors() -> None:
+    """Inductor keeps C++ for vectors of one width, and compiled for wider ones it writes past its buffers."""
+    tag = "import bitfold.lowering, torch; print(torch.compiler.config.cache_key_tag)"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", tag],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for capability in ("default", torch.backends.cpu.get_cpu_capability().lower())
+    ]
+    assert "bitfold:" in found[0] and found[0] != found[1]

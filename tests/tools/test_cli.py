@@ -115,7 +115,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for command in ("formats", "quantize", "inspect", "run", "bench", "demo"):
+    for command in ("formats", "quantize", "inspect", "diagnose", "run", "bench", "demo"):
         assert f"\n    {command} " in text
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
@@ -161,6 +161,12 @@ def test_inspect_a_pipeline(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (here / "page.html").read_text().startswith("<!")
     pipeline = "annotate{recipe=int8},fold,fuse,lower{target=reference}"
     assert "lower{target=reference}" in said(capsys, "inspect", "mine.py:build", "--pipeline", pipeline)
+
+
+def test_diagnose_names_the_worst_first(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    out = said(capsys, "diagnose", "mine.py:build", "--recipe", "int2[g32]", "--worst", "1")
+    assert out.count("int2[g32]") == 1
+    assert "2 layers; the model's output:" in out and " dB" in out
 
 
 def test_plugins_before_and_after_the_command(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,51 +6,24 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bitfold import BitfoldError, Recipe, format
 from bitfold.lowering import Folded, quantize
+from bitfold.lowering.checkpoints.gguf_read import unpermute_rows
 from bitfold.tools.perplexity import perplexity
 from bitfold.tools.smollm2 import (
     SmolLM2,
     default_path,
     load_smollm2,
     parameter_name,
-    split_q4_1,
-    split_q8_0,
-    unpermute_rows,
 )
 from bitfold.tools.text import pydoc_tokens
 from bitfold.tools.trial import shared_copy
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
-
-
-def rows(kind: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(bytes, what the gguf package decodes them to) of random weights."""
-    code = gguf.GGMLQuantizationType[kind]
-    data = gguf.quantize(torch.randn(shape).numpy().astype(np.float32), code)
-    return torch.from_numpy(data), torch.from_numpy(gguf.dequantize(data, code))
-
-
-def test_q4_1_blocks() -> None:
-    data, want = rows("Q4_1", (6, 96))
-    codes, scales, minimums = split_q4_1(data)
-    assert codes.shape == (6, 96)
-    assert scales.shape == minimums.shape == (6, 3)
-    per_block = codes.view(6, 3, 32).float() * scales.float()[..., None] + minimums.float()[..., None]
-    assert torch.equal(per_block.view(6, 96), want)
-
-
-def test_q8_0_blocks() -> None:
-    data, want = rows("Q8_0", (5, 64))
-    codes, scales = split_q8_0(data)
-    signed = codes.view(torch.int8).view(5, 2, 32).float()
-    assert torch.equal((signed * scales.float()[..., None]).view(5, 64), want)
 
 
 def test_rows_are_rotated_as_transformers_wants_them() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitfold.formats import format
 from bitfold.formats.errors import BitfoldError
 from bitfold.passes.annotate import Annotate
 from bitfold.passes.capture import capture
@@ -28,6 +29,7 @@ class Net(nn.Module):
         return self.down(hidden) + torch.softmax(masked, -1)[:, :32]
 
 
+INT8 = format("int8")
 X = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)),)
 
 
@@ -36,7 +38,9 @@ def test_equal_graphs_have_no_error_anywhere() -> None:
     errors = node_errors(gm, copy.deepcopy(gm), X)
     assert {"linear", "relu", "masked_fill", "softmax", "linear_1"} <= set(errors)
     for name, error in errors.items():
-        assert error == NodeError(math.inf, 0.0, 0.0, name), "infinities that are equal are no error"
+        assert error == NodeError(math.inf, 0.0, 0.0, name, math.inf), (
+            "infinities that are equal are no error"
+        )
 
 
 def test_a_known_change_gives_the_known_figure() -> None:
@@ -68,6 +72,36 @@ def test_a_region_is_compared_by_its_last_value_and_inside() -> None:
     errors = node_errors(before, after, X)
     assert errors["fused_up"].reference == "relu" and errors["fused_up"].sqnr_db > 25
     assert errors["linear"].reference == "linear", "the operation inside the region"
+
+
+def test_an_isolated_error_is_the_nodes_own() -> None:
+    """Two layers, the first 1 % off: the second is as wrong as the first, and by itself not at all."""
+    before = capture(nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(2))).eval(), X)
+    after = copy.deepcopy(before)
+    with torch.no_grad():
+        after.get_parameter("0.weight").mul_(1.01)
+    errors = node_errors(before, after, X)
+    first, second = errors["linear"], errors["linear_1"]
+    assert first.isolated_db == first.sqnr_db == pytest.approx(40.0, abs=1e-3)
+    assert second.sqnr_db == pytest.approx(40.0, abs=1e-3) and second.isolated_db == math.inf
+
+
+@pytest.mark.parametrize("passes", ["fold", "fold,fuse", "fold,fuse,lower{target=cpu}"])
+def test_an_isolated_error_holds_the_layers_own_rounding_of_weight_and_input(passes: str) -> None:
+    """By hand: the second layer on codes, on the reference's x. 0.1 dB: kernels sum integers, and in another
+    order than torch, where the noise that is compared lies 45 dB below."""
+    before = capture(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval(), X)
+    after = copy.deepcopy(before)
+    Pipeline.parse(f"annotate{{recipe=int8_dynamic}},{passes}").run(after)
+    hidden = torch.relu(
+        nn.functional.linear(X[0], before.get_parameter("0.weight"), before.get_parameter("0.bias"))
+    )
+    weight, bias = before.get_parameter("2.weight"), before.get_parameter("2.bias")
+    exact = nn.functional.linear(hidden, weight, bias)
+    rounded = nn.functional.linear(*(INT8.dequantize(INT8.quantize(v)) for v in (hidden, weight)), bias)
+    by_hand = 10 * math.log10(exact.square().sum() / (rounded - exact).square().sum())
+    (error, *_) = [e for e in node_errors(before, after, X).values() if e.reference == "linear_1"]
+    assert error.isolated_db == pytest.approx(by_hand, abs=0.1)
 
 
 def test_not_a_number_is_said() -> None:

@@ -312,7 +312,7 @@ def test_hostile_names_are_text(browser, tmp_path) -> None:
     assert page.complaints() == []
 
 
-SIZES = [(30, 50, False), (30, 50, True), pytest.param(100, 50, False, marks=pytest.mark.slow)]
+SIZES = [(30, 50, True), (100, 50, False)]
 
 
 def layered(layers: int, each: int, *, flat: bool = False) -> list[NodeSnapshot]:
@@ -335,16 +335,26 @@ def layered(layers: int, each: int, *, flat: bool = False) -> list[NodeSnapshot]
 
 @pytest.mark.parametrize(("layers", "each", "flat"), SIZES)
 def test_large_graphs_open_at_once_and_stay_responsive(browser, tmp_path, layers, each, flat) -> None:
-    """1,500 nodes in modules, the same without any module, and 5,000. Limits are several times what two idle
-    cores take (0.4 s to open, 0.7 s for all boxes of 1,500 nodes, 26 ms a frame): other tests share them."""
-    page = browser.open(steps_page(tmp_path / "large.html", layered(layers, each, flat=flat)))
-    assert page.evaluate("performance.now()") < 6000
+    """1,500 nodes without any module, and 5,000 in modules. Opens in 3 s, moves at ten frames a second with
+    every box open, the best of three tries each: other tests share the two cores. (Idle ones take 0.4 s and
+    28 ms.)"""
+    path = steps_page(tmp_path / "large.html", layered(layers, each, flat=flat))
+    times = []
+    for _ in range(3):
+        page = browser.open(path)
+        times.append(page.evaluate("performance.now()"))
+        if times[-1] < 3000:
+            break
+    assert min(times) < 3000, times
     assert len(boxes(page)) < 150
     opened = page.evaluate(OPEN_ALL_MS)
     assert len(boxes(page)) >= layers * each
     assert opened < 8000 * layers * each / 1500
-    pan = page.evaluate(PAN_FRAME_MS)
-    assert pan < 300
+    frames = [page.evaluate(PAN_FRAME_MS) for _ in range(3)]
+    assert min(frames) < 100, frames
+    page.evaluate("Main.fit()")
+    frames = [page.evaluate(PAN_FRAME_MS) for _ in range(3)]
+    assert min(frames) < 100, frames
     page.evaluate("Main.select('op_7_3', {center: true})")
     left, top, _, _ = page.box(".selected")
     assert 236 <= left <= 1000 and 40 <= top <= 720, "what is chosen comes into view"

@@ -26,8 +26,9 @@ from ...passes import capture, state
 from ...passes.annotate import Annotate
 from ...passes.fold import Fold
 from ...passes.fuse import Fuse
+from ..inspection import twin
 from ..models import Loaded
-from ..page import Logits, twin
+from ..page import Logits
 from ..viz import node_errors, viz
 from .shared import add_model, add_recipe, plain, read_model, read_recipe, say, size
 

@@ -10,6 +10,7 @@ Two steps with the same number for a node hold the same node.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -20,12 +21,21 @@ from ...passes.core import MissRecord, state
 from ...passes.trace import GraphSnapshot, NodeSnapshot, Step, Trace, snapshot
 from .errors import NodeError
 from .kinds import KINDS, kinds_of
+from .tensors import without_layout
 
 Json = dict[str, Any]
 
+_SPEC = re.compile(
+    r"'(?:linear \S+ \S+|grouped \d+ \S+ \S+|conv \S+(?: [spdg]\d+(?:x\d+)*)*) (?:\d+\*)?(\S+)[^']*'\)?$"
+)
+
 
 def page_data(
-    trace: Trace, *, errors: Mapping[str, NodeError] | None = None, title: str | None = None
+    trace: Trace,
+    *,
+    errors: Mapping[str, NodeError] | None = None,
+    title: str | None = None,
+    overlays: Json | None = None,
 ) -> Json:
     """All that the page shows. Linear in the nodes of all steps."""
     table = _Table()
@@ -37,7 +47,7 @@ def page_data(
     for step in trace.steps:
         missed.update(miss.node for miss in step.misses)
         kinds = kinds_of(step.snapshot, missed=missed, parameters=parameters, before=kinds)
-        formats = _formats(step.snapshot, formats)
+        formats = _formats(step.snapshot, formats, kinds)
         records = _records(step.snapshot, kinds, formats)
         steps.append(_step(step, [table.number(record) for record in records], _weight_bytes(records)))
     return {
@@ -48,6 +58,7 @@ def page_data(
         "steps": steps,
         "errors": {name: error.as_json() for name, error in (errors or {}).items()},
         "regions": _regions(trace.gm),
+        "overlays": overlays or {},
     }
 
 
@@ -100,6 +111,7 @@ def _record(node: NodeSnapshot, kind: str, group: str, format: str, weight_bytes
         "note": node.note,
         "kind": kind,
         "origins": list(node.made_from),
+        "rule": node.rule,
     }
 
 
@@ -115,17 +127,24 @@ def _label(node: NodeSnapshot) -> str:
     return parts[1] if len(parts) > 1 else parts[0]
 
 
-def _formats(graph: GraphSnapshot, before: Mapping[str, str]) -> dict[str, str]:
+def _formats(graph: GraphSnapshot, before: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, str]:
     """Format by node: its own; for a constant that of its reader, in the last stage that had one."""
-    found = {node.name: node.format for node in graph if node.format}
+    found = {node.name: format for node in graph if (format := node.format or _of_kernel(node))}
     constants = {node.name for node in graph if node.op == "get_attr"}
     for node in graph:
-        if node.format and node.op == "call_function":
+        if node.name in found and node.op == "call_function":
             for name in constants.intersection(node.inputs):
-                found.setdefault(name, node.format)
+                if node.format or kinds[name] == "weight":
+                    found.setdefault(name, found[node.name])
     for name in constants.difference(found).intersection(before):
         found[name] = before[name]
     return found
+
+
+def _of_kernel(node: NodeSnapshot) -> str:
+    """The weight's format that a generated kernel's text says: `'linear 96x64 f32 2*int8 bias'`."""
+    said = _SPEC.search(node.args) if node.target.startswith("bitfold.") else None
+    return without_layout(said.group(1)) if said is not None else ""
 
 
 def _groups(graph: GraphSnapshot, kinds: Mapping[str, str]) -> dict[str, str]:
@@ -194,7 +213,9 @@ def _regions(gm: GraphModule | None) -> dict[str, str]:
 
 
 def _title(trace: Trace) -> str:
-    return ", ".join(str(step) for step in trace.steps[1:]) or "captured graph"
+    # What a target does at last is no pass.
+    passes = [str(step) for step in trace.steps[1:] if step.name != "finish"]
+    return ", ".join(passes) or "captured graph"
 
 
 def _summary(trace: Trace, steps: list[Json]) -> str:

@@ -6,23 +6,28 @@ Comes in: the graph before, the graph after, and the inputs of both. Goes out: n
     Pipeline.parse("annotate{recipe=int4},fold").run(gm)
     node_errors(reference, gm, inputs)["linear_5"].sqnr_db  ->  24.8
 
-Errors are cumulative: a node is fed what the quantized graph computed so far. It is compared with the node of
-its own name, or else with the last of the captured nodes that it stands for (a fused region has its tail's).
-"""
+The figures are cumulative: a node is fed what the quantized graph computed so far. `isolated_db` is what the
+node does by itself: fed the unquantized model's values, its own codes and its own rounding are all that
+differs. A node is compared with the one of its own name, or else with the last of the captured nodes that it
+stands for (a fused region has its tail's)."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from ...formats.errors import BitfoldError
 from ...passes.provenance import FROM_KEY
+from .watch import Watched
+
+_KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
 
 
 @dataclass(frozen=True)
@@ -31,22 +36,35 @@ class NodeError:
 
     `sqnr_db`: 10 log10(sum of squares of the reference / that of the difference); infinite when equal.
     `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute
-    value. `reference`: the node of the unquantized graph.
+    value. `reference`: the node of the unquantized graph. `isolated_db`: the ratio on unquantized inputs.
     """
 
     sqnr_db: float
     max_abs: float
     max_rel: float
     reference: str
+    isolated_db: float = math.nan
 
     def as_json(self) -> dict[str, Any]:
         """Numbers as JSON can hold them: infinity and NaN become text."""
-        numbers = {"sqnr_db": self.sqnr_db, "max_abs": self.max_abs, "max_rel": self.max_rel}
+        numbers = {
+            "sqnr_db": self.sqnr_db,
+            "isolated_db": self.isolated_db,
+            "max_abs": self.max_abs,
+            "max_rel": self.max_rel,
+        }
         return {key: _json_number(value) for key, value in numbers.items()} | {"reference": self.reference}
 
 
-def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) -> dict[str, NodeError]:
-    """Run both graphs on `inputs` and compare every floating-point value that both of them have.
+def node_errors(
+    before: GraphModule,
+    after: GraphModule,
+    inputs: Sequence[Any],
+    *,
+    see: Callable[[Node, Any], None] | None = None,
+) -> dict[str, NodeError]:
+    """Run both graphs on `inputs` and compare every floating-point value that both of them have. `see` is
+    shown every value of the graph after.
 
     Holds the compared values of `before` in memory for one run. Raises BitfoldError if the two graphs do not
     take the same inputs.
@@ -58,43 +76,33 @@ def node_errors(before: GraphModule, after: GraphModule, inputs: Sequence[Any]) 
             "capture the reference from the same model with the same inputs"
         )
     order = {node.name: i for i, node in enumerate(before.graph.nodes) if node.op.startswith("call_")}
-    partners = {node.name: name for node in _calls(after) if (name := _partner(node, order))}
+    partners = {node: name for node in _calls(after) if (name := _partner(node, order))}
     wanted = set(partners.values())
     kept: dict[str, Tensor] = {}
     found: dict[str, NodeError] = {}
 
-    def keep(node: Node, value: Any) -> None:
+    def keep(node: Node, value: Any, _: Any) -> None:
         if node.name in wanted and _comparable(value):
             kept[node.name] = value.detach().clone()  # a later in-place write must not reach it
 
-    def compare(node: Node, value: Any) -> None:
-        reference = kept.get(partners.get(node.name, "")) if node.op.startswith("call_") else None
+    def given(node: Node) -> Tensor | None:
+        return kept.get(partners.get(node, ""))
+
+    def compare(node: Node, value: Any, alone: Any) -> None:
+        if see is not None:
+            see(node, value)
+        reference = given(node) if node.op.startswith("call_") else None
         if reference is not None and _comparable(value) and value.shape == reference.shape:
-            found[node.name] = _error(reference, value, partners[node.name])
+            name = partners[node]
+            isolated = _error(reference, alone, name).sqnr_db
+            # A kernel's own result, inside of a region, is told by the name of what it computes.
+            key = node.name if node.op == "call_module" else name
+            found[key] = replace(_error(reference, value, name), isolated_db=isolated)
 
     with torch.no_grad():
-        _Watched(before, keep).run(*inputs)
-        _Watched(after, compare).run(*inputs)
+        Watched(before, keep).run(*inputs)
+        Watched(after, compare, given).run(*inputs)
     return found
-
-
-class _Watched(Interpreter):
-    """Runs a graph, and the regions outlined in it, and shows each value as it comes."""
-
-    def __init__(self, gm: GraphModule, watch: Callable[[Node, Any], None]) -> None:
-        super().__init__(gm)
-        self._watch = watch
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        self._watch(n, value)
-        return value
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        region = self.fetch_attr(target)
-        if isinstance(region, GraphModule):
-            return _Watched(region, self._watch).run(*args)
-        return super().call_module(target, args, kwargs)
 
 
 def _calls(gm: GraphModule) -> Iterator[Node]:
@@ -108,12 +116,20 @@ def _calls(gm: GraphModule) -> Iterator[Node]:
 
 def _partner(node: Node, order: Mapping[str, int]) -> str | None:
     """The node of the graph before that has the value this one should have."""
-    if node.name in order:
+    # A node that a pass made has the name of a captured one by chance only.
+    if node.name in order and FROM_KEY not in node.meta:
         return node.name
-    origins = (
-        [name for name in node.meta.get(FROM_KEY, ()) if name in order] if node.op == "call_module" else []
-    )
+    stands_for = node.op == "call_module" or _is_result(node)
+    origins = [name for name in node.meta.get(FROM_KEY, ()) if stands_for and name in order]
     return max(origins, key=order.__getitem__, default=None)
+
+
+def _is_result(node: Node) -> bool:
+    """Whether it is what a kernel computes, not codes or scales on their way there."""
+    source = node.args[0] if node.args else None
+    if node.target is operator.getitem and isinstance(source, Node):
+        return source.target in _KERNELS and bool(node.args[1] == 0)
+    return node.target is torch.ops.bitfold.cpu_linear.default
 
 
 def _comparable(value: Any) -> bool:

@@ -8,7 +8,7 @@ Comes in: a step's snapshot. Goes out: node name -> kind.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ...passes.trace import GraphSnapshot, NodeSnapshot
@@ -45,6 +45,8 @@ _VIEWS = frozenset(
         "aten.unsqueeze", "aten.view",
     )
 )  # fmt: skip
+
+_PARTS = ("codes", "scales", "zeros", "scale", "indices")
 
 
 def kinds_of(
@@ -84,7 +86,7 @@ def _kind(node: NodeSnapshot, known: Mapping[str, str], by_name: Mapping[str, No
     if node.op == "get_attr":
         if node.shape is None:
             return "untouched"  # a graph that a higher-order operator runs, not a tensor
-        return "weight" if _read_by_bitfold(node.users, by_name) else "parameter"
+        return "weight" if _is_part(node, by_name) else "parameter"
     if node.op == "call_module":
         return "fused" if node.format else "observe"
     match _short(node.target):
@@ -101,8 +103,14 @@ def _kind(node: NodeSnapshot, known: Mapping[str, str], by_name: Mapping[str, No
     return "annotated" if node.note else "untouched"
 
 
-def _read_by_bitfold(users: Iterable[str], by_name: Mapping[str, NodeSnapshot]) -> bool:
-    return any(_short(by_name[user].target) == "bitfold.dequantize" for user in users)
+def _is_part(node: NodeSnapshot, by_name: Mapping[str, NodeSnapshot]) -> bool:
+    """Codes, scales or zero points: what `dequantize` reads; of what a kernel reads, that which is called so
+    (a bias is read too)."""
+    readers = {_short(by_name[user].target) for user in node.users}
+    if "bitfold.dequantize" in readers:
+        return True
+    named = node.target.replace(".", "_").rpartition("_")[2] in _PARTS
+    return named and any(reader.startswith("bitfold.") for reader in readers)
 
 
 def _short(target: str) -> str:

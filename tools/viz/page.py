@@ -15,7 +15,10 @@ import json
 from importlib.resources import files
 from typing import Any
 
-_SCRIPTS = ("text.js", "model.js", "layout.js", "draw.js", "panels.js", "main.js", "input.js")
+_SCRIPTS = (
+    "text.js", "model.js", "layout.js", "charts.js", "draw.js", "minimap.js", "panels.js", "overlay.js",
+    "details.js", "compare.js", "main.js", "input.js",
+)  # fmt: skip
 
 
 def render(data: dict[str, Any]) -> str:

@@ -143,9 +143,9 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();
   float* sums = scratch.sums.data();
-  const bool turn = call.m >= kMany && f.many != nullptr;
+  bool turn = call.m >= kMany && f.many != nullptr;
   if (turn) {
-    many(call, f, rows, scratch);
+    // `many` below.
   } else if (f.codes) {
     scratch.codes.resize(call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
@@ -161,7 +161,12 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
       if (kind == ScalarType::Half) ready<f16>(rows, m, to, sums);
     }
     call.x = scratch.numbers.data();
+    // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
+    // sign, where no value is: then values are multiplied, decoded whole.
+    const auto finite = [](float sum) { return std::isfinite(sum); };
+    turn = f.many != nullptr && !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite);
   }
+  if (turn) many(call, f, rows, scratch);
   size_t next = 1;
   if (f.token_scales != 0) {
     const Tensor& scales = inputs[next++];
@@ -183,8 +188,8 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
                     f.scale_count, " scales, in the dtype that its format stores");
     STD_TORCH_CHECK(f.level < 0 || inputs[next + f.level].scalar_type() == ScalarType::Float, "the kernel ", text,
                     " reads one scale of all scales in float32");
-    STD_TORCH_CHECK(inputs[next].numel() == f.n * f.stride, "the kernel ", text, " reads ", f.n, " rows of ", f.stride,
-                    " bytes of codes");
+    STD_TORCH_CHECK(inputs[next].numel() == f.n * f.stride && inputs[next].element_size() == 1, "the kernel ", text,
+                    " reads ", f.n, " rows of ", f.stride, " bytes of codes");
     call.weights[w].codes = static_cast<const uint8_t*>(part(0));
     call.weights[w].scales = part(f.scales);
     call.weights[w].zeros = part(f.zeros);

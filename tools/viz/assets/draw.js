@@ -73,8 +73,8 @@ const Draw = (() => {
   }
 
   function closedGroup(placed, graph) {
-    const order = (kind) => graph.kindOrder.indexOf(kind);
     const group = placed.item;
+    const told = graph.paint?.text(group);
     const formats = [...group.formats.keys()];
     const marks = changeMarks(group);
     const label = `${group.path}, closed, ${group.size} nodes${formats.length ? `, ${formats.join(", ")}` : ""}${group.missed ? `, ${group.missed} missed` : ""}`;
@@ -82,17 +82,28 @@ const Draw = (() => {
       svg("title", {}, label),
       svg("rect", { width: placed.w, height: placed.h, rx: 6, class: "frame" }),
       text(9, 18, "▸", "fold"), text(22, 18, Text.fit(group.label, placed.w - 30, "name", "start"), "name"),
-      text(10, 36, Text.fit([`${group.size} nodes`, ...formats].join(" · "), placed.w - 20, "sub"), "sub"));
-    let x = 10;
-    const room = placed.w - 20;
-    for (const [kind, n] of Object.entries(group.kinds).sort(([a], [b]) => order(a) - order(b))) {
-      const w = (room * n) / group.size;
-      box.append(svg("rect", { x, y: 46, width: Math.max(1, w - 1), height: 8, class: `kind-${kind} share` }));
-      x += w;
-    }
+      text(10, 36, Text.fit([`${group.size} nodes`, ...(told ? [told] : graph.paint ? [] : formats)].join(" · "), placed.w - 20, "sub"), "sub"));
+    box.append(...bar(placed, graph));
     if (marks) box.append(badge(placed.w - 8, 0, marks, "change"));
     if (group.missed) box.append(badge(placed.w - 8, placed.h, `! ${group.missed}`, "miss"));
     return box;
+  }
+
+  // A module's parts as a bar: shares of kinds or of an overlay's categories, or one colour for its number.
+  function bar(placed, graph) {
+    const group = placed.item;
+    const order = (kind) => graph.kindOrder.indexOf(kind);
+    const colour = graph.paint?.colour(group);
+    const parts = graph.paint?.parts?.(group)
+      ?? (graph.paint ? [{ colour: colour ?? "transparent", n: 1 }] : Object.entries(group.kinds).sort(([a], [b]) => order(a) - order(b)).map(([kind, n]) => ({ className: `kind-${kind}`, n })));
+    const all = parts.reduce((sum, { n }) => sum + n, 0);
+    let x = 10;
+    return parts.map(({ className = "", colour: fill = null, n }) => {
+      const w = ((placed.w - 20) * n) / all;
+      const rect = svg("rect", { x, y: 46, width: Math.max(1, w - 1), height: 8, class: `${className} share`, style: fill ? `--kind: ${fill}` : null });
+      x += w;
+      return rect;
+    });
   }
 
   function changeMarks(group) {
@@ -114,9 +125,11 @@ const Draw = (() => {
       ? node.module.slice(node.parent.path.length).replace(/^\./, "") : node.module;
     const name = within && node.op.startsWith("call_") ? `${node.label} · ${within}` : node.label;
     const label = `${node.name}, ${node.label}${node.format ? `, ${node.format}` : ""}, ${node.kindText}${change ? `, ${change}` : ""}${missed ? ", missed" : ""}`;
-    const sub = node.note || node.format || [node.shape, node.dtype].filter(Boolean).join(" ");
-    const box = svg("g", { class: `node kind-${node.kind}${change ? ` ${change}` : ""}${missed ? " missed" : ""}`, transform: `translate(${placed.x},${placed.y})`, "data-key": node.name, tabindex: -1, role: "button", "aria-label": label },
-      svg("title", {}, `${label}\n${node.module || ""}`),
+    const [colour, told] = [graph.paint?.colour(node), graph.paint?.text(node)];
+    const sub = told || node.note || node.format || [node.shape, node.dtype].filter(Boolean).join(" ");
+    const painted = graph.paint ? (colour ? " painted" : " unpainted") : "";
+    const box = svg("g", { class: `node kind-${node.kind}${painted}${change ? ` ${change}` : ""}${missed ? " missed" : ""}`, transform: `translate(${placed.x},${placed.y})`, "data-key": node.name, tabindex: -1, role: "button", "aria-label": told ? `${label}, ${told}` : label, style: colour ? `--kind: ${colour}` : null },
+      svg("title", {}, `${label}${told ? `\n${told}` : ""}\n${node.module || ""}`),
       svg("rect", { width: placed.w, height: placed.h, rx: 5, class: "frame" }),
       svg("rect", { width: 5, height: placed.h, rx: 2, class: "stripe" }),
       text(12, 16, Text.fit(name, placed.w - 20, "name", node.op === "get_attr" ? "start" : "end"), "name"),

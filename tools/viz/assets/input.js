@@ -78,6 +78,26 @@
     Main.move();
   }, { passive: false });
 
+  // ---- the map, the slider, the overlays
+
+  const map = byId("minimap");
+  for (const kind of ["pointerdown", "pointermove"]) {
+    map.addEventListener(kind, (event) => {
+      if (event.buttons !== 1) return;
+      map.setPointerCapture(event.pointerId);
+      Main.lookAt(...Minimap.at(event));
+      event.stopPropagation();
+    });
+  }
+  byId("slider").max = data.steps.length - 1;
+  byId("slider").addEventListener("input", () => Main.goStep(Number(byId("slider").value)));
+  byId("overlay").addEventListener("change", () => Main.show({ overlay: byId("overlay").value || null }, { anchor: state.selected && Main.visibleKey(state.selected) }));
+
+  function nextOverlay() {
+    const keys = [null, ...Overlay.available(data).map((one) => one.key)];
+    Main.show({ overlay: keys[(keys.indexOf(state.overlay) + 1) % keys.length] }, { anchor: state.selected && Main.visibleKey(state.selected) });
+  }
+
   // ---- keys
 
   const arrows = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
@@ -95,7 +115,7 @@
 
   function tabKey(event) {
     if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return false;
-    const tabs = [...document.querySelectorAll("[role=tab]")];
+    const tabs = [...document.querySelectorAll("[role=tab]:not([hidden])")];
     const next = tabs[(tabs.indexOf(event.target) + (event.key === "ArrowRight" ? 1 : tabs.length - 1)) % tabs.length];
     Main.show({ tab: next.dataset.tab });
     next.focus();
@@ -105,14 +125,14 @@
   const shortcuts = {
     "/": () => byId("search").focus(), "[": () => Main.goStep(state.step - 1), "]": () => Main.goStep(state.step + 1),
     "+": actions["zoom-in"], "=": actions["zoom-in"], "-": actions["zoom-out"], "0": actions.fit, b: actions.before,
-    e: actions["expand-all"], c: actions["collapse-all"], t: actions.theme, "?": actions.help,
+    e: actions["expand-all"], c: actions["collapse-all"], t: actions.theme, o: nextOverlay, "?": actions.help,
     Escape: () => Main.show({ selected: null }),
   };
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || byId("help").open) return;
     const target = event.target;
-    if (target.id === "search") return;
+    if (["search", "slider", "overlay"].includes(target.id)) return;
     if (canvas.contains(target) && graphKey(event)) return void event.preventDefault();
     if (target.getAttribute?.("role") === "tab" && tabKey(event)) return void event.preventDefault();
     if (!shortcuts[event.key]) return;
@@ -199,7 +219,11 @@
 
   window.addEventListener("hashchange", fromHash);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => Main.show());
-  byId("title").textContent = data.title;
+  document.body.classList.toggle("two", Boolean(data.other));
+  byId("tab-compare").hidden = !data.other;
+  byId("tab-plots").hidden = Object.keys(data.overlays.kernels ?? {}).length === 0 && !data.pareto?.length;
+  byId("mirror-name").textContent = data.other ? `B  ${data.other.title}` : "";
+  byId("title").textContent = data.other ? `A  ${data.title}` : data.title;
   byId("totals").textContent = data.summary;
   fromHash();
   document.body.dataset.ready = "yes";

@@ -6,18 +6,35 @@ const Main = (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const byId = (id) => document.getElementById(id);
   const graphs = new Map();
-  const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null };
+  const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null, overlay: null };
+  const TABS = ["node", "changes", "misses", "code", "plots", "compare"];
   const camera = { x: 0, y: 0, k: 1 };
   let graph = null;
   let laid = null;
   let drawn = null; // what the picture shows
   let places = new Map(); // key -> {x, y, w, h} in the picture
 
-  for (const record of data.records) record.kindText = data.kinds.find((k) => k.key === record.kind).text;
+  for (const side of [data, data.other]) {
+    if (!side) continue;
+    for (const record of side.records) record.kindText = side.kinds.find((k) => k.key === record.kind).text;
+    side.finalNames = new Set(side.steps[side.steps.length - 1].ids.map((id) => side.records[id].name));
+  }
 
   function graphAt(step) {
     if (!graphs.has(step)) graphs.set(step, { ...Model.graphOf(data, step), kindOrder: data.kinds.map((kind) => kind.key) });
     return graphs.get(step);
+  }
+
+  // The other trace's graph of the stage with the same name; its last one if it has none.
+  function otherAt(step) {
+    const { other } = data;
+    if (!other) return null;
+    const name = data.steps[step].name;
+    let at = other.steps.length - 1;
+    other.steps.forEach((one, i) => { if (one.name === name) at = i; });
+    const key = `other ${at}`;
+    if (!graphs.has(key)) graphs.set(key, { ...Model.graphOf(other, at), kindOrder: other.kinds.map((kind) => kind.key) });
+    return graphs.get(key);
   }
 
   // ---- the address
@@ -27,7 +44,8 @@ const Main = (() => {
     const step = Number(hash.get("step") ?? data.steps.length - 1);
     state.step = Number.isInteger(step) ? Math.min(Math.max(step, 0), data.steps.length - 1) : 0;
     state.selected = hash.get("node") ?? (hash.has("module") ? `@${hash.get("module")}` : null);
-    state.tab = ["node", "changes", "misses", "code"].includes(hash.get("tab")) ? hash.get("tab") : "node";
+    state.tab = TABS.includes(hash.get("tab")) ? hash.get("tab") : data.other && state.selected === null ? "compare" : "node";
+    state.overlay = Overlay.available(data).some((one) => one.key === hash.get("overlay")) ? hash.get("overlay") : null;
     state.before = hash.get("view") === "before";
     state.kind = hash.get("kind");
     state.theme = ["light", "dark"].includes(hash.get("theme")) ? hash.get("theme") : null;
@@ -42,6 +60,7 @@ const Main = (() => {
     if (state.tab !== "node") hash.set("tab", state.tab);
     if (state.before) hash.set("view", "before");
     if (state.kind) hash.set("kind", state.kind);
+    if (state.overlay) hash.set("overlay", state.overlay);
     if (state.theme) hash.set("theme", state.theme);
     history.replaceState(null, "", `#${hash}`);
   }
@@ -49,6 +68,7 @@ const Main = (() => {
   // ---- drawing
 
   function marksOf(shown) {
+    if (data.other && !state.before) return Compare.marks(shown, otherAt(state.step));
     const { diff } = graphAt(state.step);
     const marks = new Map();
     const names = state.before ? [["removed", diff.removed], ["changed", diff.changed]] : [["added", diff.added], ["changed", diff.changed]];
@@ -57,6 +77,13 @@ const Main = (() => {
   }
 
   function show(change = {}, { anchor = null, center = false } = {}) {
+    Object.assign(state, { theme: change.theme ?? state.theme });
+    const theme = state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+    if (document.documentElement.dataset.theme !== theme) {
+      document.documentElement.dataset.theme = theme;
+      Minimap.theme();
+      drawn = null;
+    }
     const pinned = anchor && places.get(anchor);
     // What is opened or closed keeps the middle of its upper edge where it was.
     const top = ({ x, y, w }) => ({ x: (x + w / 2) * camera.k, y: y * camera.k });
@@ -69,12 +96,11 @@ const Main = (() => {
     if (name && center) for (const path of Model.pathsAbove(graph, name)) state.open.add(path);
     if (name?.startsWith("@") && center) openTo(name.slice(1));
     // Drawing is the dear part: it is done for another stage or other open boxes, not for another selection.
-    const wanted = `${state.step} ${state.before} ${[...state.open].sort().join("\n")}`;
+    const wanted = `${state.step} ${state.before} ${state.overlay} ${[...state.open].sort().join("\n")}`;
     if (wanted !== drawn) draw();
     drawn = wanted;
     drawMarks();
     drawPanels();
-    document.documentElement.dataset.theme = state.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
     if (at && places.has(anchor)) {
       camera.x = at.x - top(places.get(anchor)).x;
       camera.y = at.y - top(places.get(anchor)).y;
@@ -86,6 +112,7 @@ const Main = (() => {
 
   function draw() {
     graph.marks = marksOf(graph);
+    graph.paint = state.overlay ? Overlay.paint(data, graph, state.overlay) : null;
     laid = Layout.layout(graph.root, state.open, graph);
     const world = byId("world");
     world.replaceChildren(Draw.arrow(), Draw.picture(laid, graph, state.open));
@@ -93,6 +120,19 @@ const Main = (() => {
     world.setAttribute("height", laid.h);
     places = new Map();
     findPlaces(laid, 0, 0);
+    if (data.other) drawMirror();
+    Minimap.draw(laid, places, graph);
+  }
+
+  // The other trace beside it, with the same modules open.
+  function drawMirror() {
+    const other = otherAt(state.step);
+    other.marks = Compare.marks(other, graphAt(state.step));
+    other.paint = state.overlay ? Overlay.paint(data.other, other, state.overlay) : null;
+    const pictured = Layout.layout(other.root, state.open, other);
+    byId("mirror-world").replaceChildren(Draw.picture(pictured, other, state.open));
+    byId("mirror-world").setAttribute("width", pictured.w);
+    byId("mirror-world").setAttribute("height", pictured.h);
   }
 
   function openTo(path) {
@@ -140,6 +180,11 @@ const Main = (() => {
     const now = graphAt(state.step);
     byId("stages").replaceChildren(...Panels.stages(data, data.steps.map((_, i) => diffAt(i)), state.step));
     byId("legend").replaceChildren(...Panels.legend(data, graph, state.kind));
+    byId("legend").hidden = graph.paint !== null;
+    byId("scale").replaceChildren(...(graph.paint ? Panels.scale(graph.paint.legend) : []));
+    byId("overlay").replaceChildren(...Panels.overlays(data, state.overlay));
+    byId("slider").value = state.step;
+    byId("slider").setAttribute("aria-valuetext", `${state.step} ${now.step.name}`);
     byId("before").setAttribute("aria-pressed", String(state.before));
     byId("before").disabled = state.step === 0;
     for (const tab of document.querySelectorAll("[role=tab]")) {
@@ -159,16 +204,39 @@ const Main = (() => {
     if (state.tab === "changes") return Panels.changesTab(data, now);
     if (state.tab === "misses") return Panels.missesTab(now);
     if (state.tab === "code") return Panels.codeTab(data, now);
+    if (state.tab === "plots") return Details.plotsTab(data);
+    if (state.tab === "compare") return data.other ? Compare.tab(data, now, otherAt(state.step)) : Panels.el("p", { class: "quiet" }, "This page holds one trace.");
     if (state.selected === null) return Panels.groupTab(data, graph, "");
     if (state.selected.startsWith("@")) return Panels.groupTab(data, graph, state.selected.slice(1));
-    return Panels.nodeTab(data, graph, state.selected);
+    const shown = Panels.nodeTab(data, graph, state.selected);
+    if (data.other) shown.append(Compare.twinSection(data, otherAt(state.step), state.selected));
+    return shown;
   }
 
   // ---- the camera
 
+  // The picture is a layer of its own, painted once and then only moved: three times as many frames with 5,000 boxes
+  // in sight. Painted for one size, its letters are soft at another, so it is painted again once a zoom has come to rest.
+  const FAR = 0.22; // below this letters are no letters any more, and are left out
+  let painted = 0;
+  let resting = 0;
+
+  function repaint() {
+    clearTimeout(resting);
+    resting = setTimeout(() => {
+      painted = camera.k;
+      byId("world").style.willChange = "auto";
+      requestAnimationFrame(() => { byId("world").style.willChange = "transform"; });
+    }, 200);
+  }
+
   function move() {
     // A transform of the whole element costs no layout; one inside the SVG would lay out every text again.
+    if (camera.k !== painted) repaint();
+    byId("graph").classList.toggle("far", camera.k < FAR);
     byId("world").style.transform = `translate(${camera.x}px,${camera.y}px) scale(${camera.k})`;
+    byId("mirror-world").style.transform = byId("world").style.transform;
+    Minimap.frame(camera, byId("graph").getBoundingClientRect());
     byId("zoom").textContent = `${Math.round(100 * camera.k)}%`;
   }
 
@@ -235,5 +303,13 @@ const Main = (() => {
     return best?.other ?? key;
   }
 
-  return { data, state, camera, show, select, toggle, goStep, fit, zoom, move, neighbour, focusKey, visibleKey, readHash, graph: () => graph, graphAt, places: () => places };
+  // The window's middle comes to a point of the picture.
+  function lookAt(x, y) {
+    const { width, height } = byId("graph").getBoundingClientRect();
+    camera.x = width / 2 - x * camera.k;
+    camera.y = height / 2 - y * camera.k;
+    move();
+  }
+
+  return { data, state, lookAt, camera, show, select, toggle, goStep, fit, zoom, move, neighbour, focusKey, visibleKey, readHash, graph: () => graph, graphAt, places: () => places };
 })();

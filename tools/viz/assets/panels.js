@@ -52,6 +52,18 @@ const Panels = (() => {
         el("i", { class: `swatch kind-${kind.key}` }), el("span", {}, kind.text), el("span", { class: "quiet" }, String(present[kind.key])))));
   }
 
+  // The overlays to choose from, and what the chosen one's colours mean.
+  function overlays(data, chosen) {
+    return [["", "Kinds", "What nodes became"], ...Overlay.available(data).map((one) => [one.key, one.text, one.title])]
+      .map(([key, label, title]) => el("option", { value: key, title, selected: key === (chosen ?? "") ? "" : null }, label));
+  }
+
+  function scale({ title, scale: ends, entries, worst }) {
+    if (entries) return [el("p", { class: "quiet" }, title), el("ul", { class: "plain" }, entries.map(({ colour, text, n }) => el("li", { class: "entry" }, el("i", { class: "swatch", style: `--kind: ${colour}` }), el("span", {}, text), el("span", { class: "quiet" }, ` ${n}`))))];
+    return [el("p", { class: "quiet" }, title), el("div", { class: "ramp" }), el("div", { class: "ends quiet" }, el("span", {}, ends[0]), el("span", {}, ends[1])),
+      el("ol", { class: "plain worst" }, worst.map(({ name, text }) => el("li", {}, el("b", {}, `${text} `), jump(name))))];
+  }
+
   function row(term, value) {
     return value === null || value === undefined || value === "" ? [] : [el("dt", {}, term), el("dd", {}, value)];
   }
@@ -63,6 +75,7 @@ const Panels = (() => {
   function errorRows(error, name) {
     if (!error) return [];
     return [
+      ...row("own error", error.isolated_db === undefined || error.isolated_db === "NaN" ? null : decibel(error.isolated_db)),
       ...row("signal to noise", decibel(error.sqnr_db)),
       ...row("largest error", Number(error.max_abs).toPrecision(3)),
       ...row("relative to largest value", error.max_rel === undefined ? null : Number(error.max_rel).toPrecision(3)),
@@ -78,20 +91,47 @@ const Panels = (() => {
     return el("div", {},
       el("h2", {}, el("i", { class: `swatch kind-${node.kind}` }), node.name),
       el("p", { class: "quiet" }, node.kindText),
+      findings(data, name),
+      misses.length === 0 ? unasked(data, graph, node) : null,
       misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), miss.asked ? `${miss.asked}: ` : "", miss.reason)),
       codeBlock(node.code, "wrap"),
       el("dl", {},
         row("module", node.module ? jump(`@${node.module}`, node.module) : null),
         row("your source", node.source), row("", node.source_text ? el("code", {}, node.source_text) : null),
-        row("operation", node.target), row("format", node.format), row("annotation", node.note),
+        row("operation", node.target), row("format", node.format), row("annotation", node.note), row("rule", node.rule ? el("code", {}, node.rule) : null),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
-        moduleBytes(data, graph, node), errorRows(error, name),
-        row("inputs", node.args.length ? links(node.args) : null),
+        moduleBytes(data, graph, node), Details.workRows(data, name), errorRows(error, name),
+        row("run by", data.overlays.targets?.[name]),
+        row("inputs", node.args.length ? edges(graph, node) : null),
         row("read by", node.users.length ? links(node.users) : null),
         row("made from", node.origins.length ? links(node.origins) : null)),
       error === undefined && Object.keys(data.errors).length > 0 ? el("p", { class: "quiet" }, "No error figure: the unquantized graph has no value to compare this one with.") : null,
       data.regions[node.target] ? [el("h2", {}, "Inside the region"), codeBlock(data.regions[node.target], "wrap")] : null,
+      Details.kernelSection(data, name), Details.weightSection(data, node.target), Details.flowSection(data, name),
       history(data, graph, name));
+  }
+
+  // What `explain` found: of one node, or the gravest of all.
+  function findings(data, name) {
+    const all = data.overlays.findings ?? [];
+    const shown = name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
+    return shown.map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
+  }
+
+  // Why a layer that could have a format has none, where nobody asked for one.
+  function unasked(data, graph, node) {
+    const annotated = data.steps.findIndex((step) => step.name === "annotate");
+    const layer = /^(linear|conv[12]d|embedding|matmul|bmm)$/.test(node.label);
+    if (annotated < 0 || graph.index < annotated || !layer || node.note || node.kind !== "untouched") return null;
+    return el("p", { class: "quiet" }, "Not quantized: no rule of the recipe speaks of this layer, or its operands are no constants.");
+  }
+
+  // What comes in on each edge: its shape and format.
+  function edges(graph, node) {
+    return el("ul", { class: "plain" }, node.args.slice(0, 40).map((name) => {
+      const from = graph.nodes.get(name);
+      return el("li", {}, jump(name), el("span", { class: "quiet" }, ` ${from ? [`${from.dtype}${from.shape}`, from.format].filter(Boolean).join(" ") : ""}`));
+    }), node.args.length > 40 ? el("li", {}, `and ${node.args.length - 40} more`) : null);
   }
 
   function links(names) {
@@ -150,20 +190,23 @@ const Panels = (() => {
     if (!group) return el("p", { class: "quiet" }, `${path} has no box of its own in this stage.`);
     const kinds = data.kinds.filter((kind) => group.kinds[kind.key]);
     const within = (name) => graph.nodes.has(name) && Model.pathsAbove(graph, name).includes(path);
-    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e.sqnr_db === "number" && within(name))
-      .sort((a, b) => a[1].sqnr_db - b[1].sqnr_db).slice(0, 5);
+    const own = Object.values(data.errors).some((e) => typeof e.isolated_db === "number");
+    const figure = own ? "isolated_db" : "sqnr_db";
+    const worst = Object.entries(data.errors).filter(([name, e]) => typeof e[figure] === "number" && within(name))
+      .sort((a, b) => a[1][figure] - b[1][figure]).slice(0, 5);
     const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
     const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
     const changes = Model.codeLines(data, graph).filter(inside);
     return el("div", {},
       el("h2", {}, path || "the whole model"),
+      path ? null : findings(data, null),
       misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), jump(miss.node), ` ${miss.reason}`)),
       el("dl", {}, row("nodes", String(group.size)),
         row("what they became", el("ul", { class: "plain" }, kinds.map((kind) => el("li", {}, el("i", { class: `swatch kind-${kind.key}` }), ` ${group.kinds[kind.key]} ${kind.text}`)))),
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row("largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e.sqnr_db)} `), jump(name)))) : null)),
+        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name)))) : null)),
       changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), codeOf(changes)] : null);
   }
 
@@ -218,5 +261,5 @@ const Panels = (() => {
       el("span", { class: `row ${className[line.sign]}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`)));
   }
 
-  return { el, stages, legend, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
+  return { el, stages, legend, overlays, scale, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
 })();

@@ -1,0 +1,222 @@
+"""Which layer loses the quality: every quantized layer held against the float model on the same data.
+
+In: the float model, its quantized twin, batches. Out: a `Diagnosis`, which prints the worst layers first.
+
+    print(bf.diagnose(model, quantized, batches))
+    layer                       format      isolated  cumulative  alone
+    model.layers.0.mlp.down     int4[g64]    18.2 dB     17.9 dB  31.4 dB
+    ...
+
+Three signal-to-noise ratios, 10 log10(|reference|^2 / |difference|^2), over all batches together:
+
+- isolated: the layer's output, given what goes into it in the float model: its own rounding - cumulative: the
+layer's output in the quantized model: its own rounding and all before it - alone: the model's output when
+this layer is the only one that is quantized: what its rounding does to the end
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..formats import BitfoldError
+from .calibration import Batch, Batches, hooked
+from .folded import Folded
+from .given_model import module_of
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """One folded layer. Ratios in dB; infinite where nothing differs. `alone` is NaN if it was not asked
+    for."""
+
+    path: str
+    format: str
+    isolated: float
+    cumulative: float
+    alone: float = math.nan
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Every layer, in the model's order; `output`: the ratio at the end of the whole quantized model."""
+
+    layers: tuple[LayerLoss, ...]
+    output: float
+
+    def worst(self, count: int | None = None) -> tuple[LayerLoss, ...]:
+        """Layers by what they do to the model's output, or else by their own rounding; the worst first."""
+        order = sorted(self.layers, key=lambda one: one.isolated if math.isnan(one.alone) else one.alone)
+        return tuple(order[:count])
+
+    def __str__(self) -> str:
+        head = ("layer", "format", "isolated", "cumulative", "alone")
+        rows = [
+            (one.path, one.format, *map(decibel, (one.isolated, one.cumulative, one.alone)))
+            for one in self.worst()
+        ]
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        ]
+        return "\n".join([*lines, f"the model's output: {decibel(self.output)}"])
+
+
+@dataclass
+class _Ratio:
+    """Sums of squares so far."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, reference: Tensor, value: Tensor) -> None:
+        exact = reference.detach().to(torch.float64)
+        difference = torch.where(reference == value, 0.0, value.detach().to(torch.float64) - exact)
+        self.signal += float(torch.where(exact.isinf(), 0.0, exact).square().sum())
+        self.noise += float(difference.square().sum())
+
+    @property
+    def db(self) -> float:
+        if self.noise == 0.0:
+            return math.inf
+        if not math.isfinite(self.noise):
+            return math.nan
+        return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
+
+
+@dataclass
+class _Layer:
+    path: str
+    folded: Folded
+    module: nn.Module
+    isolated: _Ratio = field(default_factory=_Ratio)
+    cumulative: _Ratio = field(default_factory=_Ratio)
+    alone: _Ratio = field(default_factory=_Ratio)
+
+
+@torch.no_grad()
+def diagnose(
+    model: nn.Module,
+    quantized: nn.Module,
+    batches: Iterable[Any],
+    *,
+    alone: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Diagnosis:
+    """Compare the folded layers of `quantized` with the layers of `model` at the same paths.
+
+    `alone` runs the float model once more for each layer and batch. Both models are left as they were. Raises
+    BitfoldError for models that do not belong together and for data that they do not take.
+    """
+    model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
+    layers = _paired(model, quantized)
+    output, count = _Ratio(), 0
+    with hooked(model, {}), hooked(quantized, {}):
+        for batch in Batches(batches, None):
+            count += 1
+            if progress is not None:
+                progress(f"batch {count}", count, 0)
+            end = _compare(model, quantized, layers, batch, output)
+            for done, layer in enumerate(layers if alone else ()):
+                if progress is not None:
+                    progress(f"{layer.path} alone", done, len(layers))
+                with replaced(model, layer.path, layer.folded):
+                    layer.alone.add(end, first_output(model, batch))
+    if not count:
+        raise BitfoldError("there are no batches to compare the models on; give at least one")
+    found = [
+        LayerLoss(
+            layer.path,
+            ", ".join(weight.canonical for weight in layer.folded.folded_weights),
+            layer.isolated.db,
+            layer.cumulative.db,
+            layer.alone.db if alone else math.nan,
+        )
+        for layer in layers
+    ]
+    return Diagnosis(tuple(found), output.db)
+
+
+def first_output(model: nn.Module, batch: Batch) -> Tensor:
+    """The first floating-point tensor that the model returns."""
+    result = batch.run(model)
+    leaves = pytree.tree_leaves(getattr(result, "logits", result))
+    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+    if tensor is None:
+        raise BitfoldError(f"{type(model).__name__} returned no floating-point tensor to compare")
+    return tensor
+
+
+@contextmanager
+def replaced(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
+    """The model with another module at `path`."""
+    prefix, _, name = path.rpartition(".")
+    parent = model.get_submodule(prefix)
+    held = parent._modules[name]
+    parent._modules[name] = module
+    try:
+        yield
+    finally:
+        parent._modules[name] = held
+
+
+def decibel(value: float) -> str:
+    """As a table has it."""
+    if math.isnan(value):
+        return ""
+    return "exact" if value == math.inf else f"{value:.1f} dB"
+
+
+def _paired(model: nn.Module, quantized: nn.Module) -> list[_Layer]:
+    known = dict(model.named_modules())
+    found = []
+    for path, module in quantized.named_modules():
+        if not isinstance(module, Folded):
+            continue
+        if path not in known or isinstance(known[path], Folded):
+            why = "has none at that path" if path not in known else "is quantized there too"
+            raise BitfoldError(
+                f"layer {path!r} of the quantized model has no float twin: the other model {why}; give "
+                "the model as it was before bf.quantize (copy.deepcopy keeps one)"
+            )
+        if path:
+            found.append(_Layer(path, module, known[path]))
+    if not found:
+        name = type(quantized).__name__
+        raise BitfoldError(f"no layer of this {name} is quantized; call bf.quantize first")
+    return found
+
+
+def _compare(
+    model: nn.Module, quantized: nn.Module, layers: list[_Layer], batch: Batch, output: _Ratio
+) -> Tensor:
+    """One batch through both models; the float model's output."""
+    kept: dict[str, list[Tensor]] = {layer.path: [] for layer in layers}
+
+    def keep(layer: _Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
+            kept[layer.path].append(result)
+            layer.isolated.add(result, layer.folded(*args, **kwargs))
+
+        return hook
+
+    def against(layer: _Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
+            if kept[layer.path]:
+                layer.cumulative.add(kept[layer.path].pop(0), result)
+
+        return hook
+
+    with hooked(model, {}, {layer.module: keep(layer) for layer in layers}):
+        end = first_output(model, batch)
+    with hooked(quantized, {}, {layer.folded: against(layer) for layer in layers}):
+        output.add(end, first_output(quantized, batch))
+    return end

@@ -1,0 +1,115 @@
+"""Rounded weights in place of a module's float ones, for as long as a block of code runs.
+
+In: sites whose codes are decided. Out: the model computing with them, and afterwards as it was.
+
+    with Swaps() as swaps: swaps.put(site); model(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ..formats import Quantized, format
+from ..passes import expression
+from ..passes.anchors import TARGETS
+from ..passes.capture_module import is_stock
+from ..passes.draft import DRAFT
+from ..passes.note import Note, annotated
+from .module_scope import Plan, Site
+from .steps_back import back_from
+
+
+class Swaps:
+    """Rounded weights in place of float ones, until the end of a `with`."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Swaps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, parameter in reversed(self._held):
+            owner._parameters[name] = parameter
+        for handle in self._handles:
+            handle.remove()
+
+    def put(self, site: Site) -> None:
+        """The site's decided weights, as the folded module will have them; and its inputs rounded, if they
+        are."""
+        for node, note in annotated(site.gm):
+            codes = node.meta.get(DRAFT)
+            if note.weight and isinstance(codes, Quantized):
+                self._weight(site, node, note, codes)
+            if note.input and not note.observer and is_stock(site.module):
+                self._handles.append(site.module.register_forward_pre_hook(_rounding(note.input)))
+
+    def _weight(self, site: Site, node: Node, note: Note, codes: Quantized) -> None:
+        operand = node.args[TARGETS[node.target][2]]
+        assert isinstance(operand, Node)
+        chain = expression(site.gm, operand)
+        back = back_from(chain, note.anchor) if chain is not None else None
+        if chain is None or back is None:
+            return
+        value = codes.dequantize(chain.parameter.dtype)
+        for what, arguments in back:
+            value = value.reshape(arguments) if what == "reshape" else value.permute(arguments)
+        own = chain.path.removeprefix(site.path).strip(".")
+        prefix, _, name = own.rpartition(".")
+        owner = site.module.get_submodule(prefix)
+        self.replace(owner, name, value)
+
+    def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
+        """`value` as the owner's parameter of this name."""
+        self._held.append((owner, name, owner._parameters.get(name)))
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _rounding(text: str) -> Callable[..., Any]:
+    fmt = format(text)
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        return (fmt.fake_quantize(args[0]), *args[1:]) if args else None
+
+    return hook
+
+
+@contextmanager
+def changed(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Iterator[None]:
+    """Write new values into parameters, around the folding of the weights that were scaled to match them.
+
+    If folding stops midway, the layers that are still float get what their codes stand for: otherwise they
+    would read channels of another size than they were made for.
+    """
+    for path, value in changes.items():
+        # New parameters: the old ones may be another model's too.
+        prefix, _, name = path.rpartition(".")
+        held = model.get_parameter(path)
+        model.get_submodule(prefix)._parameters[name] = nn.Parameter(value, held.requires_grad)
+    try:
+        yield
+    except BaseException:
+        if changes:
+            for site in found.sites:
+                Swaps().put(site)
+        raise
+
+
+@contextmanager
+def as_decided(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Iterator[None]:
+    """The whole model as it will be folded, meanwhile, if an algorithm has decided codes: ranges of
+    activations are
+    those behind rounded weights, and of channels as they were balanced."""
+    with Swaps() as swaps:
+        for path, value in changes.items():
+            prefix, _, name = path.rpartition(".")
+            swaps.replace(model.get_submodule(prefix), name, value)
+        for site in found.sites:
+            swaps.put(site)
+        yield

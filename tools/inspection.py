@@ -1,0 +1,210 @@
+"""Everything there is to see of a pipeline on a model and an input: trace, errors, kernels, work, tensors.
+
+In: a model, a pipeline, inputs. Out: an `Inspection`, from which the page, `explain` and the plots are made.
+
+    found = inspect(model, Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}"), (x,))
+    found.errors["fused_fc"].isolated_db; found.work["fused_default"].seconds;
+    found.kernels["fused_default"].source
+
+What a target makes of the lowered graph just before it is compiled (regions put back, operations around a
+kernel become part of it) is shown as a last step, `finish`: its nodes are the kernels that run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
+
+from ..formats import Quantized
+from ..lowering import Pipeline, get_target
+from ..lowering.lower import Lower
+from ..lowering.parameters import with_all_names
+from ..passes import Pass, Recipe, Trace, capture, inline, snapshot, state
+from ..passes.trace import Step, compare
+from .on_paper import OnPaper
+from .roof import Roof, of_card, roof_of
+from .viz.activations import Flow, Flows
+from .viz.errors import NodeError, node_errors
+from .viz.kernels import Kernel, kernel_of
+from .viz.tensors import WeightStats, weight_stats
+from .work import Work, measure
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`reference`: the captured graph; `gm`: what the pipeline made of it; `final`: what is compiled of that.
+    `errors` and `flows` go by nodes of `gm` and of its regions, `work` and `kernels` by nodes of `final`,
+    `baseline` (work that was only counted) by nodes of `reference`, `weights` by the attribute that holds the
+    codes."""
+
+    trace: Trace
+    reference: GraphModule
+    gm: GraphModule
+    final: GraphModule
+    recipe: Recipe | None
+    errors: Mapping[str, NodeError] = field(default_factory=dict)
+    flows: Mapping[str, Flow] = field(default_factory=dict)
+    weights: Mapping[str, WeightStats] = field(default_factory=dict)
+    work: Mapping[str, Work] = field(default_factory=dict)
+    baseline: Mapping[str, Work] = field(default_factory=dict)
+    kernels: Mapping[str, Kernel] = field(default_factory=dict)
+    roof: Roof | None = None
+
+    @property
+    def on_paper(self) -> bool:
+        """Whether the kernels are those of a device that is not there, so that nothing of them was run."""
+        return any(f"target={OnPaper.name}" in step.options for step in self.trace.steps)
+
+
+def inspect(
+    model: nn.Module,
+    pipeline: Pipeline | str,
+    inputs: Sequence[Any],
+    *,
+    dynamic: str | None = None,
+    stored: Mapping[str, Quantized] | None = None,
+    calibrate: Callable[[GraphModule], None] | None = None,
+    runs: int = 5,
+    registers: bool = True,
+    progress: Progress = lambda _: None,
+) -> Inspection:
+    """Capture the model, run the pipeline (or its text) on it and look at what came of it. The model is left
+    as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that is not there, to learn
+    of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
+    first pass behind `observe`."""
+    pipeline = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+    with torch.no_grad():
+        progress("capturing the model as one graph")
+        gm = capture(model, tuple(inputs), dynamic=dynamic)
+        reference = twin(gm)
+        state(gm).stored = with_all_names(dict(stored or {}), model)
+        progress(f"running {pipeline}")
+        trace, compared = run(pipeline, gm, reference, inputs, calibrate, progress)
+        return _look(trace, reference, gm, pipeline, inputs, compared, runs, registers, progress)
+
+
+Compared = tuple[Mapping[str, NodeError], Mapping[str, Flow]]
+
+
+def run(
+    pipeline: Pipeline,
+    gm: GraphModule,
+    reference: GraphModule,
+    inputs: Sequence[Any],
+    calibrate: Callable[[GraphModule], None] | None,
+    progress: Progress,
+) -> tuple[Trace, Compared]:
+    """The pipeline, in pieces where something happens in between: data for observers behind `observe`, and
+    the comparison in front of a `lower` whose kernels do not run here."""
+    trace = Pipeline(()).run(gm)
+    compared: Compared | None = None
+    for step in pipeline.passes:
+        if is_on_paper(step):
+            compared = _compared(reference, gm, inputs, progress)
+        trace.steps.extend(Pipeline((step,)).run(gm).steps[1:])
+        if step.name == "observe" and calibrate is not None:
+            calibrate(gm)
+    return trace, compared or _compared(reference, gm, inputs, progress)
+
+
+def is_on_paper(step: Pass) -> bool:
+    """Whether the pass lowers for a device that is not there."""
+    return isinstance(step, Lower) and step.target == OnPaper.name
+
+
+def _compared(reference: GraphModule, gm: GraphModule, inputs: Sequence[Any], progress: Progress) -> Compared:
+    progress("comparing with the unquantized model")
+    flows = Flows()
+    return node_errors(reference, gm, inputs, see=flows.see), flows.found
+
+
+def _look(
+    trace: Trace,
+    reference: GraphModule,
+    gm: GraphModule,
+    pipeline: Pipeline,
+    inputs: Sequence[Any],
+    compared: Compared,
+    runs: int,
+    registers: bool,
+    progress: Progress,
+) -> Inspection:
+    recipe = next((Recipe.parse(step.recipe) for step in pipeline.passes if hasattr(step, "recipe")), None)
+    lower = next((step for step in reversed(pipeline.passes) if isinstance(step, Lower)), None)
+    paper = lower is not None and is_on_paper(lower)
+    progress("looking at the weights")
+    flat = twin(gm)
+    inline(flat)
+    flat.recompile()
+    weights = weight_stats(flat, reference)
+    final = flat if lower is None else finished(gm, lower, trace)
+    progress("timing operators")
+    work = {} if paper else measure(final, inputs, runs=runs)
+    baseline = measure(reference, inputs, runs=0)
+    roof = of_card(OnPaper.card()) if paper else roof_of(_device(inputs, gm)) if runs else None
+    gpu = OnPaper.card().arch if paper else _arch(inputs)
+    rows = _rows(inputs, final)
+    progress("generating kernels")
+    kernels = {
+        node.name: kernel
+        for node in final.graph.nodes
+        if (kernel := kernel_of(node, rows=rows, gpu=gpu, compiled=registers)) is not None
+    }
+    return Inspection(trace, reference, gm, final, recipe, *compared, weights, work, baseline, kernels, roof)
+
+
+def finished(gm: GraphModule, lower: Lower, trace: Trace) -> GraphModule:
+    """What the first target compiles of a lowered graph; `gm` stays. `trace` gets it as a last step."""
+    final = twin(gm)
+    inline(final)
+    began = time.perf_counter()
+    rewrites = get_target(lower.target.split(",")[0].strip()).finish(final)
+    seconds = time.perf_counter() - began
+    final.graph.eliminate_dead_code()
+    final.recompile()
+    now = snapshot(final)
+    change = compare(trace.steps[-1].snapshot, now)
+    trace.steps.append(Step("finish", "", "lowered", now, rewrites, seconds, (), change))
+    return final
+
+
+def twin(gm: GraphModule) -> GraphModule:
+    """A second graph with the same nodes and the same parameters; capturing again would take longer than all
+    passes together."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
+
+
+def _device(inputs: Sequence[Any], gm: GraphModule) -> torch.device:
+    held = [*inputs, *gm.parameters(), *gm.buffers()]
+    return next((t.device for t in held if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def _arch(inputs: Sequence[Any]) -> int | None:
+    if not any(isinstance(given, Tensor) and given.is_cuda for given in inputs):
+        return None
+    from ..codegen.device import present
+
+    return present().arch
+
+
+def _rows(inputs: Sequence[Any], final: GraphModule) -> int:
+    """Rows of x that a linear gets: all of the input's leading dimensions."""
+    first = next((given for given in inputs if isinstance(given, Tensor)), None)
+    placeholder = next(iter(final.graph.find_nodes(op="placeholder")), None)
+    if first is None or placeholder is None:
+        return 1
+    # Tokens are numbered; features have a last dimension of their own.
+    lead = first.shape if not first.is_floating_point() else first.shape[:-1]
+    count = 1
+    for size in lead:
+        count *= size
+    return max(1, count)

@@ -1,0 +1,130 @@
+"""What each node of a graph does: floating-point operations, bytes that it reads and writes, time.
+
+In: a graph and inputs. Out: node name -> `Work`.
+
+    measure(gm, inputs)["linear_5"]   ->   Work(flops=1.9e7, bytes=3.6e6, seconds=2.1e-4)
+
+Operations are counted by torch's own `FlopCounterMode` (products, convolutions, attention; 2 for a
+multiplication and an addition), bytes by the tensors: each input and result once, nothing for a result that
+shares its input's memory. Times are torch's profiler's: the fastest of several runs, operator by operator.
+Inductor fuses what stands between the kernels, so the compiled whole takes less than their sum."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._autograd import DeviceType
+from torch.fx import GraphModule, Interpreter, Node
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..codegen import GemmSpec
+from ..codegen.conv import ConvSpec
+from .viz.watch import writes
+
+RANGE = "bitfold node "
+"""What the profiler calls the range of a node: this and its name."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """flops: operations of one call; bytes: read and written; seconds: the fastest call, None if not
+    timed."""
+
+    flops: int
+    bytes: int
+    seconds: float | None = None
+
+
+def measure(gm: GraphModule, inputs: Sequence[Any], *, runs: int = 5) -> dict[str, Work]:
+    """Run `gm` once to count and `runs` times, after one more to warm up, to time. 0 runs: only counted."""
+    counted = _Counted(gm)
+    with torch.no_grad():
+        counted.count(inputs)
+        seconds = _timed(gm, inputs, runs) if runs else {}
+    return {name: Work(flops, count, seconds.get(name)) for name, (flops, count) in counted.found.items()}
+
+
+class _Counted(Interpreter):
+    """Counts the operations and bytes of each call."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.found: dict[str, tuple[int, int]] = {}
+        self._counter: Any = FlopCounterMode(display=False, custom_mapping=_OURS)
+
+    def count(self, inputs: Sequence[Any]) -> None:
+        """Run it, counting."""
+        with self._counter:
+            self.run(*inputs)
+
+    def run_node(self, n: Node) -> Any:
+        if not n.op.startswith("call_"):
+            return super().run_node(n)
+        given = [self.env[source] for source in n.all_input_nodes]
+        before = self._counter.get_total_flops()
+        value = super().run_node(n)
+        self.found[n.name] = (int(self._counter.get_total_flops() - before), _moved(n, given, value))
+        return value
+
+
+class Named(Interpreter):
+    """Runs each call in a range of the profiler that carries the node's name."""
+
+    def run_node(self, n: Node) -> Any:
+        if not n.op.startswith("call_"):
+            return super().run_node(n)
+        with record_function(RANGE + n.name):
+            return super().run_node(n)
+
+
+def _timed(gm: GraphModule, inputs: Sequence[Any], runs: int) -> dict[str, float]:
+    cuda = any(given.is_cuda for given in inputs if isinstance(given, Tensor))
+    Named(gm).run(*inputs)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as found:
+        for _ in range(runs):
+            Named(gm).run(*inputs)
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in found.events():
+        # The range appears a second time on the GPU's own line, where it has no children.
+        if event.name.startswith(RANGE) and event.device_type == DeviceType.CPU:
+            micro = event.device_time_total if cuda else event.cpu_time_total
+            times[event.name.removeprefix(RANGE)].append(micro * 1e-6)
+    return {name: min(values) for name, values in times.items()}
+
+
+def _moved(node: Node, given: Sequence[Any], value: Any) -> int:
+    """Bytes of inputs and results. What only looks at its input's memory in another way moves none."""
+    inputs = list({id(t): t for item in given for t in _tensors(item)}.values())
+    results = _tensors(value)
+    owned = {t.untyped_storage().data_ptr() for t in inputs}
+    if results and all(t.untyped_storage().data_ptr() in owned for t in results) and not writes(node):
+        return 0
+    return sum(t.nbytes for t in (*inputs, *results))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _fused(inputs: Sequence[Any], text: str, *_: Any, **__: Any) -> int:
+    spec = GemmSpec.parse(text)
+    rows = prod(inputs[0]) // spec.k
+    return int(2 * rows * spec.n * spec.k * spec.weights)
+
+
+def _conv(_: Any, text: str, *, out_shape: Any, **__: Any) -> int:
+    return int(2 * prod(out_shape[0]) * ConvSpec.parse(text).products)
+
+
+# The operators of lowered graphs, by the texts that they carry; the rest torch knows.
+_OURS: dict[Any, Any] = {torch.ops.bitfold.fused: _fused, torch.ops.bitfold.conv: _conv}
