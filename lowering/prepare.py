@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..formats import BitfoldError
-from ..passes import Pipeline, expression
+from ..passes import MissRecord, Pipeline, expression
 from ..passes.edges import edge
 from ..passes.observe import Observe
 from ..passes.recipes import Recipe
@@ -93,6 +94,7 @@ def prepare_qat(
             calls: dict[nn.Module, Call] = {}
             record = _remembering(model, batches, calls)
             found = plan(model, wanted, stored={}, record=record, progress=progress)
+            _leave_read(found)
             _check_found(model, wanted, found)
             made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
             _observe(model, found, how, batches, made.resumed, progress)
@@ -116,6 +118,16 @@ def _check_model(model: nn.Module) -> None:
                 f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
                 "model as it was before"
             )
+
+
+def _leave_read(found: Plan) -> None:
+    """Report layers whose weight is read past their forward: there it would be the float one in training, and
+    another when it is folded."""
+    for site in list(found.sites):
+        if isinstance(site.module, NonDynamicallyQuantizableLinear):
+            found.sites.remove(site)
+            reason = "its owner, an nn.MultiheadAttention, reads the weight without calling it"
+            found.misses.append(MissRecord(site.path, site.path, "", "training", reason))
 
 
 def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call]) -> Any:
@@ -232,7 +244,7 @@ def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None
     """Let tied weights of one format have one learned scale, as they will have one set of codes."""
     for node in gm.graph.find_nodes(op="call_function", target=TRAIN_QUANTIZE):
         on: Any = edge(node)
-        if on.which != "weight":
+        if on.which != "weight" or not node.args[3]:
             continue
         source: Any = node.args[0]
         if source.target is operator.getitem:  # of a batch norm folded into it
