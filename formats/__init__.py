@@ -12,7 +12,7 @@ Importing the package registers the operators `torch.ops.bitfold.{quantize, dequ
 unpack, choose}`. Errors of use are `FormatError`, a `BitfoldError`, a `ValueError`.
 """
 
-from . import ops
+from . import norm, ops, train_quantize
 from .codebook import Codebook
 from .element import Element
 from .errors import BitfoldError, FormatError, nearest
@@ -54,6 +54,8 @@ __all__ = [
     "format",
     "layout_named",
     "nearest",
+    "norm",
     "ops",
     "register",
+    "train_quantize",
 ]

@@ -143,7 +143,9 @@ def pack(codes: Tensor, moved: Moves, row_bytes: int) -> Tensor:
     length = codes.shape[-1]
     periods = -(-length // moved.codes)
     if length % moved.codes != 0:
-        codes = torch.nn.functional.pad(codes, (0, periods * moved.codes - length))
+        # Not pad(): on a fake tensor that refuses a size that varies.
+        missing = periods * moved.codes - length
+        codes = torch.cat([codes, codes.new_zeros((*codes.shape[:-1], missing))], -1)
     codes = codes.reshape(*codes.shape[:-1], periods, moved.codes)
     out = []
     for pieces in moved.by_byte:
@@ -168,7 +170,7 @@ def unpack(packed: Tensor, moved: Moves, length: int) -> Tensor:
     periods = -(-length // moved.codes)
     missing = periods * moved.bytes - packed.shape[-1]
     if missing != 0:
-        packed = torch.nn.functional.pad(packed, (0, missing))
+        packed = torch.cat([packed, packed.new_zeros((*packed.shape[:-1], missing))], -1)
     packed = packed.reshape(*packed.shape[:-1], periods, moved.bytes)
     out = []
     for pieces in moved.by_code:

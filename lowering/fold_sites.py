@@ -8,7 +8,7 @@ modules that are done run on codes, the others as before, and the error says whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,8 +45,17 @@ class _Tied:
         return self._codes[key]
 
 
-def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None = None) -> None:
-    """Fold every site of the plan. Raises BitfoldError, naming what is done, if that fails midway."""
+def fold_sites(
+    model: nn.Module,
+    found: Plan,
+    target: str,
+    progress: Step | None = None,
+    settle: Callable[[Site], None] | None = None,
+) -> None:
+    """Fold every site of the plan. Raises BitfoldError, naming what is done, if that fails midway.
+
+    `settle`: what is done to a site's graph just before, such as putting trained scales into it.
+    """
     names = parameter_names(model)
     store = _Tied({key for key, paths in names.items() if len(paths) > 1})
     installer = Installer(target)
@@ -59,7 +68,7 @@ def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None
         if progress is not None:
             progress(f"fold {site.path}", len(done), total)
         try:
-            _fold_site(site, names, store, installer)
+            _fold_site(site, names, store, installer, settle)
         except (MemoryError, RuntimeError, OSError) as error:
             raise BitfoldError(_midway(site, done, total, error)) from error
         done.append(site.path)
@@ -68,9 +77,17 @@ def fold_sites(model: nn.Module, found: Plan, target: str, progress: Step | None
         progress("folded", total, total)
 
 
-def _fold_site(site: Site, names: Mapping[int, list[str]], store: _Tied, installer: Installer) -> None:
+def _fold_site(
+    site: Site,
+    names: Mapping[int, list[str]],
+    store: _Tied,
+    installer: Installer,
+    settle: Callable[[Site], None] | None,
+) -> None:
     wanted, dtype = _sources(site, names)
     state(site.gm).store = store
+    if settle is not None:
+        settle(site)
     Pipeline([Fold()]).run(site.gm, record=False)
     graph = dump(site.gm)
     sources = {_codes_of(anchor): source for anchor, source in wanted.items()}

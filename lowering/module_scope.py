@@ -127,6 +127,11 @@ def _unmatched(recipe: Recipe, known: list[rules.Site]) -> Iterator[MissRecord]:
         yield MissRecord("", "", "", str(rule), f"no layer matches this rule{hint}")
 
 
+def site_of(path: str, module: nn.Module, call: Call | None = None) -> Site | Miss:
+    """One module traced alone, not annotated; `call`: its arguments, for kinds that are not known."""
+    return _Tracer({} if call is None else {module: call}).site(path, module)
+
+
 class _Tracer:
     """Traces modules alone, each kind once."""
 

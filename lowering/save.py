@@ -86,6 +86,11 @@ def _module(model: nn.Module, contents: Contents) -> dict[str, Any]:
     every = model.named_modules(remove_duplicate=False)
     folded = {path: module for path, module in every if isinstance(module, Folded)}
     if not folded:
+        if any(getattr(module, "is_prepared", False) for module in model.modules()):
+            raise BitfoldError(
+                "this model is prepared for training and holds no codes yet; save model.state_dict() to "
+                "go on training, or call bf.convert first"
+            )
         raise BitfoldError(
             f"nothing in this {type(model).__name__} is quantized; call bf.quantize first (or save it by "
             "torch's means)"

@@ -1,7 +1,8 @@
 """Train mode: flip what an exported graph has baked in of `model.train()` and `model.eval()`.
 
 Comes in: a captured graph. Goes out: the same graph with the `training` constants of batch norm, dropout and
-attention dropout set; `gm.train()` and `gm.eval()` of an exported graph raise, this is what to use instead.
+attention dropout set, and of the rounding that trains; `gm.train()` and `gm.eval()` of an exported graph
+raise, this is what to use instead.
 
     train_mode{on=true}    dropout(x, 0.1, False)  ->  dropout(x, 0.1, True)
 """
@@ -31,6 +32,10 @@ _TRAINING: dict[Any, int] = {
     aten.alpha_dropout_.default: 2,
     aten.feature_alpha_dropout.default: 2,
     aten.rrelu.default: 3,
+    torch.ops.bitfold.train_quantize.default: 4,
+    torch.ops.bitfold.observe_range.default: 3,
+    torch.ops.bitfold.fold_norm.default: 7,
+    torch.ops.bitfold.unfold_norm.default: 9,
 }
 
 

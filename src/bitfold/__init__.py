@@ -23,11 +23,17 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .formats.gradient import Gradient
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
     from .lowering.checkpoints.transformers_config import BitfoldConfig
+    from .lowering.convert import convert
     from .lowering.diagnose import diagnose
+    from .lowering.distill import Distill, distillation
     from .lowering.load import load
+    from .lowering.prepare import prepare_qat
+    from .lowering.qat_options import Qat
+    from .lowering.qat_schedule import advance, parameter_groups
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
     from .lowering.save import save
@@ -44,22 +50,30 @@ if TYPE_CHECKING:
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
     "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
+    "Distill": ("lowering.distill", "Distill"),
+    "Gradient": ("formats.gradient", "Gradient"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
+    "Qat": ("lowering.qat_options", "Qat"),
     "Recipe": ("passes.recipes", "Recipe"),
     "Report": ("lowering.report", "Report"),
     "Rule": ("passes.rules", "Rule"),
     "Target": ("lowering.target", "Target"),
     "Trace": ("passes", "Trace"),
+    "advance": ("lowering.qat_schedule", "advance"),
     "calibrate": ("passes.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "convert": ("lowering.convert", "convert"),
     "diagnose": ("lowering.diagnose", "diagnose"),
+    "distillation": ("lowering.distill", "distillation"),
     "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
     "inspect": ("tools.inspection", "inspect"),
     "load": ("lowering.load", "load"),
     "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
+    "parameter_groups": ("lowering.qat_schedule", "parameter_groups"),
+    "prepare_qat": ("lowering.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
     "register_pass": ("passes", "register_pass"),
@@ -74,11 +88,14 @@ _LATER = {
 __all__ = [
     "BitfoldConfig",
     "BitfoldError",
+    "Distill",
     "Format",
     "FormatError",
+    "Gradient",
     "Miss",
     "Pass",
     "Pipeline",
+    "Qat",
     "Quantized",
     "Recipe",
     "Report",
@@ -86,9 +103,12 @@ __all__ = [
     "Target",
     "Trace",
     "__version__",
+    "advance",
     "calibrate",
     "capture",
+    "convert",
     "diagnose",
+    "distillation",
     "explain",
     "format",
     "formats",
@@ -96,6 +116,8 @@ __all__ = [
     "inspect",
     "load",
     "load_checkpoint",
+    "parameter_groups",
+    "prepare_qat",
     "quantize",
     "register_format",
     "register_pass",

@@ -1,0 +1,279 @@
+"""Training on rounded numbers: what it wins back of what rounding loses, on handwritten digits.
+
+In: nothing; the digits (1797 images of 8 x 8) come with scikit-learn. Out: a JSON with accuracy and loss of
+the float model, of rounding alone and of training, for each recipe and seed; curves as PNG.
+
+    python benchmarks/qat.py                                     three seeds: results/qat-digits.{json,png}
+    python benchmarks/qat.py --seeds 1 --epochs 2 --out out/try  to try the script
+
+The classifier is a small convolutional network with batch norm, trained as a program, so that batch norm is
+folded. It is trained in floats for some epochs; from there it goes on for as many again, in floats and, for
+each recipe, on rounded numbers, with the same batches and rates. "float" is the former, "rounded" the former
+folded and rounded after the fact, "trained" the latter, converted, on the reference target; all of it on 600
+images that nothing else has seen. Recovery is of the loss: (rounded - trained) / (rounded - float).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bitfold as bf
+from bitfold.passes import Pipeline
+from bitfold.passes.annotate import Annotate
+from bitfold.passes.batch_norm import FoldBatchNorm
+from bitfold.passes.calibrate import calibrate
+from bitfold.passes.fold import Fold
+from bitfold.passes.observe import Observe
+from bitfold.passes.rules import Rule
+
+RESULTS = Path(__file__).parent / "results"
+TEST = 600
+
+
+def recipe(name: str, weight: str, activation: str) -> bf.Recipe:
+    """Every layer: weights in one format, activations with one calibrated scale a tensor, or as floats."""
+    observer = "minmax" if activation else ""
+    rule = Rule(op="*", weight=weight, input=activation, observer=observer)
+    return bf.Recipe(name, (rule,))
+
+
+RECIPES = {
+    "int8, int8 activations": (recipe("int8", "int8", "int8[tensor]"), bf.Qat()),
+    "int4": (recipe("int4", "int4", ""), bf.Qat("lsq")),
+    "int2": (recipe("int2", "int2", ""), bf.Qat("lsq")),
+}
+
+
+class Classifier(nn.Module):
+    """Three convolutions with batch norm, and a linear: 26 thousand parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 16, 32, 64)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, 2) if x.shape[-1] > 2 else x
+        return self.head(x.mean((2, 3)))
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on, and 600 of each to judge by; the split is the same for every seed."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(found.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images, labels = images[order], labels[order]
+    return images[TEST:], labels[TEST:], images[:TEST], labels[:TEST]
+
+
+def train(model: nn.Module, data: Any, epochs: int, rate: float, seed: int) -> list[float]:
+    """The loss of each epoch. Nothing here follows a schedule, so that bf.advance is not called."""
+    images, labels = data[:2]
+    torch.manual_seed(seed)
+    groups = bf.parameter_groups(model, rate, rate / 10, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(groups)
+    steps = epochs * -(-len(images) // 64)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    curve = []
+    for _ in range(epochs):
+        total = 0.0
+        for batch in torch.randperm(len(images)).split(64):
+            loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        curve.append(total / len(images))
+    return curve
+
+
+@torch.no_grad()
+def judge(model: nn.Module, data: Any) -> dict[str, float]:
+    """Accuracy in percent and cross entropy on the images held back."""
+    logits = model(data[2])
+    right = (logits.argmax(1) == data[3]).double().mean()
+    return {"accuracy": 100 * float(right), "loss": float(F.cross_entropy(logits, data[3]))}
+
+
+def rounded(model: nn.Module, what: bf.Recipe, data: Any) -> nn.Module:
+    """Rounding alone: batch norm folded, ranges from the same calibration."""
+    gm = bf.capture(model, (data[0][:64],), dynamic="batch")
+    Pipeline([FoldBatchNorm(), Annotate(str(what))]).run(gm)
+    if what.calibrated:
+        Pipeline([Observe()]).run(gm)
+        calibrate(gm, [data[0][:256]])
+    Pipeline([Fold()]).run(gm)
+    return gm
+
+
+def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
+    """Every recipe from one float model."""
+    torch.manual_seed(seed)
+    model = Classifier().train()
+    curve = train(model, data, epochs, 3e-3, seed)
+    longer = copy.deepcopy(model)
+    curve += train(longer, data, epochs, 1e-3, seed)
+    longer.eval()
+    found: dict[str, Any] = {"seed": seed, "float": judge(longer, data), "float_curve": curve, "recipes": {}}
+    for name, (what, how) in RECIPES.items():
+        trainee = copy.deepcopy(model).train()
+        start = time.perf_counter()
+        gm = bf.prepare_qat(
+            trainee,
+            what,
+            how,
+            scope="program",
+            dynamic="batch",
+            calibration=_batches(what, data),
+            example_inputs=(data[0][:64],),
+        )
+        curve = train(gm, data, epochs, 1e-3, seed)
+        gm.eval()
+        with torch.no_grad():
+            expected = gm(data[2])
+            converted = bf.convert(gm, target="reference")
+            equal = torch.equal(converted(data[2]), expected)
+        found["recipes"][name] = {
+            "recipe": what.to_dict(),
+            "gradient": str(how.weight),
+            "rounded": judge(rounded(longer, what, data), data),
+            "trained": judge(converted, data),
+            "converted_equal": equal,
+            "curve": curve,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        print(
+            seed,
+            name,
+            found["recipes"][name]["rounded"],
+            found["recipes"][name]["trained"],
+            equal,
+            flush=True,
+        )
+    return found
+
+
+def _batches(what: bf.Recipe, data: Any) -> list[Tensor] | None:
+    return [data[0][:256]] if what.calibrated else None
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, and what training won back."""
+
+    def spread(values: list[float]) -> list[float]:
+        return [round(statistics.fmean(values), 4), round(statistics.pstdev(values), 4)]
+
+    rows: dict[str, Any] = {
+        "float": {k: spread([run["float"][k] for run in runs]) for k in ("accuracy", "loss")}
+    }
+    for name in RECIPES:
+        row: dict[str, Any] = {}
+        for state in ("rounded", "trained"):
+            row[state] = {
+                k: spread([run["recipes"][name][state][k] for run in runs]) for k in ("accuracy", "loss")
+            }
+        lost = row["rounded"]["loss"][0] - rows["float"]["loss"][0]
+        won = row["rounded"]["loss"][0] - row["trained"]["loss"][0]
+        row["recovered"] = round(won / lost, 3) if lost > 0 else None
+        row["converted_equal"] = all(run["recipes"][name]["converted_equal"] for run in runs)
+        rows[name] = row
+    return rows
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Loss curves of the first seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    run = runs[0]
+    epochs = len(run["float_curve"]) // 2
+    axes.plot(range(1, 2 * epochs + 1), run["float_curve"], color="#64748b", label="float")
+    for name, one in run["recipes"].items():
+        axes.plot(range(epochs + 1, 2 * epochs + 1), one["curve"], label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss (cross entropy)")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    beside = path.with_suffix(".part.png")
+    figure.savefig(beside, dpi=120)
+    beside.replace(path)
+
+
+def table(rows: dict[str, Any]) -> str:
+    """The summary in Markdown."""
+    lines = [
+        "| | accuracy, % | loss | of the loss won back |",
+        "| --- | --- | --- | --- |",
+        f"| float | {_cell(rows['float'], 'accuracy')} | {_cell(rows['float'], 'loss')} | |",
+    ]
+    for name in RECIPES:
+        row = rows[name]
+        for state in ("rounded", "trained"):
+            won = (
+                f"{100 * row['recovered']:.0f}%"
+                if state == "trained" and row["recovered"] is not None
+                else ""
+            )
+            cells = f"{_cell(row[state], 'accuracy')} | {_cell(row[state], 'loss')}"
+            lines.append(f"| {name}, {state} | {cells} | {won} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], key: str) -> str:
+    mean, deviation = row[key]
+    return f"{mean:.2f} ± {deviation:.2f}" if key == "accuracy" else f"{mean:.4f} ± {deviation:.4f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    data = digits()
+    runs = [one_seed(seed, given.epochs, data) for seed in range(given.seeds)]
+    rows = summary(runs)
+    found = {
+        "torch": torch.__version__,
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "epochs": given.epochs,
+        "summary": rows,
+        "runs": runs,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    beside = given.out / "qat-digits.part.json"
+    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    beside.replace(given.out / "qat-digits.json")
+    draw(runs, given.out / "qat-digits.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Which gradient goes through a rounding, and what is learned of its scales: data, with a short text form.
+
+In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can carry it.
+
+    Gradient.parse("lsq+stochastic")  ->  Gradient("lsq", stochastic=True)
+
+    straight   dv/dx = 1
+    clip       dv/dx = 1 where x lies in the range of the codes, half a step beyond included, else 0
+    lsq        the same without the half step, and a learned step: LSQ (arXiv 1902.08153), with a learned
+               smallest value for formats that have a zero point: LSQ+ (2004.09576)
+    pact       the same, and a learned end of the range: PACT (1805.06085), for both signs
+    smooth:k   the derivative of a staircase of tanh, steeper with k, of mean 1 over a step (DSQ, 1908.05033)
+
+`stochastic` rounds up with the probability that makes the mean exact (Gupta et al., 1502.02551), in training
+only. `item`: LSQ's factor counts the numbers of one item of the batch, as the paper has it for activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .errors import FormatError, nearest
+
+KINDS = ("straight", "clip", "lsq", "pact", "smooth")
+LEARNING = ("lsq", "pact")
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """kind: see the file; sharpness: k of `smooth`; stochastic: how training rounds; item: see the file."""
+
+    kind: str = "straight"
+    sharpness: float = 5.0
+    stochastic: bool = False
+    item: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise FormatError(
+                f"a gradient is one of {', '.join(KINDS)}, not {self.kind!r}{nearest(self.kind, KINDS)}"
+            )
+        if not 0 < self.sharpness <= 100:
+            raise FormatError(
+                f"the sharpness of a staircase is above 0 and at most 100, not {self.sharpness}"
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether scales are parameters."""
+        return self.kind in LEARNING
+
+    def of_item(self) -> Gradient:
+        """The same for activations."""
+        return replace(self, item=self.kind == "lsq")
+
+    @classmethod
+    def parse(cls, text: str | Gradient) -> Gradient:
+        """The gradient that `str` wrote. Raises FormatError for anything else."""
+        if isinstance(text, Gradient):
+            return text
+        if not isinstance(text, str):
+            raise FormatError(f"a gradient is text such as 'lsq' or a Gradient, not {text!r}")
+        name, *flags = text.split("+")
+        kind, colon, number = name.partition(":")
+        for flag in flags:
+            if flag not in ("stochastic", "item"):
+                raise FormatError(f"{text!r}: {flag!r} says nothing; a gradient may be +stochastic")
+        if colon and kind != "smooth":
+            raise FormatError(f"{text!r}: only smooth takes a number")
+        try:
+            sharpness = float(number) if colon else 5.0
+        except ValueError as error:
+            raise FormatError(f"{text!r}: a sharpness is a number, such as smooth:5") from error
+        return cls(kind, sharpness, "stochastic" in flags, "item" in flags)
+
+    def __str__(self) -> str:
+        name = f"smooth:{self.sharpness:g}" if self.kind == "smooth" else self.kind
+        return name + "+stochastic" * self.stochastic + "+item" * self.item

@@ -1,0 +1,99 @@
+"""Batch norm folded into the rows before it, in the way that trains: two operators around a convolution.
+
+In: a weight [O, K], what batch norm holds, and whether it normalizes by its batch. Out: the weight and the
+bias that the folded convolution has, and what undoes them while batches still count.
+
+    rows', bias', g = fold_norm(rows, bias, gamma, beta, mean, var, eps, training, clock, freeze)
+    y = conv(x, rounded(rows'), bias');  z = unfold_norm(y, g, bias, gamma, beta, mean, var, .., training, ..)
+
+    g = gamma / sqrt(var + eps) of the running statistics;  rows' = rows g;  bias' = (bias - mean) g + beta
+
+So what is rounded is what will be folded (Jacob et al., 1712.05877, section 3.2). In training, before
+`freeze`, bias' is 0 and z is the batch norm, by the batch's own statistics, of y / g + bias (Krishnamoorthi,
+1806.08342, section 3.2.2); after it, and in evaluation, z is y. rows' and bias' are computed in float64 and
+rounded once, as `passes/batch_norm.py` does it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+
+def fold_norm(
+    rows: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    training: bool = False,
+    clock: Tensor | None = None,
+    freeze: int = 0,
+) -> list[Tensor]:
+    """[rows', bias', g]; g is float64 [O]."""
+    g = (1.0 if gamma is None else gamma.double()) / torch.sqrt(var.double() + eps)
+    new = (rows.double() * g.reshape(-1, *(1,) * (rows.ndim - 1))).to(rows.dtype)
+    shift = (0.0 if bias is None else bias.double()) - mean.double()
+    shift = (shift * g + (0.0 if beta is None else beta.double())).to(rows.dtype)
+    if not training:
+        return [new, shift, g]
+    if clock is None:
+        return [new, torch.zeros_like(shift), g]
+    return [new, torch.where(clock < freeze, torch.zeros_like(shift), shift), g]
+
+
+def unfold_norm(
+    y: Tensor,
+    g: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    eps: float,
+    training: bool = False,
+    clock: Tensor | None = None,
+    freeze: int = 0,
+) -> Tensor:
+    """z from y [B, O, ..]; moves mean and var as batch norm does, while it normalizes by the batch."""
+    if not training:
+        return y.clone()
+    shape = (1, -1, *(1,) * (y.ndim - 2))
+    # A channel that gamma has switched off stays off, whatever it held.
+    safe = torch.where(g == 0, 1.0, g).to(torch.float32).reshape(shape)
+    raw = y.to(torch.float32) / safe
+    raw = raw if bias is None else raw + bias.to(torch.float32).reshape(shape)
+    dims = [0, *range(2, y.ndim)]
+    count = y.numel() // y.shape[1]
+    center = raw.mean(dims)
+    spread = raw.var(dims, unbiased=False)
+    z = (raw - center.reshape(shape)) * torch.rsqrt(spread + eps).reshape(shape)
+    z = z if gamma is None else z * gamma.to(torch.float32).reshape(shape)
+    z = (z if beta is None else z + beta.to(torch.float32).reshape(shape)).to(y.dtype)
+    follows = None if clock is None else clock < freeze
+    with torch.no_grad():
+        unbiased = spread.detach() * (count / max(count - 1, 1))
+        for held, new in ((mean, center.detach()), (var, unbiased)):
+            moved = held + momentum * (new.to(held.dtype) - held)
+            held.copy_(moved if follows is None else torch.where(follows, moved, held))
+    return z if follows is None else torch.where(follows, z, y)
+
+
+SCHEMAS = {
+    "fold_norm": (
+        "(Tensor rows, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps,"
+        " bool training=False, Tensor? clock=None, int freeze=0) -> Tensor[]"
+    ),
+    "unfold_norm": (
+        "(Tensor y, Tensor g, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) var,"
+        " float momentum, float eps, bool training=False, Tensor? clock=None, int freeze=0) -> Tensor"
+    ),
+}
+for _function in (fold_norm, unfold_norm):
+    ops._library.define(_function.__name__ + SCHEMAS[_function.__name__])
+    ops._library.impl(_function.__name__, _function, "CompositeImplicitAutograd")

@@ -1,0 +1,190 @@
+"""The rounding that trains, as an operator: the values of `fake_quantize`, and a chosen gradient.
+
+In: x [..., K], a format, a gradient, and what the scales come from. Out: x rounded, in x's dtype.
+
+    train_quantize(w, "int4[g128]", "straight", [])              scales from w itself, as `quantize` chooses
+    train_quantize(x, "int8[tensor]", "clip", [low, high])       static scales of a range
+    train_quantize(w, "int2[g32]", "lsq", [step])                learned scales (`learned.py`)
+    train_quantize(x, "uint4[tensor]", "pact", [end])            learned end of the range
+
+The values are those of `quantize` and `dequantize` with `params(...)`, bit for bit. `training` turns
+stochastic rounding on, and gives x itself while `clock` (a step counter) is below `warmup`. `observe_range`
+widens a range by what went through. As the formats' other operators these are plain torch below that looks at
+no data, so that they trace and compile in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import learned, ops
+from .cells import dithered, staircase_slope
+from .format import Format
+from .gradient import Gradient
+from .granularity import Granularity
+from .integer import Integer
+from .text import format
+
+
+def params(fmt: Format, gradient: Gradient, held: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Stored scales from what is held; None if they are chosen from the data in each call."""
+    if not held:
+        return None
+    if gradient.kind == "lsq":
+        return learned.stored(fmt, held)
+    if gradient.kind == "pact":
+        return learned.stored(fmt, (held[0] / learned.end(fmt.element),))
+    return fmt.from_range(held[0], held[1])
+
+
+def train_quantize(
+    x: Tensor,
+    text: str,
+    gradient: str,
+    held: Sequence[Tensor],
+    training: bool = False,
+    clock: Tensor | None = None,
+    warmup: int = 0,
+) -> Tensor:
+    """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
+    fmt, how = format(text), Gradient.parse(gradient)
+    with torch.no_grad():
+        scales = params(fmt, how, _seen(x, held, how))
+        if scales is None:
+            scales = fmt.choose(x)
+    tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *held))
+    noisy = training and how.stochastic
+    if not tracked:
+        value = _rounded(fmt, x, scales, noisy)
+    elif how.kind == "straight" and not noisy:
+        # Nothing is kept for backward. x - x.detach() is 0 with gradient 1, so the value stays as it is.
+        with torch.no_grad():
+            value = _rounded(fmt, x, scales, noisy)
+        value = value + (x - x.detach())
+    else:
+        value = _Rounding.apply(x, fmt, how, noisy, scales, *held)  # type: ignore[no-untyped-call]
+    if not training or clock is None or warmup <= 0:
+        return value
+    return torch.where(clock >= warmup, value, x)
+
+
+def _seen(x: Tensor, held: Sequence[Tensor], how: Gradient) -> Sequence[Tensor]:
+    if len(held) != 2 or how.learns:
+        return held
+    low, high = held
+    empty = low > high
+    # An empty x has no extremes, and no value that could show.
+    ends = torch.aminmax(x.detach().to(torch.float32)) if x.numel() else (low.sum() * 0, high.sum() * 0)
+    return torch.where(empty, ends[0], low), torch.where(empty, ends[1], high)
+
+
+def _rounded(fmt: Format, x: Tensor, scales: tuple[Tensor, ...], noisy: bool) -> Tensor:
+    if noisy:
+        return fmt.fake_quantize(dithered(fmt, x, scales), scales or None).to(x.dtype)
+    return fmt.fake_quantize(x, scales or None)
+
+
+class _Rounding(torch.autograd.Function):
+    """(x, learned numbers) -> x rounded; keeps x and the scales, and computes everything else again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, fmt: Format, how: Gradient, noisy: bool, scales: Any, *held: Tensor
+    ) -> Tensor:
+        ctx.about = (fmt, how, len(held))
+        ctx.save_for_backward(x, *scales, *held)
+        return _rounded(fmt, x, scales, noisy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        fmt, how, count = ctx.about
+        x, *rest = ctx.saved_tensors
+        scales, held = tuple(rest[: len(rest) - count]), rest[len(rest) - count :]
+        for_x, for_held = backward(fmt, how, gradient, x, scales, held)
+        return (for_x, None, None, None, None, *for_held)
+
+
+def backward(
+    fmt: Format,
+    how: Gradient,
+    gradient: Tensor,
+    x: Tensor,
+    scales: tuple[Tensor, ...],
+    held: Sequence[Tensor],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The gradients of x and of what is held, from that of the rounded x."""
+    none = (None,) * len(held)
+    if how.kind == "straight":
+        return gradient, none
+    u, step, low = learned.units(fmt, x, scales)
+    flow = learned.grain_of(fmt).split(gradient.to(torch.float32))
+    element = fmt.element
+    if how.kind == "smooth":
+        slope = staircase_slope(element, u, how.sharpness)
+        return (flow * slope).reshape(x.shape).to(x.dtype), none
+    half = 0.5 * 2.0**-element.fraction if how.kind == "clip" and isinstance(element, Integer) else 0.0
+    below, above = u < element.low - half, u > element.high + half
+    if how.kind != "clip":  # the papers' own: at the ends the range is what counts
+        below, above = u <= element.low, u >= element.high
+    inside = ~(below | above)
+    for_x = torch.where(inside, flow, 0.0).reshape(x.shape).to(x.dtype)
+    if not how.learns or not held:
+        return for_x, none
+    grain = learned.grain_of(fmt)
+    if how.kind == "pact":
+        top = learned.end(element)
+        ends = torch.where(above, element.high / top, torch.where(below, element.low / top, 0.0))
+        return for_x, (_total(grain, flow * ends, held[0]),)
+    with torch.no_grad():
+        value = grain.split(fmt.fake_quantize(x.to(torch.float32), scales))
+    blocks = grain.split(x.to(torch.float32))
+    by_step = torch.where(inside, value - blocks, value - low) / step
+    factor = _factor(x, held[0], element.high, how)
+    for_step = _total(grain, flow * by_step, held[0]) * factor
+    if len(held) == 1:
+        return for_x, (for_step,)
+    return for_x, (for_step, _total(grain, torch.where(inside, 0.0, flow), held[1]) * factor)
+
+
+def _factor(x: Tensor, step: Tensor, high: float, how: Gradient) -> Any:
+    """LSQ's 1 / sqrt(N Qp): N numbers share a step, or make up one item of the batch."""
+    count = x.numel() // x.shape[0] if how.item and x.ndim > 1 else x.numel() // step.numel()
+    return (max(high, 1.0) * count) ** -0.5 if isinstance(count, int) else 1.0 / torch.sym_sqrt(high * count)
+
+
+def _total(grain: Granularity, blocks: Tensor, like: Tensor) -> Tensor:
+    """Sums over the numbers that share a scale, in the shape and dtype of what is learned."""
+    if grain.rows is None:
+        total = blocks.sum()
+    elif grain.cols is None or grain.rows == 1:
+        total = blocks.sum(-1)
+    else:
+        total = blocks.sum((1, 3))
+    return total.reshape(like.shape).to(like.dtype)
+
+
+def observe_range(x: Tensor, low: Tensor, high: Tensor, training: bool) -> None:
+    """Widen [low, high] to hold x, in training; the same however often it sees the same x."""
+    if not training or (isinstance(x.numel(), int) and x.numel() == 0):
+        return
+    with torch.no_grad():
+        least, most = torch.aminmax(x.detach().to(torch.float32))
+        low.copy_(torch.minimum(low, least))
+        high.copy_(torch.maximum(high, most))
+
+
+SCHEMAS = {
+    "train_quantize": (
+        "(Tensor x, str format, str gradient, Tensor[] held, bool training=False, Tensor? clock=None,"
+        " int warmup=0) -> Tensor"
+    ),
+    "observe_range": "(Tensor x, Tensor(a!) low, Tensor(b!) high, bool training) -> ()",
+}
+for _function in (train_quantize, observe_range):
+    ops._library.define(_function.__name__ + SCHEMAS[_function.__name__])
+    ops._library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
