@@ -46,6 +46,7 @@ def test_block_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "skeleton": copy.deepcopy(model).to("meta"),
         "x": torch.randn(2, 128),
         "w": torch.randn(64, 128),
+        "train": lambda model: model(torch.randn(2, 128)).sum().backward(),
     }
     before = model(names["x"])
     exec(compile(BLOCKS[index], f"README block {index}", "exec"), names)
