@@ -41,6 +41,8 @@ RECIPES = {
 }
 CASES = ["batch 1", "batch 8", "prompt 256"]
 BEFORE, STEPS, PROMPTS = 16, 64, 5
+# Of compiling, as torch measures it: Dynamo's tracing and guards; passes, AOTAutograd and Inductor.
+PHASES = ["compile_attempt_0", "bytecode_tracing", "build_guards", "OutputGraph.call_user_compiler"]
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
@@ -100,6 +102,8 @@ def by_torch(who: str, case: str, clock: Callable[[], float]) -> dict[str, Any]:
         started = time.perf_counter()
         run(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         compiled = time.perf_counter() - started
+        names, took = torch._dynamo.utils.compile_times("csv", aggregate=True)
+        phases = {name: float(took[names.index(name)]) for name in PHASES if name in names}
         with torch.compiler.set_stance("default", skip_guard_eval_unsafe=True):
             for _ in range(PROMPTS if prompt else STEPS):
                 if prompt:
@@ -110,7 +114,15 @@ def by_torch(who: str, case: str, clock: Callable[[], float]) -> dict[str, Any]:
                 ids = ids if prompt else logits.argmax(-1)
                 seconds.append(clock() - started)
     held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return row(who, case, seconds, compile_s=compiled, bytes=sum(held.values()), torch=torch.__version__)
+    return row(
+        who,
+        case,
+        seconds,
+        compile_s=compiled,
+        phases=phases,
+        bytes=sum(held.values()),
+        torch=torch.__version__,
+    )
 
 
 # ---- llama.cpp ----

@@ -1,7 +1,8 @@
 """Post-training quantization on the small decoder: what each algorithm wins back of what rounding loses.
 
 In: the committed model, and token ids (corpus.py). Out: a JSON file, and the table of it: for every algorithm
-and format the perplexity of the test text with a bootstrap interval, bits a weight with scales counted,
+and format the perplexity of the test text with a bootstrap interval, the divergence from the float model's
+predictions, bits a weight with scales counted,
 minutes, peak memory, and the share of rounding's loss that is won back.
 
     python benchmarks/ptq.py --out benchmarks/results/ptq-cpu.json
@@ -30,7 +31,6 @@ import torch
 from ptq_table import table
 from small_llama import FOLDER, SmallLlama, load
 from torch import Tensor
-from torch.nn import functional as F
 
 import bitfold as bf
 from bitfold.passes.recipes import Recipe
@@ -49,6 +49,7 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth", "smooth{alpha=0.3}", "smooth{alpha=0.7}"),
     "gptq": ("gptq", "gptq{actorder=false,groups=sequential}", "gptq{damping=0.05}"),
     "gptq, tuned": ("clip,gptq,descend,refit", "clip,gptq", "clip,gptq,refit,gptq,descend,refit"),
+    "learned": ("clip,gptq,learn", "clip,gptq,descend,refit,learn{steps=400}", "clip,learn{steps=400}"),
     "awq + gptq": ("awq,clip,gptq,descend,refit", "awq{clip=true},clip,gptq,descend,refit"),
 }
 BEST = "best"
@@ -65,8 +66,8 @@ class Bench:
             split: self._windows(arguments.data, split, arguments.windows) for split in ("validation", "test")
         }
         calibration = self._windows(arguments.data, "train", arguments.calibration)
-        self.batches = [(piece,) for piece in calibration.split(16)]
-        self.float_loss = {"test": losses(self.model, self.texts["test"])}
+        self.batches = [(piece,) for piece in calibration.split(4)]
+        self.float_loss = self.losses(self.model, "test")[0]
 
     def _windows(self, folder: str, split: str, count: int) -> Tensor:
         """`count` windows spread over the split (all if 0), the same ones each time."""
@@ -84,6 +85,20 @@ class Bench:
         bf.quantize(model, recipe(text), algorithm=algorithm, calibration=batches, target="reference")
         return model, time.perf_counter() - began, _peak() - held
 
+    def losses(self, model: SmallLlama, split: str) -> tuple[Tensor, Tensor]:
+        """For each window, float64, the means over its tokens but the first of the negative log likelihood,
+        and of the
+        divergence from the float model's predictions (Kullback-Leibler, nats)."""
+        found = []
+        with torch.no_grad():
+            for ids in self.texts[split].split(16):
+                exact, ours = (m(ids)[:, :-1].float().log_softmax(-1) for m in (self.model, model))
+                likelihood = -ours.gather(-1, ids[:, 1:, None])[..., 0]
+                apart = (exact.exp() * (exact - ours)).sum(-1)
+                found.append(torch.stack([likelihood, apart]).double().mean(-1).cpu())
+        loss, divergence = torch.cat(found, 1)
+        return loss, divergence
+
     def row(
         self,
         text: str,
@@ -94,8 +109,8 @@ class Bench:
     ) -> dict[str, Any]:
         """One line of the table. `made`: as `quantized` returns it."""
         model, seconds, memory = made
-        loss = losses(model, self.texts["test"])
-        base = self.float_loss["test"]
+        loss, apart = self.losses(model, "test")
+        base = self.float_loss
         row = {
             "format": text,
             "algorithm": name,
@@ -104,6 +119,7 @@ class Bench:
             "perplexity": perplexity(loss),
             "interval": interval(loss, base, None),
             "change": perplexity(loss) / perplexity(base) - 1,
+            "divergence": float(apart.mean()),
             "seconds": round(seconds, 1),
             "peak_mib": round(memory / 2**20, 1),
         }
@@ -111,17 +127,6 @@ class Bench:
             row["won"] = won(loss, base, rounding)
             row["won_interval"] = interval(loss, base, rounding)
         return row | {"loss": loss}
-
-
-def losses(model: SmallLlama, windows: Tensor) -> Tensor:
-    """Sum of the negative log likelihoods of each window's tokens but the first, float64 [windows]."""
-    found = []
-    with torch.no_grad():
-        for ids in windows.split(16):
-            logits = model(ids)[:, :-1].float()
-            each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            found.append(each.view(len(ids), -1).double().sum(1).cpu() / (ids.shape[1] - 1))
-    return torch.cat(found)
 
 
 def perplexity(loss: Tensor) -> float:
@@ -163,10 +168,10 @@ def bits(model: SmallLlama, text: str) -> float:
 
 def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, written after each format, so that an interrupted run has what it had."""
-    float_test = bench.float_loss["test"]
+    float_test = bench.float_loss
     record: dict[str, Any] = {
         "where": environment(bench.device),
-        "asked": {name: value for name, value in vars(arguments).items() if name != "out"},
+        "asked": {k: v for k, v in vars(arguments).items() if k not in ("out", "data", "model")},
         "windows": {split: list(ids.shape) for split, ids in bench.texts.items()},
         "float": {
             "test": perplexity(float_test),
@@ -184,7 +189,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
             for variant in variants:
                 made = bench.quantized(text, variant)
                 if not arguments.first:
-                    seen[variant] = perplexity(losses(made[0], bench.texts["validation"]))
+                    seen[variant] = perplexity(bench.losses(made[0], "validation")[0])
                     print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
                 if best is None or seen[variant] < seen[best[1]]:
                     best = made, variant

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HEAD = "| format | algorithm | bits | test perplexity | change | won back | minutes | memory |"
+HEAD = "| format | algorithm | bits | test perplexity | change | won back | divergence | minutes | memory |"
 
 
 def table(record: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def table(record: dict[str, Any]) -> str:
         f"Float: {record['float']['test']:.3f} ({low:.2f} to {high:.2f}).",
         "",
         HEAD,
-        "| --- | --- | ---: | --- | ---: | --- | ---: | ---: |",
+        "| --- | --- | ---: | --- | ---: | --- | ---: | ---: | ---: |",
     ]
     lost: dict[str, float] = {
         row["format"]: row["change"] for row in record["rows"] if row["algorithm"] == "rounding"
@@ -38,11 +38,13 @@ def _line(row: dict[str, Any], lost: float) -> str:
         first, last = row["won_interval"]
         share = f"{row['won']:.0%} ({first:.0%} to {last:.0%})"
         share = f"**{share}**" if lost >= 0.02 else share
+    # Of the float model's predictions, in thousandths of a nat: has no sampling noise of the text's own.
+    apart = f"{1000 * row['divergence']:.2f}" if "divergence" in row else ""
     variant = f" (`{row['variant']}`)" if row["variant"] else ""
     return (
         f"| {row['format']} | {row['algorithm']}{variant} | {row['bits']:.2f} | "
         f"{row['perplexity']:.3f} ({low:.2f} to {high:.2f}) | {row['change']:+.2%} | {share} | "
-        f"{row['seconds'] / 60:.2f} | {row['peak_mib']:.0f} MiB |"
+        f"{apart} | {row['seconds'] / 60:.2f} | {row['peak_mib']:.0f} MiB |"
     )
 
 

@@ -164,9 +164,10 @@ def _vision(
 ) -> Iterator[Row]:
     """float32, and static int8 by each observer; the first of these is timed."""
     made: dict[str, Any] = {}
-    for recipe in recipes(given.observers):
+    for recipe in (*recipes(given.observers), bf.Recipe.parse("int8_conv")):
         folded = copy.deepcopy(model)
-        bf.quantize(folded, recipe, calibration=data)
+        calibrated = any(rule.observer for rule in recipe.rules)
+        bf.quantize(folded, recipe, calibration=data if calibrated else None)
         made[recipe.name] = folded
     first = next(iter(made))
     timed = _timed({"float32": frozen(model), first: compiled(made[first])}, given, test)

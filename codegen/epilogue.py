@@ -52,14 +52,14 @@ OPS: dict[str, Op] = {
     "div": Op(2, torch.div, "({0} / {1})", "({0} / {1})"),
     "neg": Op(1, torch.neg, "(-{0})", "(-{0})"),
     "relu": Op(1, torch.relu, "tl.where({0} < 0.0, 0.0, {0})", "({0} < 0.0f ? 0.0f : {0})"),
-    "sigmoid": Op(1, torch.sigmoid, "(1.0 / (1.0 + tl.exp(-{0})))", "(1.0f / (1.0f + std::exp(-{0})))"),
+    "sigmoid": Op(1, torch.sigmoid, "(1.0 / (1.0 + tl.exp(-{0})))", "(1.0f / (1.0f + exponential(-{0})))"),
     "silu": Op(
         1,
         torch.nn.functional.silu,
         "({0} / (1.0 + tl.exp(-{0})))",
-        "({0} / (1.0f + std::exp(-{0})))",
+        "({0} / (1.0f + exponential(-{0})))",
     ),
-    "tanh": Op(1, torch.tanh, "hyperbolic_tangent({0})", "std::tanh({0})"),
+    "tanh": Op(1, torch.tanh, "hyperbolic_tangent({0})", "hyperbolic_tangent({0})"),
     "gelu": Op(
         1,
         torch.nn.functional.gelu,
@@ -70,7 +70,7 @@ OPS: dict[str, Op] = {
         1,
         lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
         "(0.5 * {0} * (1.0 + hyperbolic_tangent(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))))",
-        "(0.5f * {0} * (1.0f + std::tanh(0.7978845608f * ({0} + 0.044715f * {0} * {0} * {0}))))",
+        "(0.5f * {0} * (1.0f + hyperbolic_tangent(0.7978845608f * ({0} + 0.044715f * {0} * {0} * {0}))))",
     ),
     "hardswish": Op(
         1,

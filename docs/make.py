@@ -1,7 +1,8 @@
-"""The parts of the documents that are made, not written: the table of formats and the README's tables.
+"""The parts of the documents that are made, not written: the table of formats and tables of results.
 
 In: the formats themselves, and what the demo and benchmarks wrote to `benchmarks/results/`. Out:
-`docs/formats.md`, and README.md with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew.
+`docs/formats.md`; README.md and docs/notes/ptq.md with what stands between `<!-- table: NAME -->` and
+`<!-- end -->` made anew.
 
     python docs/make.py            write them
     python docs/make.py --check    exit 1 and say so if one of them is stale (a test does this)
@@ -163,6 +164,24 @@ def _speed(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     return f"{row['tokens_s']:.1f}{ratio}"
 
 
+def ptq_table() -> str:
+    """One table for each run of `benchmarks/ptq.py` that is committed."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from ptq_table import table
+
+    found = []
+    for path in sorted(RESULTS.glob("ptq-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        asked, link = record["asked"], path.relative_to(ROOT).as_posix()
+        found.append(
+            f"{record['where']['device']}, {record['windows']['test'][0]} windows of test text, "
+            f"{asked['calibration']} of calibration (raw output: `{link}`, `python benchmarks/ptq.py`). "
+            + table(record)
+            + "\n"
+        )
+    return "\n".join(found)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
@@ -170,21 +189,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def made() -> dict[Path, str]:
     """Every made document and its whole text."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for name, table in (
-        ("demo", demo_table()),
-        ("gemm", gemm_table()),
-        ("llama", llama_table()),
-        ("cpu", cpu_table()),
-    ):
-        text = re.sub(
-            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
-            lambda m, table=table: m[1] + table + m[2],
-            text,
+    tables = {
+        "demo": demo_table(),
+        "gemm": gemm_table(),
+        "llama": llama_table(),
+        "cpu": cpu_table(),
+        "ptq": ptq_table(),
+    }
+    found = {ROOT / "docs" / "formats.md": formats_page()}
+    for path in (ROOT / "README.md", ROOT / "docs" / "notes" / "ptq.md"):
+        found[path] = re.sub(
+            r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+            lambda m: m[1] + tables[m[2]] + m[3],
+            path.read_text(encoding="utf-8"),
             flags=re.DOTALL,
         )
-    return {ROOT / "docs" / "formats.md": formats_page(), readme: text}
+    return found
 
 
 def main() -> int:

@@ -25,6 +25,7 @@ from . import affine, rules
 from .errors import FormatError
 from .format import Format
 from .granularity import Granularity
+from .integer import Integer
 from .sparsity import Dense
 
 Params = tuple[Tensor, ...]
@@ -88,3 +89,20 @@ class Columns:
         params = self.of_group(column)
         codes = affine.encode(f.element, f.scale, _ROWS, values, params)
         return affine.decode(f.element, f.scale, _ROWS, codes, params)
+
+
+def spacing(f: Format, params: Sequence[Tensor], w: Tensor) -> Tensor:
+    """How far apart the format's values are around each number of w [N, K], float32; positive."""
+    if f.scale is None:
+        raise FormatError(f"{f} has no scales")
+    grain = f.scale.granularity
+    unit = grain.spread(multipliers(f, params)).abs()
+    blocks = grain.split(w.to(torch.float32))
+    if isinstance(f.element, Integer):
+        return (unit * 2.0**-f.element.fraction).expand_as(blocks).reshape(w.shape)
+    known = torch.tensor(f.element.values(), device=w.device)
+    values = torch.unique(known[known.isfinite()])  # sorted
+    above = torch.searchsorted(values, (blocks / torch.where(unit == 0, 1.0, unit)).contiguous())
+    above = above.clamp(1, len(values) - 1)
+    gaps: Tensor = (values[above] - values[above - 1]) * unit
+    return gaps.reshape(w.shape)

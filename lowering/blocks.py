@@ -30,17 +30,23 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 @dataclass
 class Chain:
     """`hidden`: for each batch, what goes into the block that is next. `calls`: batch by batch, block by
-    block, the
-    arguments, the hidden value among them replaced by None."""
+    block, the arguments, the hidden value among them replaced by None; `exact`: the hidden values of the
+    float model, if wanted."""
 
     paths: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
+    exact: list[Tensor] = field(default_factory=list)
 
     def run(self, block: int, batch: int) -> Tensor:
         """The block's result for the batch, from the hidden value as it is now."""
         args, kwargs = self.arguments(block, batch)
+        return first_tensor(self.blocks[block](*args, **kwargs))
+
+    def run_exact(self, block: int, batch: int) -> Tensor:
+        """The block's result in the float model, if its weights are the float ones now."""
+        args, kwargs = _filled(self.calls[batch][block], self.exact[batch].clone())
         return first_tensor(self.blocks[block](*args, **kwargs))
 
     def arguments(self, block: int, batch: int = 0) -> Call:

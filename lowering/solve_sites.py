@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,13 +32,14 @@ from torch.fx import Node
 from ..formats import BitfoldError, format
 from ..passes import Miss, MissRecord
 from ..passes.anchors import TARGETS
-from ..passes.draft import DRAFT, Draft
+from ..passes.draft import DRAFT, Draft, draft_of
 from ..passes.inputs import INPUTS
 from ..passes.note import annotated
 from .algorithm import Algorithm
 from .balance_block import Balance
 from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
+from .learn_block import learn_block
 from .measure import gatherer, measure, once
 from .module_scope import Plan, Site, Step
 from .results import Results, drafts_of
@@ -78,20 +79,23 @@ def solve_sites(
         balance = Balance(algorithm.balance, shared)
         chain, rest = _recorded(model, sites, batches)
         if isinstance(chain, Miss):
-            if algorithm.balance:
-                name = algorithm.balance[0].name
+            if algorithm.balance or algorithm.learn:
+                name = algorithm.balance[0].name if algorithm.balance else "learn"
                 raise BitfoldError(
-                    f"{name} balances a chain of blocks, and this model is none: {chain.reason}"
+                    f"{name} works on a chain of blocks, and this model is none: {chain.reason}"
                 )
             reason = f"{chain.reason}, so each layer is measured in the float model"
             found.misses.append(MissRecord("", "", "", str(algorithm), reason))
         else:
+            if algorithm.learn is not None:
+                chain.exact = list(chain.hidden)
             with hooked(model, {}):
                 for place, path in enumerate(chain.paths):
                     inside = [site for site in sites if _within(site.path, path)]
                     _solve_block(chain, place, inside, solver, balance)
         for site in rest:
             solver.solve(site)
+            solver.settle(site)
     found.misses += balance.misses
     return balance.changes
 
@@ -105,6 +109,7 @@ class _Solver:
     progress: Step | None
     total: int
     done: int = 0
+    drafts: dict[str, list[str]] = field(default_factory=dict)  # of the sites that are being solved
 
     def known(self, sites: Sequence[Site]) -> bool:
         """Whether an earlier run has found the codes of all of these; they are put on the anchors then."""
@@ -116,16 +121,28 @@ class _Solver:
         self.done += 1
         if self.results is not None and self.results.restore(site):
             return
-        drafts = drafts_of(site) if self.results is not None else []
+        if self.results is not None:
+            self.drafts[site.path] = drafts_of(site)
         self.algorithm.solve.run(site.gm, verify=False)
         for node, note in annotated(site.gm):
             node.meta.pop(INPUTS, None)
+            if self.algorithm.learn is not None and DRAFT not in node.meta:
+                draft = draft_of(site.gm, node, note)
+                if draft is not None and note.weight and not note.stored:
+                    node.meta[DRAFT] = draft
+        if self.algorithm.learn is None:
+            self.settle(site)
+
+    def settle(self, site: Site) -> None:
+        """Codes of what was decided; nothing more is done to them."""
+        decided = False
+        for node, note in annotated(site.gm):
             draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
                 assert note.weight is not None
-                node.meta[DRAFT] = draft.quantized(format(note.weight))
-        if self.results is not None:
-            self.results.keep(site, drafts)
+                node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
+        if self.results is not None and decided:
+            self.results.keep(site, self.drafts.pop(site.path))
 
 
 def _recorded(
@@ -209,6 +226,7 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
         for batch in range(len(chain.hidden)):
             once(partial(chain.run, place, batch))
 
+    targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
     with Swaps() as swaps:
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
@@ -218,8 +236,14 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
             for site in group:
                 solver.solve(site)
                 swaps.put(site)
+        if solver.algorithm.learn is not None and not solver.known(sites):
+            learn_block(solver.algorithm.learn, chain, place, targets, sites)
+            for site in sites:
+                solver.settle(site)
+                swaps.put(site)
         for batch in range(len(chain.hidden)):
             chain.hidden[batch] = chain.run(place, batch)
+    chain.exact = targets
 
 
 def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -18,7 +19,7 @@ from ..formats import Quantized, format
 from ..passes import expression
 from ..passes.anchors import TARGETS
 from ..passes.capture_module import is_stock
-from ..passes.draft import DRAFT
+from ..passes.draft import DRAFT, Draft
 from ..passes.note import Note, annotated
 from .module_scope import Plan, Site
 from .steps_back import back_from
@@ -44,20 +45,22 @@ class Swaps:
         """The site's decided weights, as the folded module will have them; and its inputs rounded, if they
         are."""
         for node, note in annotated(site.gm):
-            codes = node.meta.get(DRAFT)
-            if note.weight and isinstance(codes, Quantized):
-                self._weight(site, node, note, codes)
+            found = node.meta.get(DRAFT)
+            if note.weight and isinstance(found, Quantized):
+                self._weight(site, node, note, found.dequantize())
+            elif note.weight and isinstance(found, Draft):
+                self._weight(site, node, note, found.rounded(format(note.weight)))
             if note.input and not note.observer and is_stock(site.module):
                 self._handles.append(site.module.register_forward_pre_hook(_rounding(note.input)))
 
-    def _weight(self, site: Site, node: Node, note: Note, codes: Quantized) -> None:
+    def _weight(self, site: Site, node: Node, note: Note, rows: Tensor) -> None:
         operand = node.args[TARGETS[node.target][2]]
         assert isinstance(operand, Node)
         chain = expression(site.gm, operand)
         back = back_from(chain, note.anchor) if chain is not None else None
         if chain is None or back is None:
             return
-        value = codes.dequantize(chain.parameter.dtype)
+        value = rows.to(chain.parameter.dtype)
         for what, arguments in back:
             value = value.reshape(arguments) if what == "reshape" else value.permute(arguments)
         own = chain.path.removeprefix(site.path).strip(".")
@@ -72,10 +75,9 @@ class Swaps:
 
 
 def _rounding(text: str) -> Callable[..., Any]:
-    fmt = format(text)
-
     def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return (fmt.fake_quantize(args[0]), *args[1:]) if args else None
+        # The operator, not the format's method: it lets the gradient straight through.
+        return (torch.ops.bitfold.fake_quantize(args[0], text), *args[1:]) if args else None
 
     return hook
 

@@ -41,6 +41,7 @@ _BUILT_IN = {
     "refit": "refit",
     "hqq": "hqq",
     "descend": "descend",
+    "learn": "learn",
     "awq": "awq",
     "smooth": "smooth",
     "equalize": "equalize",

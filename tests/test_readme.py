@@ -52,4 +52,4 @@ def test_block_runs(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     # Whatever a block did to the model, it still computes nearly the same.
     error = (model(names["x"]) - before).norm() / before.norm()
     assert error < 0.2
-    assert not list(tmp_path.glob("*.html")) or "</html>" in (tmp_path / "trace.html").read_text()
+    assert all("</html>" in page.read_text(encoding="utf-8") for page in tmp_path.glob("*.html"))

@@ -14,12 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from ..codegen.device import present
 from ..formats import Quantized
 from ..lowering import Pipeline, get_target
 from ..lowering.lower import Lower
@@ -79,85 +81,115 @@ def inspect(
     as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that is not there, to learn
     of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
     first pass behind `observe`."""
-    pipeline = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+    steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)
-        reference = twin(gm)
+        given = _Given(steps, twin(gm), gm, tuple(inputs), progress)
         state(gm).stored = with_all_names(dict(stored or {}), model)
-        progress(f"running {pipeline}")
-        trace, compared = run(pipeline, gm, reference, inputs, calibrate, progress)
-        return _look(trace, reference, gm, pipeline, inputs, compared, runs, registers, progress)
+        progress(f"running {steps}")
+        trace, compared = _run(given, calibrate)
+        return _look(given, trace, compared, runs=runs, registers=registers)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One pipeline on one model."""
+
+    pipeline: Pipeline
+    reference: GraphModule
+    gm: GraphModule
+    inputs: tuple[Any, ...]
+    progress: Progress
+
+    @property
+    def lower(self) -> Lower | None:
+        """The last pass that lowers."""
+        return next((step for step in reversed(self.pipeline.passes) if isinstance(step, Lower)), None)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """Of the first pass that has one."""
+        texts = (getattr(step, "recipe", None) for step in self.pipeline.passes)
+        return next((Recipe.parse(text) for text in texts if text is not None), None)
+
+    def compare(self) -> Compared:
+        """The graph as it is now against the captured one."""
+        self.progress("comparing with the unquantized model")
+        flows = Flows()
+        return node_errors(self.reference, self.gm, self.inputs, see=flows.see), flows.found
 
 
 Compared = tuple[Mapping[str, NodeError], Mapping[str, Flow]]
 
 
-def run(
-    pipeline: Pipeline,
-    gm: GraphModule,
-    reference: GraphModule,
-    inputs: Sequence[Any],
-    calibrate: Callable[[GraphModule], None] | None,
-    progress: Progress,
-) -> tuple[Trace, Compared]:
+def _run(given: _Given, calibrate: Callable[[GraphModule], None] | None) -> tuple[Trace, Compared]:
     """The pipeline, in pieces where something happens in between: data for observers behind `observe`, and
     the comparison in front of a `lower` whose kernels do not run here."""
-    trace = Pipeline(()).run(gm)
+    trace = Pipeline(()).run(given.gm)
     compared: Compared | None = None
-    for step in pipeline.passes:
-        if is_on_paper(step):
-            compared = _compared(reference, gm, inputs, progress)
-        trace.steps.extend(Pipeline((step,)).run(gm).steps[1:])
-        if step.name == "observe" and calibrate is not None:
-            calibrate(gm)
-    return trace, compared or _compared(reference, gm, inputs, progress)
+    for piece in _pieces(given.pipeline.passes):
+        if _is_on_paper(piece[0]):
+            compared = given.compare()
+        trace.steps.extend(Pipeline(piece).run(given.gm).steps[1:])
+        if piece[-1].name == "observe" and calibrate is not None:
+            calibrate(given.gm)
+    return trace, compared or given.compare()
 
 
-def is_on_paper(step: Pass) -> bool:
+def _pieces(passes: Sequence[Pass]) -> list[list[Pass]]:
+    """A pass on paper begins a piece, one that observes ends it."""
+    pieces: list[list[Pass]] = [[]]
+    for step in passes:
+        if _is_on_paper(step):
+            pieces.append([])
+        pieces[-1].append(step)
+        if step.name == "observe":
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def _is_on_paper(step: Pass | None) -> bool:
     """Whether the pass lowers for a device that is not there."""
     return isinstance(step, Lower) and step.target == OnPaper.name
 
 
-def _compared(reference: GraphModule, gm: GraphModule, inputs: Sequence[Any], progress: Progress) -> Compared:
-    progress("comparing with the unquantized model")
-    flows = Flows()
-    return node_errors(reference, gm, inputs, see=flows.see), flows.found
-
-
-def _look(
-    trace: Trace,
-    reference: GraphModule,
-    gm: GraphModule,
-    pipeline: Pipeline,
-    inputs: Sequence[Any],
-    compared: Compared,
-    runs: int,
-    registers: bool,
-    progress: Progress,
-) -> Inspection:
-    recipe = next((Recipe.parse(step.recipe) for step in pipeline.passes if hasattr(step, "recipe")), None)
-    lower = next((step for step in reversed(pipeline.passes) if isinstance(step, Lower)), None)
-    paper = lower is not None and is_on_paper(lower)
-    progress("looking at the weights")
-    flat = twin(gm)
+def _look(given: _Given, trace: Trace, compared: Compared, *, runs: int, registers: bool) -> Inspection:
+    paper = _is_on_paper(given.lower)
+    given.progress("looking at the weights")
+    flat = twin(given.gm)
     inline(flat)
     flat.recompile()
-    weights = weight_stats(flat, reference)
-    final = flat if lower is None else finished(gm, lower, trace)
-    progress("timing operators")
-    work = {} if paper else measure(final, inputs, runs=runs)
-    baseline = measure(reference, inputs, runs=0)
-    roof = of_card(OnPaper.card()) if paper else roof_of(_device(inputs, gm)) if runs else None
-    gpu = OnPaper.card().arch if paper else _arch(inputs)
-    rows = _rows(inputs, final)
-    progress("generating kernels")
+    weights = weight_stats(flat, given.reference)
+    final = flat if given.lower is None else finished(given.gm, given.lower, trace)
+    given.progress("timing operators")
+    device = _device(given.inputs, given.gm)
+    roof = roof_of(device) if runs else None
+    gpu = None if device.type != "cuda" else present().arch
+    if paper:
+        roof, gpu = of_card(OnPaper.card()), OnPaper.card().arch
+    work = {} if paper else measure(final, given.inputs, runs=runs)
+    baseline = measure(given.reference, given.inputs, runs=0)
+    given.progress("generating kernels")
+    rows = _rows(given.inputs)
     kernels = {
         node.name: kernel
         for node in final.graph.nodes
         if (kernel := kernel_of(node, rows=rows, gpu=gpu, compiled=registers)) is not None
     }
-    return Inspection(trace, reference, gm, final, recipe, *compared, weights, work, baseline, kernels, roof)
+    return Inspection(
+        trace,
+        given.reference,
+        given.gm,
+        final,
+        given.recipe,
+        *compared,
+        weights,
+        work,
+        baseline,
+        kernels,
+        roof,
+    )
 
 
 def finished(gm: GraphModule, lower: Lower, trace: Trace) -> GraphModule:
@@ -188,23 +220,10 @@ def _device(inputs: Sequence[Any], gm: GraphModule) -> torch.device:
     return next((t.device for t in held if isinstance(t, Tensor)), torch.device("cpu"))
 
 
-def _arch(inputs: Sequence[Any]) -> int | None:
-    if not any(isinstance(given, Tensor) and given.is_cuda for given in inputs):
-        return None
-    from ..codegen.device import present
-
-    return present().arch
-
-
-def _rows(inputs: Sequence[Any], final: GraphModule) -> int:
+def _rows(inputs: Sequence[Any]) -> int:
     """Rows of x that a linear gets: all of the input's leading dimensions."""
     first = next((given for given in inputs if isinstance(given, Tensor)), None)
-    placeholder = next(iter(final.graph.find_nodes(op="placeholder")), None)
-    if first is None or placeholder is None:
+    if first is None:
         return 1
     # Tokens are numbered; features have a last dimension of their own.
-    lead = first.shape if not first.is_floating_point() else first.shape[:-1]
-    count = 1
-    for size in lead:
-        count *= size
-    return max(1, count)
+    return max(1, prod(first.shape if not first.is_floating_point() else first.shape[:-1]))

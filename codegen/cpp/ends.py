@@ -62,15 +62,17 @@ def _many_scales(body: Body) -> list[str]:
 
 
 def finish(body: Body) -> list[str]:
-    """Biases, epilogue, store; sums[w] are those of weight w."""
+    """Biases, epilogue, store; sums[w] are those of weight w. For R numbers side by side, in vectors."""
     spec, many = body.spec, body.spec.weights
     names = {f"y{i}": f"y{i}" for i in range(many)}
     lines = [
         "// whole: the sums are of complete values.",
         "template <int R, int M, bool whole = false>",
         f"inline void finish(const Call& call, int64_t row, int64_t m0, float (&sums)[{many}][R][M]) {{",
-        "  for (int r = 0; r < R; ++r)",
-        "    for (int m = 0; m < M; ++m) {",
+        "  float results[M][R];",
+        "  for (int m = 0; m < M; ++m) {",
+        "#pragma GCC unroll 1  // unrolled first, it is not made vectors of",
+        "    for (int r = 0; r < R; ++r) {",
         "      const int64_t place = (m0 + m) * call.n + row + r;",
     ]
     for i in range(many):
@@ -97,4 +99,13 @@ def finish(body: Body) -> list[str]:
         lines.append(f"      const float v{i} = {spec.x}::get(call.extras[{matrices + i}], row + r);")
     steps, result = spec.epilogue.cpp(names)
     lines += [f"      {step}" for step in steps]
-    return [*lines, f"      {type_name(spec.out)}::put(call.y, place, {result});", "    }", "}", ""]
+    put = f"{type_name(spec.out)}::put(call.y, (m0 + m) * call.n + row + r, results[m][r]);"
+    return [
+        *lines,
+        f"      results[m][r] = {result};",
+        "    }",
+        "  }",
+        f"  for (int m = 0; m < M; ++m) for (int r = 0; r < R; ++r) {put}",
+        "}",
+        "",
+    ]

@@ -107,13 +107,14 @@ def _many(body: Body) -> list[str]:
         "inline void many(const Call& call, int64_t first, int64_t last) {",
         "  constexpr int64_t stride = kDeep + kApart;",
         f"  std::vector<{stored}> kept(kStored * stride);",
-        f"  std::vector<float> sums({many} * kStored * call.across);",
+        "  const int64_t across = call.across + kApart;",
+        f"  std::vector<float> sums({many} * kStored * across);",
         "  for (int64_t row = first; row < last; row += kStored) {",
         "    const int64_t count = std::min<int64_t>(kStored, last - row);",
         "    std::fill(sums.begin(), sums.end(), 0.0f);",
         f"    for (int i = 0; i < {many}; ++i) {{",
         "      const Weight& w = call.weights[i];",
-        "      float* of = sums.data() + i * kStored * call.across;",
+        "      float* of = sums.data() + i * kStored * across;",
         "      for (int64_t k0 = 0; k0 < call.k; k0 += kDeep) {",
         "        const int64_t count_k = std::min<int64_t>(kDeep, call.padded - k0);",
         "        for (int64_t r = 0; r < count; ++r)",
@@ -132,12 +133,23 @@ def _many(body: Body) -> list[str]:
         "      }",
         *(_exact(body) if body.by_integers and body.whole_rows else []),
         "    }",
-        "    for (int64_t m = 0; m < call.m; ++m)",
+        "    const auto sum = [&](int i, int64_t r, int64_t m) {",
+        "      return sums[(i * kStored + r) * across + m];",
+        "    };",
+        "    for (int64_t m = 0; m < call.m; ++m) {",
+        "      if (count == kStored) {",
+        f"        float all[{many}][kStored][1];",
+        f"        for (int i = 0; i < {many}; ++i)",
+        "          for (int r = 0; r < kStored; ++r) all[i][r][0] = sum(i, r, m);",
+        f"        finish<kStored, 1, {whole}>(call, row, m, all);",
+        "        continue;",
+        "      }",
         "      for (int64_t r = 0; r < count; ++r) {",
         f"        float one[{many}][1][1];",
-        f"        for (int i = 0; i < {many}; ++i) one[i][0][0] = sums[(i * kStored + r) * call.across + m];",
+        f"        for (int i = 0; i < {many}; ++i) one[i][0][0] = sum(i, r, m);",
         f"        finish<1, 1, {whole}>(call, row + r, m, one);",
         "      }",
+        "    }",
         "  }",
         "}",
         "",
@@ -145,13 +157,13 @@ def _many(body: Body) -> list[str]:
 
 
 def _multiplied(body: Body, vectors: int) -> str:
-    rows, to = "kept.data() + r0 * stride", "of + r0 * call.across + m"
+    rows, to = "kept.data() + r0 * stride", "of + r0 * across + m"
     if not body.by_integers:
-        return f"multiply<{vectors}>({rows}, stride, x, count_k, {to}, call.across);"
+        return f"multiply<{vectors}>({rows}, stride, x, count_k, {to}, across);"
     if body.whole_rows:
         return (
             f"multiply<Codes, {vectors}>({rows}, stride, x, count_k, [&](int r, int v, Ints p) {{ "
-            f"float* at = {to} + r * call.across + v * kInts; store_ints(at, add(numbers(at), p)); }});"
+            f"float* at = {to} + r * across + v * kInts; store_ints(at, add(numbers(at), p)); }});"
         )
     zero = ""
     if body.needs_sums:
@@ -164,7 +176,7 @@ def _multiplied(body: Body, vectors: int) -> str:
         "for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch) "
         f"multiply<Codes, {vectors}>({rows} + k, stride, x + k * kIntPanel, kStretch, "
         "[&](int r, int v, Ints p) { "
-        f"float* at = {to} + r * call.across + v * kInts; "
+        f"float* at = {to} + r * across + v * kInts; "
         f"Sums all = scaled(p, scales_[r0 + r][k / kStretch], load_sums(at));{zero} store_sums(at, all); }});"
     )
 
@@ -187,8 +199,8 @@ def _exact(body: Body) -> list[str]:
         "        scales(w, scales_of(call, row + r), s, z);",
         "        for (int64_t m = 0; m < call.m; ++m) {",
         "          int32_t sum;",
-        "          std::memcpy(&sum, of + r * call.across + m, 4);",
-        "          of[r * call.across + m] = static_cast<float>(sum) * s;",
+        "          std::memcpy(&sum, of + r * across + m, 4);",
+        "          of[r * across + m] = static_cast<float>(sum) * s;",
         "        }",
         "      }",
     ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bitfold as bf
-from bitfold.formats.fit import Columns, multipliers, shrunk, with_multipliers
+from bitfold.formats.fit import Columns, multipliers, shrunk, spacing, with_multipliers
 from bitfold.formats.rules import RULES
 
 FORMATS = [
@@ -64,6 +64,19 @@ def test_multipliers_there_and_back(text: str) -> None:
     again = with_multipliers(f, params, multipliers(f, params))
     for one, other in zip(params, again, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_spacing_is_what_a_number_moves_by(text: str) -> None:
+    """Well inside the range, a number is at most half a spacing from its value, and a spacing more is another
+    one."""
+    f, w = bf.format(text), weight() * 0.4
+    params = f.choose(w * 2)
+    gap = spacing(f, params, w)
+    assert (gap > 0).all()
+    values = f.fake_quantize(w, params)
+    assert ((values - w).abs() <= gap * 0.5 * (1 + 1e-5)).float().mean() > 0.98
+    assert (f.fake_quantize(w + 1.001 * gap, params) > values).float().mean() > 0.75
 
 
 def test_a_shrunk_scale_is_that_share() -> None:

@@ -143,7 +143,9 @@ def test_perplexity_is_that_of_the_oracle_to_four_digits(loaded: SmolLM2) -> Non
         wanted = Recipe.parse(recipe)
         ours = shared_copy(loaded.model)
         if wanted.rules:
-            ours = quantize(ours, wanted, stored=loaded.stored)
+            # Kernels add up in another order, and one more rounding of an activation in 8 bits changes the
+            # next layer's: 0.6 % of perplexity by the CPU target on this window.
+            ours = quantize(ours, wanted, stored=loaded.stored, target="reference")
         theirs = shared_copy(loaded.model)
         oracle.prepared(theirs, recipe)
         assert perplexity(ours, window) == pytest.approx(perplexity(theirs, window), rel=5e-5), recipe

@@ -6,6 +6,7 @@ four blocks -> annotate, fold, fuse, lower -> inspect -> page.html -> headless C
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,20 @@ def test_two_traces_stand_side_by_side_with_their_differences(browser, pages) ->
     page.click('[data-key="@layers.1"]')
     opened = "document.querySelector('#mirror-world [data-key=\"@layers.1\"]').getAttribute('aria-expanded')"
     assert page.evaluate(opened) == "true", "the same modules are open on both sides"
+    page.evaluate(f"({CHOOSE})('isolated')")
+    bars = "[...document.querySelectorAll('#{} .closed .share')].map((b) => b.getAttribute('style'))"
+    heat = [
+        [
+            int(part)
+            for style in page.evaluate(bars.format(side))
+            for part in re.findall(r"hot\) (\d+)%", style)
+        ]
+        for side in ("world", "mirror-world")
+    ]
+    # The head stays as it was, on both sides.
+    assert min(heat[0][:-1]) > max(heat[1][:-1]) and heat[0][-1] == heat[1][-1] == 0, (
+        "int4 errs more than int8, and one scale of colours says so"
+    )
     page.evaluate("Main.camera.x += 50; Main.move()")
     moved = "document.getElementById('{}').style.transform"
     assert page.evaluate(moved.format("world")) == page.evaluate(moved.format("mirror-world"))

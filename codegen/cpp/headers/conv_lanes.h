@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "functions.h"
+
 namespace bitfold {
 
 constexpr int kLanes = 16;

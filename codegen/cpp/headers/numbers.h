@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "functions.h"
+
 namespace bitfold {
 
 inline float from_bits(uint32_t bits) {

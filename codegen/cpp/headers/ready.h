@@ -50,6 +50,14 @@ template <class From, class To> void ready(const Rows& rows, int64_t row, To* r,
     if (rows.order != nullptr) placed(r, rows.padded, rows.order);
 }
 
+// Rows one behind the other, `padded` numbers each, as a panel: `depth` numbers of each row in turn.
+template <int depth, class To, class Out>
+void woven(const To* rows, int64_t padded, int width, Out* to) {
+  for (int64_t k = 0; k < padded; k += depth)
+    for (int i = 0; i < width; ++i, to += depth)
+      for (int d = 0; d < depth; ++d) to[d] = rows[i * padded + k + d];
+}
+
 // Panels first .. last - 1: `width` rows side by side, `depth` numbers of each together; zeros where rows end.
 template <class From, class To, class Out>
 void turned(const Rows& rows, const Wants& wants, int64_t first, int64_t last, Out* panels, float* sums) {
@@ -60,9 +68,10 @@ void turned(const Rows& rows, const Wants& wants, int64_t first, int64_t last, O
     for (int64_t i = 0; i < count; ++i)
       ready<From>(rows, panel * wants.width + i, own.data() + i * rows.padded, sums);
     Out* to = panels + panel * wants.width * rows.padded;
-    for (int64_t k = 0; k < rows.padded; k += wants.depth)
-      for (int i = 0; i < wants.width; ++i)
-        for (int d = 0; d < wants.depth; ++d) *to++ = own[i * rows.padded + k + d];
+    // A depth that the compiler does not know is a call of memcpy for each number.
+    if (wants.depth == 1) woven<1>(own.data(), rows.padded, wants.width, to);
+    if (wants.depth == 2) woven<2>(own.data(), rows.padded, wants.width, to);
+    if (wants.depth == 4) woven<4>(own.data(), rows.padded, wants.width, to);
   }
 }
 

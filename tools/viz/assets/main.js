@@ -112,7 +112,7 @@ const Main = (() => {
 
   function draw() {
     graph.marks = marksOf(graph);
-    graph.paint = state.overlay ? Overlay.paint(data, graph, state.overlay) : null;
+    graph.paint = state.overlay ? Overlay.paint(data, graph, state.overlay, data.other ? [data.other, otherAt(state.step)] : null) : null;
     laid = Layout.layout(graph.root, state.open, graph);
     const world = byId("world");
     world.replaceChildren(Draw.arrow(), Draw.picture(laid, graph, state.open));
@@ -128,7 +128,7 @@ const Main = (() => {
   function drawMirror() {
     const other = otherAt(state.step);
     other.marks = Compare.marks(other, graphAt(state.step));
-    other.paint = state.overlay ? Overlay.paint(data.other, other, state.overlay) : null;
+    other.paint = state.overlay ? Overlay.paint(data.other, other, state.overlay, [data, graphAt(state.step)]) : null;
     const pictured = Layout.layout(other.root, state.open, other);
     byId("mirror-world").replaceChildren(Draw.picture(pictured, other, state.open));
     byId("mirror-world").setAttribute("width", pictured.w);

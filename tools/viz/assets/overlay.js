@@ -41,11 +41,14 @@ const Overlay = (() => {
     return ALL.filter(any);
   }
 
-  function paint(data, graph, key) {
+  // beside: [data, graph] of another trace that is seen at the same time, so that a colour means the same in both.
+  function paint(data, graph, key, beside = null) {
     const overlay = ALL.find((one) => one.key === key);
     if (!overlay) return null;
-    return overlay.category ? categories(data, graph, overlay) : numbers(data, graph, overlay);
+    return overlay.category ? categories(data, graph, overlay, beside) : numbers(data, graph, overlay, beside);
   }
+
+  const own = ([data, graph], overlay) => [...graph.nodes.values()].map((node) => overlay.of(data, node)).filter((value) => value !== null);
 
   function values(data, graph, overlay) {
     const found = new Map();
@@ -61,9 +64,9 @@ const Overlay = (() => {
     return found;
   }
 
-  function numbers(data, graph, overlay) {
+  function numbers(data, graph, overlay, beside) {
     const found = values(data, graph, overlay);
-    const shown = [...graph.nodes.keys()].filter((name) => found.has(name)).map((name) => found.get(name)).filter(Number.isFinite);
+    const shown = [...own([data, graph], overlay), ...(beside ? own(beside, overlay) : [])].filter(Number.isFinite);
     const [low, high] = shown.length ? [Math.min(...shown), Math.max(...shown)] : [0, 1];
     const log = overlay.hot === "high"; // times and bytes spread over decades
     const at = (v) => (log ? Math.log(Math.max(v, high / 1e4)) : v);
@@ -77,14 +80,14 @@ const Overlay = (() => {
     const total = overlay.join === sum ? found.get("@") : null; // what is summed is shown as a share of the whole
     const share = (group) => (total ? value(group) / total : null);
     // A module is as hot as it is large beside the largest one in the same box.
-    const beside = (group) => {
+    const among = (group) => {
       const largest = Math.max(...(group.parent?.children ?? [group]).filter((child) => child.isGroup).map((child) => value(child) ?? 0));
       return largest > 0 ? Math.round((100 * value(group)) / largest) : 0;
     };
     return {
       key: overlay.key,
       value,
-      colour: (item) => (value(item) === null ? null : `color-mix(in oklab, var(--hot) ${item.isGroup && total ? beside(item) : heat(value(item))}%, var(--cold))`),
+      colour: (item) => (value(item) === null ? null : `color-mix(in oklab, var(--hot) ${item.isGroup && total ? among(item) : heat(value(item))}%, var(--cold))`),
       text: (item) => (value(item) === null ? null : `${overlay.show(value(item))}${item.isGroup && share(item) !== null ? `, ${Number((100 * share(item)).toPrecision(2))}%` : ""}`),
       parts: null,
       legend: { title: overlay.title, scale: overlay.hot === "low" ? [overlay.show(high), overlay.show(low)] : [overlay.show(log ? Math.max(low, high / 1e4) : low), overlay.show(high)], worst: ranked(graph, found, overlay) },
@@ -99,11 +102,12 @@ const Overlay = (() => {
       .map((node) => ({ name: node.name, text: overlay.show(found.get(node.name)) }));
   }
 
-  function categories(data, graph, overlay) {
+  function categories(data, graph, overlay, beside) {
     const found = values(data, graph, overlay);
     const counts = new Map();
     for (const name of graph.nodes.keys()) if (found.has(name)) counts.set(found.get(name), (counts.get(found.get(name)) ?? 0) + 1);
-    const order = [...counts].sort((a, b) => b[1] - a[1]).map(([name]) => name);
+    const both = new Set([...own([data, graph], overlay), ...(beside ? own(beside, overlay) : [])]);
+    const order = beside ? [...both].sort() : [...counts].sort((a, b) => b[1] - a[1]).map(([name]) => name);
     const colourOf = (name) => `var(--c${Math.min(order.indexOf(name), 7)})`;
     const value = (item) => found.get(Model.keyOf(item)) ?? null;
     return {
@@ -112,7 +116,7 @@ const Overlay = (() => {
       colour: (item) => (value(item) === null || item.isGroup ? null : colourOf(value(item))),
       text: (item) => (value(item) === null ? null : item.isGroup ? [...new Set(value(item))].join(", ") : value(item)),
       parts: (group) => order.map((name) => ({ colour: colourOf(name), n: (value(group) ?? []).filter((v) => v === name).length })).filter(({ n }) => n > 0),
-      legend: { title: overlay.title, entries: order.map((name) => ({ colour: colourOf(name), text: name, n: counts.get(name) })) },
+      legend: { title: overlay.title, entries: order.map((name) => ({ colour: colourOf(name), text: name, n: counts.get(name) ?? 0 })) },
     };
   }
 

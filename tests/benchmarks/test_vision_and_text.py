@@ -1,0 +1,40 @@
+"""The networks and measures of `benchmarks/vision_and_text.py`, without the published weights."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from vision_and_text import digits, recipes, sentences
+from vision_models import EfficientNetLite0
+
+
+def test_lite0_has_the_published_number_of_parameters_and_pads_as_tensorflow_does() -> None:
+    model = EfficientNetLite0().eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_652_008
+    sizes = []
+    for module in (model._conv_stem, model._blocks[1], model._blocks[3], model._conv_head):
+        module.register_forward_hook(lambda _, __, out: sizes.append(out.shape[-1]))
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 224, 224)).shape == (1, 1000)
+    assert sizes == [112, 56, 28, 7]
+
+
+def test_sentences_are_the_same_each_time_and_enough() -> None:
+    assert sentences() == sentences()
+    assert len(sentences()) > 200
+
+
+def test_digits_lose_little() -> None:
+    pytest.importorskip("sklearn", reason="the digits: pip install scikit-learn")
+    given = Namespace(observers=["minmax"], seconds=0, batches=[], epochs=4)
+    rows = list(digits(given))
+    named = [recipe.name for recipe in recipes(["minmax"])]
+    assert [row.way for row in rows] == ["float32", *named, "int8_conv"]
+    assert rows[0].loss["accuracy"] > 80
+    for row in rows[1:]:
+        assert row.bytes < rows[0].bytes / 3
+        assert row.loss["dB"] > 25 and abs(row.loss["accuracy"] - rows[0].loss["accuracy"]) < 2

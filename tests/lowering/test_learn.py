@@ -1,0 +1,115 @@
+"""Learned rounding: a block's output comes nearer to the float block's, and every weight stays its format's
+own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.passes.draft import Draft
+from bitfold.passes.learn import Learn, Rounding
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def batches(seed: int = 1) -> list[Tensor]:
+    torch.manual_seed(seed)
+    mix = torch.randn(8, 32, generator=torch.Generator().manual_seed(5))
+    return [torch.randn(4, 16, 8) @ mix + torch.randn(4, 16, 32) for _ in range(16)]
+
+
+def loss(model: Model, algorithm: str | None, text: str = "int3[g32]", seed: int = 2) -> float:
+    """On data that calibration has not seen."""
+    fresh = batches(seed)
+    exact = [model(x).detach() for x in fresh]
+    q = copy.deepcopy(model)
+    bf.quantize(q, text, algorithm=algorithm, calibration=batches(), target="reference")
+    return sum(float((q(x).detach() - y).square().mean()) for x, y in zip(fresh, exact, strict=True))
+
+
+@pytest.mark.parametrize("text", ["int3[g32]", "mxfp4", "nf4[g32]", "uint3[g32,bf16,zero:int]"])
+def test_learning_lowers_what_rounding_loses(model: Model, text: str) -> None:
+    assert loss(model, "learn{steps=100}", text) < 0.7 * loss(model, None, text)
+
+
+def test_learning_goes_on_from_gptq(model: Model) -> None:
+    assert loss(model, "clip,gptq,learn{steps=100}") < 0.95 * loss(model, "clip,gptq")
+
+
+def test_a_rounding_starts_where_it_was_decided() -> None:
+    torch.manual_seed(0)
+    f, w = bf.format("int4[g32]"), torch.randn(8, 32)
+    params = f.choose(w)
+    decided = f.fake_quantize(w + 0.4 * torch.randn_like(w) * f.scale.decode(params[0]), params)  # type: ignore[union-attr]
+    start = Rounding(f, Draft(w, params, decided))
+    assert torch.equal(start.values().detach(), decided)
+    assert torch.equal(start.draft().rounded(f), decided)
+    start.move(torch.ones(8, 32), 5.0)
+    assert (start.place >= w - start.gap * (1 + 1e-6)).all()
+
+
+def test_an_interrupted_run_is_taken_up(model: Model, tmp_path: Path) -> None:
+    asked = {"algorithm": "gptq,learn{steps=5}", "calibration": batches(), "target": "reference"}
+    whole = bf.quantize(copy.deepcopy(model), "int4[g32]", **asked)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("gptq") and done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bf.quantize(model, "int4[g32]", resume=tmp_path, progress=stop, **asked)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # a block is kept when it is learned
+    q = bf.quantize(model, "int4[g32]", resume=tmp_path, **asked)
+    x = batches(3)[0]
+    assert torch.equal(q(x), whole(x))
+
+
+def test_inputs_that_are_rounded_let_gradients_through(model: Model) -> None:
+    recipe = bf.Recipe("both", (bf.Rule(weight="int3[g32]", input="int8[row]"),))
+    fresh = batches(2)
+    exact = [model(x).detach() for x in fresh]
+
+    def lost(algorithm: str | None) -> float:
+        q = copy.deepcopy(model)
+        bf.quantize(q, recipe, algorithm=algorithm, calibration=batches(), target="reference")
+        return sum(float((q(x).detach() - y).square().mean()) for x, y in zip(fresh, exact, strict=True))
+
+    assert lost("learn{steps=100}") < 0.7 * lost(None)
+
+
+def test_mistakes(model: Model) -> None:
+    with pytest.raises(bf.BitfoldError, match="put it after gptq"):
+        bf.quantize(model, "int4[g32]", algorithm="learn,gptq", calibration=batches())
+    with pytest.raises(bf.BitfoldError, match="this model is none"):
+        bf.quantize(nn.Sequential(nn.Linear(32, 8)), "int4[g32]", algorithm="learn", calibration=batches())
+    with pytest.raises(bf.BitfoldError, match="1 or more steps"):
+        Learn(steps=0)
