@@ -46,7 +46,7 @@ class Chain:
 
     def run_exact(self, block: int, batch: int) -> Tensor:
         """The block's result in the float model, if its weights are the float ones now."""
-        args, kwargs = _filled(self.calls[batch][block], self.exact[batch])
+        args, kwargs = _filled(self.calls[batch][block], self.exact[batch].clone())
         return first_tensor(self.blocks[block](*args, **kwargs))
 
     def arguments(self, block: int, batch: int = 0) -> Call:

@@ -109,8 +109,7 @@ class _Solver:
     progress: Step | None
     total: int
     done: int = 0
-    drafts: dict[str, list[str]] = field(default_factory=dict)
-    """Of sites that are solved and not settled: what was decided of them before."""
+    drafts: dict[str, list[str]] = field(default_factory=dict)  # of the sites that are being solved
 
     def known(self, sites: Sequence[Site]) -> bool:
         """Whether an earlier run has found the codes of all of these; they are put on the anchors then."""
@@ -136,13 +135,13 @@ class _Solver:
 
     def settle(self, site: Site) -> None:
         """Codes of what was decided; nothing more is done to them."""
+        decided = False
         for node, note in annotated(site.gm):
             draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
                 assert note.weight is not None
-                node.meta[DRAFT] = draft.quantized(format(note.weight))
-        if site.path in self.drafts:
-            assert self.results is not None
+                node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
+        if self.results is not None and decided:
             self.results.keep(site, self.drafts.pop(site.path))
 
 

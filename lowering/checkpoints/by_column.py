@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +102,12 @@ def _packing(folder: Folder, config: Mapping[str, Any]) -> Packing:
 
 def _weight(packing: Packing, found: Mapping[str, Tensor | None]) -> Stored:
     words, zero_words, scales = found["qweight"], found["qzeros"], found["scales"]
-    if words is None or scales is None or words.dtype is not torch.int32 or scales.dtype not in _SCALES:
-        raise BitfoldError("it needs an int32 qweight and float scales")
+    if not _matrix(words, [torch.int32]) or not _matrix(scales, list(_SCALES)):
+        raise BitfoldError("it needs an int32 qweight and float scales, each a matrix")
+    if zero_words is None and packing.method == "awq":
+        raise BitfoldError("it has no qzeros, and AWQ's codes count from them; copy the checkpoint again")
+    if zero_words is not None and not _matrix(zero_words, [torch.int32]):
+        raise BitfoldError(f"its qzeros are {zero_words.dtype}{list(zero_words.shape)}, not an int32 matrix")
     bits, rows = packing.bits, scales.shape[-1]
     k = words.shape[0] if packing.method == "awq" else words.shape[0] * 32 // bits
     grain = "row" if packing.group is None else f"g{packing.group}"
@@ -129,6 +133,10 @@ def _weight(packing: Packing, found: Mapping[str, Tensor | None]) -> Stored:
     if order is not None:
         codes = fmt.pack(fmt.unpack(codes, k)[:, order].contiguous())
     return Stored(Quantized(fmt, k, codes, scales.mT.contiguous(), **params), order=order)
+
+
+def _matrix(tensor: Tensor | None, dtypes: list[torch.dtype]) -> TypeGuard[Tensor]:
+    return tensor is not None and tensor.ndim == 2 and tensor.dtype in dtypes
 
 
 def _codes(packing: Packing, fmt: Format, words: Tensor, k: int) -> Tensor:
@@ -169,11 +177,13 @@ def _order(packing: Packing, groups: Tensor | None, k: int) -> Tensor | None:
     """
     if groups is None or packing.group is None:
         return None
+    if groups.shape != (k,) or groups.is_floating_point():
+        raise BitfoldError(f"its g_idx is {groups.dtype}{list(groups.shape)}, not {k} integers")
     groups = groups.long().cpu()
-    if groups.shape == (k,) and torch.equal(groups, torch.arange(k) // packing.group):
+    if torch.equal(groups, torch.arange(k) // packing.group):
         return None
-    counts = torch.bincount(groups.clamp(min=0), minlength=k // packing.group)
-    if groups.shape != (k,) or int(groups.min()) < 0 or not bool((counts == packing.group).all()):
+    counts = torch.bincount(groups.clamp(0, k), minlength=k // packing.group)  # no table past the last group
+    if int(groups.min()) < 0 or len(counts) > k // packing.group or not bool((counts == packing.group).all()):
         raise BitfoldError(
             f"its g_idx does not name each of {k // packing.group} groups {packing.group} times, so what "
             "shares a scale is not known; copy the checkpoint again"

@@ -207,17 +207,7 @@ def _weight(scheme: Scheme, found: Mapping[str, Tensor | None]) -> tuple[Quantiz
             raise BitfoldError("NVFP4 weights have one weight_global_scale a layer, which is not here")
         kept["weight_global_scale"] = divisor
         params["tensor_scale"] = 1.0 / divisor.to(torch.float32).reshape(1, 1)
-    damaged = [name for name, part in params.items() if name != "zeros" and not _finite(part)]
-    if damaged:
-        raise BitfoldError(f"its {damaged[0]} has NaN or infinity in it; copy the checkpoint again")
     return Quantized(fmt, k, codes, **params), kept
-
-
-def _finite(part: Tensor) -> bool:
-    """Whether every scale is a number. In E8M0 the byte 255 is none."""
-    if part.dtype is torch.uint8:
-        return not bool((part == 255).any())
-    return bool(torch.isfinite(part.to(torch.float32)).all())
 
 
 def _in_order(order: Tensor, fmt: Format) -> bool:

@@ -111,7 +111,7 @@ def _listed(index: Path) -> dict[str, str]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} cannot be read as JSON ({error}); copy it again") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} holds {type(found).__name__} where an object is expected")

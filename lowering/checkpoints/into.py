@@ -13,14 +13,12 @@ while the layers are captured. Whatever fails before folding leaves the skeleton
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...formats import BitfoldError, nearest
+from ...formats import BitfoldError
 from ...passes import MissRecord, Pipeline, add_constant, call
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
@@ -29,13 +27,11 @@ from ...passes.observers import Given, Observer
 from ...passes.recipes import Recipe
 from ...passes.rules import STORED, Rule
 from ..fold_sites import fold_sites
-from ..folded import Folded
 from ..install import resolve_target
 from ..module_scope import Plan, Site, plan
-from ..parameters import parameter_names
-from ..skeleton import kind, submodule_in
-from .buffers import compute_buffers, computed_buffers
+from ..skeleton import submodule_in
 from .checkpoint import Checkpoint, Stored
+from .placement import Placement
 
 KEPT = "bitfold_kept"
 """On a folded module: what the checkpoint said of it that no part of the codes says (`Stored.kept`)."""
@@ -46,7 +42,7 @@ _GIVEN = "minmax"
 
 def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device: torch.device | None) -> None:
     """Fold the checkpoint into `model`, in place. Raises BitfoldError, with the model as it was."""
-    place = _Placement(checkpoint, model, device)
+    place = Placement(checkpoint, model, device)
     place.check()
     on = resolve_target(target, place.device)
     before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
@@ -54,9 +50,10 @@ def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device:
         place.write()
         found = plan(model, _recipe(place), stored={p: s.weight for p, s in place.stored.items()})
         _check_all_fold(place, found)
+        named = {path: place.stored[one] for path, one in place.first.items() if one in place.stored}
         for site in found.sites:
-            _give_ranges(site, place.by_every_path)
-            _reorder(site, place.by_every_path)
+            _give_ranges(site, named)
+            _reorder(site, named)
     except BaseException:
         for module, parameters, buffers in before:
             module._parameters.update(parameters)
@@ -69,170 +66,11 @@ def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device:
             model.get_submodule(path.rpartition(".")[0]).__dict__[KEPT] = dict(one.kept)
 
 
-def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether two names hold the same numbers."""
-    return len(one) == len(other) and all(
-        a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)))
-        for a, b in zip(one, other, strict=True)
-    )
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-
-
 def _unused(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     yield from sorted(checkpoint.unused.items())
 
 
-@dataclass
-class _Placement:
-    """What goes where. `stored` and `plain` hold each parameter once, by the first of its paths."""
-
-    checkpoint: Checkpoint
-    model: nn.Module
-    given_device: torch.device | None
-
-    def __post_init__(self) -> None:
-        self.names = parameter_names(self.model)
-        self.first = {path: paths[0] for paths in self.names.values() for path in paths}
-        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        self.buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        self.plain: dict[str, Tensor] = {}
-        self.stored: dict[str, Stored] = {}
-
-    @property
-    def device(self) -> torch.device:
-        if self.given_device is not None:
-            return self.given_device
-        devices = [parameter.device for parameter in self.model.parameters() if not parameter.is_meta]
-        return devices[0] if devices else torch.device("cpu")
-
-    @property
-    def by_every_path(self) -> dict[str, Stored]:
-        """`stored` under every path of a tied weight."""
-        return {path: self.stored[first] for path, first in self.first.items() if first in self.stored}
-
-    def check(self) -> None:
-        if any(isinstance(module, Folded) for module in self.model.modules()):
-            raise BitfoldError(
-                f"this {type(self.model).__name__} is quantized already; give the skeleton as it was before"
-            )
-        for path, stored in self.checkpoint.stored.items():
-            shape = self._shape(path)
-            if stored.weight.shape != shape:
-                self._misshapen(path, tuple(stored.weight.shape), shape)
-            held = self.stored.setdefault(self.first[path], stored)
-            if not _alike(held.weight.parts, stored.weight.parts):
-                self._tied_apart(path)
-        for path, tensor in self.checkpoint.plain.items():
-            if path in self.buffers:
-                self._check_buffer(path, tensor)
-                continue
-            shape = self._shape(path)
-            if tensor.shape != shape:
-                self._misshapen(path, tuple(tensor.shape), shape)
-            if kind(tensor.dtype) != kind(self.parameters[path].dtype):
-                self._of_another_kind(path, self.parameters[path], tensor)
-            first = self.first[path]
-            if first in self.stored or not _alike([self.plain.setdefault(first, tensor)], [tensor]):
-                self._tied_apart(path)
-        self._check_covered()
-
-    def _shape(self, path: str) -> tuple[int, ...]:
-        if path not in self.parameters:
-            raise BitfoldError(
-                f"{self.checkpoint.source} has a tensor {path!r} that this {type(self.model).__name__} "
-                f"does not have{nearest(path, self.parameters)}"
-            )
-        return tuple(self.parameters[path].shape)
-
-    def _check_buffer(self, path: str, tensor: Tensor) -> None:
-        here = self.buffers[path]
-        if tensor.shape != here.shape:
-            self._misshapen(path, tuple(tensor.shape), tuple(here.shape))
-        if kind(tensor.dtype) != kind(here.dtype):
-            self._of_another_kind(path, here, tensor)
-
-    def _of_another_kind(self, path: str, here: Tensor, tensor: Tensor) -> None:
-        raise BitfoldError(
-            f"{path} is {here.dtype} here and {tensor.dtype} in {self.checkpoint.source}, and numbers of "
-            "one kind are not copied into another"
-        )
-
-    def _tied_apart(self, path: str) -> None:
-        raise BitfoldError(
-            f"{path} is one parameter with {self.first[path]} here, and {self.checkpoint.source} has other "
-            "numbers for it; make the skeleton without that tie (tie_word_embeddings=False)"
-        )
-
-    def _misshapen(self, path: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> None:
-        raise BitfoldError(
-            f"{path} has shape {list(ours)} here and {list(theirs)} in {self.checkpoint.source}; make the "
-            "skeleton with the configuration of that checkpoint"
-        )
-
-    def _check_covered(self) -> None:
-        known = {*self.plain, *self.stored}
-        missing = [name for name in dict.fromkeys(self.first.values()) if name not in known]
-        known |= {*self.checkpoint.plain, *computed_buffers(self.model)}
-        missing += [name for name, one in self.buffers.items() if one.is_meta and name not in known]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise BitfoldError(
-                f"{self.checkpoint.source} has no tensor for {missing[0]!r}{more} of this "
-                f"{type(self.model).__name__}; make the skeleton with the configuration of that checkpoint, "
-                "and buffers that no checkpoint holds with numbers"
-            )
-
-    def write(self) -> None:
-        """The plain tensors, and for each quantized weight one that holds its place; ties stay ties."""
-        for paths in self.names.values():
-            old = self.parameters[paths[0]]
-            new = self._made(paths[0], old)
-            for path in paths:
-                self._set(path, new)
-        for path in self.buffers:
-            tensor = self.checkpoint.plain.get(path)
-            if tensor is not None:
-                dtype = tensor.dtype if self.buffers[path].is_meta else self.buffers[path].dtype
-                module, name = self._owner(path)
-                module._buffers[name] = tensor.to(self.device, dtype)
-        compute_buffers(self.model, self.device)
-
-    def _made(self, path: str, old: Tensor) -> nn.Parameter:
-        if path in self.plain:
-            tensor = self.plain[path]
-            dtype = tensor.dtype if old.is_meta else old.dtype
-            return nn.Parameter(tensor.to(self.device, dtype), requires_grad=old.requires_grad)
-        dtype = old.dtype if not old.is_meta else self._computed_in(self.stored[path])
-        one = torch.zeros((), dtype=dtype, device=self.device)
-        return nn.Parameter(one.expand(old.shape), requires_grad=False)
-
-    def _computed_in(self, stored: Stored) -> torch.dtype:
-        """A skeleton on meta computes in what the checkpoint says, or in the dtype of most of its numbers
-        that are not quantized; where it has none, in its 16-bit scales' dtype."""
-        if self.checkpoint.dtype is not None and self.checkpoint.dtype.is_floating_point:
-            return self.checkpoint.dtype
-        counts: Counter[torch.dtype] = Counter()
-        for tensor in self.plain.values():
-            counts[tensor.dtype] += tensor.numel() if tensor.is_floating_point() else 0
-        if counts.total():
-            return counts.most_common(1)[0][0]
-        scales = stored.weight.scales
-        half = scales is not None and scales.dtype in (torch.bfloat16, torch.float16)
-        return scales.dtype if scales is not None and half else torch.float32
-
-    def _owner(self, path: str) -> tuple[nn.Module, str]:
-        owner, _, name = path.rpartition(".")
-        return self.model.get_submodule(owner), name
-
-    def _set(self, path: str, parameter: nn.Parameter) -> None:
-        module, name = self._owner(path)
-        module._parameters[name] = parameter
-
-
-def _recipe(place: _Placement) -> Recipe:
+def _recipe(place: Placement) -> Recipe:
     """One rule for each layer that came quantized, under each name of its weight."""
     rules = []
     for first, stored in place.stored.items():
@@ -251,7 +89,7 @@ def _recipe(place: _Placement) -> Recipe:
     return Recipe("checkpoint", tuple(rules))
 
 
-def _check_all_fold(place: _Placement, found: Plan) -> None:
+def _check_all_fold(place: Placement, found: Plan) -> None:
     """A weight that came as codes and that no site takes would be left without numbers."""
     taken = {note.stored for site in found.sites for _, note in annotated(site.gm)}
     taken = {place.first.get(path, path) for path in taken}

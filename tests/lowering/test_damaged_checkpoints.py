@@ -226,3 +226,50 @@ def test_what_was_saved_stays_if_the_disk_is_full(tmp_path: Path, monkeypatch: p
     loaded = bf.load_checkpoint(tmp_path, into=_skeleton(), target="reference")
     x = torch.randn(3, 64)
     assert torch.equal(loaded(x), model(x))
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 32, bias=False)
+
+
+def _by_column(folder: Path, method: str, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """A layer as GPTQ or AWQ packs it, its zero points in the middle, and one thing wrong with it."""
+    tensors = {
+        "up.qweight": torch.zeros((8, 32) if method == "gptq" else (64, 4), dtype=torch.int32),
+        "up.qzeros": torch.full((2, 4), 0x77777777, dtype=torch.int32),
+        "up.scales": torch.ones(2, 32, dtype=torch.float16),
+        "up.g_idx": (torch.arange(64) // 32).int(),
+    }
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    config = {"quant_method": method, "bits": 4, "group_size": 32}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config}))
+
+
+COLUMNS: dict[str, tuple[str, Callable[[dict[str, Tensor]], object], str]] = {
+    "one scale": ("gptq", lambda t: t.update({"up.scales": torch.tensor(1.0).half()}), "each a matrix"),
+    "one word": ("awq", lambda t: t.update({"up.qweight": torch.tensor(1).int()}), "each a matrix"),
+    "zero points as floats": ("awq", lambda t: t.update({"up.qzeros": t["up.qzeros"].float()}), "qzeros are"),
+    "zero points as halves": ("gptq", lambda t: t.update({"up.qzeros": torch.ones(2, 4)}), "qzeros are"),
+    "no zero points": ("awq", lambda t: t.pop("up.qzeros"), "no qzeros"),
+    "an order of floats": ("gptq", lambda t: t.update({"up.g_idx": torch.arange(64) / 32}), "g_idx is"),
+    "an order in rows": ("gptq", lambda t: t.update({"up.g_idx": t["up.g_idx"].reshape(8, 8)}), "g_idx is"),
+    "a far group": ("gptq", lambda t: t["up.g_idx"].fill_(2**31 - 1), "does not name each of 2 groups"),
+    "an infinite scale": ("gptq", lambda t: t["up.scales"].fill_(torch.inf), "NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("case", COLUMNS)
+def test_words_by_column_that_are_damaged(case: str, tmp_path: Path) -> None:
+    method, change, match = COLUMNS[case]
+    _by_column(tmp_path, method, change)
+    with pytest.raises(bf.BitfoldError, match=match):
+        bf.load_checkpoint(tmp_path, into=One(), target="reference")
+
+
+def test_a_configuration_nested_without_end(tmp_path: Path) -> None:
+    _saved(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    _refused(tmp_path, "cannot be read as JSON")
