@@ -46,11 +46,11 @@ def measured(browser: Any, page: Path, tests: Any) -> dict[str, float]:
     for _ in range(5):
         tab = browser.open(page)
         opened.append(tab.evaluate("performance.now()"))
-        frames.append(tab.evaluate(tests.PAN_FRAME_MS))
+        frames.append(tab.frame_ms())
     all_open = tab.evaluate(tests.OPEN_ALL_MS)
-    inside = [tab.evaluate(tests.PAN_FRAME_MS) for _ in range(5)]
+    inside = [tab.frame_ms() for _ in range(5)]
     tab.evaluate("Main.fit()")
-    in_sight = [tab.evaluate(tests.PAN_FRAME_MS) for _ in range(5)]
+    in_sight = [tab.frame_ms() for _ in range(5)]
     found = {"open": min(opened), "all": all_open, "pan": min(frames), "pan_all_open": min(inside)}
     return {key: round(value, 1) for key, value in (found | {"pan_in_sight": min(in_sight)}).items()}
 

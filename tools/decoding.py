@@ -16,6 +16,7 @@ step, all layers, becomes one CUDA graph, since launching kernels one by one wou
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class LayerCache:
         return self.keys, self.values
 
 
+Held = dict[str, LayerCache]
+"""A layer's cache, under the word by which the layer takes it."""
+
+
 class Decoder:
     """One sequence of steps. `position` [1] is where the next token goes; it grows in place."""
 
@@ -53,6 +58,10 @@ class Decoder:
         self.length = length
         self.position = torch.zeros(1, dtype=torch.int64, device=norm.device)
         self.caches = [self._cache(batch, norm) for _ in self.inner.layers]
+        # What a layer calls its cache: another word from transformers 5.24 on, which warns of the old one.
+        known = inspect.signature(type(self.inner.layers[0]).forward).parameters
+        word = "cache" if "cache" in known else "past_key_values"
+        self._held = [{word: cache} for cache in self.caches]
         self._begin: Any = _begin
         self._layer: Any = _layer
         self._end: Any = _end
@@ -91,9 +100,7 @@ class Decoder:
     def step(self, token: Tensor) -> Tensor:
         """The token after `token` [batch, 1]."""
         if self._whole is not None:
-            after: Tensor = self._whole(
-                self.model, self.inner, token, self.position, self.length, self.caches
-            )
+            after: Tensor = self._whole(self.model, self.inner, token, self.position, self.length, self._held)
         else:
             after = self._pass(token, self.position)
         self.position.add_(1)
@@ -101,8 +108,8 @@ class Decoder:
 
     def _pass(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x, mask, cos, sin = self._begin(self.inner, tokens, positions, self.length)
-        for layer, cache in zip(self.inner.layers, self.caches, strict=True):
-            x = self._layer(layer, x, mask, cos, sin, cache)
+        for layer, held in zip(self.inner.layers, self._held, strict=True):
+            x = self._layer(layer, x, mask, cos, sin, held)
         return self._end(self.model, x)  # type: ignore[no-any-return]
 
     def graph(self, token: Tensor) -> GraphedStep:
@@ -127,11 +134,16 @@ class GraphedStep:
 
 
 def _step(
-    model: Any, inner: Any, tokens: Tensor, positions: Tensor, length: int, caches: list[LayerCache]
+    model: Any,
+    inner: Any,
+    tokens: Tensor,
+    positions: Tensor,
+    length: int,
+    caches: list[dict[str, LayerCache]],
 ) -> Tensor:
     x, mask, cos, sin = _begin(inner, tokens, positions, length)
-    for layer, cache in zip(inner.layers, caches, strict=True):
-        x = _layer(layer, x, mask, cos, sin, cache)
+    for layer, held in zip(inner.layers, caches, strict=True):
+        x = _layer(layer, x, mask, cos, sin, held)
     return _end(model, x)
 
 
@@ -142,8 +154,8 @@ def _begin(inner: Any, tokens: Tensor, positions: Tensor, length: int) -> tuple[
     return x, mask[None, None], cos, sin
 
 
-def _layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache) -> Tensor:
-    out: Tensor = layer(x, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
+def _layer(layer: Any, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, held: Held) -> Tensor:
+    out: Tensor = layer(x, attention_mask=mask, position_embeddings=(cos, sin), **held)
     return out
 
 

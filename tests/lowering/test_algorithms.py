@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chain_model import Model, codes
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -18,31 +19,6 @@ from bitfold.passes.inputs import Inputs
 from bitfold.passes.solve import Task
 
 F4 = bf.format("int4[g32]")
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.gate = nn.Linear(width, 2 * width)
-        self.up = nn.Linear(width, 2 * width)
-        self.down = nn.Linear(2 * width, width)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        y = self.norm(x)
-        return x + scale * self.down(torch.relu(self.gate(y)) * self.up(y))
-
-
-class Model(nn.Module):
-    def __init__(self, blocks: int = 3, width: int = 32) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
-        self.out = nn.Linear(width, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x, scale=0.5)
-        return self.out(x)
 
 
 @pytest.fixture
@@ -56,15 +32,6 @@ def batches() -> list[Tensor]:
     torch.manual_seed(1)
     mix = torch.randn(8, 32)
     return [torch.randn(4, 20, 8) @ mix + 0.1 * torch.randn(4, 20, 32) for _ in range(4)]
-
-
-def codes(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{path}.{weight.name}": module.quantized(weight).codes
-        for path, module in model.named_modules()
-        if isinstance(module, Folded)
-        for weight in module.folded_weights
-    }
 
 
 def test_each_layer_sees_what_the_rounded_ones_before_it_give(model: Model, batches: list[Tensor]) -> None:

@@ -25,6 +25,17 @@ _FLAGS = (
     "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars "
     "--remote-debugging-pipe"
 )
+_PAN_FRAME_MS = """new Promise((done) => {
+  const start = performance.now();
+  let left = 20;
+  const step = () => {
+    Main.camera.y -= 9;
+    Main.move();
+    if (left-- > 0) requestAnimationFrame(step);
+    else done((performance.now() - start) / 20);
+  };
+  requestAnimationFrame(step);
+})"""
 _WAIT = 60.0  # seconds for one answer: two cores are shared with the other tests
 
 
@@ -125,6 +136,10 @@ class Page:
         while not self.evaluate(condition):
             assert time.monotonic() < end, f"never true: {condition}"
             time.sleep(0.02)
+
+    def frame_ms(self) -> float:
+        """Milliseconds of a frame while the graph is moved, the mean of twenty."""
+        return float(self.evaluate(_PAN_FRAME_MS))
 
     def text(self, selector: str) -> str:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent")

@@ -28,18 +28,6 @@ CHOOSE = """(key) => {
   list.dispatchEvent(new Event('change'));
 }"""
 
-PAN_FRAME_MS = """new Promise((done) => {
-  const start = performance.now();
-  let left = 20;
-  const step = () => {
-    Main.camera.y -= 9;
-    Main.move();
-    if (left-- > 0) requestAnimationFrame(step);
-    else done((performance.now() - start) / 20);
-  };
-  requestAnimationFrame(step);
-})"""
-
 MAP_INK = """(() => {
   const map = document.getElementById('minimap');
   const pixels = map.getContext('2d').getImageData(0, 0, map.width, map.height).data;
@@ -309,6 +297,6 @@ def test_the_page_of_a_whole_language_model(browser, tmp_path) -> None:
     page.evaluate("Main.goStep(1)")
     page.key("e")
     assert page.evaluate("document.querySelectorAll('#world .node').length") > 1900
-    frames = [page.evaluate(PAN_FRAME_MS) for _ in range(3)]
+    frames = [page.frame_ms() for _ in range(3)]
     assert min(frames) < 100, frames
     assert page.complaints() == []

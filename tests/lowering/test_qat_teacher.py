@@ -1,0 +1,59 @@
+"""The float model teaches the one that trains on rounded numbers."""
+
+import copy
+
+import pytest
+import torch
+from qat_cases import ALL, TOKENS, Net
+
+import bitfold as bf
+
+
+@pytest.mark.parametrize("kind", ["kl", "mse"])
+def test_the_float_model_teaches_in_one_line(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    floats = copy.deepcopy(model)
+    names = set(model.state_dict())
+    with pytest.raises(bf.BitfoldError, match="no teacher"):
+        bf.distillation(model)
+    bf.prepare_qat(model, ALL, distill=bf.Distill(kind, temperature=2.0, weight=3.0))
+    assert set(model.state_dict()) == names and len(list(model.parameters())) == len(
+        list(floats.parameters())
+    )
+    with pytest.raises(bf.BitfoldError, match="not been called"):
+        bf.distillation(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(25):
+        said = model(TOKENS)
+        got = bf.distillation(model)
+        with torch.no_grad():
+            wanted = floats(TOKENS)
+        if kind == "mse":
+            assert torch.allclose(got, 3 * (said - wanted).square().mean())
+        else:
+            p, q = (torch.softmax(t.double() / 2, -1) for t in (wanted, said))
+            by_hand = 3 * 4 * (p * (p.log() - q.log())).sum(-1).mean()
+            assert torch.allclose(got.double(), by_hand, rtol=1e-4)  # logarithms of float32 near each other
+        got.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(got.item())
+    assert losses[-1] < 0.8 * losses[0]
+    twin = copy.deepcopy(model)
+    twin(TOKENS)
+    bf.convert(twin)
+    assert not twin._forward_hooks and "bitfold_teacher" not in twin.__dict__
+
+
+def test_a_teacher_compiles_with_its_model() -> None:
+    torch._dynamo.reset()
+    model = bf.prepare_qat(Net(), ALL, distill=bf.Distill())
+    step_ = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = (model(TOKENS), bf.distillation(model))[1]
+    step_(TOKENS)
+    got = bf.distillation(model)
+    assert torch.allclose(got, expected, atol=1e-6)
+    got.backward()
+    assert model.fc.weight.grad is not None
