@@ -30,7 +30,7 @@ from torch import Tensor
 from bitfold.codegen.attention import AttentionSpec, cache_format, empty_cache
 from bitfold.codegen.attention_schedule import AttentionSchedule, choose_attention, choose_splits
 from bitfold.codegen.triton.attention_build import attend, cache_write
-from bitfold.lowering.attention import decoded
+from bitfold.lowering.kv_cache.attention import decoded
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 FORMATS = ["int8[bf16]", "int4[bf16]", "int4[g32]", "float8_e4m3fn[bf16]", "float8_e4m3fn[tensor]", "mxfp4"]

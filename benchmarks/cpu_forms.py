@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.lowering.cpu_forms import vector_layout
+from bitfold.lowering.cpu.forms import vector_layout
 from bitfold.lowering.tolerance import bound
 
 RESULTS = Path(__file__).parent / "results" / "cpu_forms.json"

@@ -35,7 +35,7 @@ TINY = {
 }  # fmt: skip
 HEADS, KV, DIM = 9, 3, 64
 CACHES = ["int8[bf16]", "int4[g32]", "float8_e4m3fn[bf16]"]
-# What is left out of a compiled step -> functions of `bitfold.lowering.cpu` that find nothing then.
+# What is left out of a compiled step -> functions of `bitfold.lowering.cpu.target` that find nothing then.
 WITHOUT = {
     "as it is": [],
     "one graph": ["compile_repeats"],
@@ -77,7 +77,9 @@ def step(layers: int, without: str) -> dict[str, Any]:
     with contextlib.ExitStack() as patched:
         for name in WITHOUT[without]:
             found = None if name == "compile_repeats" else 0
-            patched.enter_context(mock.patch(f"bitfold.lowering.cpu.{name}", lambda *_, found=found: found))
+            patched.enter_context(
+                mock.patch(f"bitfold.lowering.cpu.target.{name}", lambda *_, found=found: found)
+            )
         started = time.perf_counter()
         call()
     return {"call": call, "back": back, "compile_s": time.perf_counter() - started}

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.lowering.algorithm import algorithm_of
-from bitfold.passes.draft import Draft
-from bitfold.passes.inputs import Inputs
-from bitfold.passes.solve import Solver, Task
+from bitfold.lowering.algorithms.algorithm import algorithm_of
+from bitfold.passes.algorithms.draft import Draft
+from bitfold.passes.algorithms.inputs import Inputs
+from bitfold.passes.algorithms.solve import Solver, Task
 from bitfold.tools.demo import environment
 
 SHAPES = {

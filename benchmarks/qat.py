@@ -33,9 +33,9 @@ import bitfold as bf
 from bitfold.passes import Pipeline
 from bitfold.passes.annotate import Annotate
 from bitfold.passes.batch_norm import FoldBatchNorm
-from bitfold.passes.calibrate import calibrate
 from bitfold.passes.fold import Fold
-from bitfold.passes.observe import Observe
+from bitfold.passes.observing.calibrate import calibrate
+from bitfold.passes.observing.observe import Observe
 from bitfold.passes.rules import Rule
 
 RESULTS = Path(__file__).parent / "results"

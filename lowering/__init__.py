@@ -6,12 +6,12 @@ In: a model, or a folded graph. Out: the model on codes, a lowered graph, a comp
 """
 
 from ..passes import Pipeline  # from here, so that a text with `lower` in it is understood
+from .files.load import load
+from .files.save import save
 from .folded import Folded, FoldedConv1d, FoldedConv2d, FoldedEmbedding, FoldedLinear
-from .load import load
 from .lower import Lower
 from .quantize import quantize
 from .report import Report, report
-from .save import save
 from .target import Target, default_target, get_target, register_target, target_names
 
 __all__ = [

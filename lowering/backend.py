@@ -32,11 +32,11 @@ from ..passes.core import META_KEY
 from ..passes.edit import fake_mode
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse, inline
-from ..passes.observe import Observe
+from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
-from .cache import QuantizeCache, speaks_of_caches
 from .inductor import STATIC
+from .kv_cache.quantize import QuantizeCache, speaks_of_caches
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
 from .reference import ReferenceTarget

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
-from .calibration import Batch, Batches, hooked
+from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
 from .given_model import module_of
 

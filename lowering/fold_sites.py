@@ -21,7 +21,7 @@ from ..passes.anchors import TARGETS
 from ..passes.fold import DEQUANTIZE, Fold
 from ..passes.note import annotated
 from ..passes.stages import find_attribute
-from .graph_data import dump, tensor_names
+from .files.graph_data import dump, tensor_names
 from .install import Installer, Source
 from .module_scope import Plan, Site, Step
 from .parameters import parameter_names

@@ -26,12 +26,12 @@ from ..formats import BitfoldError, Quantized, format
 from ..passes import MissRecord, Pipeline, Stage, state
 from ..passes.fuse import Fuse, inline
 from ..passes.stages import find_attribute
-from . import conv
+from .cpu import conv
+from .files.graph_data import Data, tensor_names
+from .files.graph_data import load as load_graph
+from .files.graph_values import enum_value
 from .folded import Canonical, FoldedWeight, Steps, fold_module
 from .fused import weights_of
-from .graph_data import Data, tensor_names
-from .graph_data import load as load_graph
-from .graph_values import enum_value
 from .lower import Lower
 from .target import default_target, get_target
 

@@ -29,12 +29,12 @@ from ..formats import BitfoldError, Quantized, nearest
 from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, rules, state
 from ..passes.anchors import anchors
 from ..passes.annotate import Annotate
-from ..passes.capture_module import is_stock
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
-from .cache import MODULE, speaks_of_caches
+from ..passes.scopes.module import is_stock
 from .folded import Folded
 from .folded_again import folded_sites
+from .kv_cache.quantize import MODULE, speaks_of_caches
 from .parameters import with_all_names
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError
+from .files.graph_data import Data
+from .files.graph_values import enum_value
 from .folded import keeping_dtype
-from .graph_data import Data
-from .graph_values import enum_value
 from .install import CANONICAL, decoded_dtypes
 
 

@@ -19,19 +19,19 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, state
 from ..passes.annotate import Annotate
-from ..passes.calibrate import calibrate, flat_arguments
 from ..passes.fold import Fold
 from ..passes.note import annotated
-from ..passes.observe import Observe
+from ..passes.observing.calibrate import calibrate, flat_arguments
+from ..passes.observing.observe import Observe
+from ..passes.observing.share import Share
 from ..passes.recipes import Recipe
-from ..passes.share import Share
-from .algorithm import Algorithm
-from .cache import QuantizeCache, speaks_of_caches
-from .calibration import Batches
+from .algorithms.algorithm import Algorithm
+from .algorithms.calibration import Batches
+from .algorithms.measure import Gatherer, linears
+from .files.graph_data import dump
 from .folded import Canonical
-from .graph_data import dump
 from .install import CANONICAL, lower_graph
-from .measure import Gatherer, linears
+from .kv_cache.quantize import QuantizeCache, speaks_of_caches
 from .module_scope import Step
 from .parameters import with_all_names
 from .program import as_program, own_tensors

@@ -23,11 +23,13 @@ from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
-from ..passes.fake_quantize import check_observers
-from ..passes.observe import Observe
+from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
-from .algorithm import Algorithm, algorithm_of
-from .calibration import Batch, Batches, observe_modules, record_arguments
+from ..passes.training.fake_quantize import check_observers
+from .algorithms.algorithm import Algorithm, algorithm_of
+from .algorithms.calibration import Batch, Batches, observe_modules, record_arguments
+from .algorithms.results import Results, fingerprint
+from .algorithms.solve_sites import solve_sites
 from .fold_sites import fold_sites
 from .folded import Folded
 from .given_model import module_of
@@ -36,8 +38,6 @@ from .memory import held, release
 from .module_scope import Plan, Record, Step, plan
 from .parameters import check_parameters
 from .program_scope import quantize_program
-from .results import Results, fingerprint
-from .solve_sites import solve_sites
 from .swaps import as_decided, changed
 from .tracing import TRACING
 

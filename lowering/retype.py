@@ -17,9 +17,9 @@ from torch.fx import GraphModule, Node
 from ..codegen import runs_on_kernels
 from ..codegen.lanes import LANE_TYPES
 from ..codegen.spec import type_name
-from .cpu_conv import cast
+from .cpu.static import cast
+from .files.graph_data import Data
 from .fused import parsed
-from .graph_data import Data
 from .splice import expanded
 
 _RETYPED = "bitfold_retyped"

@@ -17,10 +17,10 @@ from torch.fx import Node
 
 from ..formats import Quantized, format
 from ..passes import expression
+from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
-from ..passes.capture_module import is_stock
-from ..passes.draft import DRAFT, Draft
 from ..passes.note import Note, annotated
+from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
 from .steps_back import back_from
 

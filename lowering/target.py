@@ -73,8 +73,8 @@ class Target(ABC):
 # Target name -> (module of this folder, class); imported when first asked for.
 _BUILT_IN = {
     "reference": ("reference", "ReferenceTarget"),
-    "cpu": ("cpu", "CpuTarget"),
-    "cuda": ("cuda", "CudaTarget"),
+    "cpu": ("cpu.target", "CpuTarget"),
+    "cuda": ("cuda.target", "CudaTarget"),
 }
 # The one thing here that changes: what a program registers while it runs.
 _registered: dict[str, type[Target]] = {}

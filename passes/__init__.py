@@ -6,8 +6,6 @@ Comes in: a model (`capture`) and a pipeline's text. Goes out: the rewritten gra
 """
 
 from .annotate import Annotate
-from .calibrate import calibrate
-from .capture import CaptureError, capture, capture_frame, capture_module, example_for, is_training_graph
 from .constants import (
     Expression,
     add_constant,
@@ -20,24 +18,33 @@ from .constants import (
 )
 from .core import Miss, MissRecord, Pass, State, WeightStore, report, state
 from .edit import argument, arguments, call, fake_mode, replace
-from .fake_quantize import FakeQuantize
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
 from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
-from .histograms import observer
 from .note import Note, annotated, note
-from .observe import Observe
-from .observers import Observer
+from .observing.calibrate import calibrate
+from .observing.histograms import observer
+from .observing.observe import Observe
+from .observing.observers import Observer
+from .observing.share import Share
 from .pattern import Match, Pattern, rewrite
 from .pipeline import Pipeline
 from .provenance import Origin, inherit, origin
 from .recipes import Recipe, is_head
 from .registry import find_pass, pass_names, register_pass
 from .rules import Rule, Site
-from .share import Share
+from .scopes.program import (
+    CaptureError,
+    capture,
+    capture_frame,
+    capture_module,
+    example_for,
+    is_training_graph,
+)
 from .sparsify import Sparsify
 from .stages import Stage, VerificationError
 from .trace import Change, Step, Trace
+from .training.fake_quantize import FakeQuantize
 from .verify import verify
 
 __all__ = [

@@ -12,7 +12,7 @@ Both are computed in float64 and rounded to the parameter's dtype once, so they 
 every machine; what follows from them is within rounding of the model's own numbers, and no further: codes
 of w' are other codes than those of w. That is why no recipe does it by itself. Without this pass the CPU's
 kernels apply the same map to their sums, which costs them a multiplication and an addition a number
-(`lowering/conv_chain.py`), in all scopes alike, and leaves codes what they are.
+(`lowering/cpu/conv_chain.py`), in all scopes alike, and leaves codes what they are.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Quantized, format
+from .algorithms.draft import DRAFT
 from .anchors import fixed_size, identity
 from .constants import (
     Expression,
@@ -38,12 +39,11 @@ from .constants import (
     is_pure,
 )
 from .core import Pass, state
-from .draft import DRAFT
 from .edges import EDGE, Edge, edge
 from .edit import fake_mode
-from .fake_quantize import FAKE_QUANTIZE, ROUNDED, check_observers, mark_edges
 from .provenance import inherit
 from .stages import Stage
+from .training.fake_quantize import FAKE_QUANTIZE, ROUNDED, check_observers, mark_edges
 
 aten = torch.ops.aten
 QUANTIZE = torch.ops.bitfold.quantize.default

@@ -29,7 +29,7 @@ from .constants import constant_nodes, expression
 from .core import Miss, Pass, report
 from .edit import argument, call, replace
 from .einsum import einsum_as_linear, tensordot_equation
-from .flatten import inline_no_grad
+from .scopes.flatten import inline_no_grad
 from .stages import Stage, operator_name
 
 aten = torch.ops.aten

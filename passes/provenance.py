@@ -111,7 +111,7 @@ def breaking_point(error: BaseException) -> str:
         frame
         for frame in traceback.extract_tb(error.__traceback__)
         if not _WRAPPERS.search(frame.filename)
-        and os.path.dirname(frame.filename) != os.path.dirname(__file__)
+        and not frame.filename.startswith(os.path.dirname(__file__) + os.sep)
     ]
     if not frames:
         return reason

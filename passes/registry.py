@@ -22,33 +22,33 @@ from .core import Pass
 
 GROUP = "bitfold.passes"
 
-# Pass name -> module of this folder that defines it; imported when first asked for.
+# Pass name -> module in this folder that defines it; imported when first asked for.
 _BUILT_IN = {
     "normalize": "normalize",
     "fold_constants": "cleanup",
     "eliminate_dead": "cleanup",
-    "train_mode": "mode",
+    "train_mode": "training.mode",
     "fold_batch_norm": "batch_norm",
     "annotate": "annotate",
-    "observe": "observe",
-    "share": "share",
-    "fake_quantize": "fake_quantize",
-    "train_quantizers": "train_quantizers",
-    "settle_quantizers": "settle_quantizers",
-    "train_batch_norm": "train_batch_norm",
-    "settle_batch_norm": "train_batch_norm",
+    "observe": "observing.observe",
+    "share": "observing.share",
+    "fake_quantize": "training.fake_quantize",
+    "train_quantizers": "training.quantizers",
+    "settle_quantizers": "training.settle_quantizers",
+    "train_batch_norm": "training.batch_norm",
+    "settle_batch_norm": "training.batch_norm",
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",
-    "clip": "clip",
-    "gptq": "gptq",
-    "refit": "refit",
-    "hqq": "hqq",
-    "descend": "descend",
-    "learn": "learn",
-    "awq": "awq",
-    "smooth": "smooth",
-    "equalize": "equalize",
+    "clip": "algorithms.clip",
+    "gptq": "algorithms.gptq",
+    "refit": "algorithms.refit",
+    "hqq": "algorithms.hqq",
+    "descend": "algorithms.descend",
+    "learn": "algorithms.learn",
+    "awq": "algorithms.awq",
+    "smooth": "algorithms.smooth",
+    "equalize": "algorithms.equalize",
 }
 
 # The one thing here that changes: what a program registers while it runs.
@@ -93,4 +93,4 @@ def _built_in(name: str) -> type[Pass]:
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Pass) and getattr(value, "name", "") == name:
             return value
-    raise RuntimeError(f"passes/{_BUILT_IN[name]}.py defines no pass named '{name}'")
+    raise RuntimeError(f"passes/{_BUILT_IN[name].replace('.', '/')}.py defines no pass named '{name}'")

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..formats import BitfoldError, format, nearest
-from .histograms import observer
+from .observing.histograms import observer
 
 CACHE = "cache"
 OPS = ("linear", "head", "conv", "embedding", CACHE)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from ..lowering.paths import place_of
+from ..lowering.files.paths import place_of
 from .inspection import Inspection
 from .text_file import write_text
 from .viz.overlay import targets

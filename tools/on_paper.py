@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from ..codegen.device import DEFAULT, Device, device
 from ..formats import BitfoldError
 from ..lowering import register_target
-from ..lowering.cuda import CudaTarget
+from ..lowering.cuda.target import CudaTarget
 from ..lowering.target import Compiled
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..lowering.paths import FileError, place_of
+from ..lowering.files.paths import FileError, place_of
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from ..save import join
+from ..files.save import join
 
 
 def computed_buffers(model: nn.Module) -> set[str]:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, Format, Quantized, format
 from ...formats.scale import STORED
-from ..paths import FileError
-from ..skeleton import submodule_in
+from ..files.paths import FileError
+from ..files.skeleton import submodule_in
 from .checkpoint import Checkpoint, Stored
 from .folder import Folder
 from .words import from_words, zeros_from_words

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, Format, Quantized
 from ...formats.integer import Integer
-from ..skeleton import submodule_in
+from ..files.skeleton import submodule_in
 from .checkpoint import Checkpoint, Stored
 from .folder import Folder
 from .schemes import activation_format, weight_format

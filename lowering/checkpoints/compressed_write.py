@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, Quantized, format
 from ...formats.integer import Integer
+from ..files.save import join
 from ..folded import Folded, original_class
-from ..save import join
 from .into import KEPT
 from .layers import FoldedLayer, folded_layer
 from .schemes import activation_args, storage, weight_args

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...formats import BitfoldError
-from ..paths import FileError, named
+from ..files.paths import FileError, named
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...formats import BitfoldError, Quantized
+from ..files.paths import FileError, place_of
+from ..files.save import join
 from ..folded import Folded
-from ..paths import FileError, place_of
-from ..save import join
 from .gguf_blocks import write_blocks
 from .gguf_read import GGUF, ROTATED_IN_PAIRS, Names, gguf_package, in_their_order, open_gguf
 from .layers import folded_layer

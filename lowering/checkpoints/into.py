@@ -22,14 +22,14 @@ from ...formats import BitfoldError
 from ...passes import MissRecord, Pipeline, add_constant, call
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
-from ...passes.observe import Observe
-from ...passes.observers import Given, Observer
+from ...passes.observing.observe import Observe
+from ...passes.observing.observers import Given, Observer
 from ...passes.recipes import Recipe
 from ...passes.rules import STORED, Rule
+from ..files.skeleton import submodule_in
 from ..fold_sites import fold_sites
 from ..install import resolve_target
 from ..module_scope import Plan, Site, plan
-from ..skeleton import submodule_in
 from .checkpoint import Checkpoint, Stored
 from .placement import Placement
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ...formats import BitfoldError
+from ..files.paths import named
 from ..given_model import module_of
-from ..paths import named
 from ..tracing import TRACING
 from .by_column import read_by_column
 from .checkpoint import Checkpoint

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError, nearest
+from ..files.skeleton import kind
 from ..folded import Folded
 from ..parameters import parameter_names
-from ..skeleton import kind
 from .buffers import compute_buffers, computed_buffers
 from .checkpoint import Checkpoint, Stored
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ...formats import BitfoldError
+from ..files.paths import named
 from ..given_model import module_of
-from ..paths import named
 from .compressed_write import write_compressed
 from .folder import write_folder
 from .gguf_write import write_gguf

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...formats import BitfoldError, Quantized, format
 from ...formats.scale import STORED
-from ..paths import FileError
+from ..files.paths import FileError
 from .checkpoint import Checkpoint, Stored
 from .folder import Folder
 

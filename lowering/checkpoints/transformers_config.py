@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError
 from ...passes.recipes import Recipe
+from ..files.load_module import ModulePlan
+from ..files.paths import FileError
+from ..files.save import contents_of, join
+from ..files.skeleton import submodule_in
+from ..files.tensor_file import KEY, open_file
 from ..folded import Folded
 from ..install import resolve_target
-from ..load_module import ModulePlan
-from ..paths import FileError
 from ..quantize import quantize
-from ..save import contents_of, join
-from ..skeleton import submodule_in
-from ..tensor_file import KEY, open_file
 
 try:
     from transformers.quantizers.auto import register_quantization_config, register_quantizer

@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
     from .lowering.checkpoints.transformers_config import BitfoldConfig
-    from .lowering.convert import convert
     from .lowering.diagnose import diagnose
-    from .lowering.distill import Distill, distillation
-    from .lowering.load import load
-    from .lowering.prepare import prepare_qat
-    from .lowering.qat_options import Qat
-    from .lowering.qat_schedule import advance, parameter_groups
+    from .lowering.files.load import load
+    from .lowering.files.save import save
+    from .lowering.qat.convert import convert
+    from .lowering.qat.distill import Distill, distillation
+    from .lowering.qat.options import Qat
+    from .lowering.qat.prepare import prepare_qat
+    from .lowering.qat.schedule import advance, parameter_groups
     from .lowering.quantize import quantize
     from .lowering.report import Report, report
-    from .lowering.save import save
-    from .lowering.search import search
+    from .lowering.search.search import search
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
-    from .passes.calibrate import calibrate
+    from .passes.observing.calibrate import calibrate
     from .passes.recipes import Recipe
     from .passes.rules import Rule
     from .tools.explain import explain
@@ -50,38 +50,38 @@ if TYPE_CHECKING:
 # Public name -> (module, name there), imported when first asked for.
 _LATER = {
     "BitfoldConfig": ("lowering.checkpoints.transformers_config", "BitfoldConfig"),
-    "Distill": ("lowering.distill", "Distill"),
+    "Distill": ("lowering.qat.distill", "Distill"),
     "Gradient": ("formats.gradient", "Gradient"),
     "Miss": ("passes", "Miss"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
-    "Qat": ("lowering.qat_options", "Qat"),
+    "Qat": ("lowering.qat.options", "Qat"),
     "Recipe": ("passes.recipes", "Recipe"),
     "Report": ("lowering.report", "Report"),
     "Rule": ("passes.rules", "Rule"),
     "Target": ("lowering.target", "Target"),
     "Trace": ("passes", "Trace"),
-    "advance": ("lowering.qat_schedule", "advance"),
-    "calibrate": ("passes.calibrate", "calibrate"),
+    "advance": ("lowering.qat.schedule", "advance"),
+    "calibrate": ("passes.observing.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
-    "convert": ("lowering.convert", "convert"),
+    "convert": ("lowering.qat.convert", "convert"),
     "diagnose": ("lowering.diagnose", "diagnose"),
-    "distillation": ("lowering.distill", "distillation"),
+    "distillation": ("lowering.qat.distill", "distillation"),
     "explain": ("tools.explain", "explain"),
     "get_target": ("lowering.target", "get_target"),
     "inspect": ("tools.inspection", "inspect"),
-    "load": ("lowering.load", "load"),
+    "load": ("lowering.files.load", "load"),
     "load_checkpoint": ("lowering.checkpoints.load", "load_checkpoint"),
-    "parameter_groups": ("lowering.qat_schedule", "parameter_groups"),
-    "prepare_qat": ("lowering.prepare", "prepare_qat"),
+    "parameter_groups": ("lowering.qat.schedule", "parameter_groups"),
+    "prepare_qat": ("lowering.qat.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
     "register_format": ("formats", "register"),
     "register_pass": ("passes", "register_pass"),
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
-    "save": ("lowering.save", "save"),
+    "save": ("lowering.files.save", "save"),
     "save_checkpoint": ("lowering.checkpoints.save", "save_checkpoint"),
-    "search": ("lowering.search", "search"),
+    "search": ("lowering.search.search", "search"),
     "viz": ("tools.viz", "viz"),
 }
 

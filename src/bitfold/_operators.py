@@ -25,7 +25,7 @@ def _later(module: str, name: str) -> Callable[..., Any]:
 _library.define("cpu_linear(Tensor x, Tensor[] parts, str format, SymInt k, Tensor? bias=None) -> Tensor")
 _library.define("rows(Tensor[] parts, str format, SymInt k, Tensor indices) -> Tensor[]")
 for _name in ("cpu_linear", "rows"):
-    _library.impl(_name, _later("cpu", _name), "CompositeImplicitAutograd")
+    _library.impl(_name, _later("cpu.target", _name), "CompositeImplicitAutograd")
 
 _library.define("fused(Tensor[] inputs, str spec) -> Tensor[]")
 _library.impl("fused", _later("fused", "fused"), "CUDA")
@@ -37,14 +37,14 @@ torch.library.register_autograd(
 )
 
 _library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
-_library.impl("few_queries", _later("few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
-torch.library.register_fake("bitfold::few_queries", _later("few_queries", "fake"), lib=_library)
+_library.impl("few_queries", _later("kv_cache.few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::few_queries", _later("kv_cache.few_queries", "fake"), lib=_library)
 
 _library.define("conv(Tensor[] inputs, str spec) -> Tensor[]")
-_library.impl("conv", _later("conv", "build_for_cpu"), "CompositeExplicitAutograd")
-torch.library.register_fake("bitfold::conv", _later("conv", "fake"), lib=_library)
+_library.impl("conv", _later("cpu.conv", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::conv", _later("cpu.conv", "fake"), lib=_library)
 torch.library.register_autograd(
-    "bitfold::conv", _later("conv", "backward"), setup_context=_later("conv", "keep"), lib=_library
+    "bitfold::conv", _later("cpu.conv", "backward"), setup_context=_later("cpu.conv", "keep"), lib=_library
 )
 
 _library.define(
@@ -56,18 +56,22 @@ _library.define(
 _library.define(
     "attend_few(Tensor q, Tensor[] cache, Tensor limits, Tensor? mask, Tensor? pages, str spec) -> Tensor"
 )
-_library.impl("attend_few", _later("attention", "build_for_cpu"), "CompositeExplicitAutograd")
-torch.library.register_fake("bitfold::attend_few", _later("attention", "attend_fake"), lib=_library)
+_library.impl("attend_few", _later("kv_cache.attention", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::attend_few", _later("kv_cache.attention", "attend_fake"), lib=_library)
 for _name in ("cache_write", "attend"):
-    _library.impl(_name, _later("attention", _name), "CUDA")
-    _library.impl(_name, _later("attention", f"{_name}_on_cpu"), "CPU")
-    torch.library.register_fake(f"bitfold::{_name}", _later("attention", f"{_name}_fake"), lib=_library)
+    _library.impl(_name, _later("kv_cache.attention", _name), "CUDA")
+    _library.impl(_name, _later("kv_cache.attention", f"{_name}_on_cpu"), "CPU")
+    torch.library.register_fake(
+        f"bitfold::{_name}", _later("kv_cache.attention", f"{_name}_fake"), lib=_library
+    )
 _library.define("no_cache_gradient(Tensor gradient) -> Tensor")
-_library.impl("no_cache_gradient", _later("attention", "no_cache_gradient"), "CompositeExplicitAutograd")
-_library.impl("no_cache_gradient", _later("attention", "no_cache_gradient_shape"), "Meta")
+_library.impl(
+    "no_cache_gradient", _later("kv_cache.attention", "no_cache_gradient"), "CompositeExplicitAutograd"
+)
+_library.impl("no_cache_gradient", _later("kv_cache.attention", "no_cache_gradient_shape"), "Meta")
 torch.library.register_autograd(
     "bitfold::attend",
-    _later("attention", "backward"),
-    setup_context=_later("attention", "keep"),
+    _later("kv_cache.attention", "backward"),
+    setup_context=_later("kv_cache.attention", "keep"),
     lib=_library,
 )

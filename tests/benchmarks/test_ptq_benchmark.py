@@ -31,7 +31,7 @@ def test_shares_and_intervals(script: Any) -> None:
 
 
 def test_every_variant_is_an_algorithm(script: Any) -> None:
-    from bitfold.lowering.algorithm import algorithm_of
+    from bitfold.lowering.algorithms.algorithm import algorithm_of
 
     for variants in script.ALGORITHMS.values():
         for text in variants:

@@ -34,7 +34,7 @@ def filled(spec: AttentionSpec, entries: int, tokens: int) -> list[Tensor]:
 @pytest.mark.parametrize("index", range(len(FORMATS)))
 def test_kernels_against_the_reference(index: int) -> None:
     from bitfold.codegen.triton.attention_build import attend, cache_write
-    from bitfold.lowering.attention import attend_reference, cache_write_reference
+    from bitfold.lowering.kv_cache.attention import attend_reference, cache_write_reference
 
     drawn = random.Random(index)
     texts = FORMATS[index], FORMATS[(index + 3) % len(FORMATS)]

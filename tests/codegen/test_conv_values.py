@@ -26,7 +26,7 @@ from bitfold.codegen.cpp import build
 from bitfold.codegen.cpp.conv_build import know
 from bitfold.codegen.epilogue import OPS, Apply
 from bitfold.formats import BitfoldError
-from bitfold.lowering.conv import decoded, reference
+from bitfold.lowering.cpu.conv import decoded, reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conv_cases import coded, operands, spec_of

@@ -14,7 +14,7 @@ from test_attention import COVER, FAST, FORMATS, SHAPES
 from bitfold.codegen.cpp.attention import source
 from bitfold.codegen.cpp.attention_build import know_attention
 from bitfold.codegen.cpp.build import vectors
-from bitfold.lowering.attention import attend_reference
+from bitfold.lowering.kv_cache.attention import attend_reference
 
 # What this processor runs of what kernels can be written in.
 WORDS = {"avx512vnni": ["avx512", "avx2"], "avx512": ["avx512", "avx2"], "avx2": ["avx2"], "neon": ["neon"]}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.lowering.folded import Folded
-from bitfold.passes.draft import Draft
-from bitfold.passes.gptq import GPTQ
-from bitfold.passes.inputs import Inputs
-from bitfold.passes.solve import Task
+from bitfold.passes.algorithms.draft import Draft
+from bitfold.passes.algorithms.gptq import GPTQ
+from bitfold.passes.algorithms.inputs import Inputs
+from bitfold.passes.algorithms.solve import Task
 
 F4 = bf.format("int4[g32]")
 

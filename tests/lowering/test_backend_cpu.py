@@ -15,7 +15,7 @@ from torch import nn
 
 import bitfold as bf
 from bitfold.lowering import backend
-from bitfold.lowering.cpu_forms import MOST_ROWS
+from bitfold.lowering.cpu.forms import MOST_ROWS
 from bitfold.lowering.tolerance import bound
 from bitfold.passes import Trace
 

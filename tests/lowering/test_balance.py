@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
-from bitfold.passes.balance import groups
+from bitfold.passes.algorithms.balance import groups
 
 
 def outliers(count: int = 4, width: int = 32) -> list[Tensor]:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering import attention
-from bitfold.lowering.cache import QuantizeCache
+from bitfold.lowering.kv_cache import attention
+from bitfold.lowering.kv_cache.quantize import QuantizeCache
 from bitfold.passes import Pipeline, state
 
 B, HEADS, KV, S, HD = 2, 4, 2, 24, 64

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitfold as bf
 from bitfold.codegen.attention import AttentionSpec, cache_format, empty_cache
-from bitfold.lowering.attention import decoded
+from bitfold.lowering.kv_cache.attention import decoded
 
 D = 64
 

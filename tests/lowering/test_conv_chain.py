@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering.conv import parsed
+from bitfold.lowering.cpu.conv import parsed
 
 pytestmark = pytest.mark.skipif(bool(bf.get_target("cpu").missing()), reason="there is no C++ compiler")
 

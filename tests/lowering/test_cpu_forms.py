@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bitfold.formats as formats
-from bitfold.lowering import cpu_forms
-from bitfold.lowering.cpu_values import terms
+from bitfold.lowering.cpu import forms as cpu_forms
+from bitfold.lowering.cpu.values import terms
 from bitfold.lowering.tolerance import bound, gamma, roundoff, tolerance
 
 ELEMENTS = [

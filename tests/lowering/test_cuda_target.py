@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import bitfold as bf
 from bitfold.codegen import CodegenError, GemmSpec, kernel_layout
 from bitfold.codegen.device import device
-from bitfold.lowering import cuda, inductor, register_target
+from bitfold.lowering import inductor, register_target
 from bitfold.lowering import target as targets
-from bitfold.lowering.cuda import CudaTarget
+from bitfold.lowering.cuda import target as cuda
+from bitfold.lowering.cuda.target import CudaTarget
 from bitfold.lowering.fused import parsed
 from bitfold.passes import snapshot
 from bitfold.passes.fuse import inline

@@ -19,7 +19,7 @@ from bitfold.codegen.triton.build import check
 from bitfold.formats import format
 from bitfold.lowering import register_target
 from bitfold.lowering import target as targets
-from bitfold.lowering.cuda import CudaTarget
+from bitfold.lowering.cuda.target import CudaTarget
 from bitfold.lowering.folded import Folded
 from bitfold.lowering.fused import fake, parsed
 from bitfold.lowering.splice import expanded

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bitfold as bf
 from bitfold.codegen.cpp.attention_build import attention_operator
 from bitfold.lowering import backend
-from bitfold.lowering.few_queries import FEW_QUERIES, few_queries, reference
+from bitfold.lowering.kv_cache.few_queries import FEW_QUERIES, few_queries, reference
 from bitfold.passes import Trace
 
 SHAPES = [

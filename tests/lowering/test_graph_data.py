@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 import bitfold as bf
-from bitfold.lowering.graph_data import dump, load, tensor_names
-from bitfold.lowering.graph_values import GraphDataError, decode, encode, target_name, target_of
+from bitfold.lowering.files.graph_data import dump, load, tensor_names
+from bitfold.lowering.files.graph_values import GraphDataError, decode, encode, target_name, target_of
 from bitfold.lowering.retype import retyped
 from bitfold.passes import Stage, snapshot, state, verify
 

@@ -8,7 +8,7 @@ import pytest
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.utils import IndentedBuffer
 
-from bitfold.lowering.launches import can_overlap, every_kernel_waits
+from bitfold.lowering.cuda.launches import can_overlap, every_kernel_waits
 
 WAIT, LAUNCH = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
 

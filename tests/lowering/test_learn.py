@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.passes.draft import Draft
-from bitfold.passes.learn import Learn, Rounding
+from bitfold.passes.algorithms.draft import Draft
+from bitfold.passes.algorithms.learn import Learn, Rounding
 
 
 class Block(nn.Module):

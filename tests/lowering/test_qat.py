@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import bitfold as bf
 from bitfold.formats import describe, format
 from bitfold.lowering.folded import Folded
-from bitfold.lowering.prepared import Prepared
+from bitfold.lowering.qat.prepared import Prepared
 from bitfold.passes.rules import Rule
 
 CATALOG = [row.name for row in describe()]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bitfold as bf
 from bitfold.formats import format
-from bitfold.lowering.prepared import Prepared
+from bitfold.lowering.qat.prepared import Prepared
 from bitfold.passes.rules import Rule
 
 

@@ -109,7 +109,7 @@ def test_the_same_run_is_taken_up(tmp_path: Path) -> None:
 def test_codes_of_otherwise_balanced_weights_are_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bitfold.passes.smooth import Smooth
+    from bitfold.passes.algorithms.smooth import Smooth
 
     factors = Smooth.factors
     _run(_model(), _batches(), tmp_path, "smooth,gptq")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering.search import Budget, fewest_bits, fewest_losses, pareto
-from bitfold.lowering.sensitivity import Choice, Sensitivity, divergence, sensitivity
+from bitfold.lowering.search.search import Budget, fewest_bits, fewest_losses, pareto
+from bitfold.lowering.search.sensitivity import Choice, Sensitivity, divergence, sensitivity
 from bitfold.passes.recipes import Recipe
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
-from bitfold.lowering.blocks import Chain, record
-from bitfold.lowering.calibration import as_batch, hooked
+from bitfold.lowering.algorithms.blocks import Chain, record
+from bitfold.lowering.algorithms.calibration import as_batch, hooked
 from bitfold.passes import Pipeline
-from bitfold.passes.balance import Balancer, Weights
+from bitfold.passes.algorithms.balance import Balancer, Weights
 
 WIDTH = 32
 
@@ -130,7 +130,7 @@ class Twice(Block):
 
 
 def test_every_call_of_a_layer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitfold.passes.inputs import Inputs
+    from bitfold.passes.algorithms.inputs import Inputs
 
     counts: dict[int, int] = {}
     add = Inputs.add

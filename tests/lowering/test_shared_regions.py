@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.lowering.backend import bitfold as backend
-from bitfold.lowering.cpu import CpuTarget
+from bitfold.lowering.cpu.target import CpuTarget
 from bitfold.lowering.shared_regions import share_regions
 from bitfold.passes.fuse import inline
 

@@ -15,7 +15,7 @@ from torch.nn.functional import gelu, silu
 import bitfold as bf
 from bitfold.lowering import register_target
 from bitfold.lowering import target as targets
-from bitfold.lowering.cuda import CudaTarget
+from bitfold.lowering.cuda.target import CudaTarget
 from bitfold.lowering.fused import parsed
 from bitfold.lowering.splice import expanded
 from bitfold.passes.fuse import inline
@@ -143,7 +143,7 @@ def test_activations_in_codes_reach_the_kernel() -> None:
 def test_without_tensor_cores_for_float8_activations_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     from bitfold.codegen.device import device
 
-    monkeypatch.setattr("bitfold.lowering.cuda.present", lambda: device("NVIDIA A100"))
+    monkeypatch.setattr("bitfold.lowering.cuda.target.present", lambda: device("NVIDIA A100"))
     gm = spliced(lambda m, x: m.a(x), "fp8_dynamic")
     (call,) = gm.graph.find_nodes(op="call_function", target=FUSED)
     assert call.args[1] == "linear 96x64 bf16 float8_e4m3fn[halves64]"

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 import bitfold as bf
 from bitfold.lowering import register_target
 from bitfold.lowering import target as targets
-from bitfold.lowering.cuda import CudaTarget
+from bitfold.lowering.cuda.target import CudaTarget
 from bitfold.lowering.fused import parsed
 from bitfold.lowering.splice import expanded
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 import bitfold as bf
 from bitfold.passes import observer
-from bitfold.passes.histograms import Histogram
+from bitfold.passes.observing.histograms import Histogram
 
 
 def seen(text: str, *batches: Tensor) -> Histogram:

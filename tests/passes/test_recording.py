@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline
 from bitfold.passes import pipeline as pipeline_module
-from bitfold.passes.capture import capture
 from bitfold.passes.graph_snapshot import Recorder, snapshot
+from bitfold.passes.scopes.program import capture
 from bitfold.tools.viz import viz
 
 STEPS = Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=reference}")

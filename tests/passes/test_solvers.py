@@ -9,14 +9,14 @@ from torch import Tensor, nn
 import bitfold as bf
 from bitfold.formats import Quantized
 from bitfold.passes import Pipeline, annotated
-from bitfold.passes.clip import Clip
-from bitfold.passes.descend import Descend
-from bitfold.passes.draft import DRAFT, Draft
-from bitfold.passes.gptq import GPTQ, compensate, inverse_factor
-from bitfold.passes.hqq import HQQ
-from bitfold.passes.inputs import INPUTS, Inputs
-from bitfold.passes.refit import Refit
-from bitfold.passes.solve import Task
+from bitfold.passes.algorithms.clip import Clip
+from bitfold.passes.algorithms.descend import Descend
+from bitfold.passes.algorithms.draft import DRAFT, Draft
+from bitfold.passes.algorithms.gptq import GPTQ, compensate, inverse_factor
+from bitfold.passes.algorithms.hqq import HQQ
+from bitfold.passes.algorithms.inputs import INPUTS, Inputs
+from bitfold.passes.algorithms.refit import Refit
+from bitfold.passes.algorithms.solve import Task
 
 FORMATS = [
     "int4[g32]",

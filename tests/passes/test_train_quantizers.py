@@ -18,9 +18,9 @@ from bitfold.passes import (
     snapshot,
     state,
 )
-from bitfold.passes.mode import TrainMode
-from bitfold.passes.settle_quantizers import SettleQuantizers
-from bitfold.passes.train_quantizers import TrainQuantizers
+from bitfold.passes.training.mode import TrainMode
+from bitfold.passes.training.quantizers import TrainQuantizers
+from bitfold.passes.training.settle_quantizers import SettleQuantizers
 
 RECIPE = Recipe("r", (Rule(weight="int4", input="int8[tensor]", observer="minmax"),))
 

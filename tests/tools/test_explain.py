@@ -24,7 +24,7 @@ from bitfold.passes import Pass, calibrate
 from bitfold.passes.annotate import Annotate
 from bitfold.passes.fold import Fold
 from bitfold.passes.fuse import Fuse
-from bitfold.passes.observe import Observe
+from bitfold.passes.observing.observe import Observe
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
 from bitfold.tools.explain import Explanation, explain

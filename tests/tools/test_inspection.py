@@ -81,7 +81,7 @@ def test_a_view_moves_nothing_and_a_write_in_place_does() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x.reshape(2, 128).transpose(0, 1).relu()
 
-    from bitfold.passes.capture import capture
+    from bitfold.passes.scopes.program import capture
 
     work = measure(capture(Views(), X), X, runs=0)
     assert work["reshape"].bytes == work["transpose"].bytes == 0

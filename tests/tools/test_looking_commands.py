@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline, quantize
-from bitfold.passes.capture import capture
+from bitfold.passes.scopes.program import capture
 from bitfold.tools.chrome import export, with_provenance
 from bitfold.tools.cli import main
 from bitfold.tools.inspection import Inspection, inspect

@@ -11,7 +11,7 @@ from torch import nn
 from bitfold.formats import format
 from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline
-from bitfold.passes.capture import capture
+from bitfold.passes.scopes.program import capture
 from bitfold.tools.scalars import Scalars, rounding
 
 X = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)),)

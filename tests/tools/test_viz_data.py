@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 from bitfold.formats.errors import BitfoldError
 from bitfold.passes.annotate import Annotate
-from bitfold.passes.capture import capture
 from bitfold.passes.core import state
 from bitfold.passes.pipeline import Pipeline
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
+from bitfold.passes.scopes.program import capture
 from bitfold.passes.trace import Trace
 from bitfold.tools.viz import viz
 from bitfold.tools.viz.data import page_data

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bitfold.formats import format
 from bitfold.formats.errors import BitfoldError
 from bitfold.passes.annotate import Annotate
-from bitfold.passes.capture import capture
 from bitfold.passes.pipeline import Pipeline
+from bitfold.passes.scopes.program import capture
 from bitfold.tools.viz import NodeError, node_errors
 
 

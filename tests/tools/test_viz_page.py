@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.passes.annotate import Annotate
-from bitfold.passes.capture import capture
 from bitfold.passes.pipeline import Pipeline
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
+from bitfold.passes.scopes.program import capture
 from bitfold.passes.trace import Change, GraphSnapshot, NodeSnapshot, Step, Trace
 from bitfold.tools.viz import node_errors, viz
 

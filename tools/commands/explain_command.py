@@ -14,7 +14,7 @@ import argparse
 from rich.console import Console
 
 from ...formats import BitfoldError
-from ...lowering.paths import place_of
+from ...lowering.files.paths import place_of
 from ..explain import explain
 from ..explain.show import show
 from ..viz import viz

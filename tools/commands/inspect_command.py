@@ -19,9 +19,9 @@ from rich.table import Table
 
 from ...formats import BitfoldError
 from ...lowering import Pipeline
+from ...lowering.files.paths import place_of
+from ...lowering.files.tensor_file import TensorFile, open_file
 from ...lowering.parameters import with_all_names
-from ...lowering.paths import place_of
-from ...lowering.tensor_file import TensorFile, open_file
 from ...passes import capture, state
 from ...passes.annotate import Annotate
 from ...passes.fold import Fold
@@ -112,8 +112,8 @@ def _file(file: TensorFile, console: Console) -> None:
 
 def _by_format(header: dict[str, Any]) -> dict[str, list[tuple[list[int], list[str]]]]:
     """Format -> (shape, names of the stored tensors) of each weight."""
+    from ...lowering.files.save import join
     from ...lowering.install import canonical_parts
-    from ...lowering.save import join
 
     found: dict[str, list[tuple[list[int], list[str]]]] = defaultdict(list)
     if header["kind"] == "program":

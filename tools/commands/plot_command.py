@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...formats import BitfoldError
-from ...lowering.paths import place_of
+from ...lowering.files.paths import place_of
 from ..chrome import export
 from ..inspection import Inspection
 from ..pareto import Point, points

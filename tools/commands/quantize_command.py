@@ -16,7 +16,7 @@ from rich.console import Console
 from ...formats import format
 from ...formats.layout import default
 from ...lowering import quantize, report, save
-from ...lowering.paths import place_of
+from ...lowering.files.paths import place_of
 from .shared import add_model, add_recipe, add_target, read_model, read_recipe, say, size, waiting
 
 ABOUT = "quantize a model into a file"

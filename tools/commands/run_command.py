@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...lowering import load, quantize
-from ...lowering.tensor_file import open_file
+from ...lowering.files.tensor_file import open_file
 from ...passes.provenance import breaking_point
 from ..models import Loaded
 from ..trial import PROMPT

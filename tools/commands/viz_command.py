@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...formats import BitfoldError
-from ...lowering.paths import place_of
+from ...lowering.files.paths import place_of
 from ..serve import serve
 from ..text_file import write_text
 from ..viz import page_text

@@ -1,0 +1,66 @@
+"""An algorithm as a user writes it: passes that balance channels, that decide codes, that learn, in order.
+
+In: text such as "awq,clip,gptq{actorder=true}", or a pipeline of such passes. Out: an `Algorithm`, checked.
+
+    algorithm_of("awq,clip,gptq")  ->  Algorithm((AWQ(),), Pipeline((Clip(), GPTQ())), None)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...formats import BitfoldError
+from ...passes import Pipeline, find_pass
+from ...passes.algorithms.balance import Balancer
+from ...passes.algorithms.learn import Learn
+from ...passes.algorithms.solve import Solver
+from ...passes.registry import pass_names
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What is done to the channels of a block, then to each weight, and then to the weights of the block
+    together."""
+
+    balance: tuple[Balancer, ...]
+    solve: Pipeline
+    learn: Learn | None = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
+        return bool(self.balance or self.learn) or any(
+            isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
+            for step in self.solve.passes
+        )
+
+    def __str__(self) -> str:
+        return str(Pipeline((*self.balance, *self.solve.passes, *((self.learn,) if self.learn else ()))))
+
+
+def algorithm_of(given: str | Pipeline) -> Algorithm:
+    """The passes. Raises BitfoldError for one that decides no codes, naming those that do, and for channels
+    that
+    are to be balanced after codes are decided."""
+    steps = Pipeline.parse(given) if isinstance(given, str) else given
+    if not isinstance(steps, Pipeline) or not steps.passes:
+        raise BitfoldError(f"an algorithm is text such as 'clip,gptq', not {given!r}; there are {_known()}")
+    balance, solve, learn = [], [], None
+    for step in steps.passes:
+        if learn is not None:
+            raise BitfoldError(f"learn goes on from what the others have decided; put it after {step.name}")
+        if isinstance(step, Learn):
+            learn = step
+        elif isinstance(step, Solver):
+            solve.append(step)
+        elif not isinstance(step, Balancer):
+            raise BitfoldError(f"the pass {step.name!r} decides no codes; an algorithm is made of {_known()}")
+        elif solve:
+            raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
+        else:
+            balance.append(step)
+    return Algorithm(tuple(balance), Pipeline(solve), learn)
+
+
+def _known() -> str:
+    return ", ".join(name for name in pass_names() if issubclass(find_pass(name), Solver | Balancer | Learn))

@@ -1,0 +1,190 @@
+"""Data for `bf.quantize`: batches checked as they come, and run through the model beside observers.
+
+In: batches as a user gives them (a tensor, a tuple of arguments, a dict of keywords). Out: ranges in the
+observers of each module's graph, or the arguments that a module gets. The model is only run, in eval mode
+and without gradients, and is then as it was.
+
+    for batch in Batches(loader, None): model(*batch.args, **batch.kwargs)
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...formats import BitfoldError
+from ...passes.scopes.program import traceable
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call of the model."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        leaves = pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
+        nothing = not any(value.numel() for _, value in leaves if isinstance(value, Tensor))
+        for path, value in leaves:
+            if not isinstance(value, Tensor):
+                continue
+            if value.is_meta:
+                raise BitfoldError(f"{self.name} has no numbers: {_place(path)} is on the meta device")
+            if value.numel() == 0 and (value.is_floating_point() or nothing):
+                raise BitfoldError(f"{self.name} is empty: {_place(path)} has shape {list(value.shape)}")
+            if not value.is_floating_point():
+                continue
+            if not bool(torch.isfinite(value).all()):
+                raise BitfoldError(
+                    f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
+                )
+
+    def run(self, model: nn.Module) -> Any:
+        """What the model returns for it. Raises BitfoldError if the model does not take it."""
+        try:
+            return model(*self.args, **self.kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            if isinstance(error, BitfoldError):
+                raise
+            shapes = [
+                list(leaf.shape)
+                for leaf in pytree.tree_leaves((self.args, self.kwargs))
+                if isinstance(leaf, Tensor)
+            ]
+            first = str(error).strip().split("\n")[0]
+            raise BitfoldError(
+                f"{self.name} with shapes {shapes} does not go through {type(model).__name__}: {first}"
+            ) from error
+
+
+class Batches:
+    """Calibration data and example inputs; read once, so that a generator will do."""
+
+    def __init__(self, calibration: Iterable[Any] | None, example: Any) -> None:
+        if isinstance(calibration, Tensor | Mapping | str) or (
+            calibration is not None and not isinstance(calibration, Iterable)
+        ):
+            raise BitfoldError(
+                f"calibration is a {type(calibration).__name__}; give a list (or any iterable) of batches, "
+                "each a tensor, a tuple of arguments or a dict of keywords"
+            )
+        self.given = calibration is not None
+        self._rest = iter(()) if calibration is None else iter(calibration)
+        self._example = None if example is None else as_batch(example, "example_inputs")
+
+    def example(self) -> Batch | None:
+        """The example inputs, or else the first calibration batch (which is still there for `__iter__`)."""
+        if self._example is None:
+            first = next(self._rest, None)
+            if first is not None:
+                self._rest = itertools.chain([first], self._rest)
+                return as_batch(first, "calibration batch 0")
+        return self._example
+
+    def check_given(self, layer: str) -> None:
+        """Raises BitfoldError if there is no data for `layer`, which wants it."""
+        if not self.given:
+            raise BitfoldError(
+                f"layer {layer} takes activations of calibrated range; give calibration=[batches], or use a "
+                "recipe whose activations are quantized dynamically"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (as_batch(one, f"calibration batch {index}") for index, one in enumerate(self._rest))
+
+    def raw(self) -> Iterator[Any]:
+        """The batches as they were given, each checked first."""
+        for index, one in enumerate(self._rest):
+            check_batch(one, f"calibration batch {index}")
+            yield traceable(one)
+
+
+def as_batch(given: Any, name: str) -> Batch:
+    """A batch from what a user wrote. Raises BitfoldError if it is nothing that a model is called with."""
+    check_batch(given, name)
+    if isinstance(given, Tensor):
+        return Batch(name, (traceable(given),), {})
+    if isinstance(given, Mapping):
+        return Batch(name, (), traceable(dict(given)))
+    return Batch(name, traceable(tuple(given)), {})
+
+
+def check_batch(given: Any, name: str) -> None:
+    """BitfoldError if it is nothing that a model is called with."""
+    if isinstance(given, Tensor | Mapping) or (isinstance(given, Sequence) and not isinstance(given, str)):
+        return
+    raise BitfoldError(
+        f"{name} is a {type(given).__name__}; give a tensor, a tuple of arguments or a dict of keywords"
+    )
+
+
+def record_arguments(model: nn.Module, batch: Batch, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """The (args, kwargs) that each of `modules` gets first when the model runs on `batch`."""
+    seen: dict[nn.Module, Any] = {}
+
+    def remember(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.setdefault(module, (args, kwargs))
+
+    with hooked(model, dict.fromkeys(modules, remember)):
+        batch.run(model)
+    return seen
+
+
+def observe_modules(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    observers: Mapping[nn.Module, Callable[..., Any]],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> int:
+    """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
+
+    def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
+        observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
+
+    count = 0
+    with hooked(model, dict.fromkeys(observers, observe)):
+        for batch in batches:
+            if progress is not None:
+                progress(f"calibrate on batch {count}", count, 0)
+            batch.run(model)
+            count += 1
+    return count
+
+
+@contextmanager
+def hooked(
+    model: nn.Module,
+    before: Mapping[nn.Module, Callable[..., Any]],
+    after: Mapping[nn.Module, Callable[..., Any]] | None = None,
+) -> Iterator[None]:
+    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was."""
+    training = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
+    handles += [
+        module.register_forward_hook(hook, with_kwargs=True) for module, hook in (after or {}).items()
+    ]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _place(path: Any) -> str:
+    which, *rest = path
+    inside = pytree.keystr(tuple(rest))
+    return f"argument {inside.strip('[]')}" if which.idx == 0 else f"argument {inside}"

@@ -1,0 +1,109 @@
+"""Statistics of what goes into the linears of sites, gathered while batches run.
+
+In: sites (modules and their annotated graphs) and a way to run all batches. Out: `Inputs` on the anchors.
+
+    measure([q_proj, k_proj, v_proj], run)     one look at the tensor that all three read
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from ...formats import BitfoldError
+from ...passes.algorithms.inputs import INPUTS, Inputs
+from ...passes.anchors import TARGETS
+from ...passes.note import Note, annotated
+from ...passes.scopes.module import is_stock
+from ..module_scope import Site
+
+
+def measure(group: Sequence[Site], run: Callable[[], None], *, repeated: bool = False) -> None:
+    """Run, and leave statistics on the anchors of these sites, which all read one tensor.
+
+    `run` calls a batch after the other through `once`, which ends each as soon as the tensor was seen; if it
+    is `repeated`, several are to be seen in one batch, and each runs to its end.
+    """
+    alone = [site for site in group if not _simple(site)]
+    together = [site for site in group if _simple(site)]
+    handles = [
+        site.module.register_forward_pre_hook(gatherer(site), with_kwargs=True)
+        for site in (*alone, *together[:1])
+    ]
+    if not alone and not repeated:
+        handles.append(together[0].module.register_forward_pre_hook(_seen))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for site in together[1:]:
+        seen = linears(together[0].gm)[0][0].meta.get(INPUTS)
+        if seen is not None:
+            linears(site.gm)[0][0].meta[INPUTS] = seen
+
+
+class _Seen(Exception):
+    """What was to be measured has been: the rest of the block need not run."""
+
+
+def _seen(module: nn.Module, args: Any) -> None:
+    raise _Seen
+
+
+def once(call: Callable[[], object]) -> None:
+    """`call`, as far as `measure` needs it."""
+    with contextlib.suppress(_Seen):
+        call()
+
+
+def linears(gm: GraphModule) -> list[tuple[Node, Note]]:
+    """The anchors whose weight takes a format and whose input has a second moment worth knowing."""
+    return [(node, note) for node, note in annotated(gm) if note.anchor == "linear" and note.weight]
+
+
+def gatherer(site: Site) -> Callable[..., None]:
+    """A hook that notes what goes into the linears of a site's graph."""
+    nodes = [node for node, _ in linears(site.gm)]
+    simple = _simple(site)
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if simple:
+            _add(site.path, nodes[0], args[0] if args else next(iter(kwargs.values())))
+        elif nodes:
+            Gatherer(site.gm, nodes, site.path).run(*args, *kwargs.values())
+
+    return hook
+
+
+class Gatherer(Interpreter):
+    """Runs a graph and looks at what these anchors are given."""
+
+    def __init__(self, gm: GraphModule, nodes: Sequence[Node], path: str) -> None:
+        super().__init__(gm)
+        self.nodes, self.path = frozenset(nodes), path
+
+    def run_node(self, n: Node) -> Any:
+        if n in self.nodes:
+            source = n.args[TARGETS[n.target][1]]
+            assert isinstance(source, Node)
+            _add(self.path, n, self.env[source])
+        return super().run_node(n)
+
+
+def _simple(site: Site) -> bool:
+    """A stock linear: its argument is what the anchor is given."""
+    return is_stock(site.module) and len(linears(site.gm)) == 1
+
+
+def _add(path: str, node: Node, x: Tensor) -> None:
+    if INPUTS not in node.meta:
+        node.meta[INPUTS] = Inputs(x.shape[-1], x.device)
+    try:
+        node.meta[INPUTS].add(x)
+    except BitfoldError as error:
+        raise BitfoldError(f"layer {path}: {error}; look at the calibration data") from error

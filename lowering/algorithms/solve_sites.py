@@ -1,0 +1,282 @@
+"""Algorithms over a whole model: block by block, each block seeing what the rounded ones before it really
+give.
+
+In: a plan (`module_scope.py`), an algorithm and calibration batches. Out: codes on the anchors
+of the plan's graphs, where `fold` finds them; the model itself is as it was.
+
+    solve_sites(model, found, algorithm_of("awq,clip,gptq"), batches)
+        every batch once through the float model      what each block is called with, and that all is well
+        block 0, balanced: q, k, v    inputs measured, solved, the rounded weights put in
+                 o; gate, up; down                    each after what it depends on
+        block 0 again, on rounded weights             what block 1 gets; float weights are put back
+        block 1 ...
+
+So beside the model and the codes there are one block's rounded weights, the second moments of layers that
+share an input, and one hidden value a batch. Layers outside the blocks, and all layers of a model that is no
+chain of blocks, are measured in the float run and solved by themselves.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from ...formats import BitfoldError, format
+from ...passes import Miss, MissRecord
+from ...passes.algorithms.draft import DRAFT, Draft, draft_of
+from ...passes.algorithms.inputs import INPUTS
+from ...passes.anchors import TARGETS
+from ...passes.note import annotated
+from ..module_scope import Plan, Site, Step
+from ..swaps import Swaps
+from .algorithm import Algorithm
+from .balance_block import Balance
+from .blocks import Chain, record, without_cache
+from .calibration import Batch, hooked
+from .learn_block import learn_block
+from .measure import gatherer, measure, once
+from .results import Results, drafts_of
+from .used_once import used_more_than_once
+
+
+@torch.no_grad()
+def solve_sites(
+    model: nn.Module,
+    found: Plan,
+    algorithm: Algorithm,
+    batches: Sequence[Batch],
+    *,
+    results: Results | None = None,
+    progress: Step | None = None,
+) -> dict[str, Tensor]:
+    """Decide the codes of every weight of the plan, and return new values for parameters that take none.
+    Raises BitfoldError, before long work begins, for batches that
+    do not go through the model, give NaN, or miss a layer."""
+    sites = [site for site in found.sites if any(note.weight for _, note in annotated(site.gm))]
+    solver = _Solver(algorithm, results, progress, len(sites))
+    if not algorithm.needs_data:
+        for site in sites:
+            solver.solve(site)
+        return {}
+    if not batches:
+        raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
+    for site in sites:
+        if algorithm.balance and any(note.output and note.observer for _, note in annotated(site.gm)):
+            raise BitfoldError(
+                f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
+                "would change afterwards; leave the format of outputs to the layers that read them"
+            )
+    with without_cache(model):
+        shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
+        balance = Balance(algorithm.balance, shared)
+        chain, rest = _recorded(model, sites, batches)
+        if isinstance(chain, Miss):
+            if algorithm.balance or algorithm.learn:
+                name = algorithm.balance[0].name if algorithm.balance else "learn"
+                raise BitfoldError(
+                    f"{name} works on a chain of blocks, and this model is none: {chain.reason}"
+                )
+            reason = f"{chain.reason}, so each layer is measured in the float model"
+            found.misses.append(MissRecord("", "", "", str(algorithm), reason))
+        else:
+            if algorithm.learn is not None:
+                chain.exact = list(chain.hidden)
+            with hooked(model, {}):
+                for place, path in enumerate(chain.paths):
+                    inside = [site for site in sites if _within(site.path, path)]
+                    _solve_block(chain, place, inside, solver, balance)
+        for site in rest:
+            solver.solve(site)
+            solver.settle(site)
+    found.misses += balance.misses
+    return balance.changes
+
+
+@dataclass
+class _Solver:
+    """Runs the passes on one site after another, or takes what an earlier run has found."""
+
+    algorithm: Algorithm
+    results: Results | None
+    progress: Step | None
+    total: int
+    done: int = 0
+    drafts: dict[str, list[str]] = field(default_factory=dict)  # of the sites that are being solved
+
+    def known(self, sites: Sequence[Site]) -> bool:
+        """Whether an earlier run has found the codes of all of these; they are put on the anchors then."""
+        return self.results is not None and all(map(self.results.restore, sites))
+
+    def solve(self, site: Site) -> None:
+        if self.progress is not None:
+            self.progress(f"{self.algorithm} {site.path}", self.done, self.total)
+        self.done += 1
+        if self.results is not None and self.results.restore(site):
+            return
+        if self.results is not None:
+            self.drafts[site.path] = drafts_of(site)
+        self.algorithm.solve.run(site.gm, verify=False)
+        for node, note in annotated(site.gm):
+            node.meta.pop(INPUTS, None)
+            if self.algorithm.learn is not None and DRAFT not in node.meta:
+                draft = draft_of(site.gm, node, note)
+                if draft is not None and note.weight and not note.stored:
+                    node.meta[DRAFT] = draft
+        if self.algorithm.learn is None:
+            self.settle(site)
+
+    def settle(self, site: Site) -> None:
+        """Codes of what was decided; nothing more is done to them."""
+        decided = False
+        for node, note in annotated(site.gm):
+            draft = node.meta.get(DRAFT)
+            if isinstance(draft, Draft):
+                assert note.weight is not None
+                node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
+        if self.results is not None and decided:
+            self.results.keep(site, self.drafts.pop(site.path))
+
+
+def _recorded(
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]
+) -> tuple[Chain | Miss, list[Site]]:
+    """The float run: the chain, and the sites outside it, which are measured on the way."""
+    chain = record(model, batches[:1])  # whether there is a chain decides what the full run measures
+    if isinstance(chain, Chain):
+        paths = chain.paths
+        rest = [site for site in sites if not any(_within(site.path, path) for path in paths)]
+        with _watched(model, sites, rest):
+            chain = record(model, batches)
+    if isinstance(chain, Chain):
+        _check_finite(chain)
+        _check_count(sites, chain)
+        return chain, rest
+    with _watched(model, sites, sites):
+        for batch in batches:
+            batch.run(model)
+    return chain, list(sites)
+
+
+@contextmanager
+def _watched(model: nn.Module, sites: Sequence[Site], measured: Sequence[Site]) -> Iterator[None]:
+    """Some of the sites measured; BitfoldError afterwards if one of them all was never reached."""
+    reached: set[nn.Module] = set()
+    before: dict[nn.Module, Callable[..., Any]] = {
+        site.module: lambda module, args, kwargs: reached.add(module) for site in sites
+    }
+
+    def both(site: Site) -> Callable[..., None]:
+        gather = gatherer(site)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            reached.add(module)
+            gather(module, args, kwargs)
+
+        return hook
+
+    before |= {site.module: both(site) for site in measured}
+    with hooked(model, before):
+        yield
+    for site in sites:
+        if site.module not in reached:
+            raise BitfoldError(
+                f"no calibration batch reaches layer {site.path}; give batches that do, or let a rule of the "
+                "recipe skip it"
+            )
+
+
+def _check_finite(chain: Chain) -> None:
+    for batch, hidden in enumerate(chain.hidden):
+        if not bool(torch.isfinite(hidden).all()):
+            raise BitfoldError(
+                f"calibration batch {batch} gives NaN or infinity before {chain.paths[0]}; leave it out"
+            )
+
+
+def _check_count(sites: Sequence[Site], chain: Chain) -> None:
+    tokens = sum(hidden.numel() // hidden.shape[-1] for hidden in chain.hidden)
+    k = max((note_k for site in sites for note_k in _widths(site)), default=0)
+    if tokens < k:
+        warnings.warn(
+            f"calibration has {tokens} tokens for layers of up to {k} channels; give several times as many "
+            "tokens as channels, or the codes will fit these tokens and little else",
+            stacklevel=2,
+        )
+
+
+def _widths(site: Site) -> Iterator[int]:
+    for node, note in annotated(site.gm):
+        operand = node.args[TARGETS[node.target][2]]
+        if note.anchor == "linear" and isinstance(operand, Node):
+            yield int(operand.meta["val"].shape[-1])
+
+
+def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, balance: Balance) -> None:
+    """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
+
+    def run() -> None:
+        for batch in range(len(chain.hidden)):
+            once(partial(chain.run, place, batch))
+
+    targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
+    with Swaps() as swaps:
+        if balance.steps:
+            balance.apply(chain, place, sites, swaps)
+        for group, repeated in _order(chain, place, sites):
+            if not solver.known(group):
+                measure(group, run, repeated=repeated)
+            for site in group:
+                solver.solve(site)
+                swaps.put(site)
+        if solver.algorithm.learn is not None and not solver.known(sites):
+            learn_block(solver.algorithm.learn, chain, place, targets, sites)
+            for site in sites:
+                solver.settle(site)
+                swaps.put(site)
+        for batch in range(len(chain.hidden)):
+            chain.hidden[batch] = chain.run(place, batch)
+    chain.exact = targets
+
+
+def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:
+    """The sites as they run, those that share an input together; and whether a group is one that runs again.
+
+    A module that runs several times is alone: what it reads the next time is another tensor.
+    """
+    by_module = {site.module: site for site in sites}
+    groups: list[tuple[Any, list[Site]]] = []
+    seen: set[nn.Module] = set()
+    again: set[nn.Module] = set()
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module in seen:
+            again.add(module)
+            return
+        seen.add(module)
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        if groups and groups[-1][0] is given:
+            groups[-1][1].append(by_module[module])
+        else:
+            groups.append((given, [by_module[module]]))
+
+    with hooked(chain.blocks[place], dict.fromkeys(by_module, note)):
+        chain.run(place, 0)
+    found: list[tuple[list[Site], bool]] = []
+    for _, group in groups:
+        once = [site for site in group if site.module not in again]
+        found += [(once, False)] if once else []
+        found += [([site], True) for site in group if site.module in again]
+    # Those that the first batch does not reach may run any number of times for another.
+    return found + [([site], True) for site in sites if site.module not in seen]
+
+
+def _within(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")

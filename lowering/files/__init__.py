@@ -1,0 +1,1 @@
+"""Models in files: a graph as data, tensors in safetensors; saved and loaded without what made them."""

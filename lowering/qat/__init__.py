@@ -1,0 +1,1 @@
+"""Training on rounded numbers: a model prepared, its schedule, and its conversion to codes."""

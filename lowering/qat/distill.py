@@ -1,0 +1,110 @@
+"""Distillation: the float model, as it was before, says what the rounded one should have said.
+
+In: a model. Out: after each of its calls in training, a loss that draws its output to the float model's.
+
+    bf.prepare_qat(model, "int4[g32]", distill=bf.Distill())
+    loss = task(model(x)) + bf.distillation(model)
+
+The teacher is a frozen copy in evaluation mode, called with the same arguments, and no part of the model:
+neither its parameters nor its state dict know it. `bf.convert` lets it go.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...formats import BitfoldError
+from ..given_model import module_of
+
+TEACHER = "bitfold_teacher"
+
+
+@dataclass(frozen=True)
+class Distill:
+    """loss: "kl", of the softmax over the last dimension, or "mse"; temperature: of kl (Hinton et al.,
+    1503.02531, whose factor of its square is in); weight: a factor of the loss."""
+
+    loss: str = "kl"
+    temperature: float = 1.0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("kl", "mse"):
+            raise BitfoldError(f"a distillation loss is 'kl' or 'mse', not {self.loss!r}")
+        if not self.temperature > 0:
+            raise BitfoldError(f"a temperature is above 0, not {self.temperature!r}")
+
+    def of(self, said: Tensor, wanted: Tensor) -> Tensor:
+        """The loss of one output, a mean over all but the last dimension (kl) or over everything (mse)."""
+        said, wanted = said.float(), wanted.float()
+        if self.loss == "mse":
+            return self.weight * F.mse_loss(said, wanted)
+        rows = F.log_softmax(said / self.temperature, -1).flatten(0, -2)
+        target = F.log_softmax(wanted / self.temperature, -1).flatten(0, -2)
+        divergence = F.kl_div(rows, target, reduction="batchmean", log_target=True)
+        return self.weight * self.temperature**2 * divergence
+
+
+class Teacher:
+    """A hook behind the model's forward, and the last loss."""
+
+    def __init__(self, model: nn.Module, how: Distill) -> None:
+        # A model that is prepared anew has its float teacher already.
+        earlier, _ = model.__dict__.get(TEACHER, (None, None))
+        floats = copy.deepcopy(model) if earlier is None else earlier.model
+        self.model = floats.eval().requires_grad_(False)
+        self.how = how
+        self.loss: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "loss": None}  # a copy has heard nothing yet
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not model.training:
+            return
+        with torch.no_grad():
+            wanted = self.model(*args, **kwargs)
+        self.loss = self.how.of(_logits(output), _logits(wanted))
+
+
+def teach(model: nn.Module, teacher: Teacher) -> None:
+    """Let the teacher listen to the model."""
+    handle = model.register_forward_hook(teacher, with_kwargs=True)
+    model.__dict__[TEACHER] = (teacher, handle)
+
+
+def dismiss(model: nn.Module) -> None:
+    """Let the teacher of a model go, if it has one."""
+    _, handle = model.__dict__.pop(TEACHER, (None, None))
+    if handle is not None:
+        handle.remove()
+
+
+def distillation(model: nn.Module) -> Tensor:
+    """The loss of the model's last call in training. Raises BitfoldError if there is none."""
+    teacher, _ = module_of(model, "bf.distillation").__dict__.get(TEACHER, (None, None))
+    if teacher is None:
+        raise BitfoldError("this model has no teacher; call bf.prepare_qat(model, .., distill=bf.Distill())")
+    if teacher.loss is None:
+        raise BitfoldError(
+            "the model has not been called in training mode yet, so there is nothing to compare"
+        )
+    return teacher.loss  # type: ignore[no-any-return]
+
+
+def _logits(output: Any) -> Tensor:
+    """The output itself, its `logits`, or the first tensor of floats in it."""
+    found = getattr(output, "logits", output)
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if not leaves:
+        raise BitfoldError(f"a {type(output).__name__} holds no tensor of floats that could be compared")
+    return leaves[0]

@@ -1,0 +1,60 @@
+"""How a model is trained on rounded numbers: all options as one value.
+
+In: nothing; this is data. Out: a `Qat`, checked.
+
+    Qat(weight="lsq", activation="lsq")                     learned scales
+    Qat(weight="straight+stochastic", warmup=100)           float for 100 steps, then rounded up at random
+    Qat(observe=200)                                        static ranges follow the data for 200 steps
+
+Steps are counted by `bf.advance(model)`, called after `optimizer.step()`; without an option that counts steps
+nothing needs to be called.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...formats import BitfoldError
+from ...formats.gradient import Gradient
+
+
+@dataclass(frozen=True)
+class Qat:
+    """weight, activation: gradients, as a `Gradient` or its text: straight, clip, lsq, pact, smooth:5, each
+    with +stochastic or without.
+    warmup: steps that train in floats; ranges are observed meanwhile if `observe` is larger.
+    observe: steps in which the ranges of calibrated activations follow the data: after each step they go
+    `rate` of the way to that step's extremes. 0: they stay as calibrated.
+    fold_norm: fold batch norm into the convolution before it, the way that trains.
+    freeze_norm: the step from which batch norm normalizes by its running statistics; None: never.
+    """
+
+    weight: Gradient | str = "straight"
+    activation: Gradient | str = "clip"
+    warmup: int = 0
+    observe: int = 0
+    rate: float = 0.1
+    fold_norm: bool = True
+    freeze_norm: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", Gradient.parse(self.weight))
+        object.__setattr__(self, "activation", Gradient.parse(self.activation))
+        for name in ("warmup", "observe", "freeze_norm"):
+            value = getattr(self, name)
+            if value is None and name == "freeze_norm":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise BitfoldError(f"{name} is a number of steps, 0 or more, not {value!r}")
+        if not 0 < self.rate <= 1:
+            raise BitfoldError(f"rate is above 0 and at most 1, not {self.rate!r}")
+
+    @property
+    def activation_learns(self) -> bool:
+        """Whether scales of calibrated activations are parameters."""
+        return Gradient.parse(self.activation).learns
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything depends on the step."""
+        return bool(self.warmup or self.observe or self.freeze_norm is not None)

@@ -1,0 +1,257 @@
+"""`bf.prepare_qat`: a model in, the same model in a form that trains on rounded numbers out.
+
+In: any `nn.Module`, a recipe, and options. Out (module scope): that model, prepared in place; its weights are
+the same float parameters, so that any optimizer and any training loop goes on with them. Out (program
+scope): a graph of the whole model over the model's own parameters, with `.train()` and `.eval()`.
+
+    bf.prepare_qat(model, "int4[g32]"); train(model); bf.convert(model)
+
+Every check runs before the first write, so that a mistake leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ...formats import BitfoldError
+from ...passes import MissRecord, Pipeline, expression
+from ...passes.edges import edge
+from ...passes.observing.observe import Observe
+from ...passes.recipes import Recipe
+from ...passes.stages import find_attribute
+from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, TrainQuantizers
+from ..algorithms.calibration import Batches
+from ..folded import Folded
+from ..given_model import module_of
+from ..module_scope import Call, Plan, Site, Step, plan
+from ..parameters import check_parameters
+from ..quantize import Scope, _calibrate, _check_found, _check_scope, _recorder
+from ..report import ATTRIBUTE
+from ..tracing import TRACING
+from .distill import Distill, Teacher, dismiss, teach
+from .options import Qat
+from .prepared import Bodies, Preparation, bodies_of, prepare_module, unprepared
+
+
+def prepare_qat(
+    model: nn.Module,
+    recipe: str | Recipe,
+    options: Qat | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    scope: Scope = "module",
+    state: Mapping[str, Any] | None = None,
+    distill: Distill | None = None,
+    example_inputs: Any = None,
+    dynamic: Any = None,
+    progress: Step | None = None,
+) -> Any:
+    """Prepare `model` for training under `recipe`, which means what it means to `bf.quantize`.
+
+    - options: gradients and schedule, a `Qat`; by default straight-through, clipped for activations
+    - calibration: batches from which the ranges of calibrated activations start; needed by recipes that have
+      some, unless `Qat(observe=..)` finds them in training, or `state` brings them
+    - scope, example_inputs, dynamic, progress: as for `bf.quantize`
+    - distill: keep a frozen copy of the float model, for `bf.distillation`
+    - state: a state dict of this model prepared in the same way, which is loaded; training goes on from there
+
+    A model that is prepared already goes on in the formats of the new recipe (fewer bits, say), with the same
+    parameters: its learned scales begin anew, as the same objects where their shapes are the same, so that an
+    optimizer keeps them; its ranges and its step counter go on.
+
+    Returns the model, or the program. Raises BitfoldError, with the model as it was, for anything wrong in
+    what was given.
+    """
+    given, model = model, module_of(model, "bf.prepare_qat")
+    how = Qat() if options is None else options
+    if not isinstance(how, Qat):
+        raise BitfoldError(f"options is a bf.Qat, such as bf.Qat(weight='lsq'), not {type(how).__name__}")
+    with TRACING:
+        wanted = Recipe.parse(recipe)
+        _check_scope(model, scope)
+        _check_model(model)
+        check_parameters(model)
+        batches = Batches(calibration, example_inputs)
+        if scope == "program":
+            if distill is not None:
+                raise BitfoldError(
+                    "distill is for scope='module'; in a program add the loss by bf.Distill().of"
+                )
+            from .prepared_program import prepare_program
+
+            return prepare_program(
+                model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
+            )
+        teacher = Teacher(model, distill) if distill is not None else None
+        with unprepared(model) as earlier:
+            calls: dict[nn.Module, Call] = {}
+            record = _remembering(model, batches, calls)
+            found = plan(model, wanted, stored={}, record=record, progress=progress)
+            _leave_read(found)
+            _check_found(model, wanted, found)
+            made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
+            _observe(model, found, how, batches, made.resumed, progress)
+            for site in found.sites:
+                made.graph(site)
+        for site in found.sites:
+            made.write(site)
+        model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+        if teacher is not None:
+            dismiss(model)
+            teach(model, teacher)
+        if state is not None:
+            model.load_state_dict(dict(state))
+        return given
+
+
+def _check_model(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, Folded):
+            raise BitfoldError(
+                f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
+                "model as it was before"
+            )
+
+
+def _leave_read(found: Plan) -> None:
+    """Report layers whose weight is read past their forward: there it would be the float one in training, and
+    another when it is folded."""
+    for site in list(found.sites):
+        if isinstance(site.module, NonDynamicallyQuantizableLinear):
+            found.sites.remove(site)
+            reason = "its owner, an nn.MultiheadAttention, reads the weight without calling it"
+            found.misses.append(MissRecord(site.path, site.path, "", "training", reason))
+
+
+def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call]) -> Any:
+    """The recorder of `bf.quantize`, and what it recorded."""
+    record = _recorder(model, batches)
+    if record is None:
+        return None
+
+    def remember(modules: Iterable[nn.Module]) -> Mapping[nn.Module, Call]:
+        calls.update(record(modules))
+        return calls
+
+    return remember
+
+
+def _observe(
+    model: nn.Module, found: Plan, how: Qat, batches: Batches, resumed: bool, progress: Step | None
+) -> None:
+    """Ranges from calibration, where there is data; else observers that have seen nothing."""
+    if not found.calibrated:
+        return
+    if batches.given:
+        _calibrate(model, found, batches, progress)
+        return
+    if not how.observe and not resumed:
+        layer = next(site.path for site in found.sites if site.calibrated)
+        raise BitfoldError(
+            f"layer {layer} takes activations of calibrated range; give calibration=[batches], or let "
+            "training find them: bf.Qat(observe=200), with bf.advance(model) after each step"
+        )
+    for site in found.sites:
+        if site.calibrated:
+            Pipeline([Observe()]).run(site.gm, record=False)
+
+
+class _Made:
+    """The prepared modules of one model: what they share, and the write."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        how: Qat,
+        calls: Mapping[nn.Module, Call],
+        earlier: Mapping[str, dict[str, Tensor]],
+        *,
+        resumed: bool,
+    ) -> None:
+        self.recipe, self.how, self.calls, self.earlier = str(recipe), how, calls, earlier
+        # Ranges that an earlier recipe had go on; numbers that it had learned are of other formats.
+        self.resumed = resumed or (bool(earlier) and not how.activation_learns)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self.tables = tables
+        self.passed = train_pass(how, resumed=self.resumed)
+        self.bodies: dict[Hashable, Bodies] = {}
+        self.shared: dict[Hashable, nn.Parameter] = {}
+
+    def graph(self, site: Site) -> None:
+        """The site's graph, ready to train; nothing is written to the model."""
+        Pipeline([self.passed]).run(site.gm, record=False)
+        share_learned(site.gm, self.shared)
+        own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
+        held = (*site.gm.named_parameters(), *site.gm.named_buffers())
+        taken = next((name for name, _ in held if name not in own and hasattr(site.module, name)), None)
+        if taken is not None:
+            raise BitfoldError(
+                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs"
+            )
+
+    def write(self, site: Site) -> None:
+        """Make the site's module a prepared one."""
+        bodies, attributes = bodies_of(site.gm)
+        # Modules that are alike share a body, so that torch.compile compiles it once.
+        key = (bodies[0].code, bodies[1].code)
+        bodies = self.bodies.setdefault(key, bodies)
+        module = site.module
+        tensors = {name: find_attribute(site.gm, name) for name in attributes}
+        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        extra = {name: tensor for name, tensor in tensors.items() if name not in held}
+        extra = {name: _going_on(name, one, self.earlier.get(site.path, {})) for name, one in extra.items()}
+        weight = module._parameters.get("weight")
+        tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
+        call = self.calls.get(module)
+        shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
+        about = Preparation(site.path, self.recipe, self.how, tied, shapes)
+        prepare_module(module, bodies, attributes, extra, about, site.ranks)
+
+
+def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+    """What an earlier recipe had under this name, if it can stay: a parameter with new numbers, a buffer."""
+    old = earlier.get(name)
+    if (
+        old is None
+        or old.shape != new.shape
+        or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter)
+    ):
+        return new
+    if not isinstance(new, nn.Parameter):
+        unseen = name.endswith(("_low", "_high")) and not bool(new.isfinite().all())
+        return old if unseen or name == CLOCK else new
+    with torch.no_grad():
+        old.copy_(new)
+    return old
+
+
+def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:
+    """The pass that these options ask for. One that is resumed may start from empty ranges."""
+    weight: Any = how.weight
+    activation: Any = how.activation
+    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed)
+
+
+def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None:
+    """Let tied weights of one format have one learned scale, as they will have one set of codes."""
+    for node in gm.graph.find_nodes(op="call_function", target=TRAIN_QUANTIZE):
+        on: Any = edge(node)
+        if on.which != "weight" or not node.args[3]:
+            continue
+        source: Any = node.args[0]
+        if source.target is operator.getitem:  # of a batch norm folded into it
+            source = source.args[0].args[0]
+        chain = expression(gm, source)
+        assert chain is not None, f"{node.name} reads no parameter"
+        for part in node.args[3]:
+            name = str(part.target)
+            key = (id(chain.parameter), chain.text, node.args[1:3], name.rpartition("_")[2])
+            gm._parameters[name] = shared.setdefault(key, gm.get_parameter(name))

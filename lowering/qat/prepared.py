@@ -1,0 +1,202 @@
+"""Modules that train on rounded numbers: what `bf.prepare_qat` makes of an `nn.Linear`, in place.
+
+In: a module, and the graph of its forward with `train_quantize` nodes. Out: the same module object, of a
+class that is still an `nn.Linear`: its parameters are the same objects, its forward rounds them.
+
+    nn.Linear(weight, bias)  ->  PreparedLinear(weight, bias, weight_step)
+                                 forward(x) = body(weight, bias, weight_step, x)
+
+There are two bodies, for `.train()` and for `.eval()`, that hold no tensor: what the rounding needs beside
+the module's own tensors (learned scales, ranges, a step counter) are parameters and buffers of the module, in
+its `state_dict`, float32 whatever `.to(dtype)` says.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from ...passes.stages import find_attribute
+from ...passes.training.mode import TrainMode
+from ..folded import _check_ranks, keeping_dtype
+from .options import Qat
+
+Bodies = tuple[GraphModule, GraphModule]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What `bf.convert` needs to make the module's graph again: where it was in the model, by which recipe
+    and options it was prepared, whether it is a head for being tied to an embedding, and what it is called
+    with (shape, dtype of each argument) if that is not known from its kind.
+    """
+
+    path: str
+    recipe: str
+    options: Qat
+    tied_head: bool = False
+    call: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None
+
+
+class Prepared(nn.Module):
+    """What all prepared modules share. Made by `prepare_module`, never called."""
+
+    body: GraphModule
+    still: GraphModule
+    operands: tuple[str, ...]
+    extra: tuple[str, ...]
+    arguments: tuple[str, ...]
+    ranks: tuple[int, ...] | None
+    preparation: Preparation
+    own_forward: dict[str, Any]
+    is_prepared = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            names = self.arguments[len(args) : len(args) + len(kwargs)]
+            if set(names) != set(kwargs):
+                raise TypeError(
+                    f"{type(self).__name__} takes {list(self.arguments)} and got {len(args)} in order and "
+                    f"{list(kwargs)}"
+                )
+            args = (*args, *(kwargs[name] for name in names))
+        if self.ranks is not None:
+            _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
+        body = self.body if self.training else self.still
+        return body(*[getattr(self, name) for name in self.operands], *args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not prepared_class(unprepared_class(self)):
+            return super().__reduce_ex__(protocol)
+        return _blank, (unprepared_class(self),), self.__dict__
+
+    def extra_repr(self) -> str:
+        return ", ".join(part for part in (super().extra_repr(), "prepared", *self.extra) if part)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        held = {id(getattr(self, name)) for name in self.extra}
+        kept = keeping_dtype(fn)
+
+        def apply(tensor: Tensor) -> Tensor:
+            return (kept if id(tensor) in held else fn)(tensor)
+
+        return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
+
+@cache
+def prepared_class(original: type) -> type[Prepared]:
+    """The class of a prepared `original`: a subclass of it."""
+    return type(f"Prepared{original.__name__}", (Prepared, original), {"__module__": __name__})
+
+
+def unprepared_class(module: nn.Module) -> type:
+    """The class that a module had before it was prepared (and maybe sharded)."""
+    classes = (cls for cls in type(module).__mro__ if issubclass(cls, nn.Module))
+    return next(cls for cls in classes if not issubclass(cls, Prepared) and not _is_shard(cls))
+
+
+def _is_shard(cls: type) -> bool:
+    return cls.__name__.startswith("FSDP")
+
+
+def _blank(original: type) -> Prepared:
+    cls = prepared_class(original)
+    return cls.__new__(cls)
+
+
+def prepare_module(
+    module: nn.Module,
+    bodies: Bodies,
+    operands: tuple[str, ...],
+    extra: Mapping[str, Tensor],
+    preparation: Preparation,
+    ranks: tuple[int, ...] | None,
+) -> None:
+    """Turn `module`, in place, into a prepared one. `operands`: the bodies' leading inputs by their names in
+    the module; `extra`: those that it does not have yet."""
+    arguments = tuple(inspect.signature(module.forward).parameters)
+    for name, tensor in extra.items():
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+    own = {
+        name: module.__dict__.pop(name) for name in ("forward", "_conv_forward") if name in module.__dict__
+    }
+    module.operands, module.extra = operands, tuple(extra)  # type: ignore[assignment]
+    module.arguments, module.ranks = arguments, ranks  # type: ignore[assignment]
+    module.preparation, module.own_forward = preparation, own  # type: ignore[assignment]
+    module._modules["body"], module._modules["still"] = bodies
+    original: type = type(module)
+    module.__class__ = prepared_class(original)
+
+
+def unprepare(module: Prepared) -> dict[str, Tensor]:
+    """Be the original module again, in place; returns what training had added to it, by name."""
+    extra = {name: getattr(module, name) for name in module.extra}
+    for name in extra:
+        delattr(module, name)
+    del module._modules["body"], module._modules["still"]
+    own = module.own_forward
+    for name in Prepared.__annotations__:
+        module.__dict__.pop(name, None)
+    module.__class__ = unprepared_class(module)
+    module.__dict__.update(own)
+    return extra
+
+
+@contextmanager
+def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
+    """The model with original modules; yields what training had added to each, by path. If the block raises,
+    every module is prepared again, as it was."""
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, Prepared)}
+    kept = {path: (type(module), dict(module.__dict__)) for path, module in modules.items()}
+    held = {path: [dict(module.__dict__[table]) for table in _TABLES] for path, module in modules.items()}
+    try:
+        yield {path: unprepare(module) for path, module in modules.items()}
+    except BaseException:
+        for path, module in modules.items():
+            module.__class__, attributes = kept[path]
+            module.__dict__.clear()
+            module.__dict__.update(attributes, **dict(zip(_TABLES, held[path], strict=True)))
+        raise
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
+    """The bodies for training and evaluation, and the attributes that are their leading inputs, in order."""
+    body, attributes = _lifted(gm)
+    still, _ = _lifted(gm)
+    TrainMode(on=True).apply(body)
+    TrainMode(on=False).apply(still)
+    for made in (body, still):
+        made.meta.clear()
+        made.recompile()
+    return (body, still), attributes
+
+
+def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
+    """`gm` without a tensor and without meta: its attributes come first among the inputs."""
+    reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    attributes = tuple(dict.fromkeys(str(node.target) for node in reads))
+    graph = Graph()
+    inputs = {name: graph.placeholder(name.replace(".", "_")) for name in attributes}
+    moved: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            assert isinstance(find_attribute(gm, str(node.target)), Tensor)
+            moved[node] = inputs[str(node.target)]
+            continue
+        moved[node] = graph.node_copy(node, moved.__getitem__)
+        moved[node].meta = {}
+    return GraphModule(nn.Module(), graph), attributes

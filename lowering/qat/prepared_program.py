@@ -1,0 +1,128 @@
+"""A whole model as one graph that trains on rounded numbers.
+
+In: a model and example inputs. Out: a GraphModule over the model's own parameters, called as the model is,
+whose `.train()` and `.eval()` flip dropout, batch norm and the rounding by the pass `train_mode`.
+
+    gm = bf.prepare_qat(model, "int8", scope="program", example_inputs=(x,))
+    gm.train(); train(gm); q = bf.convert(gm)
+
+Batch norm after a convolution is folded the way that trains (`passes/training/batch_norm.py`) unless the
+options say otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ...formats import BitfoldError
+from ...passes import Fold, Pipeline, capture
+from ...passes.annotate import Annotate
+from ...passes.note import annotated
+from ...passes.observing.calibrate import calibrate
+from ...passes.observing.observe import Observe
+from ...passes.recipes import Recipe
+from ...passes.training.batch_norm import SettleBatchNorm, TrainBatchNorm
+from ...passes.training.mode import TrainMode
+from ...passes.training.settle_quantizers import SettleQuantizers
+from ..algorithms.calibration import Batches
+from ..files.graph_data import dump
+from ..folded import Canonical
+from ..install import CANONICAL, lower_graph
+from ..module_scope import Step
+from ..program import as_program, own_tensors
+from .options import Qat
+from .prepare import share_learned, train_pass
+from .schedule import PROGRAM
+
+
+class _Training(GraphModule):
+    """What is added to the class of a graph: modes that torch.export bakes in."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:
+            self.training = mode
+            TrainMode(on=mode).apply(self)
+            self.recompile()
+        return self
+
+    def eval(self) -> Any:
+        return self.train(False)
+
+    def __deepcopy__(self, memo: Any) -> GraphModule:
+        return _of_class(super().__deepcopy__(memo), _Training, self.training)
+
+
+def _of_class(gm: GraphModule, base: type[GraphModule], training: bool) -> GraphModule:
+    """`gm` with another class of its own, on which a GraphModule keeps its code."""
+    for method in ("train", "eval"):  # set on the instance by torch.export, where they raise
+        gm.__dict__.pop(method, None)
+    gm.training = training
+    gm.__class__ = type("GraphModuleImpl", (base,), {})
+    gm.recompile()
+    return gm
+
+
+def prepare_program(
+    model: nn.Module,
+    recipe: Recipe,
+    how: Qat,
+    batches: Batches,
+    *,
+    dynamic: Any = None,
+    state: Mapping[str, Any] | None = None,
+    progress: Step | None = None,
+) -> GraphModule:
+    """Capture, annotate, calibrate if the recipe asks for it, and make the graph one that trains."""
+    example = batches.example()
+    if example is None:
+        raise BitfoldError(
+            "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
+        )
+    training = model.training
+    model.eval()
+    try:
+        gm = capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
+    finally:
+        model.train(training)
+    own = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
+    if not Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites:
+        raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
+    observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
+    if observed is not None:
+        if not how.observe and state is None:
+            batches.check_given(observed)
+        Pipeline([Observe()]).run(gm, progress=progress)
+        if batches.given:
+            calibrate(gm, batches.raw())
+    Pipeline([train_pass(how, resumed=state is not None)]).run(gm, progress=progress)
+    if how.fold_norm:
+        freeze = -1 if how.freeze_norm is None else how.freeze_norm
+        Pipeline([TrainBatchNorm(freeze)]).run(gm, progress=progress)
+    share_learned(gm, {})
+    gm.meta[PROGRAM] = how
+    held = (*gm.named_parameters(), *gm.named_buffers())
+    gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
+    if state is not None:
+        gm.load_state_dict(dict(state))
+    return _of_class(gm, _Training, False).train(training)
+
+
+def convert_program(gm: GraphModule, target: str, progress: Step | None) -> GraphModule:
+    """A lowered program from a prepared one, which is left as it was."""
+    if PROGRAM not in gm.meta:
+        raise BitfoldError(
+            f"nothing in this {type(gm).__name__} is prepared; call bf.prepare_qat(scope='program') first"
+        )
+    made = copy.deepcopy(gm)
+    made.eval()
+    _of_class(made, GraphModule, False)
+    Pipeline([SettleBatchNorm(), SettleQuantizers(), Fold()]).run(made, progress=progress)
+    made.meta[CANONICAL] = Canonical(dump(made), {})
+    lowered = lower_graph(made, target)
+    own_tensors(lowered, gm)
+    return as_program(lowered)

@@ -1,0 +1,92 @@
+"""The schedule of training on rounded numbers: what a step moves on, and what an optimizer is told.
+
+In: a prepared model or program. Out: its clocks one step on, its ranges moved; parameter groups.
+
+    optimizer = torch.optim.AdamW(bf.parameter_groups(model, lr=1e-4, scale_lr=1e-3))
+    for batch in batches: loss(model(batch)).backward(); optimizer.step(); bf.advance(model)
+
+All of it is numbers in buffers, which `state_dict` holds: a run that is resumed goes on where it was, and a
+compiled step is never compiled again. Within a step the ranges stand still, so that accumulated gradients and
+recomputed activations see the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ...formats import BitfoldError
+from ...passes.training.quantizers import CLOCK
+from ..given_model import module_of
+from .options import Qat
+from .prepared import Prepared
+
+PROGRAM = "bitfold_qat"
+"""In the meta of a prepared program: its `Qat`."""
+
+LEARNED = ("step", "low", "end")
+
+
+def advance(model: nn.Module) -> None:
+    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`."""
+    model = module_of(model, "bf.advance")
+    found = list(_prepared(model))
+    if not found:
+        raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
+    with torch.no_grad():
+        for module, how in found:
+            clock = module._buffers.get(CLOCK)
+            if clock is None:
+                continue
+            if how.observe:
+                _move(module, how, clock < how.observe)
+            clock += 1
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, scale_lr: float | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: the model's own parameters at `lr` with `options`, and the learned scales
+    at `scale_lr` (by default lr) without weight decay. Parameters that do not train are left out."""
+    scales = {id(p) for module, _ in _prepared(model) for p in _learned(module)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if id(p) not in scales], "lr": lr, **options}]
+    learned = [p for p in trained if id(p) in scales]
+    if learned:
+        rate = lr if scale_lr is None else scale_lr
+        groups.append({"params": learned, **options, "lr": rate, "weight_decay": 0.0})
+    return groups
+
+
+def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, Qat]]:
+    """Modules (or the program) that hold clocks and ranges, with their options."""
+    for module in model.modules():
+        if isinstance(module, Prepared):
+            yield module, module.preparation.options
+        elif isinstance(module, GraphModule) and PROGRAM in module.meta:
+            yield module, module.meta[PROGRAM]
+
+
+def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
+    program: Any = module
+    names = module.extra if isinstance(module, Prepared) else program.meta[PROGRAM + "_extra"]
+    return (found for name in names if (found := module._parameters.get(name)) is not None)
+
+
+def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
+    """Every range of the module `rate` of the way to what it has seen in this step."""
+    for name, seen in list(module._buffers.items()):
+        owner, mark, end = name.rpartition("_seen_")
+        if not mark or seen is None:
+            continue
+        held = module._buffers[f"{owner}_{end}"]
+        assert held is not None
+        new = seen.reshape(held.shape)
+        # The first range is the first data's; a step without data moves nothing.
+        moved = torch.where(held.isfinite(), held + how.rate * (new - held), new)
+        held.copy_(torch.where(following & new.isfinite(), moved, held))
+        seen.fill_(torch.inf if end == "low" else -torch.inf)

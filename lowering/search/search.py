@@ -1,0 +1,187 @@
+"""`bf.search`: a format for each layer, so that a budget is kept and the least is lost.
+
+In: a model, data, a budget. Out: a `Recipe` that prints, saves and quantizes.
+
+    recipe = bf.search(model, batches, budget="4.2 bits")             the best model of that size
+    recipe = bf.search(model, batches, budget="0.5% perplexity")      the smallest model that is this good
+    bf.quantize(model, recipe, algorithm="clip,gptq", calibration=batches)
+
+Each layer is rounded alone, in each candidate format (`sensitivity.py`); the losses of a recipe are taken to
+add up, and the choice is an integer program, one choice a layer, that scipy's HiGHS solves to the optimum:
+
+    least sum of losses,   sum of bits <= budget                      (bits)
+    least sum of bits,     sum of losses <= log(1 + share)            (perplexity)
+
+Losses do not quite add up, so a recipe for a perplexity is run, and the program solved again with the losses
+scaled to what was seen, until it holds.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ...formats import BitfoldError
+from ...passes.algorithms.draft import DRAFT
+from ...passes.note import annotated
+from ...passes.recipes import Recipe
+from ..algorithms.calibration import Batches, hooked
+from ..diagnose import first_output
+from ..given_model import module_of
+from ..module_scope import Step, plan
+from ..swaps import Swaps
+from .sensitivity import Choice, Loss, Sensitivity, divergence, round_site, sensitivity
+
+CANDIDATES = ("int8[g128]", "int6[g64]", "int5[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
+"""Formats that are tried by default, where they fit."""
+
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """amount bits a weight, or a perplexity that is `amount` (a share: 0.005) higher."""
+
+    kind: Literal["bits", "perplexity"]
+    amount: float
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """ "4.2 bits" or "0.5% perplexity". Raises BitfoldError for anything else."""
+        pattern = r"\s*(\d+(?:\.\d+)?)\s*(bits|%\s*perplexity)\s*"
+        found = re.fullmatch(pattern, text) if isinstance(text, str) else None
+        if found is None or float(found[1]) <= 0:
+            raise BitfoldError(f"a budget is text such as '4.2 bits' or '0.5% perplexity', not {text!r}")
+        if found[2] == "bits":
+            return cls("bits", float(found[1]))
+        return cls("perplexity", float(found[1]) / 100)
+
+
+@torch.no_grad()
+def search(
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    budget: str,
+    formats: Sequence[str] = CANDIDATES,
+    loss: Loss | None = None,
+    table: Sensitivity | None = None,
+    progress: Step | None = None,
+) -> Recipe:
+    """The recipe for the model's linears within `budget`; the model is only run.
+
+    - data: batches, as calibration takes them
+    - formats: candidates for each layer
+    - loss: as `sensitivity` takes it; by default the divergence from the float model's predictions
+    - table: a `Sensitivity` that was measured before, so that several budgets cost one measurement
+
+    Raises BitfoldError for a budget that no choice keeps, naming the nearest that one does.
+    """
+    wanted = Budget.parse(budget)
+    model = module_of(model, "bf.search")
+    batches = list(data)
+    found = table or sensitivity(model, batches, formats, loss=loss, progress=progress)
+    if wanted.kind == "bits":
+        chosen = fewest_losses(found, wanted.amount)
+        return found.recipe(chosen, f"search {budget}")
+    most, scale = math.log1p(wanted.amount), 1.0
+    for _ in range(_ROUNDS):
+        chosen = fewest_bits(found, most / scale)
+        recipe = found.recipe(chosen, f"search {budget}")
+        seen = _measured(model, recipe, batches, loss or divergence)
+        if seen <= most:
+            return recipe
+        scale *= max(seen / most, 1.05)
+    raise BitfoldError(
+        f"no recipe was found that keeps to {budget}: the last one loses {math.expm1(seen):.2%}; add finer "
+        "formats"
+    )
+
+
+def fewest_losses(table: Sensitivity, bits: float) -> list[Choice]:
+    """One choice a layer: the least sum of losses within so many bits a weight."""
+    total = sum(table.numel.values())
+    least = sum(min(choice.bits for choice in table.of(layer)) for layer in table.numel)
+    if least > bits * total:
+        raise BitfoldError(
+            f"the smallest formats for each layer take {least / total:.3f} bits a weight, more than {bits}; "
+            "add smaller formats"
+        )
+    return _solve(table, [c.loss for c in table.choices], [c.bits for c in table.choices], bits * total)
+
+
+def fewest_bits(table: Sensitivity, loss: float) -> list[Choice]:
+    """One choice a layer: the least sum of bits within so much loss."""
+    least = sum(min(choice.loss for choice in table.of(layer)) for layer in table.numel)
+    if least > loss:
+        raise BitfoldError(
+            f"the finest formats for each layer lose {math.expm1(least):.2%}, more than is allowed; add "
+            "finer ones"
+        )
+    return _solve(table, [c.bits for c in table.choices], [c.loss for c in table.choices], loss)
+
+
+def pareto(table: Sensitivity, points: int = 20) -> list[tuple[float, float]]:
+    """(bits a weight, sum of losses) of the best recipes, from the smallest to the finest."""
+    total = sum(table.numel.values())
+    ends = [
+        sum(pick(choice.bits for choice in table.of(layer)) for layer in table.numel) / total
+        for pick in (min, max)
+    ]
+    found = []
+    for step in range(points):
+        # The first end is met exactly, which rounding must not take for too little.
+        bits = ends[0] + (ends[1] - ends[0]) * step / max(points - 1, 1) + 1e-9
+        chosen = fewest_losses(table, bits)
+        found.append((sum(c.bits for c in chosen) / total, sum(c.loss for c in chosen)))
+    return found
+
+
+def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], most: float) -> list[Choice]:
+    """The integer program: least cost, one choice a layer, weights within `most`."""
+    try:
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ImportError as error:
+        raise BitfoldError("bf.search wants scipy: run `pip install 'bitfold[search]'`") from error
+    layers = list(table.numel)
+    rows = np.zeros((len(layers), len(table.choices)))
+    for column, choice in enumerate(table.choices):
+        rows[layers.index(choice.layer), column] = 1
+    # HiGHS works to absolute tolerances of 1e-6 and less: both rows in units of their own size.
+    unit, size = max(map(abs, cost)) or 1.0, abs(most) or 1.0
+    found = milp(
+        np.array(cost) / unit,
+        constraints=[
+            LinearConstraint(rows, 1, 1),
+            LinearConstraint(np.array(weight)[None] / size, -np.inf, most / size),
+        ],
+        integrality=np.ones(len(cost)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise BitfoldError(f"the solver found no choice within the budget: {found.message}")
+    return [choice for choice, taken in zip(table.choices, found.x, strict=True) if taken > 0.5]
+
+
+def _measured(model: nn.Module, recipe: Recipe, data: Sequence[Any], loss: Loss) -> float:
+    """The loss of the whole recipe, weights rounded to the nearest."""
+    batches = list(Batches(data, None))
+    with hooked(model, {}):
+        exact = [first_output(model, batch) for batch in batches]
+        with Swaps() as swaps:
+            for site in plan(model, recipe, stored={}).sites:
+                round_site(site)
+                swaps.put(site)
+                for node, _ in annotated(site.gm):
+                    node.meta.pop(DRAFT, None)
+            outputs = [first_output(model, batch) for batch in batches]
+    total = sum(float(loss(before, after)) for before, after in zip(exact, outputs, strict=True))
+    return total / len(batches)

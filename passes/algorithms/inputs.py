@@ -1,0 +1,59 @@
+"""What an algorithm knows of the activations that a layer multiplies: their second moment, not themselves.
+
+In: batches of activations [..., K]. Out: per layer, whatever the number of tokens, K x K numbers and a few K.
+
+    seen = Inputs(256); seen.add(x); seen.moment       mean of x^T x, [256, 256]
+                        seen.peak                      largest magnitude of each channel, [256]
+
+The output error of a changed weight follows from the moment alone: the mean over tokens of |(W' - W) x|^2 is
+the trace of (W' - W) H (W' - W)^T (LeCun, Denker and Solla, "Optimal Brain Damage", 1989; here with H the
+moment of a linear's input, as in arXiv 2208.11580).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formats import BitfoldError
+
+INPUTS = "bitfold_inputs"
+"""In `node.meta` of an anchor: the `Inputs` that were seen there."""
+
+
+class Inputs:
+    """Running statistics of one layer's input, on the device and over the tokens that went through."""
+
+    def __init__(self, k: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.moment = torch.zeros(k, k, device=device)
+        self.peak = torch.zeros(k, device=device)
+        self.size = torch.zeros(k, device=device)
+        self.mean = torch.zeros(k, device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take x [..., K] into account. Raises BitfoldError for NaN or infinity, which would spoil all."""
+        rows = x.detach().reshape(-1, x.shape[-1]).to(self.moment.device, torch.float32)
+        if not rows.numel():
+            return
+        if not bool(torch.isfinite(rows).all()):
+            raise BitfoldError("NaN or infinity goes into it")
+        self.count += rows.shape[0]
+        share = rows.shape[0] / self.count
+        self.moment.lerp_(rows.mT @ rows / rows.shape[0], share)
+        self.mean.lerp_(rows.mean(0), share)
+        self.size.lerp_(rows.abs().mean(0), share)
+        self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+
+    def scaled(self, by: Tensor) -> Inputs:
+        """The statistics of the same activations times `by` [K], channel by channel."""
+        other = Inputs(by.shape[0], self.moment.device)
+        other.count = self.count
+        other.moment = self.moment * by[:, None] * by
+        other.peak, other.size = self.peak * by.abs(), self.size * by.abs()
+        other.mean = self.mean * by
+        return other
+
+    def error(self, difference: Tensor) -> Tensor:
+        """Mean squared output error of each row of `difference` [N, K], [N]."""
+        return (difference @ self.moment * difference).sum(-1)

@@ -1,0 +1,143 @@
+"""Observers: small modules that return their input and remember the range of what went through.
+
+In: tensors.  Out: the same tensors; a range, from which a format's `from_range` makes static scales.
+
+    minmax           the extremes of all batches
+    average          the mean over batches of each batch's extremes: one odd batch does not decide
+    moving           an exponential moving average of them; `moving:0.01` moves a hundredth of the way
+
+Those that keep a histogram are in `histograms.py`; `observer` there knows all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...formats import BitfoldError, Format
+
+
+class Observer(nn.Module):
+    """The range of everything that went through. `seen` is the number of batches."""
+
+    is_observer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself; its range is noted. What is empty is passed on and not counted."""
+        if x.numel():
+            self.note(x.detach())
+            self.seen += 1
+        return x
+
+    def note(self, x: Tensor) -> None:
+        """Take the numbers of one batch into account."""
+        raise NotImplementedError
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest number expected, float32 scalars."""
+        raise NotImplementedError
+
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        """The range to be held in `fmt`: what was seen, or less of it."""
+        del fmt
+        return self.range()
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        """Scale, and zero point where `fmt` has one, as scalars."""
+        return fmt.from_range(*self.ends(fmt))
+
+
+class Agreed(Observer):
+    """One of several edges that have one scale: the range is the one that holds all of theirs.
+
+    Each still sees its own numbers, in the observer that it had; `others` are those of all of them.
+    """
+
+    def __init__(self, own: Observer, others: list[Observer]) -> None:
+        super().__init__()
+        # Not submodules: the graph holds each of them once, under its own edge.
+        self.__dict__["own"], self.__dict__["others"] = own, others
+
+    def note(self, x: Tensor) -> None:
+        own: Observer = self.__dict__["own"]
+        own(x)
+
+    def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        others: list[Observer] = self.__dict__["others"]
+        lows, highs = zip(*(other.ends(fmt) for other in others if other.seen), strict=True)
+        return torch.stack(lows).amin(), torch.stack(highs).amax()
+
+
+class Given(Observer):
+    """A scale (and a zero point) that came with a checkpoint: taken as it is, whatever goes through."""
+
+    def __init__(self, params: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.seen = 1
+        self.given = tuple(part.reshape(()) for part in params)
+
+    def note(self, x: Tensor) -> None:
+        del x
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        return self.given
+
+
+class MinMax(Observer):
+    """The extremes of all batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+
+    def note(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low = torch.minimum(self.low, low.float().cpu())
+        self.high = torch.maximum(self.high, high.float().cpu())
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high
+
+
+class Average(Observer):
+    """The mean, over batches, of each batch's extremes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lows, self.highs = torch.zeros(()), torch.zeros(())
+
+    def note(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.lows = self.lows + low.float().cpu()
+        self.highs = self.highs + high.float().cpu()
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.lows / self.seen, self.highs / self.seen
+
+
+class Moving(Observer):
+    """An exponential moving average of each batch's extremes: later batches count more.
+
+    The first batch begins it; each later one moves it by `share` of the way (torch.ao's
+    MovingAverageMinMaxObserver, whose default is 0.01, for thousands of batches of training; calibration has
+    a few dozen).
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        super().__init__()
+        if not 0 < share <= 1:
+            raise BitfoldError(f"a moving observer takes a share above 0 and at most 1, not {share}")
+        self.share = share
+        self.low, self.high = torch.zeros(()), torch.zeros(())
+
+    def note(self, x: Tensor) -> None:
+        low, high = (end.float().cpu() for end in torch.aminmax(x))
+        step = self.share if self.seen else 1.0
+        self.low, self.high = self.low + step * (low - self.low), self.high + step * (high - self.high)
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        return self.low, self.high

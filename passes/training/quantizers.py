@@ -1,0 +1,193 @@
+"""Train quantizers: an annotated graph becomes one that trains, with chosen gradients and learned scales.
+
+In: an annotated or observed graph. Out: a `bitfold.train_quantize` on each annotated edge, placed by
+`fake_quantize` and of the same values, whose scales come from the data, from a range, or from parameters.
+
+    %f = bitfold.fake_quantize(%w, "int4")
+    ->  %f = bitfold.train_quantize(%w, "int4", "lsq", [%weight_step], False, None, 0)
+
+    a calibrated activation, under observe=true:
+    ->  bitfold.observe_range(%x, %input_seen_low, %input_seen_high, False)
+        %f = bitfold.train_quantize(%x, "int8[tensor]", "clip", [%input_low, %input_high], False, %clock, 100)
+
+Learned numbers are float32 parameters, ranges float32 buffers. `train_mode` sets the last-but-two argument;
+`settle_quantizers` takes all of it back, so that `fold` can go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ...formats import BitfoldError, Format, FormatError, format, learned
+from ...formats.gradient import Gradient
+from ..constants import add_constant, constant, erase_dead_constants, expression
+from ..core import Pass, state
+from ..edges import EDGE, Edge, edge
+from ..edit import free_name
+from ..note import annotated
+from ..observing.observers import MinMax, Observer
+from ..provenance import inherit
+from ..stages import Stage, find_attribute
+from .fake_quantize import FAKE_QUANTIZE, FakeQuantize
+
+TRAIN_QUANTIZE = torch.ops.bitfold.train_quantize.default
+OBSERVE_RANGE = torch.ops.bitfold.observe_range.default
+CLOCK = "clock"
+"""The buffer that counts steps, in a graph whose quantizers follow a schedule."""
+
+Range = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainQuantizers(Pass):
+    """weight, activation: their gradients; warmup: steps that train in floats; observe: ranges follow the
+    data, so that a calibrated edge need not have seen any yet; resumed: nor now, a state will be loaded."""
+
+    name: ClassVar[str] = "train_quantizers"
+    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    produces: ClassVar[Stage | None] = Stage.fake_quantized
+
+    weight: Gradient = field(default_factory=Gradient)
+    activation: Gradient = field(default_factory=partial(Gradient, "clip"))
+    warmup: int = 0
+    observe: bool = False
+    resumed: bool = False
+
+    def apply(self, gm: GraphModule) -> int:
+        """Number of edges. Raises BitfoldError, with nothing written, for what cannot be trained so."""
+        self._check(gm)
+        ranges = self._ranges(gm)
+        FakeQuantize().apply(gm)
+        nodes = [node for node in gm.graph.nodes if node.target is FAKE_QUANTIZE]
+        clock = None
+        if nodes and (self.warmup or (self.observe and ranges)):
+            clock = add_constant(
+                gm, CLOCK, torch.zeros((), dtype=torch.int64, device=_device(nodes[0])), like=nodes[0]
+            )
+            # The first of the graph's nodes, so that every quantizer can read it.
+            next(iter(gm.graph.nodes)).prepend(clock)
+        for node in nodes:
+            self._rewrite(gm, node, ranges, clock if self.warmup else None)
+        erase_dead_constants(gm)
+        state(gm).mutated = None  # observers write
+        return len(nodes)
+
+    def _check(self, gm: GraphModule) -> None:
+        for _, note in annotated(gm):
+            for which in ("weight", "input", "output"):
+                text = getattr(note, which)
+                gradient = self.weight if which == "weight" else self.activation
+                if not text or (which != "weight" and not note.observer):
+                    continue
+                try:
+                    learned.check(format(text), gradient)
+                except FormatError as error:
+                    raise BitfoldError(f"the {which} of layer {note.layer}: {error}") from error
+
+    def _ranges(self, gm: GraphModule) -> dict[tuple[str, str], Range]:
+        """The range of each observed edge, by layer and operand."""
+        found: dict[tuple[str, str], Range] = {}
+        for node in gm.graph.find_nodes(op="call_module"):
+            on, observer = edge(node), find_attribute(gm, str(node.target))
+            if on is None or not isinstance(observer, Observer):
+                continue
+            if observer.seen == 0 and (self.resumed or (self.observe and not self.activation.learns)):
+                observer = _unseen(self.activation)
+                gm.add_submodule(str(node.target), observer)
+            if observer.seen:
+                found[on.layer, on.which] = observer.range()
+        return found
+
+    def _rewrite(
+        self, gm: GraphModule, node: Node, ranges: dict[tuple[str, str], Range], clock: Node | None
+    ) -> None:
+        on, source = edge(node), node.args[0]
+        assert on is not None and isinstance(source, Node)
+        gradient = self.weight if on.which == "weight" else self.activation.of_item()
+        fmt = format(on.format)
+        held: list[Node] = []
+        known = ranges.get((on.layer, on.which))
+        if on.which == "weight" and gradient.learns:
+            with torch.no_grad():
+                start = fmt.choose(_numbers(gm, source))
+            held = _learned(gm, node, on, fmt, gradient, start)
+        elif on.which != "weight" and known is not None:
+            shape = [1] * source.meta["val"].ndim
+            low, high = (end.reshape(shape).to(_device(node)) for end in known)
+            if gradient.learns:
+                held = _learned(gm, node, on, fmt, gradient, fmt.from_range(low, high))
+            else:
+                held = [_hold(gm, node, on, "low", low), _hold(gm, node, on, "high", high)]
+                if self.observe:
+                    self._observe(gm, node, on, source, held)
+        if gradient.learns and not held:
+            gradient = replace(
+                gradient, kind="straight"
+            )  # scales chosen in each call: there is nothing to learn
+        args: Any = (source, on.format, str(gradient), held, False, clock, self.warmup if clock else 0)
+        with gm.graph.inserting_before(node):
+            new = gm.graph.create_node("call_function", TRAIN_QUANTIZE, args, name=f"{node.name}_trained")
+        new.meta["val"], new.meta[EDGE] = node.meta["val"], on
+        inherit(new, [node])
+        node.replace_all_uses_with(new)
+        fixed: Any = node.args[2] if len(node.args) > 2 else ()
+        for old in (node, *(fixed or ())):  # scales that the pass fake_quantize made of the range
+            gm.graph.erase_node(old)
+
+    def _observe(self, gm: GraphModule, node: Node, on: Edge, source: Node, held: list[Node]) -> None:
+        ends = [torch.full((), sign * torch.inf, device=_device(node)) for sign in (1, -1)]
+        names = ("seen_low", "seen_high")
+        seen = [_hold(gm, node, on, name, value) for name, value in zip(names, ends, strict=True)]
+        with gm.graph.inserting_before(node):
+            new = gm.graph.create_node("call_function", OBSERVE_RANGE, (source, *seen, False))
+        inherit(new, [node])
+
+
+def _unseen(gradient: Gradient) -> Observer:
+    """An observer that lets a range be found later: empty, which takes each batch's own until then, or, where
+    the numbers are learned and will be loaded, any."""
+    made = MinMax()
+    made.seen = 1
+    if gradient.learns:
+        made.low, made.high = torch.tensor(-1.0), torch.tensor(1.0)
+    return made
+
+
+def _numbers(gm: GraphModule, source: Node) -> Tensor:
+    """What a weight's quantizer reads now."""
+    chain = expression(gm, source)
+    found = chain.apply(chain.parameter) if chain is not None else constant(gm, source)
+    assert found is not None, f"{source.name} is no constant"
+    return found.contiguous()
+
+
+def _learned(
+    gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
+) -> list[Node]:
+    step, *low = learned.learned(fmt, start)
+    if gradient.kind == "pact":
+        return [_hold(gm, node, on, "end", step * learned.end(fmt.element), trains=True)]
+    parts = zip(("step", "low"), (step, *low), strict=False)
+    return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
+
+
+def _hold(gm: GraphModule, node: Node, on: Edge, part: str, value: Tensor, *, trains: bool = False) -> Node:
+    """`value` as a parameter or a buffer of the graph's module, called after the layer and the operand."""
+    layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
+    name = free_name(gm, "_".join(word for word in (layer, on.which, part) if word))
+    made = add_constant(gm, name, value.detach().clone().to(torch.float32), like=node)
+    if trains:
+        numbers = gm._buffers.pop(str(made.target))
+        assert numbers is not None
+        gm.register_parameter(str(made.target), nn.Parameter(numbers))
+    return made
+
+
+def _device(node: Node) -> torch.device:
+    return node.meta["val"].device  # type: ignore[no-any-return]
