@@ -69,7 +69,7 @@ def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelin
     """`device`: of the schedules that are kept, those of this card."""
     if not spec.walk or not scales(spec):
         return None
-    if not spec.epilogue.plain and has_library(spec):
+    if not spec.epilogue.plain and not spec.experts:
         product = alone(spec)
         if isinstance(_chosen(product, size, device), Pipelined):
             return None

@@ -147,12 +147,14 @@ class BytesKernel(Kernel):
         return self.scales.group(i), group(self.walk, self.tokens.cols, i)
 
     def _product(self, out: Lines, i: int, inside: int, closes: bool) -> None:
-        """Slice i sent off, the one of number `inside` of its sum. Scales of x come before, so that nothing
-        stands between a product that reads registers and the wait for it."""
+        """Slice i sent off, the one of number `inside` of its sum. Scales of x come meanwhile, but where a
+        product reads registers: nothing may stand between such a one and the wait for it."""
         step = f"(x_step + {inside})" if inside and self._as_they_lie and not self._ahead else "x_step"
         out.add(f"b = {step} % X_STAGES", f"mbarrier.wait(x_full.index(b), {step} // X_STAGES & 1)")
+        of_x = []
         if closes and self.tokens.groups:
-            out.add(*self.tokens.carried("run")[self.tokens.groups.index(self._groups_of(i)[1]) :][:1])
+            of_x = self.tokens.carried("run")[self.tokens.groups.index(self._groups_of(i)[1]) :][:1]
+        out.add(*of_x * (not self._as_they_lie))
         slot = self._slot(self._calls[f"DECODE{i}"][1][0], "group", "at_codes")
         a = f"code_ring.index({slot})" if self._as_they_lie else f"a{i}"
         in_groups = self.schedule.scale == "sum"
@@ -160,6 +162,7 @@ class BytesKernel(Kernel):
         anew = ", use_acc=False" if in_groups and inside == 0 else ""
         x = "x_ring.index(b).permute((1, 0))"
         out.add(f"{sums} = warpgroup_mma({a}, {x}, {sums}{anew}, is_async=True)")
+        out.add(*of_x * self._as_they_lie)
         if self._ahead:
             out.add("total = warpgroup_mma_wait(1, [total])")
         elif closes or not self._as_they_lie:

@@ -254,7 +254,8 @@ def test_every_number_of_rows_has_a_choice(text: str) -> None:
         assert found.obstacle(spec) is None and found is choose(spec, bucket(m))
     # Where the library computes something else a kernel runs however many rows there are.
     by_library = has_library(spec)
-    assert (choose(spec, 10**6) is None) == by_library
+    most = choose(spec, 10**6)
+    assert (most is None) == by_library or isinstance(most, Pipelined)
     found = choose(spec, 257 * max(1, spec.experts))
     assert found is None or found.obstacle(spec) is None
     assert isinstance(found, Pipelined) or (found is None) == by_library
