@@ -267,7 +267,7 @@ OF_BYTES = [
     ("linear 136x960 bf16 float8_e4m3fn[row] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x3 j1 c2 streamk", 9, 4),
     ("linear 136x960 bf16 int8 x:int8[row]", "m8 n64 g1 w4 x3 j1 c2", 9, 4),
     ("linear 136x960 bf16 int4[g64] x:int8[row]", "m8 n64 g1 w4 x4 j1 c2", 9, 4),
-    ("linear 136x1088 bf16 float8_e4m3fn[128x128] x:float8_e4m3fn[g64]", "m8 n64 g1 w4 x4 j1 c2", 9, 4),
+    ("linear 136x1088 bf16 float8_e4m3fn[g64] x:float8_e4m3fn[g64]", "m8 n64 g1 w4 x4 j1 c2", 9, 4),
 ]  # fmt: skip
 
 
