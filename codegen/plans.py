@@ -30,6 +30,15 @@ PLANS = {
     ),
     1 << 30: ("m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
 }  # fmt: skip
+# On activations in codes: sums twice, where scales or float8 ask for a sum of each group.
+PLANS_OF_BYTES = {
+    64: ("m64 n128 g2 w4 x4 j1 c4 p1", "m64 n64 g1 w4 x4 j1 c4 p2"),
+    128: ("m128 n128 g2 w4 x4 j1 c4 p1", "m64 n128 g2 w4 x4 j1 c4 p1", "m128 n128 g1 w8 x4 j1 c4 p1"),
+    1 << 30: (
+        "m128 n256 g2 w4 x4 j1 c3 p1", "m128 n128 g2 w4 x4 j1 c4 p1", "m128 n128 g1 w8 x4 j1 c4 p1",
+        "m64 n128 g2 w4 x4 j1 c4 p1",
+    ),
+}  # fmt: skip
 # Of the places that its waves of programs have, a kernel of whole tiles fills this part at least.
 FULL = 0.8
 # Shared tiles gain where a program has 13 runs or more (4096 x 14336, 8192 x 8192), and lose with four
@@ -41,7 +50,8 @@ UNMEASURED = 256
 
 def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
     """What can run the spec, for m rows of x."""
-    texts = next(texts for most, texts in PLANS.items() if bucket(m) <= most)
+    known = PLANS if spec.activation is None else PLANS_OF_BYTES
+    texts = next(texts for most, texts in known.items() if bucket(m) <= most)
     if not modes(spec) or not spec.walk:
         return []
     found = [
@@ -53,7 +63,7 @@ def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
 
 def untuned_plan(spec: GemmSpec, m: int, card: Device) -> Pipelined | None:
     """What runs without a measurement; None if some other kind of kernel does."""
-    if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO:
+    if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO or spec.activation is not None:
         return None
     found = plans(spec, m)
     if not found or (found[0].scale == "float" and bucket(m) > UNMEASURED):

@@ -25,7 +25,7 @@ from ..decode import decoder, raised
 from ..schedule import Schedule
 from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
-from .arguments import SUFFIXES, has_offset, reads_bytes, sums_are_integers
+from .arguments import SUFFIXES, reads_bytes, sums_are_integers
 from .lines import TL, Lines
 from .scales import Scales, TokenScales, group
 from .values import code_line, value_lines
@@ -138,7 +138,7 @@ class Operand:
         out.add(f"total{t} = {zeros}")
         expert = f" + expert.to(tl.int64) * {self.spec.n * self.walk.stride}" if self.spec.experts else ""
         out.add(f"units{t} = codes{t}{expert} + row[:, None] * {self.walk.stride} + rk[None, :]")
-        if has_offset(self.spec) and s.scale in ("end", "sum"):
+        if self.spec.has_offset and s.scale in ("end", "sum"):
             if self.which == 0:
                 out.add(f"ones = tl.full(({s.block_n}, {self.walk.length}), 1, dtype={self._ones})")
             if self.whole_rows:
@@ -223,13 +223,13 @@ class Operand:
             self._in_lane(out, i)
         if self.schedule.scale != "sum":
             out.add(f"total{t} = {self._dot(f'a{i}{t}', f'x{i}', f'total{t}')}")
-            if self.schedule.scale == "end" and has_offset(self.spec):
+            if self.schedule.scale == "end" and self.spec.has_offset:
                 out.add(f"plain_sum{t} = {self._dot('ones', f'x{i}', f'plain_sum{t}')}")
             return
         opens = i == 0 or self._groups(i - 1) != self._groups(i)
         closes = i + 1 == len(self.walk.slices) or self._groups(i + 1) != self._groups(i)
         out.add(f"p{t} = {self._dot(f'a{i}{t}', f'x{i}', '' if opens else f'p{t}')}")
-        if has_offset(self.spec):
+        if self.spec.has_offset:
             out.add(f"o{t} = {self._dot('ones', f'x{i}', '' if opens else f'o{t}')}")
         if closes:
             self._close(out, *self._groups(i))
@@ -245,7 +245,7 @@ class Operand:
         whole = ".to(tl.float32)" if self.spec.lane == "int8" else ""
         of_rows = "" if self.whole_rows else f" * s_{of}{t}[:, None]"
         out.add(f"total{t} += p{t}{whole}{of_rows}{of_tokens}")
-        if has_offset(self.spec):
+        if self.spec.has_offset:
             target, added = ("plain_sum", "") if self.whole_rows else ("total", f" * z_{of}{t}[:, None]")
             out.add(f"{target}{t} += o{t}{whole}{added}{of_tokens}")
 
@@ -291,7 +291,7 @@ class Operand:
     def before_sharing(self, out: Lines) -> None:
         """Scaling that comes before the parts of a split are added up: none, if they are to stay integers."""
         t = self.suffix
-        if self.whole_rows and has_offset(self.spec) and self.schedule.scale in ("end", "sum"):
+        if self.whole_rows and self.spec.has_offset and self.schedule.scale in ("end", "sum"):
             whole = ".to(tl.float32)" if self._summed == "tl.int32" else ""
             out.add(*self.scales.load("s", "z", "0"))
             out.add(f"total{t} = total{t}{whole} * s[:, None] + plain_sum{t}{whole} * z[:, None]")
@@ -304,7 +304,7 @@ class Operand:
         y = sums + t
         if sums_are_integers(self.spec, self.schedule):
             out.add(f"{y} = {y}.to(tl.float32)")
-        late = self.whole_rows and not has_offset(self.spec) and self.schedule.scale in ("end", "sum")
+        late = self.whole_rows and not self.spec.has_offset and self.schedule.scale in ("end", "sum")
         if late and (self.scale is not None or self.scales.factor != 1.0):
             out.add(*self.scales.load("s", "z", "0"))
             out.add(f"{y} = {y} * s[:, None]")
