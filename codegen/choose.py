@@ -117,7 +117,10 @@ def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
     tried = [
         schedule
         for schedule in candidates(spec, size, card)
-        if schedule.block_n <= TRIED_N and schedule.stages <= TRIED_STAGES and schedule.split <= TRIED_SPLIT
+        if schedule.block_n <= TRIED_N
+        and schedule.stages <= TRIED_STAGES
+        and schedule.split <= TRIED_SPLIT
+        and schedule.joined == 1  # the model was not fitted to others
     ]
     return next(iter(ranked(spec, size, tried, card)), None) or rule(spec, size, card)
 

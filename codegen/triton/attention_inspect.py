@@ -74,8 +74,9 @@ def _compiled(
     made = triton.compile(
         ASTSource(function, types, constexprs, divisible), target=GPUTarget("cuda", arch, 32), options=options
     )
-    registers, spills = _resources(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    cubin = made.asm["cubin"]
+    registers, spills = _resources(cubin)
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
 
 
 def _type(spec: AttentionSpec, name: str) -> str:

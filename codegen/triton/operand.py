@@ -12,12 +12,16 @@ through shared memory. Sums are [block_n, block_m], the transpose of what is sto
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...formats import Integer, Scale
+import torch
+
+from ...formats import Float, Integer, Scale
+from ...formats.scale import LARGEST
 from ..byte_lanes import byte_decoder
-from ..decode import decoder
+from ..decode import decoder, raised
 from ..schedule import Schedule
 from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
@@ -40,9 +44,7 @@ class Operand:
 
     @cached_property
     def walk(self) -> Walk:
-        found = self.spec.walk
-        assert isinstance(found, Walk)
-        return found
+        return self.schedule.walk(self.spec)
 
     @property
     def suffix(self) -> str:
@@ -61,11 +63,27 @@ class Operand:
     def scales(self) -> Scales:
         lane = TL[self.spec.x]
         if not self.in_bytes:
-            return Scales(self.spec, self.schedule, self.walk, lane, self.suffix)
+            return Scales(self.spec, self.schedule, self.walk, lane, self.suffix, lift=self.lift / self.left)
         made = byte_decoder(self.spec.weight.element, renumbered(self.walk.slices[:1])[0][0], self.spec.lane)
         assert made is not None
         factor = 1.0 if self.plain and self.spec.lane == "e4m3" else made.factor
         return Scales(self.spec, self.schedule, self.walk, lane, self.suffix, factor, made.middle)
+
+    @cached_property
+    def lift(self) -> float:
+        """What scales in the lanes are multiplied by so that their product does the decoder's last one too: 1
+        where it does not. A scale in E4M3 has few enough bits and powers of two."""
+        element = self.spec.weight.element
+        merges = self.schedule.scale == "lane" and not self.in_bytes and not self.decodes_plainly
+        if not merges or not isinstance(element, Float) or self.scale is None or self.scale.dtype != "e4m3":
+            return 1.0
+        return raised(element, self.spec.x)
+
+    @cached_property
+    def left(self) -> float:
+        """The power of two of it that is left to the finished sum, since no scale may become infinite."""
+        most = math.log2(torch.finfo(self.spec.dtype).max) - math.log2(LARGEST["e4m3"])
+        return 2.0 ** max(0, math.ceil(math.log2(self.lift) - most))
 
     @cached_property
     def tokens(self) -> TokenScales:
@@ -93,7 +111,7 @@ class Operand:
                 by_byte = byte_decoder(self.spec.weight.element, takes[0], self.spec.lane)
                 asm = None if by_byte is None else by_byte.asm
             else:
-                by_half = decoder(self.spec.weight.element, takes, self.spec.x)
+                by_half = decoder(self.spec.weight.element, takes, self.spec.x, small=self.lift > 1)
                 asm = None if by_half is None else by_half.asm
             lines += [] if asm is None else [f'{name} = tl.constexpr("""{asm}""")']
         if self.schedule.scale == "lane":
@@ -292,6 +310,8 @@ class Operand:
             out.add(f"{y} = {y} * s[:, None]")
         if self.scale is not None and self.scale.two_level and self.schedule.scale != "float":
             out.add(f"{y} = {y} * tl.load(level{t})")
+        if self.left > 1:
+            out.add(f"{y} = {y} * {self.left!r}")
         if self.tokens.load():
             out.add(f"{y} = {y} * t[None, :]")
         if self.spec.bias:

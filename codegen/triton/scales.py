@@ -71,7 +71,8 @@ def column(walk: Walk, k: int, cols: int | None, run: str, of: int) -> str:
 @dataclass(frozen=True)
 class Scales:
     """Scales of one weight; `scale` None means that there are none. suffix: what its arguments' names end in;
-    factor, middle: a lane's number times `factor`, plus `middle`, is the element's value (`byte_lanes.py`).
+    factor, middle: a lane's number times `factor`, plus `middle`, is the element's value (`byte_lanes.py`);
+    lift: what scales in the lanes are multiplied by (`Operand.lift`).
     """
 
     spec: GemmSpec
@@ -81,6 +82,7 @@ class Scales:
     suffix: str = ""
     factor: float = 1.0
     middle: float = 0.0
+    lift: float = 1.0
 
     @property
     def scale(self) -> Scale | None:
@@ -125,6 +127,7 @@ class Scales:
         load = f"tl.load(scales{self.suffix} + {place})"
         decoded = f"{self.scale.dtype}({load})" if self.scale.dtype in BYTES else f"{load}.to(tl.float32)"
         if self.schedule.scale == "lane":
+            decoded = f"({decoded} * {self.lift!r})" if self.lift != 1.0 else decoded
             decoded += f".to({self.lane})"
         elif self.schedule.scale == "float" and self.scale.two_level:
             decoded += f" * tl.load(level{self.suffix})"

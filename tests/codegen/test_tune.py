@@ -230,13 +230,14 @@ def test_pipelined_schedules_are_tried_where_they_can_run() -> None:
 
 
 def _near(one: Schedule, other: Schedule) -> bool:
-    """Whether they differ in one thing: tile and warps, stages, split, or where the scale multiplies."""
+    """Whether they differ in one thing: tile and warps, stages, split, place of the scale, or joined runs."""
     tiles = [(s.block_m, s.block_n, s.warps) for s in (one, other)]
     same = (
         tiles[0] == tiles[1],
         one.stages == other.stages,
         one.split == other.split,
         one.scale == other.scale,
+        one.joined == other.joined,
     )
     return same.count(False) == 1
 
