@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.lowering import Pipeline
+from bitfold.passes import capture
 from bitfold.passes.annotate import Annotate
+from bitfold.passes.provenance import VIRTUAL_NODE, origin
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
 from bitfold.tools.inspection import Inspection, inspect
@@ -27,6 +29,8 @@ CHOOSE = """(key) => {
   list.value = key;
   list.dispatchEvent(new Event('change'));
 }"""
+
+ENTRIES = "[...document.querySelectorAll('#scale .entry')].map((entry) => entry.textContent)"
 
 MAP_INK = """(() => {
   const map = document.getElementById('minimap');
@@ -239,6 +243,23 @@ def test_what_explain_found_is_on_the_page_and_on_its_node(browser, tmp_path) ->
     assert "Missed:" in page.text("#panel")
     page.evaluate("Main.goStep(1); Main.select('linear', {center: true})")
     assert "rulelinear *: weight int8" in page.text("#panel")
+    assert page.complaints() == []
+
+
+def test_virtual_nodes_have_colours_where_a_graph_says_them(browser, tmp_path) -> None:
+    """No pass splits a graph over virtual nodes, so the captured one is annotated by hand: a layer each."""
+    gm = capture(Net().eval(), (torch.randn(4, 64),))
+    for node in gm.graph.nodes:
+        if (path := origin(node).module_path).startswith("layers."):
+            node.meta[VIRTUAL_NODE] = f"slice {path.split('.')[1]}"
+    trace = Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}").run(gm)
+    page = browser.open(viz(trace, tmp_path / "page.html"), hash="step=4&overlay=virtual")
+    legend = [line.split() for line in page.evaluate(ENTRIES)]
+    assert [words[:2] for words in legend] == [["slice", str(layer)] for layer in range(4)]
+    assert all(int(words[2]) >= 3 for words in legend), "codes, scales and the region of each layer"
+    page.evaluate("Main.select('fused_layers_2_down', {center: true})")
+    assert "virtual nodeslice 2" in page.text("#panel")
+    assert page.text('[data-key="@layers.3"] .sub').endswith("slice 3")
     assert page.complaints() == []
 
 

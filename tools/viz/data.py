@@ -112,6 +112,7 @@ def _record(node: NodeSnapshot, kind: str, group: str, format: str, weight_bytes
         "kind": kind,
         "origins": list(node.made_from),
         "rule": node.rule,
+        "virtual_node": node.virtual_node,
     }
 
 

@@ -101,7 +101,7 @@ const Panels = (() => {
         row("operation", node.target), row("format", node.format), row("annotation", node.note), row("rule", node.rule ? el("code", {}, node.rule) : null),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
         moduleBytes(data, graph, node), Details.workRows(data, name), errorRows(error, name),
-        row("run by", data.overlays.targets?.[name]),
+        row("run by", data.overlays.targets?.[name]), row("virtual node", node.virtual_node),
         row("inputs", node.args.length ? edges(graph, node) : null),
         row("read by", node.users.length ? links(node.users) : null),
         row("made from", node.origins.length ? links(node.origins) : null)),
@@ -223,11 +223,33 @@ const Panels = (() => {
     const folds = [...byLayer].map(([layer, lines], i) => {
       const count = (sign) => lines.filter((line) => line.sign === sign).length;
       const head = el("summary", {}, layer || "the model itself", " ", el("span", { class: "quiet" }, `${count("+")} lines in, ${count("-")} out`));
-      return laterFold(head, () => codeOf(lines), i === 0);
+      return laterFold(head, () => bySource(lines), i === 0);
     });
     return el("div", {}, el("h2", {}, `What ${graph.step.name} did`),
       el("p", { class: "counts" }, counts(graph.diff)),
       folds.length ? folds : el("p", { class: "quiet" }, "Nothing in the graph."));
+  }
+
+  // Changed lines under the line of the user's model that they come from, and the recipe's rule that decided on them. A
+  // weight has no line of its own: it stands with what comes behind it.
+  function bySource(lines) {
+    const groups = new Map();
+    let waiting = [];
+    const put = (key, more) => groups.set(key, [...(groups.get(key) ?? []), ...more]);
+    for (const line of lines) {
+      waiting.push(line);
+      if (!line.source) continue;
+      put(`${line.source}\n${line.sourceText}`, waiting);
+      waiting = [];
+    }
+    if (waiting.length) put("", waiting);
+    return el("div", {}, [...groups.values()].map((same) => {
+      const rules = [...new Set(same.map((line) => line.rule).filter(Boolean))];
+      const { source, sourceText } = same.find((line) => line.source) ?? same[0];
+      return [
+        source || rules.length ? el("p", { class: "cause" }, source ? [el("b", {}, source), " ", el("code", {}, sourceText)] : null, rules.map((rule) => el("span", { class: "rule" }, `rule ${rule}`))) : null,
+        codeOf(same)];
+    }).flat());
   }
 
   // A fold whose inside is made when it is first opened.
