@@ -125,8 +125,8 @@ def breaking_point(error: BaseException) -> str:
 
 
 def inherit(new: Node, sources: Iterable[Node]) -> Node:
-    """Give `new` the origin and the virtual node of the first of `sources` that has one, and the names of all.
-    Returns `new`."""
+    """Give `new` the origin and the virtual node of the first of `sources` that has one, and the names of
+    all. Returns `new`."""
     known = list(sources)
     for key in (*_CARRIED, VIRTUAL_NODE):
         # 0 is a virtual node's name as good as any.

@@ -23,7 +23,7 @@ from ..passes import Trace, capture, state
 from ..passes.annotate import Annotate
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse
-from .inspection import twin
+from .lowered import twin
 from .viz import node_errors, viz
 
 

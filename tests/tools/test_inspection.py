@@ -101,8 +101,12 @@ def test_kernels_have_their_source_and_go_by_region_too(found) -> None:
 
 def test_a_gpus_kernels_are_shown_without_one() -> None:
     found = inspected("int4[g32]", "cuda_on_paper", dtype=torch.bfloat16)
-    assert found.on_paper and not found.work
-    assert found.roof == of_card(device("NVIDIA H200"))
+    assert found.on_paper and found.roof == of_card(device("NVIDIA H200"))
+    pair = next(found.work[n] for n, k in found.kernels.items() if "2*int4" in k.spec)
+    codes, scales, x, y = 2 * 128 * 32, 2 * 128 * 2 * 2, 4 * 64 * 2, 4 * 128 * 2
+    assert (pair.flops, pair.bytes) == (2 * 4 * 128 * 64 * 2, codes + scales + x + y)
+    assert all(done.seconds is None for done in found.work.values()), "nothing ran"
+    assert all("roof_us" in told for told in overlay_data(found)["kernels"].values())
     for kernel in found.kernels.values():
         assert kernel.language == "Triton" and "tl.dot" in kernel.source
         assert kernel.schedule.startswith("m8 n64")
