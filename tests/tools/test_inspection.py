@@ -20,6 +20,7 @@ from bitfold.tools.pareto import Point, fronted, points
 from bitfold.tools.roof import Roof, of_card, roof_of
 from bitfold.tools.viz.activations import quantized
 from bitfold.tools.viz.histogram import histogram, outliers
+from bitfold.tools.viz.kernels import kernel_of
 from bitfold.tools.viz.overlay import all_errors, kernels_of, overlay_data
 from bitfold.tools.work import measure
 
@@ -113,6 +114,19 @@ def test_a_gpus_kernels_are_shown_without_one() -> None:
         assert 16 < int(kernel.facts["registers of a thread"]) <= 255
         assert kernel.facts["spilled bytes of a thread"] == 0
     assert found.errors["fused_down"].isolated_db > 15, "compared before it was lowered for another device"
+
+
+def test_where_products_come_first_on_a_gpu_their_kernel_is_shown() -> None:
+    """At 64 rows an H200 runs a gate and an up projection as two pipelined products, and what stands behind
+    them in a kernel of its own (`lowering/fused.py`); at 1 row one kernel does all."""
+    text = "linear 14336x4096 bf16 2*int4[g128,halves256] -> mul(silu(y0),y1)"
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.bitfold.fused.default, ([graph.placeholder("x")], text))
+    one, many = (kernel_of(node, read=(rows, 4096), gpu=90, compiled=False) for rows in (1, 64))
+    assert one is not None and many is not None
+    assert (one.language, one.note) == ("Triton", "") and "silu" in one.source
+    assert many.language == "Triton, pipelined" and many.note.startswith("2 times, then")
+    assert many.spec == text and "silu" not in many.source and many.facts["rows"] == 64
 
 
 def test_a_residual_does_not_hide_a_regions_own_error(found) -> None:
