@@ -25,6 +25,7 @@ from ..lowering import Pipeline
 from ..lowering.lower import Lower
 from ..lowering.parameters import with_all_names
 from ..passes import Pass, Recipe, Trace, capture, inline, state
+from .held import as_it_was
 from .lowered import finished, kernels, last_lower, reads, twin, work_on_paper
 from .on_paper import OnPaper
 from .roof import Roof, of_card, roof_of
@@ -81,6 +82,7 @@ def inspect(
     of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
     first pass behind `observe`."""
     steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)
@@ -148,7 +150,8 @@ def look_at_graph(
         elif inputs is not None:
             roof = roof_of(device)
             work = measure(final, inputs, runs=runs)
-            Watched(final, lambda node, value, _: flows.see(node, value)).run(*inputs)
+            with as_it_was(final, inputs):
+                Watched(final, lambda node, value, _: flows.see(node, value)).run(*inputs)
         read = reads(final, work)
         generated = kernels(read, arch, compiled=True)
         weights = weight_stats(final, None)

@@ -11,8 +11,10 @@ Inductor fuses what stands between the kernels, so the compiled whole takes less
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..codegen import GemmSpec
 from ..codegen.conv import ConvSpec
+from .held import as_it_was
 from .viz.watch import writes
 
 RANGE = "bitfold node "
@@ -46,7 +49,7 @@ class Work:
 def measure(gm: GraphModule, inputs: Sequence[Any], *, runs: int = 5) -> dict[str, Work]:
     """Run `gm` once to count and `runs` times, after one more to warm up, to time. 0 runs: only counted."""
     counted = _Counted(gm)
-    with torch.no_grad():
+    with torch.no_grad(), as_it_was(gm, inputs):
         counted.count(inputs)
         seconds = _timed(gm, inputs, runs) if runs else {}
     return {name: replace(done, seconds=seconds.get(name)) for name, done in counted.found.items()}
@@ -103,11 +106,24 @@ class Named(Interpreter):
             return super().run_node(n)
 
 
+@contextmanager
+def profiled(cuda: bool) -> Iterator[Any]:
+    """Torch's profiler, without the lines that it writes to the terminal (unless the user asks for them)."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "99"
+    try:
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+            yield found
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
 def _timed(gm: GraphModule, inputs: Sequence[Any], runs: int) -> dict[str, float]:
     cuda = any(given.is_cuda for given in inputs if isinstance(given, Tensor))
     Named(gm).run(*inputs)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as found:
+    with profiled(cuda) as found:
         for _ in range(runs):
             Named(gm).run(*inputs)
     times: dict[str, list[float]] = defaultdict(list)

@@ -143,6 +143,12 @@ def cast_left_in() -> Explanation:
     return explained(model, pipeline(INT8, Fold()), (X[0].to(torch.bfloat16),))
 
 
+def lowered_for_a_gpu_that_is_not_there() -> Explanation:
+    model = Net().to(torch.bfloat16)
+    steps = Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cuda}")
+    return explain(inspect(model.eval(), steps, (X[0].to(torch.bfloat16),), runs=1))
+
+
 def rule_misspelled() -> Explanation:
     return explained(Net(), pipeline(INT8.but(Rule("layers.1.dwon", weight="int4[g32]")), Fold()))
 
@@ -155,6 +161,7 @@ BROKEN: list[tuple[Callable[[], Explanation], tuple[str, ...]]] = [
     (fusion_missed, ("layers.2.up", "softshrink stands behind its kernel")),
     (no_fusion_at_all, ("layers", "decoded into memory in each call")),
     (cast_left_in, ("cast to float32", "h.float()", "test_explain.py:")),
+    (lowered_for_a_gpu_that_is_not_there, ("layers.", "no target runs it", "the target cuda runs on cuda")),
     (rule_misspelled, ("layers.1.dwon", "no layer matches this rule")),
 ]
 

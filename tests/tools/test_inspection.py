@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitfold.codegen.device import device
 from bitfold.formats import format
 from bitfold.lowering import Pipeline
+from bitfold.tools.chrome import export
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import Point, fronted, points
 from bitfold.tools.roof import Roof, of_card, roof_of
@@ -64,6 +65,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Counter(nn.Module):
+    """Its result depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1.0)
+        return self.fc(x) + self.calls
+
+
+def test_a_model_that_counts_its_calls_counts_none_of_ours(tmp_path) -> None:
+    model = Counter().eval()
+    found = inspect(model, Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}"), X[0], runs=2)
+    assert model.calls.eq(0).all()
+    own, result = found.errors["fused_fc"], list(found.errors.values())[-1]
+    assert own.sqnr_db > 30 and result.sqnr_db > 30, "the second run does not see what the first one wrote"
+    export(found, X, tmp_path / "trace.json")
+    assert model.calls.eq(0).all()
+
+
 def test_operations_and_bytes_are_those_of_the_definition(found) -> None:
     kernels = {k.spec: found.work[name] for name, k in found.kernels.items()}
     pair = kernels["linear 128x64 f32 2*int8 -> mul(silu(y0),y1)"]
@@ -75,6 +99,13 @@ def test_operations_and_bytes_are_those_of_the_definition(found) -> None:
     assert found.baseline["linear"].flops == 2 * 4 * 128 * 64
     assert found.baseline["linear"].bytes == 4 * (4 * 64 + 128 * 64 + 4 * 128)
     assert found.baseline["linear"].seconds is None
+
+
+def test_the_profiler_writes_nothing_to_the_terminal(capfd) -> None:
+    from bitfold.passes.scopes.program import capture
+
+    assert measure(capture(Net().eval(), X), X, runs=1)["linear"].seconds is not None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_view_moves_nothing_and_a_write_in_place_does() -> None:

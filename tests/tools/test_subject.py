@@ -94,6 +94,23 @@ def test_a_compiled_function_is_shown_with_all_that_the_backend_made_of_it() -> 
     assert "Generated" in text and 'extern \\"C\\" void run(' in text
 
 
+def test_a_function_that_is_no_module_is_drawn_too() -> None:
+    model = Net().eval()
+
+    @torch.no_grad()
+    def twice(x: Tensor) -> Tensor:
+        return model(x) * 2.0
+
+    fast = torch.compile(twice, backend="bitfold", options={"recipe": "int8", "target": "cpu"})
+    found = known(subject(fast, X[0]))
+    assert [kernel.spec for kernel in found.kernels.values()] == [
+        "linear 96x64 f32 int8 bias -> relu(y0)",
+        "linear 64x96 f32 int8 bias -> mul(y0,2.0)",
+    ]
+    with pytest.raises(BitfoldError, match="not a function"):
+        subject(torch.compile(twice, backend="eager"), X)
+
+
 def test_a_compiled_function_on_the_reference_target_has_no_kernels() -> None:
     options = {"recipe": "int4[g32]", "target": "reference"}
     drawn = subject(torch.compile(Net().eval(), backend="bitfold", options=options), X)

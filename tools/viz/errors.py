@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 from ...formats.errors import BitfoldError
 from ...lowering.signal_to_noise import difference, finite, signal_to_noise
 from ...passes.provenance import FROM_KEY
+from ..held import as_it_was
 from .watch import Watched
 
 _KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
@@ -100,9 +101,12 @@ def node_errors(
             key = node.name if node.op == "call_module" else name
             found[key] = replace(_error(reference, value, name), isolated_db=isolated)
 
+    # The two share what the model holds: a counter that one of them moves on is no error of the other.
     with torch.no_grad():
-        Watched(before, keep).run(*inputs)
-        Watched(after, compare, given).run(*inputs)
+        with as_it_was(before, inputs):
+            Watched(before, keep).run(*inputs)
+        with as_it_was(after, inputs):
+            Watched(after, compare, given).run(*inputs)
     return found
 
 

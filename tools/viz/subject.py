@@ -12,12 +12,13 @@ In: any of these; inputs where it has to be called. Out: a `Subject`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ...formats.errors import BitfoldError
@@ -50,6 +51,7 @@ def subject(thing: Any, inputs: Sequence[Any] | None = None) -> Subject:
     """BitfoldError, in a sentence, for what cannot be drawn."""
     from ..inspection import Inspection, look_at_graph
 
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     if isinstance(thing, Inspection):
         return _inspected(thing)
     if isinstance(thing, Trace):
@@ -98,8 +100,9 @@ def _needed(inputs: Sequence[Any] | None, why: str) -> Sequence[Any]:
 def _options_of(thing: Any) -> Mapping[str, Any] | None:
     """The options that torch.compile was given with this backend; None for anything else."""
     step = getattr(getattr(thing, "dynamo_ctx", None), "callback", None)
-    if step is None and callable(thing):
-        step = getattr(thing, "_torchdynamo_orig_backend", None)
+    if step is None and hasattr(thing, "_torchdynamo_orig_callable"):
+        # A function that was compiled keeps what compiles it in its closure alone.
+        step = inspect.getclosurevars(thing).nonlocals.get("callback")
     while step is not None:
         if getattr(step, "compiler_fn", None) is backend:
             options = step.kwargs.get("options") if hasattr(step, "kwargs") else None
@@ -119,7 +122,7 @@ class _Heard:
 
 
 def _compiled(thing: Any, options: Mapping[str, Any], inputs: Sequence[Any]) -> Subject:
-    """Compiled once more, with an ear at the backend; the function itself stays as it is."""
+    """Compiled once more, with an ear at the backend, and called once; the function itself stays as it is."""
     from ..inspection import look_back
     from ..lowered import twin
 
@@ -144,7 +147,8 @@ def _compiled(thing: Any, options: Mapping[str, Any], inputs: Sequence[Any]) -> 
 
         return call
 
-    fast: Any = torch.compile(thing._orig_mod, backend=listening)
+    model = getattr(thing, "_orig_mod", None) or thing._torchdynamo_orig_callable
+    fast: Any = torch.compile(model, backend=listening)
     with torch.inference_mode():
         fast(*inputs)
         called = [one for one in graphs if one.inputs is not None]

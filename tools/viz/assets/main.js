@@ -16,6 +16,10 @@ const Main = (() => {
 
   for (const side of [data, data.other]) {
     if (!side) continue;
+    // A node may be called `constructor`: a table by names has nothing but its own entries.
+    const bare = (table) => Object.assign(Object.create(null), table);
+    Object.assign(side, { errors: bare(side.errors), regions: bare(side.regions) });
+    for (const [key, table] of Object.entries(side.overlays)) if (table && typeof table === "object" && !Array.isArray(table)) side.overlays[key] = bare(table);
     for (const record of side.records) record.kindText = side.kinds.find((k) => k.key === record.kind).text;
     side.finalNames = new Set(side.steps[side.steps.length - 1].ids.map((id) => side.records[id].name));
   }
@@ -62,7 +66,18 @@ const Main = (() => {
     if (state.kind) hash.set("kind", state.kind);
     if (state.overlay) hash.set("overlay", state.overlay);
     if (state.theme) hash.set("theme", state.theme);
-    history.replaceState(null, "", `#${hash}`);
+    keep(`#${hash}`);
+  }
+
+  // Browsers refuse more than a few hundred addresses in ten seconds; of more than that the last one is written, when
+  // they have come to rest.
+  const kept = { times: [], timer: 0 };
+  function keep(address) {
+    clearTimeout(kept.timer);
+    const write = () => history.replaceState(null, "", address);
+    kept.times = [...kept.times.filter((at) => at > performance.now() - 10000), performance.now()].slice(-100);
+    if (kept.times.length < 100) write();
+    else kept.timer = setTimeout(write, 300);
   }
 
   // ---- drawing

@@ -37,7 +37,7 @@ const Panels = (() => {
       return el("li", {},
         el("button", { type: "button", class: "stage", "data-step": i, "aria-current": i === current ? "step" : null },
           el("span", { class: "line" }, el("b", {}, `${i}  ${step.name}`), el("span", { class: "counts" }, counts(diffs[i]))),
-          step.options ? el("code", { class: "options", title: step.options }, step.options) : null,
+          step.options ? el("code", { class: "options", title: step.all_options }, step.options) : null,
           el("span", { class: "quiet" },
             i === 0 ? `${step.ids.length} nodes` : `${step.rewrites} rewrites · ${seconds(step.seconds)}`,
             step.misses.length ? ` · ${step.misses.length} missed` : null),
@@ -93,7 +93,7 @@ const Panels = (() => {
       el("p", { class: "quiet" }, node.kindText),
       findings(data, name),
       misses.length === 0 ? unasked(data, graph, node) : null,
-      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), miss.asked ? `${miss.asked}: ` : "", miss.reason)),
+      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), ...told(miss))),
       codeBlock(node.code, "wrap"),
       el("dl", {},
         row("module", node.module ? jump(`@${node.module}`, node.module) : null),
@@ -111,11 +111,17 @@ const Panels = (() => {
       history(data, graph, name));
   }
 
+  // What was asked and why it was not given; once, where the one has the other in it.
+  const told = ({ asked, reason }) => (!asked ? [reason] : asked.includes(reason) ? [el("b", {}, asked)] : [el("b", {}, `${asked}: `), reason]);
+
   // What `explain` found: of one node, or the gravest of all.
-  function findings(data, name) {
+  function shownFindings(data, name) {
     const all = data.overlays.findings ?? [];
-    const shown = name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
-    return shown.map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
+    return name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
+  }
+
+  function findings(data, name) {
+    return shownFindings(data, name).map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
   }
 
   // Why a layer that could have a format has none, where nobody asked for one.
@@ -175,11 +181,17 @@ const Panels = (() => {
           record ? codeBlock(`${record.code}${record.note ? `    # ${record.note}` : ""}`, "wrap") : el("p", { class: "quiet" }, "removed")))));
   }
 
+  // The kernels that run what was a region.
+  function became(data, graph, name) {
+    const kernels = (data.overlays.kernels_of?.[name] ?? []).filter((kernel) => graph.nodes.has(kernel));
+    return kernels.length ? el("p", {}, "Run here by ", ...kernels.flatMap((kernel) => [jump(kernel), " "])) : null;
+  }
+
   function gone(data, graph, name) {
     for (let i = graph.index; i >= 0; i -= 1) {
       const id = data.steps[i].ids.find((candidate) => data.records[candidate].name === name);
       if (id === undefined) continue;
-      return el("div", {}, el("h2", {}, name), el("p", {}, `Not in this stage. Last seen after ${data.steps[i].name}:`),
+      return el("div", {}, el("h2", {}, name), el("p", {}, `Not in this stage. Last seen after ${data.steps[i].name}:`), became(data, graph, name),
         codeBlock(data.records[id].code, "wrap"), history(data, graph, name));
     }
     return el("div", {}, el("h2", {}, name), el("p", {}, "Not in this stage; a later one makes it."), history(data, graph, name));
@@ -194,7 +206,9 @@ const Panels = (() => {
     const figure = own ? "isolated_db" : "sqnr_db";
     const worst = Object.entries(data.errors).filter(([name, e]) => typeof e[figure] === "number" && within(name))
       .sort((a, b) => a[1][figure] - b[1][figure]).slice(0, 5);
-    const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
+    const found = path ? [] : shownFindings(data, null);
+    const said = new Set(found.map(({ node }) => node)); // once is enough
+    const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node) && !said.has(miss.node));
     const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
     const changes = Model.codeLines(data, graph).filter(inside);
     return el("div", {},
@@ -269,7 +283,7 @@ const Panels = (() => {
     return el("div", {}, el("h2", {}, "Asked for and not done"),
       el("ul", { class: "misses" }, misses.map((miss) => el("li", {}, jump(miss.node),
         miss.module ? el("span", { class: "quiet" }, ` ${miss.module}`) : null,
-        el("p", {}, miss.asked ? el("b", {}, `${miss.asked}: `) : null, miss.reason),
+        el("p", {}, ...told(miss)),
         miss.source ? el("p", { class: "quiet" }, miss.source) : null))));
   }
 
