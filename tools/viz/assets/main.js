@@ -1,5 +1,5 @@
 "use strict";
-// In:  the data in the page, the address's hash (#step=3&node=linear_5&tab=code&theme=dark), the user's hands.
+// In:  the data in the page, the address (address.js), the user's hands (input.js).
 // Out: the page kept in step with its state. The state is one object; every change goes through `show`.
 
 const Main = (() => {
@@ -7,7 +7,6 @@ const Main = (() => {
   const byId = (id) => document.getElementById(id);
   const graphs = new Map();
   const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null, overlay: null };
-  const TABS = ["node", "changes", "misses", "code", "plots", "compare"];
   const camera = { x: 0, y: 0, k: 1 };
   let graph = null;
   let laid = null;
@@ -41,43 +40,10 @@ const Main = (() => {
     return graphs.get(key);
   }
 
-  // ---- the address
-
   function readHash() {
-    const hash = new URLSearchParams(location.hash.slice(1));
-    const step = Number(hash.get("step") ?? data.steps.length - 1);
-    state.step = Number.isInteger(step) ? Math.min(Math.max(step, 0), data.steps.length - 1) : 0;
-    state.selected = hash.get("node") ?? (hash.has("module") ? `@${hash.get("module")}` : null);
-    state.tab = TABS.includes(hash.get("tab")) ? hash.get("tab") : data.other && state.selected === null ? "compare" : "node";
-    state.overlay = Overlay.available(data).some((one) => one.key === hash.get("overlay")) ? hash.get("overlay") : null;
-    state.before = hash.get("view") === "before";
-    state.kind = hash.get("kind");
-    state.theme = ["light", "dark"].includes(hash.get("theme")) ? hash.get("theme") : null;
-    if (hash.get("open") === "all") state.open = new Set(graphAt(state.step).groups.keys());
-    else if (hash.has("open")) state.open = new Set(["", ...hash.get("open").split(",")]);
-  }
-
-  function writeHash() {
-    const hash = new URLSearchParams({ step: state.step });
-    if (state.selected?.startsWith("@")) hash.set("module", state.selected.slice(1));
-    else if (state.selected) hash.set("node", state.selected);
-    if (state.tab !== "node") hash.set("tab", state.tab);
-    if (state.before) hash.set("view", "before");
-    if (state.kind) hash.set("kind", state.kind);
-    if (state.overlay) hash.set("overlay", state.overlay);
-    if (state.theme) hash.set("theme", state.theme);
-    keep(`#${hash}`);
-  }
-
-  // Browsers refuse more than a few hundred addresses in ten seconds; of more than that the last one is written, when
-  // they have come to rest.
-  const kept = { times: [], timer: 0 };
-  function keep(address) {
-    clearTimeout(kept.timer);
-    const write = () => history.replaceState(null, "", address);
-    kept.times = [...kept.times.filter((at) => at > performance.now() - 10000), performance.now()].slice(-100);
-    if (kept.times.length < 100) write();
-    else kept.timer = setTimeout(write, 300);
+    const { open, ...rest } = Address.read(data);
+    Object.assign(state, rest);
+    if (open !== null) state.open = open === "all" ? new Set(graphAt(state.step).groups.keys()) : open;
   }
 
   // ---- drawing
@@ -122,7 +88,7 @@ const Main = (() => {
     }
     if (center && state.selected) centerOn(visibleKey(state.selected));
     move();
-    writeHash();
+    Address.write(state);
   }
 
   function draw() {
@@ -216,9 +182,9 @@ const Main = (() => {
   const diffAt = (i) => graphAt(i).diff;
 
   function tabContent(now) {
-    if (state.tab === "changes") return Panels.changesTab(data, now);
-    if (state.tab === "misses") return Panels.missesTab(now);
-    if (state.tab === "code") return Panels.codeTab(data, now);
+    if (state.tab === "changes") return Changes.changesTab(data, now);
+    if (state.tab === "misses") return Changes.missesTab(now);
+    if (state.tab === "code") return Changes.codeTab(data, now);
     if (state.tab === "plots") return Details.plotsTab(data);
     if (state.tab === "compare") return data.other ? Compare.tab(data, now, otherAt(state.step)) : Panels.el("p", { class: "quiet" }, "This page holds one trace.");
     if (state.selected === null) return Panels.groupTab(data, graph, "");
