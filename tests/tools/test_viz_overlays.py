@@ -99,6 +99,9 @@ def test_overlays_colour_nodes_and_modules_and_say_what_colours_mean(browser, pa
         assert page.evaluate("document.querySelectorAll('#scale > *').length") > 0, key
         assert page.evaluate("document.getElementById('legend').hidden")
     page.evaluate(f"({CHOOSE})('time')")
+    assert re.search(r"layers\.\d\.(gate|down) · fused", page.text(".worst")), (
+        "by module, not fused_default_4"
+    )
     assert "µs" in page.text('[data-key="@layers.1"]') and "%" in page.text('[data-key="@layers.1"]')
     page.evaluate(f"({CHOOSE})('isolated')")
     assert "dB" in page.text('[data-key="@layers.1"]')

@@ -31,7 +31,6 @@ from .overlay import all_errors
 if TYPE_CHECKING:
     from ..inspection import Inspection
 
-Drawn = Trace | GraphModule | nn.Module
 _KINDS = "a Trace, an Inspection, a graph, a module or a function of torch.compile(backend='bitfold')"
 
 

@@ -244,7 +244,7 @@ const Main = (() => {
     const all = Math.min((width - 24) / laid.w, (height - 24) / laid.h);
     camera.k = Math.min(1.2, Math.max(all, Math.min(least, (width - 24) / laid.w), 0.02));
     camera.x = (width - laid.w * camera.k) / 2;
-    camera.y = Math.max(12, (height - laid.h * camera.k) / 2);
+    camera.y = Math.max(data.other ? 44 : 12, (height - laid.h * camera.k) / 2);
     move();
   }
 

@@ -247,6 +247,12 @@ const Model = (() => {
     return open;
   }
 
+  // What a person calls a node: the end of its module's path where it computes in one, else its own name.
+  function spoken(graph, name) {
+    const node = graph.nodes.get(name);
+    return node?.module && node.op !== "get_attr" ? `${node.module.split(".").slice(-3).join(".")} · ${node.label}` : name;
+  }
+
   // The boxes that must be open for this node to be seen.
   function pathsAbove(graph, name) {
     const node = graph.nodes.get(name);
@@ -285,5 +291,5 @@ const Model = (() => {
     return lines;
   }
 
-  return { graphOf, openByDefault, pathsAbove, codeLines, keyOf };
+  return { graphOf, openByDefault, pathsAbove, spoken, codeLines, keyOf };
 })();

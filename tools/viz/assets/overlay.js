@@ -100,7 +100,7 @@ const Overlay = (() => {
     const sign = overlay.hot === "low" ? 1 : -1;
     return [...graph.nodes.values()].filter((node) => Number.isFinite(found.get(node.name)))
       .sort((a, b) => sign * (found.get(a.name) - found.get(b.name))).slice(0, 8)
-      .map((node) => ({ name: node.name, text: overlay.show(found.get(node.name)) }));
+      .map((node) => ({ name: node.name, spoken: Model.spoken(graph, node.name), text: overlay.show(found.get(node.name)) }));
   }
 
   function categories(data, graph, overlay, beside) {

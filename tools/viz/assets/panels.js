@@ -61,7 +61,7 @@ const Panels = (() => {
   function scale({ title, scale: ends, entries, worst }) {
     if (entries) return [el("p", { class: "quiet" }, title), el("ul", { class: "plain" }, entries.map(({ colour, text, n }) => el("li", { class: "entry" }, el("i", { class: "swatch", style: `--kind: ${colour}` }), el("span", {}, text), el("span", { class: "quiet" }, ` ${n}`))))];
     return [el("p", { class: "quiet" }, title), el("div", { class: "ramp" }), el("div", { class: "ends quiet" }, el("span", {}, ends[0]), el("span", {}, ends[1])),
-      el("ol", { class: "plain worst" }, worst.map(({ name, text }) => el("li", {}, el("b", {}, `${text} `), jump(name))))];
+      el("ol", { class: "plain worst" }, worst.map(({ name, spoken, text }) => el("li", {}, el("b", {}, `${text} `), jump(name, spoken))))];
   }
 
   function row(term, value) {
@@ -220,7 +220,7 @@ const Panels = (() => {
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name)))) : null)),
+        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name, Model.spoken(graph, name))))) : null)),
       changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), Changes.codeOf(changes)] : null);
   }
 
