@@ -82,8 +82,8 @@ def summary(name: str, details: dict[str, str], listing: Sequence[dict[str, str]
             f"{details['Duration']} us alone and cold; {details['Grid Size']} programs; "
             f"{details['Registers Per Thread']} registers; {details['Achieved Active Warps Per SM']} warps a "
             f"multiprocessor, {details['Active Warps Per Scheduler']} a scheduler",
-            f"a warp issues every {cycles} cycles, a scheduler in {details['One or More Eligible']} % of them; "
-            f"memory at {details['DRAM Throughput']} % of its peak",
+            f"a warp issues every {cycles} cycles, a scheduler in {details['One or More Eligible']} % of "
+            f"them; memory at {details['DRAM Throughput']} % of its peak",
             f"loop: {len(body)} instructions, a turn takes {turn:.2f} us: {kinds}",
             f"samples in the loop: {shares}",
         )
