@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
-import statistics
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from qat_report import RESULTS, Curve, draw, spread, won_back, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +37,6 @@ from bitfold.passes.observing.calibrate import calibrate
 from bitfold.passes.observing.observe import Observe
 from bitfold.passes.rules import Rule
 
-RESULTS = Path(__file__).parent / "results"
 TEST = 600
 
 
@@ -180,47 +178,33 @@ def _batches(what: bf.Recipe, data: Any) -> list[Tensor] | None:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, and what training won back."""
 
-    def spread(values: list[float]) -> list[float]:
-        return [round(statistics.fmean(values), 4), round(statistics.pstdev(values), 4)]
+    def rounded_spread(values: list[float]) -> list[float]:
+        return [round(value, 4) for value in spread(values)]
 
     rows: dict[str, Any] = {
-        "float": {k: spread([run["float"][k] for run in runs]) for k in ("accuracy", "loss")}
+        "float": {k: rounded_spread([run["float"][k] for run in runs]) for k in ("accuracy", "loss")}
     }
     for name in RECIPES:
         row: dict[str, Any] = {}
         for state in ("rounded", "trained"):
             row[state] = {
-                k: spread([run["recipes"][name][state][k] for run in runs]) for k in ("accuracy", "loss")
+                k: rounded_spread([run["recipes"][name][state][k] for run in runs])
+                for k in ("accuracy", "loss")
             }
-        lost = row["rounded"]["loss"][0] - rows["float"]["loss"][0]
-        won = row["rounded"]["loss"][0] - row["trained"]["loss"][0]
-        row["recovered"] = round(won / lost, 3) if lost > 0 else None
+        means = (rows["float"]["loss"][0], row["rounded"]["loss"][0], row["trained"]["loss"][0])
+        won = won_back(*means)
+        row["recovered"] = None if won is None else round(won, 3)
         row["converted_equal"] = all(run["recipes"][name]["converted_equal"] for run in runs)
         rows[name] = row
     return rows
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Loss curves of the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+def curves(runs: list[dict[str, Any]]) -> list[Curve]:
+    """Losses of the first seed."""
     run = runs[0]
     epochs = len(run["float_curve"]) // 2
-    axes.plot(range(1, 2 * epochs + 1), run["float_curve"], color="#64748b", label="float")
-    for name, one in run["recipes"].items():
-        axes.plot(range(epochs + 1, 2 * epochs + 1), one["curve"], label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss (cross entropy)")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)
+    trained = [Curve(name, epochs, one["curve"]) for name, one in run["recipes"].items()]
+    return [Curve("float", 0, run["float_curve"]), *trained]
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -267,11 +251,8 @@ def main() -> None:
         "summary": rows,
         "runs": runs,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    beside = given.out / "qat-digits.part.json"
-    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    beside.replace(given.out / "qat-digits.json")
-    draw(runs, given.out / "qat-digits.png")
+    write(given.out / "qat-digits.json", found)
+    draw(curves(runs), given.out / "qat-digits.png", "epoch", "training loss (cross entropy)")
     print(table(rows))
 
 

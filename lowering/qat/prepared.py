@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from ...passes.stages import find_attribute
 from ...passes.training.mode import TrainMode
@@ -197,6 +198,11 @@ def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
             assert isinstance(find_attribute(gm, str(node.target)), Tensor)
             moved[node] = inputs[str(node.target)]
             continue
-        moved[node] = graph.node_copy(node, moved.__getitem__)
+        if node.op in ("placeholder", "output"):
+            moved[node] = graph.node_copy(node, moved.__getitem__)
+        else:
+            # Named by what it does, not by the layer's path, so that layers that are alike share a body.
+            args, kwargs = map_arg((node.args, node.kwargs), moved.__getitem__)
+            moved[node] = graph.create_node(node.op, node.target, args, kwargs)
         moved[node].meta = {}
     return GraphModule(nn.Module(), graph), attributes

@@ -357,3 +357,17 @@ def test_experts_in_a_program(how: str) -> None:
     step(gm, x, torch.optim.SGD(gm.parameters(), lr=0.1))
     expected = gm.eval()(x).detach()
     assert torch.equal(bf.convert(gm, target="reference")(x), expected)
+
+
+def test_layers_that_are_alike_are_compiled_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(4))
+    model = nn.Sequential(*layers)
+    bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in layers:
+        layer.compile(backend=counter, fullgraph=True)
+    model(torch.randn(3, 16)).sum().backward()
+    assert counter.frame_count == 1
