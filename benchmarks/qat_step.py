@@ -79,6 +79,7 @@ UNQUANTIZED, AGAIN = "unquantized", "unquantized again"
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     UNQUANTIZED: lambda model: model,
     "int4[g32]": ours("int4[g32]", "", "straight"),
+    "int4[g32] kept": ours("int4[g32]", "", "straight+keep"),
     "int4[g32] lsq": ours("int4[g32]", "", "lsq"),
     "int4[g32] x int8": ours("int4[g32]", "int8", "straight"),
     "mxfp4 x mxfp8": ours("mxfp4", "mxfp8", "straight"),
@@ -208,8 +209,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=1, help="that compile beforehand")
     parser.add_argument("--way", action="append", choices=WAYS, help="may be repeated (default: all)")

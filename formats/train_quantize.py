@@ -15,11 +15,14 @@ no data, so that they trace and compile in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 from . import learned, ops
 from .cells import dithered, staircase_slope
@@ -52,12 +55,26 @@ def train_quantize(
 ) -> Tensor:
     """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
+    noisy = training and how.stochastic
+    # What is random would be something else the second time.
+    with contextlib.nullcontext() if noisy or how.keep else recomputed():
+        return _train_quantize(x, fmt, how, held, noisy, clock if training and warmup > 0 else None, warmup)
+
+
+def _train_quantize(
+    x: Tensor,
+    fmt: Format,
+    how: Gradient,
+    held: Sequence[Tensor],
+    noisy: bool,
+    clock: Tensor | None,
+    warmup: int,
+) -> Tensor:
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
         if scales is None:
             scales = fmt.choose(x)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *held))
-    noisy = training and how.stochastic
     if not tracked:
         value = _rounded(fmt, x, scales, noisy)
     elif how.kind == "straight" and not noisy:
@@ -67,7 +84,7 @@ def train_quantize(
         value = value + (x - x.detach())
     else:
         value = _Rounding.apply(x, fmt, how, noisy, scales, *held)  # type: ignore[no-untyped-call]
-    if not training or clock is None or warmup <= 0:
+    if clock is None:
         return value
     return torch.where(clock >= warmup, value, x)
 
@@ -86,6 +103,27 @@ def _rounded(fmt: Format, x: Tensor, scales: tuple[Tensor, ...], noisy: bool) ->
     if noisy:
         return fmt.fake_quantize(dithered(fmt, x, scales), scales or None).to(x.dtype)
     return fmt.fake_quantize(x, scales or None)
+
+
+@contextlib.contextmanager
+def recomputed() -> Iterator[None]:
+    """In a graph that AOTAutograd traces: what is computed here is computed again in backward, not kept. What
+    it takes (a weight, say) is there anyway, and rounded copies of all weights would be as large as they are.
+    torch's own partition keeps whatever a matmul of the backward pass reads."""
+    meta = traceback.get_current_meta()
+    before = {key: meta[key] for key in _TAGS if key in meta}
+    if not traceback.has_preserved_node_meta() or before:  # a checkpoint of the user's own decides
+        yield
+        return
+    meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=0)
+    try:
+        yield
+    finally:
+        for key in _TAGS:
+            meta.pop(key, None)
+
+
+_TAGS = ("recompute", "ac_graph_id")
 
 
 class _Rounding(torch.autograd.Function):
