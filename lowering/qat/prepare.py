@@ -36,6 +36,7 @@ from ..quantize import Scope, _calibrate, _check_found, _check_scope, _recorder
 from ..report import ATTRIBUTE
 from ..tracing import TRACING
 from .distill import Distill, Teacher, dismiss, teach
+from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
 from .options import Qat
 from .prepared import Bodies, Preparation, bodies_of, prepare_module, unprepared
 
@@ -98,6 +99,9 @@ def prepare_qat(
             _check_found(model, wanted, found)
             made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
             _observe(model, found, how, batches, made.resumed, progress)
+            if how.fold_norm:
+                made.norms, misses = following_norms(model, found.sites)
+                found.misses += misses
             for site in found.sites:
                 made.graph(site)
         for site in found.sites:
@@ -184,12 +188,17 @@ class _Made:
         self.passed = train_pass(how, resumed=self.resumed)
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
+        self.norms: dict[str, Norm] = {}
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
         Pipeline([self.passed]).run(site.gm, record=False)
+        norm = self.norms.get(site.path)
+        if norm is not None and not with_norm(site.gm, norm.module, self.how.freeze_norm):
+            del self.norms[site.path]
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
+        own |= {f"{PREFIX}.{name}" for name in NAMES}
         held = (*site.gm.named_parameters(), *site.gm.named_buffers())
         taken = next((name for name, _ in held if name not in own and hasattr(site.module, name)), None)
         if taken is not None:
@@ -200,20 +209,29 @@ class _Made:
     def write(self, site: Site) -> None:
         """Make the site's module a prepared one."""
         bodies, attributes = bodies_of(site.gm)
-        # Modules that are alike share a body, so that torch.compile compiles it once.
-        key = (bodies[0].code, bodies[1].code)
-        bodies = self.bodies.setdefault(key, bodies)
+        bodies = self._shared(bodies)
         module = site.module
         tensors = {name: find_attribute(site.gm, name) for name in attributes}
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        extra = {name: tensor for name, tensor in tensors.items() if name not in held}
+        added = (name for name in tensors if name not in held and "." not in name)
+        extra = {name: tensors[name] for name in added}
         extra = {name: _going_on(name, one, self.earlier.get(site.path, {})) for name, one in extra.items()}
         weight = module._parameters.get("weight")
         tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
         call = self.calls.get(module)
         shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
         about = Preparation(site.path, self.recipe, self.how, tied, shapes)
-        prepare_module(module, bodies, attributes, extra, about, site.ranks)
+        norm = self.norms.get(site.path)
+        inside = None if norm is None else norm.module
+        prepare_module(module, bodies, attributes, extra, about, site.ranks, inside)
+        if norm is not None:
+            about = Preparation(norm.path, self.recipe, self.how, folded_away=True)
+            bodies, _ = bodies_of(identity(norm.path))
+            prepare_module(norm.module, self._shared(bodies), (), {}, about, None)
+
+    def _shared(self, bodies: Bodies) -> Bodies:
+        """Modules that are alike share their bodies, so that torch.compile compiles them once."""
+        return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
 
 
 def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:

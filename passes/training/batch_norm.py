@@ -158,6 +158,17 @@ def folded(gm: GraphModule, made: Node) -> list[Tensor]:
         return list(FOLD_NORM(*(value(given) for given in made.args[:7])))
 
 
+def freeze_norms(gm: GraphModule) -> int:
+    """Let batch norms that are folded in normalize by their running statistics, as in evaluation, in a graph
+    that trains; how many there are."""
+    found = gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM)
+    for after in found:
+        after.update_arg(9, False)
+    for before in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
+        before.update_arg(7, False)
+    return len(found)
+
+
 @dataclass(frozen=True)
 class SettleBatchNorm(Pass):
     """Has no options. The other way: folded weights and biases become parameters."""
