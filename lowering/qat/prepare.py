@@ -32,7 +32,7 @@ from ..folded import Folded
 from ..given_model import module_of
 from ..module_scope import Call, Plan, Site, Step, plan
 from ..parameters import check_parameters
-from ..quantize import Scope, _calibrate, _check_found, _check_scope, _recorder
+from ..quantize import Scope, calibrate_sites, check_found, check_scope, recorder
 from ..report import ATTRIBUTE
 from ..tracing import TRACING
 from .distill import Distill, Teacher, dismiss, teach
@@ -76,7 +76,7 @@ def prepare_qat(
         raise BitfoldError(f"options is a bf.Qat, such as bf.Qat(weight='lsq'), not {type(how).__name__}")
     with TRACING:
         wanted = Recipe.parse(recipe)
-        _check_scope(model, scope)
+        check_scope(model, scope)
         _check_model(model)
         check_parameters(model)
         batches = Batches(calibration, example_inputs)
@@ -96,7 +96,7 @@ def prepare_qat(
             record = _remembering(model, batches, calls)
             found = plan(model, wanted, stored={}, record=record, progress=progress)
             _leave_read(found)
-            _check_found(model, wanted, found)
+            check_found(model, wanted, found)
             made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
             _observe(model, found, how, batches, made.resumed, progress)
             if how.fold_norm:
@@ -136,7 +136,7 @@ def _leave_read(found: Plan) -> None:
 
 def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call]) -> Any:
     """The recorder of `bf.quantize`, and what it recorded."""
-    record = _recorder(model, batches)
+    record = recorder(model, batches)
     if record is None:
         return None
 
@@ -154,7 +154,7 @@ def _observe(
     if not found.calibrated:
         return
     if batches.given:
-        _calibrate(model, found, batches, progress)
+        calibrate_sites(model, found, batches, progress)
         return
     if not how.observe and not resumed:
         layer = next(site.path for site in found.sites if site.calibrated)
