@@ -81,6 +81,8 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int4[g32]": ours("int4[g32]", "", "straight"),
     "int4[g32] kept": ours("int4[g32]", "", "straight+keep"),
     "int4[g32] lsq": ours("int4[g32]", "", "lsq"),
+    "int4[g32] kernel": ours("int4[g32]", "", "straight+kernel"),
+    "int4[g32] lsq kernel": ours("int4[g32]", "", "lsq+kernel"),
     "int4[g32] x int8": ours("int4[g32]", "int8", "straight"),
     "mxfp4 x mxfp8": ours("mxfp4", "mxfp8", "straight"),
     "torchao int4[g32] x int8": torchao,

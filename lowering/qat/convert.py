@@ -110,7 +110,7 @@ class _Trained:
         Pipeline([train_pass(how, resumed=True)]).run(site.gm, record=False)
         norm = self.norms.get(site.path)
         if norm is not None:
-            with_norm(site.gm, norm, how.freeze_norm)
+            with_norm(site.gm, norm, how, resumed=True)
         for name, tensor in self.extra[site.path].items():
             setattr(site.gm, name, tensor)
 

@@ -31,6 +31,7 @@ from ...passes.recipes import Recipe
 from ...passes.scopes.module import is_stock
 from ...passes.training.batch_norm import TrainBatchNorm
 from ..module_scope import Site
+from .options import Qat
 
 aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -137,7 +138,13 @@ def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shar
     return ""
 
 
-def with_norm(gm: GraphModule, norm: nn.Module, freeze: int | None) -> bool:
+def norm_pass(how: Qat, *, resumed: bool = False) -> TrainBatchNorm:
+    """The pass that these options ask for."""
+    freeze = -1 if how.freeze_norm is None else how.freeze_norm
+    return TrainBatchNorm(freeze, how.start == "clip" and not resumed)
+
+
+def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = False) -> bool:
     """Put batch norm behind the convolution of a graph that trains, and fold it in; False if it stays out,
     since the result is rounded before batch norm reads it."""
     (conv,) = (node for node, _ in annotated(gm))
@@ -154,8 +161,7 @@ def with_norm(gm: GraphModule, norm: nn.Module, freeze: int | None) -> bool:
     args = (conv, *numbers.values(), False, told.momentum, told.eps, False)
     after = call(gm, aten.batch_norm.default, args, before=users[0], origin_from=conv)
     conv.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
-    pass_ = TrainBatchNorm(-1 if freeze is None else freeze)
-    folded = Pipeline([pass_]).run(gm, record=False).steps[-1].rewrites
+    folded = Pipeline([norm_pass(how, resumed=resumed)]).run(gm, record=False).steps[-1].rewrites
     assert folded == 1, f"the batch norm behind {conv.name} did not fold"
     return True
 

@@ -194,7 +194,7 @@ class _Made:
         """The site's graph, ready to train; nothing is written to the model."""
         Pipeline([self.passed]).run(site.gm, record=False)
         norm = self.norms.get(site.path)
-        if norm is not None and not with_norm(site.gm, norm.module, self.how.freeze_norm):
+        if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
             del self.norms[site.path]
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
@@ -255,7 +255,9 @@ def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:
     """The pass that these options ask for. One that is resumed may start from empty ranges."""
     weight: Any = how.weight
     activation: Any = how.activation
-    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed)
+    # What is resumed has its scales, and need not search for them.
+    clip = how.start == "clip" and not resumed
+    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed, clip)
 
 
 def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None:

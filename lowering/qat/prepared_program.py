@@ -27,7 +27,7 @@ from ...passes.note import annotated
 from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
-from ...passes.training.batch_norm import SettleBatchNorm, TrainBatchNorm
+from ...passes.training.batch_norm import SettleBatchNorm
 from ...passes.training.mode import TrainMode
 from ...passes.training.settle_quantizers import SettleQuantizers
 from ..algorithms.calibration import Batches
@@ -38,6 +38,7 @@ from ..kv_cache.quantize import speaks_of_caches
 from ..module_scope import Step
 from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
+from .norms import norm_pass
 from .options import Qat
 from .prepare import share_learned, train_pass
 from .schedule import PROGRAM
@@ -109,8 +110,7 @@ def prepare_program(
             calibrate(gm, batches.raw())
     Pipeline([train_pass(how, resumed=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
-        freeze = -1 if how.freeze_norm is None else how.freeze_norm
-        Pipeline([TrainBatchNorm(freeze)]).run(gm, progress=progress)
+        Pipeline([norm_pass(how, resumed=state is not None)]).run(gm, progress=progress)
     if cached:
         caches = TrainCache(str(recipe), Gradient.parse(how.activation))
         if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
