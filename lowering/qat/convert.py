@@ -37,7 +37,7 @@ from ..tracing import TRACING
 from .distill import dismiss
 from .norms import identity, with_norm
 from .prepare import train_pass
-from .prepared import Preparation, Prepared, unprepared
+from .prepared import Preparation, Prepared, check_norms, unprepared
 
 
 @torch.inference_mode(False)
@@ -62,8 +62,9 @@ def convert(model: nn.Module, *, target: str | None = None, progress: Step | Non
                 "bf.quantize to quantize it without training"
             )
         _check(model)
+        check_norms(model)
         about = {path: module.preparation for path, module in prepared.items()}
-        norms = {path: module.norm[0] for path, module in prepared.items() if module.norm}
+        norms = {path: module.folded_norm[0] for path, module in prepared.items() if module.folded_norm}
         with unprepared(model) as extra:
             trained = _Trained(about, extra, norms)
             sites = [trained.checked(path, module) for path, module in prepared.items()]

@@ -38,9 +38,19 @@ from ..tracing import TRACING
 from .distill import Distill, Teacher, dismiss, teach
 from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
 from .options import Qat
-from .prepared import Bodies, Preparation, bodies_of, prepare_module, unprepared
+from .prepared import (
+    ATTRIBUTES,
+    Bodies,
+    Preparation,
+    Prepared,
+    bodies_of,
+    prepare_module,
+    unprepare,
+    unprepared,
+)
 
 
+@torch.inference_mode(False)  # scales that are made in it could never be trained
 def prepare_qat(
     model: nn.Module,
     recipe: str | Recipe,
@@ -106,11 +116,18 @@ def prepare_qat(
                 made.graph(site)
         for site in found.sites:
             made.write(site)
+        _call_every_layer(model)
         model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
         if teacher is not None:
             dismiss(model)
             teach(model, teacher)
         if state is not None:
+            try:
+                check_state(model, state)
+            except BitfoldError:
+                for site in found.sites:
+                    made.take_back(site)
+                raise
             model.load_state_dict(dict(state))
         return given
 
@@ -132,6 +149,15 @@ def _leave_read(found: Plan) -> None:
             found.sites.remove(site)
             reason = "its owner, an nn.MultiheadAttention, reads the weight without calling it"
             found.misses.append(MissRecord(site.path, site.path, "", "training", reason))
+
+
+def _call_every_layer(model: nn.Module) -> None:
+    """Let nn.TransformerEncoderLayer call its linears in evaluation too: its fast path reads their weights
+    instead, and would see the float ones."""
+    for module in model.modules():
+        rounded = any(isinstance(child, Prepared) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and rounded:
+            module.activation_relu_or_gelu = 0  # what the fast path asks for first
 
 
 def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call]) -> Any:
@@ -200,10 +226,12 @@ class _Made:
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         own |= {f"{PREFIX}.{name}" for name in NAMES}
         held = (*site.gm.named_parameters(), *site.gm.named_buffers())
-        taken = next((name for name, _ in held if name not in own and hasattr(site.module, name)), None)
+        needed = (*(name for name, _ in held if name not in own), *ATTRIBUTES)
+        taken = next((name for name in needed if hasattr(site.module, name)), None)
         if taken is not None:
             raise BitfoldError(
-                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs"
+                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs; "
+                "rename it, or leave the layer out by a skip rule"
             )
 
     def write(self, site: Site) -> None:
@@ -229,9 +257,33 @@ class _Made:
             bodies, _ = bodies_of(identity(norm.path))
             prepare_module(norm.module, self._shared(bodies), (), {}, about, None)
 
+    def take_back(self, site: Site) -> None:
+        """Make the site's module what it was."""
+        norm = self.norms.get(site.path)
+        for module in (site.module, *(() if norm is None else (norm.module,))):
+            assert isinstance(module, Prepared)
+            unprepare(module)
+
     def _shared(self, bodies: Bodies) -> Bodies:
         """Modules that are alike share their bodies, so that torch.compile compiles them once."""
         return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises BitfoldError if a state dict is not of this prepared model."""
+    here = model.state_dict()
+    for name in (*here, *state):
+        if name not in state or name not in here:
+            where = "the model" if name in here else "the state"
+            raise BitfoldError(
+                f"only {where} has {name!r}: the state is of a model that was prepared by another recipe or "
+                "other options; give the same ones"
+            )
+        shapes = [getattr(held[name], "shape", None) for held in (here, state)]
+        if shapes[0] != shapes[1]:
+            raise BitfoldError(
+                f"{name} is {list(shapes[1] or ())} in the state and {list(shapes[0] or ())} here"
+            )
 
 
 def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:

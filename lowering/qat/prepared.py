@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ...formats import BitfoldError
 from ...passes.stages import find_attribute
 from ...passes.training.batch_norm import freeze_norms
 from ...passes.training.mode import TrainMode
@@ -63,7 +64,7 @@ class Prepared(nn.Module):
     ranks: tuple[int, ...] | None
     preparation: Preparation
     own_forward: dict[str, Any]
-    norm: tuple[nn.Module, ...]
+    folded_norm: tuple[nn.Module, ...]
     is_prepared = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,14 +79,14 @@ class Prepared(nn.Module):
         if self.ranks is not None:
             _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
         body = self.body if self.training else self.still
-        if self.norm and self.training and not self.norm[0].training:
+        if self.folded_norm and self.training and not self.folded_norm[0].training:
             body = self._modules["frozen"]  # type: ignore[assignment]
         return body(*[self._operand(name) for name in self.operands], *args)
 
     def _operand(self, name: str) -> Any:
         """A tensor of this module, or `norm.…` of the batch norm that is folded into it."""
         owner, dot, rest = name.partition(".")
-        return getattr(self.norm[0], rest) if dot else getattr(self, owner)
+        return getattr(self.folded_norm[0], rest) if dot else getattr(self, owner)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not prepared_class(unprepared_class(self)):
@@ -103,6 +104,10 @@ class Prepared(nn.Module):
             return (kept if id(tensor) in held else fn)(tensor)
 
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
+
+ATTRIBUTES = (*Prepared.__annotations__, *BODIES)
+"""What a module must not have of its own."""
 
 
 @cache
@@ -150,7 +155,7 @@ def prepare_module(
     module.operands, module.extra = operands, tuple(extra)  # type: ignore[assignment]
     module.arguments, module.ranks = arguments, ranks  # type: ignore[assignment]
     module.preparation, module.own_forward = preparation, own  # type: ignore[assignment]
-    module.__dict__["norm"] = () if norm is None else (norm,)
+    module.__dict__["folded_norm"] = () if norm is None else (norm,)
     module._modules.update(zip(BODIES, bodies, strict=False))
     original: type = type(module)
     module.__class__ = prepared_class(original)
@@ -189,6 +194,17 @@ def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
 
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raises BitfoldError if a batch norm that is folded into a convolution is not in the model any more."""
+    here = set(model.modules())
+    for path, module in model.named_modules():
+        if isinstance(module, Prepared) and not here.issuperset(module.folded_norm):
+            raise BitfoldError(
+                f"the batch norm that trains within {path} has left the model, and what took its place "
+                "normalizes once more; convert_sync_batchnorm, say, goes before bf.prepare_qat"
+            )
 
 
 def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:

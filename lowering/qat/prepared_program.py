@@ -40,7 +40,7 @@ from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
 from .norms import norm_pass
 from .options import Qat
-from .prepare import share_learned, train_pass
+from .prepare import check_state, share_learned, train_pass
 from .schedule import PROGRAM
 
 CACHES = PROGRAM + "_caches"
@@ -121,6 +121,7 @@ def prepare_program(
     held = (*gm.named_parameters(), *gm.named_buffers())
     gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
     if state is not None:
+        check_state(gm, state)
         gm.load_state_dict(dict(state))
     return _of_class(gm, _Training, False).train(training)
 

@@ -214,7 +214,7 @@ def test_prepared_again_copied_and_resumed() -> None:
     bf.prepare_qat(model, bf.Recipe("fewer", (Rule(op="*", weight="int2"),)), bf.Qat("lsq", freeze_norm=4))
     train(model, 1)
     twin = copy.deepcopy(model)
-    assert twin.blocks[0].conv1.norm[0] is twin.blocks[0].bn1
+    assert twin.blocks[0].conv1.folded_norm[0] is twin.blocks[0].bn1
     recipe = bf.Recipe("fewer", (Rule(op="*", weight="int2"),))
     fresh = bf.prepare_qat(made(), recipe, bf.Qat("lsq", freeze_norm=4), state=model.state_dict()).train()
     for one in (model, twin, fresh):
@@ -224,3 +224,26 @@ def test_prepared_again_copied_and_resumed() -> None:
         for one in (twin, fresh):
             assert torch.equal(one.eval()(X), expected)
             assert torch.equal(bf.convert(one, target="reference")(X), expected)
+
+
+def test_a_batch_norm_that_left_the_model_is_noticed() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(prepared(bf.Qat()))
+    for call in (bf.advance, bf.convert):
+        with pytest.raises(bf.BitfoldError, match="has left the model"):
+            call(model)
+
+
+def test_a_conversion_that_fails_leaves_all_as_it_was() -> None:
+    model = prepared(bf.Qat("lsq")).train()
+    train(model, 2)
+    model.eval()
+    expected, scale = model(X).detach(), model.blocks[1].conv2.weight_step
+    kept = scale.detach().clone()
+    with torch.no_grad():
+        scale[0] = float("nan")
+    with pytest.raises(bf.BitfoldError, match="conv2"):
+        bf.convert(model)
+    with torch.no_grad():
+        scale.copy_(kept)
+        assert torch.equal(model(X), expected)
+        assert torch.equal(bf.convert(model, target="reference")(X), expected)
