@@ -85,4 +85,6 @@ def inspect_rounding(spec: RoundingSpec, arch: int = 90) -> Compiled:
         ASTSource(function, types, {}, aligned), target=GPUTarget("cuda", arch, 32), options=options(spec)
     )
     registers, spills = _resources(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    return Compiled(
+        registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], made.asm["cubin"]
+    )
