@@ -1,4 +1,4 @@
-"""The kernels that round in training, on a card: the reference's bits and gradients, also in a compiled step."""
+"""The kernels that round in training, on a card: the reference's bits and gradients; a compiled step."""
 
 from __future__ import annotations
 
