@@ -220,7 +220,9 @@ def main() -> None:
     given.until = time.time() + given.seconds
     path = given.out / f"qat-lm-{card()}.json"
     found = measure(given, path)
-    print(table(found["summary"]))
+    if not curves(found):
+        raise SystemExit(f"nothing was trained: {found['failed']}")
+    print(table(found.get("summary", {})))
     try:
         _draw(found, path.with_suffix(".png"))
     except ModuleNotFoundError as error:
@@ -241,7 +243,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
-        "--rates", type=lambda text: [float(one) for one in text.split(",")], default=[3e-4, 1e-3]
+        "--rates", type=lambda text: [float(one) for one in text.split(",")], default=[1e-4, 5e-4]
     )
     parser.add_argument("--scale-rate", type=float, default=0.1, help="of learned scales, times the rate")
     parser.add_argument("--task", type=float, default=0.0, help="weight of the text's own loss")
