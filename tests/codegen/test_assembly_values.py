@@ -1,6 +1,6 @@
 """Values of kernels with their assembly, as GPUs run them, against float64.
 
-    linear 40x512 f16 nvfp4[units64s9], "m8 n16 w4 s3 k2 lane j2", M = 3   ->   y within `tolerance`
+linear 40x512 f16 nvfp4[units64s9], "m8 n16 w4 s3 k2 lane j2", M = 3   ->   y within `tolerance`
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from bitfold.codegen import GemmSpec, Schedule, kernel_layout, scales
 
