@@ -12,6 +12,7 @@ decoded there, and multiply by x in shared memory, asynchronously (wgmma), while
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .byte_lanes import byte_decoder
@@ -181,12 +182,24 @@ class Pipelined:
         if spec.activation is not None:
             # A column of sums has a scale for each block of x; codes as they lie stay in shared memory.
             of_tokens = self.block_m // 4 if spec.activation.cols is not None else 0
-            return sums + of_tokens + (0 if lies(spec) else (len(w.loads) + 1) * slice_) + SPARE
+            # With more than two sums to a run the compiler has the scaling of several under way, and with
+            # more than one block of x's scales those of all.
+            ends = max(0, self.sums_of_run(spec, spec.groups) - 2) * (sums * 3 // 4)
+            blocks = self.sums_of_run(spec, [spec.activation.cols or spec.k]) - 1
+            more = ends + 2 * of_tokens * blocks
+            return sums + of_tokens + (0 if lies(spec) else (len(w.loads) + 1) * slice_) + SPARE + more
         decoded = len(w.slices) if decodes_together(spec.weight.element) else 1
         scale = spec.weight.scale
         offset = scale is not None and scale.zero != "none"
         more = (8 + 32 * offset) if self.scale == "float" else 0
         return sums + (len(w.loads) + 1 + decoded) * slice_ + SPARE + more
+
+    def sums_of_run(self, spec: GemmSpec, groups: Sequence[int]) -> int:
+        """How many sums within a run have scales of their own, if so many numbers of a row share one."""
+        w = self.walk(spec)
+        aligned = all(w.codes % cols == 0 or cols % w.codes == 0 for cols in groups if cols < spec.k)
+        found = {tuple(i * w.length // cols for cols in groups) for i in range(len(w.slices))}
+        return len(found) if aligned else len(w.slices)
 
     def check_arch(self, arch: int) -> None:
         """CodegenError if a GPU of this compute capability (90 for 9.0) cannot run the schedule."""

@@ -70,12 +70,13 @@ class Operand:
     @cached_property
     def lift(self) -> float:
         """What scales in the lanes are multiplied by so that their product does the decoder's last one too: 1
-        where it does not. A scale in E4M3 has few enough bits and powers of two."""
+        where it does not, as where that last one makes numbers smaller. A scale in E4M3 has few enough bits
+        and powers of two."""
         element = self.spec.weight.element
         merges = self.schedule.scale == "lane" and not self.in_bytes and not self.decodes_plainly
         if not merges or not isinstance(element, Float) or self.scale is None or self.scale.dtype != "e4m3":
             return 1.0
-        return raised(element, self.spec.x)
+        return max(1.0, raised(element, self.spec.x))
 
     @cached_property
     def left(self) -> float:

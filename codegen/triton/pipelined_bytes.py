@@ -152,8 +152,10 @@ class BytesKernel(Kernel):
         step = f"(x_step + {inside})" if inside and self._as_they_lie and not self._ahead else "x_step"
         out.add(f"b = {step} % X_STAGES", f"mbarrier.wait(x_full.index(b), {step} // X_STAGES & 1)")
         of_x = []
-        if closes and self.tokens.groups:
-            of_x = self.tokens.carried("run")[self.tokens.groups.index(self._groups_of(i)[1]) :][:1]
+        block = self._groups_of(i)[1]
+        held = any(self._closes(j) and self._groups_of(j)[1] == block for j in range(i))
+        if closes and self.tokens.groups and not held:
+            of_x = [self.tokens.carried("run")[self.tokens.groups.index(block)]]
         out.add(*of_x * (not self._as_they_lie))
         slot = self._slot(self._calls[f"DECODE{i}"][1][0], "group", "at_codes")
         a = f"code_ring.index({slot})" if self._as_they_lie else f"a{i}"

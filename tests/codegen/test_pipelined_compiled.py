@@ -72,6 +72,8 @@ OF_BYTES = [
     ("int4[g128,planar256] x:float8_e4m3fn[row]", "tma m128 n128 g1 w8 x4 j1 c4 p1 sum", 0),
     ("int4[g128,planar256] x:int8[row]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum streamk", 0),
     ("int8[row,bytes] x:int8[row]", "tma m128 n256 g2 w4 x4 j1 c3 p1 end", 128),
+    # Two sums to one block of x: its scales are loaded once, or the compiler spills them.
+    ("mxfp4[planar64] x:float8_e4m3fn[g128]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum", 0),
 ]
 
 
@@ -90,6 +92,24 @@ def test_a_kernel_of_bytes_as_compiled(formats: str, plan: str, spills: int) -> 
     assert made.products == schedule.rows // (16 * schedule.warps) * spec.walk.codes // 32 * schedule.groups
     # One wait for each sum that begins anew, and no other.
     assert made.drained == sums * schedule.groups
+
+
+# Several scales to a run, of each token or of each row: plans that the compiler spilled 40 to 1360 bytes of.
+MANY_SUMS = [
+    ("int8[g32,f32,bytes] x:int8[g32]", "tma m64 n64 g1 w4 x4 j1 c4 p2 sum"),
+    ("int8[row,bytes] x:int8[g32]", "tma m64 n128 g1 w8 x4 j1 c4 p1 sum"),
+    ("int8[g32,f32,bytes] x:int8[row]", "tma m128 n128 g2 w4 x4 j1 c4 p1 sum"),
+    ("int3[g64,planar256] x:int8[g64]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum streamk"),
+    ("int4[g128,planar256] x:float8_e4m3fn[g128]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum"),
+    ("mxfp6_e2m3[planar128] x:float8_e4m3fn[g32]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum"),
+    ("float8_e4m3fn[g32,bytes] x:float8_e4m3fn[g32]", "tma m128 n128 g1 w8 x4 j1 c4 p1 sum"),
+]
+
+
+@pytest.mark.parametrize(("formats", "plan"), MANY_SUMS)
+def test_many_sums_of_a_run_are_no_plan(formats: str, plan: str) -> None:
+    spec, schedule = GemmSpec.parse(f"linear 4096x4096 bf16 {formats}"), Pipelined.parse(plan)
+    assert "registers a thread" in str(schedule.obstacle(spec))
 
 
 def test_enough_is_compiled() -> None:
