@@ -18,8 +18,9 @@ from torch import Tensor
 from ...formats import format
 from ..rounding import RoundingSpec
 from .build import module
-from .inspect import Compiled, _resources
+from .inspect import Compiled
 from .lines import POINTERS
+from .machine_code import resources
 from .rounding import names, source
 
 
@@ -84,7 +85,7 @@ def inspect_rounding(spec: RoundingSpec, arch: int = 90) -> Compiled:
     made = triton.compile(
         ASTSource(function, types, {}, aligned), target=GPUTarget("cuda", arch, 32), options=options(spec)
     )
-    registers, spills = _resources(made.asm["cubin"])
+    registers, spills = resources(made.asm["cubin"])
     return Compiled(
         registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], made.asm["cubin"]
     )
