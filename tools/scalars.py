@@ -36,7 +36,8 @@ FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
 
 def rounding(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, float]:
     """`layer/edge/figure` -> number, of each fake-quantize node on these inputs. Runs the graph once, without
-    gradients; statistics and random numbers stay as they were, so that who looks trains alike. BitfoldError if nothing in the graph is fake-quantized."""
+    gradients; statistics and random numbers stay as they were, so that who looks trains alike. BitfoldError
+    if nothing in the graph is fake-quantized."""
     found: dict[str, float] = {}
     values: dict[Node, Any] = {}
 

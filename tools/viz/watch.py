@@ -96,7 +96,10 @@ def writes(node: Node) -> bool:
 
 def draws(node: Node) -> bool:
     """Whether the operator draws random numbers."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def _same(args: Any, kwargs: Any, given: Any) -> bool:
