@@ -3,12 +3,15 @@
 In: nothing; the digits (1797 images of 8 x 8) come with scikit-learn. Out: a JSON with accuracy and loss of
 the float model, of rounding alone and of training, for each recipe and seed; curves as PNG.
 
-    python benchmarks/qat.py                                     three seeds: results/qat-digits.{json,png}
+    python benchmarks/qat.py                                     six seeds: results/qat-digits.{json,png}
+    python benchmarks/qat.py --validate --out out/choice         judged on 297 images taken from the training
     python benchmarks/qat.py --seeds 1 --epochs 2 --out out/try  to try the script
 
 The classifier is a small convolutional network with batch norm, trained as a program, so that batch norm is
 folded. It is trained in floats for some epochs; from there it goes on for as many again, in floats and, for
-each recipe, on rounded numbers, with the same batches and rates. "float" is the former, "rounded" the former
+each recipe, on rounded numbers, with the same batches and rates; from the middle of that on batch norm
+normalizes by its running statistics, in floats too. That, the gradients and the rates were chosen with
+`--validate`. "float" is the former, "rounded" the former
 folded and rounded after the fact, "trained" the latter, converted, on the reference target; all of it on 600
 images that nothing else has seen. Recovery is of the loss: (rounded - trained) / (rounded - float).
 """
@@ -17,16 +20,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
-import statistics
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from qat_report import RESULTS, Curve, draw, spread, won_back, write
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import bitfold as bf
@@ -38,7 +42,6 @@ from bitfold.passes.observing.calibrate import calibrate
 from bitfold.passes.observing.observe import Observe
 from bitfold.passes.rules import Rule
 
-RESULTS = Path(__file__).parent / "results"
 TEST = 600
 
 
@@ -54,6 +57,7 @@ RECIPES = {
     "int4": (recipe("int4", "int4", ""), bf.Qat("lsq")),
     "int2": (recipe("int2", "int2", ""), bf.Qat("lsq")),
 }
+BATCH = 64
 
 
 class Classifier(nn.Module):
@@ -85,23 +89,37 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[TEST:], labels[TEST:], images[:TEST], labels[:TEST]
 
 
-def train(model: nn.Module, data: Any, epochs: int, rate: float, seed: int) -> list[float]:
-    """The loss of each epoch. Nothing here follows a schedule, so that bf.advance is not called."""
+def validation(data: Any) -> Any:
+    """The same from the training images alone."""
+    images, labels, _, _ = data
+    return images[:900], labels[:900], images[900:], labels[900:]
+
+
+def train(
+    model: nn.Module, data: Any, epochs: int, rate: float, seed: int, freeze: int | None = None
+) -> list[float]:
+    """The loss of each epoch. freeze: the epoch from which a float model's batch norm stands still; one that
+    is prepared knows its own."""
     images, labels = data[:2]
     torch.manual_seed(seed)
     groups = bf.parameter_groups(model, rate, rate / 10, weight_decay=1e-4)
     optimizer = torch.optim.AdamW(groups)
-    steps = epochs * -(-len(images) // 64)
+    steps = epochs * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     curve = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         total = 0.0
-        for batch in torch.randperm(len(images)).split(64):
+        if freeze is not None and epoch >= freeze:
+            for module in model.modules():
+                module.train(not isinstance(module, nn.BatchNorm2d))
+        for batch in torch.randperm(len(images)).split(BATCH):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
+            if isinstance(model, GraphModule):
+                bf.advance(model)
             total += loss.item() * len(batch)
         curve.append(total / len(images))
     return curve
@@ -132,7 +150,8 @@ def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
     model = Classifier().train()
     curve = train(model, data, epochs, 3e-3, seed)
     longer = copy.deepcopy(model)
-    curve += train(longer, data, epochs, 1e-3, seed)
+    middle = epochs // 2
+    curve += train(longer, data, epochs, 1e-3, seed, freeze=middle)
     longer.eval()
     found: dict[str, Any] = {"seed": seed, "float": judge(longer, data), "float_curve": curve, "recipes": {}}
     for name, (what, how) in RECIPES.items():
@@ -141,7 +160,7 @@ def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
         gm = bf.prepare_qat(
             trainee,
             what,
-            how,
+            replace(how, freeze_norm=middle * -(-len(data[0]) // BATCH)),
             scope="program",
             dynamic="batch",
             calibration=_batches(what, data),
@@ -180,47 +199,33 @@ def _batches(what: bf.Recipe, data: Any) -> list[Tensor] | None:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds, and what training won back."""
 
-    def spread(values: list[float]) -> list[float]:
-        return [round(statistics.fmean(values), 4), round(statistics.pstdev(values), 4)]
+    def rounded_spread(values: list[float]) -> list[float]:
+        return [round(value, 4) for value in spread(values)]
 
     rows: dict[str, Any] = {
-        "float": {k: spread([run["float"][k] for run in runs]) for k in ("accuracy", "loss")}
+        "float": {k: rounded_spread([run["float"][k] for run in runs]) for k in ("accuracy", "loss")}
     }
     for name in RECIPES:
         row: dict[str, Any] = {}
         for state in ("rounded", "trained"):
             row[state] = {
-                k: spread([run["recipes"][name][state][k] for run in runs]) for k in ("accuracy", "loss")
+                k: rounded_spread([run["recipes"][name][state][k] for run in runs])
+                for k in ("accuracy", "loss")
             }
-        lost = row["rounded"]["loss"][0] - rows["float"]["loss"][0]
-        won = row["rounded"]["loss"][0] - row["trained"]["loss"][0]
-        row["recovered"] = round(won / lost, 3) if lost > 0 else None
+        means = (rows["float"]["loss"][0], row["rounded"]["loss"][0], row["trained"]["loss"][0])
+        won = won_back(*means)
+        row["recovered"] = None if won is None else round(won, 3)
         row["converted_equal"] = all(run["recipes"][name]["converted_equal"] for run in runs)
         rows[name] = row
     return rows
 
 
-def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Loss curves of the first seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+def curves(runs: list[dict[str, Any]]) -> list[Curve]:
+    """Losses of the first seed."""
     run = runs[0]
     epochs = len(run["float_curve"]) // 2
-    axes.plot(range(1, 2 * epochs + 1), run["float_curve"], color="#64748b", label="float")
-    for name, one in run["recipes"].items():
-        axes.plot(range(epochs + 1, 2 * epochs + 1), one["curve"], label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("training loss (cross entropy)")
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=120)
-    beside.replace(path)
+    trained = [Curve(name, epochs, one["curve"]) for name, one in run["recipes"].items()]
+    return [Curve("float", 0, run["float_curve"]), *trained]
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -252,11 +257,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--validate", action="store_true", help="judge on a part of the training images")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    data = digits()
+    data = validation(digits()) if given.validate else digits()
     runs = [one_seed(seed, given.epochs, data) for seed in range(given.seeds)]
     rows = summary(runs)
     found = {
@@ -267,11 +273,8 @@ def main() -> None:
         "summary": rows,
         "runs": runs,
     }
-    given.out.mkdir(parents=True, exist_ok=True)
-    beside = given.out / "qat-digits.part.json"
-    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    beside.replace(given.out / "qat-digits.json")
-    draw(runs, given.out / "qat-digits.png")
+    write(given.out / "qat-digits.json", found)
+    draw(curves(runs), given.out / "qat-digits.png", "epoch", "training loss (cross entropy)")
     print(table(rows))
 
 

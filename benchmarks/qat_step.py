@@ -3,33 +3,35 @@
 In: sizes. Out: a JSON, and a line for each way: milliseconds of a step (the median), peak memory, and both
 over the unquantized step's, all in one run, compiled by torch.compile.
 
-    python benchmarks/qat_step.py       on a GPU: Llama-shaped blocks, d 4096, sequence 2048, bfloat16
-    python benchmarks/qat_step.py --width 128 --sequence 32 --steps 2 --out out/try     on a CPU, to try it
+    python benchmarks/qat_step.py --processes 8    on a GPU: Llama-shaped blocks, d 4096, sequence 2048, bf16
+    python benchmarks/qat_step.py --width 256 --sequence 32 --steps 2 --rounds 1 --out out/try    on a CPU
 
-A step is forward, backward and SGD, whose update is the same for all. The unquantized step is timed first and
-last; the quotients are over the faster of the two.
+A step is forward, backward and SGD, whose update is the same for all. A block is compiled, once for all
+blocks. `--processes` compiles the ways beforehand, several at a time, into torch's cache on disk; they are
+timed one after the other, alone. The unquantized step is timed first and last; quotients are over the faster.
+Memory is what the model's parameters take and what one step takes beside them at most.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
-import json
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from qat_report import RESULTS, card, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
 from bitfold.passes.rules import Rule
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Block(nn.Module):
@@ -73,28 +75,38 @@ def torchao(model: nn.Module) -> nn.Module:
     return model
 
 
+UNQUANTIZED, AGAIN = "unquantized", "unquantized again"
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "unquantized": lambda model: model,
+    UNQUANTIZED: lambda model: model,
     "int4[g32]": ours("int4[g32]", "", "straight"),
+    "int4[g32] kept": ours("int4[g32]", "", "straight+keep"),
     "int4[g32] lsq": ours("int4[g32]", "", "lsq"),
+    "int4[g32] kernel": ours("int4[g32]", "", "straight+kernel"),
+    "int4[g32] lsq kernel": ours("int4[g32]", "", "lsq+kernel"),
     "int4[g32] x int8": ours("int4[g32]", "int8", "straight"),
     "mxfp4 x mxfp8": ours("mxfp4", "mxfp8", "straight"),
     "torchao int4[g32] x int8": torchao,
-    "unquantized again": lambda model: model,
+    AGAIN: lambda model: model,
 }
 
 
 class Way:
     """One compiled model and its steps."""
 
-    def __init__(self, prepare: Callable[[nn.Module], nn.Module], model: nn.Module, x: Tensor) -> None:
-        self.x, self.model = x, prepare(copy.deepcopy(model)).train()
-        self.step = torch.compile(self.model, fullgraph=True)
+    def __init__(self, name: str, given: argparse.Namespace) -> None:
+        cuda = torch.cuda.is_available()
+        device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+        torch.manual_seed(0)
+        blocks = nn.Sequential(*(Block(given.width) for _ in range(given.blocks))).to(device, dtype)
+        self.x = torch.randn(given.batch, given.sequence, given.width, device=device, dtype=dtype)
+        self.model = WAYS[name](blocks).train()
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
         self.seconds: list[float] = []
 
     def run(self) -> None:
-        self.step(self.x).float().square().mean().backward()
+        self.model(self.x).float().square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -106,56 +118,90 @@ class Way:
             _synchronize()
             self.seconds.append(time.perf_counter() - start)
 
+    def memory(self) -> int | None:
+        """Bytes of parameters, and of a step at its peak."""
+        if not torch.cuda.is_available():
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        self.run()
+        peak = torch.cuda.max_memory_allocated() - held
+        return peak + sum(parameter.nbytes for parameter in self.model.parameters())
+
 
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
+def compiled(name: str, given: argparse.Namespace) -> str:
+    """Run a way once, in a process of its own, so that its kernels are on disk; what went wrong, or ''."""
+    try:
+        Way(name, given).run()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return ""
+
+
+def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One way, timed."""
+    began = time.perf_counter()
+    try:
+        way = Way(name, given)
+        way.run()
+        way.run()
+        memory, ready = way.memory(), time.perf_counter() - began
+        for _ in range(given.rounds):
+            way.timed(given.steps)
+    except Exception as error:
+        if name.startswith(UNQUANTIZED):
+            raise  # there is nothing to compare with
+        return {"way": name, "absent": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return {
+        "way": name,
+        "milliseconds": 1e3 * statistics.median(way.seconds),
+        "spread": 1e3 * statistics.pstdev(way.seconds),
+        "memory": memory,
+        "ready_seconds": round(ready, 1),
+    }
+
+
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each way."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = nn.Sequential(*(Block(given.width) for _ in range(given.blocks))).to(device, dtype)
-    x = torch.randn(given.batch, given.sequence, given.width, device=device, dtype=dtype)
+    names = given.way or [name for name in WAYS if not name.startswith(UNQUANTIZED)]
+    if given.processes > 1:
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+        with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+            waiting = {name: pool.submit(compiled, name, given) for name in [UNQUANTIZED, *names]}
+            wrong = {name: said for name, one in waiting.items() if (said := one.result())}
+        print("compiled beforehand", wrong, flush=True)
     rows: list[dict[str, Any]] = []
-    for name, prepare in WAYS.items():
-        try:
-            way = Way(prepare, model, x)
-            way.run()
-            way.run()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated() if device == "cuda" else 0
-            way.run()
-            peak = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
-            for _ in range(given.rounds):
-                way.timed(given.steps)
-            parameters = sum(parameter.nbytes for parameter in way.model.parameters())
-            rows.append(
-                {
-                    "way": name,
-                    "milliseconds": 1e3 * statistics.median(way.seconds),
-                    "spread": 1e3 * statistics.pstdev(way.seconds),
-                    "memory": None if peak is None else peak + parameters,
-                }
-            )
-        except Exception as error:
-            if name.startswith("unquantized"):
-                raise  # there is nothing to compare with
-            rows.append({"way": name, "absent": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
-        way = None  # type: ignore[assignment]
+    for name in [UNQUANTIZED, *names, AGAIN]:
+        rows.append(row_of(name, given))
         torch._dynamo.reset()
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         print(rows[-1], flush=True)
-    floats = [row for row in rows if row["way"].startswith("unquantized")]
+    floats = [row for row in rows if row["way"].startswith(UNQUANTIZED)]
     least = min(row["milliseconds"] for row in floats)
     for row in rows:
         if "milliseconds" in row:
             row["time_ratio"] = row["milliseconds"] / least
             row["memory_ratio"] = None if row["memory"] is None else row["memory"] / floats[0]["memory"]
     return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| | ms a step | of the float step | memory |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        if "absent" in row:
+            lines.append(f"| {row['way']} | absent: {row['absent']} | | |")
+            continue
+        memory = "" if row["memory_ratio"] is None else f"{row['memory_ratio']:.2f}x"
+        lines.append(f"| {row['way']} | {row['milliseconds']:.2f} | {row['time_ratio']:.2f}x | {memory} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -165,18 +211,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--sequence", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="that compile beforehand")
+    parser.add_argument("--way", action="append", choices=WAYS, help="may be repeated (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     rows = measure(given)
-    card = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     options = {name: str(value) for name, value in vars(given).items()}
-    given.out.mkdir(parents=True, exist_ok=True)
-    beside = given.out / f"qat-step-{card}.part.json"
-    beside.write_text(json.dumps({"torch": torch.__version__, "options": options, "rows": rows}, indent=1))
-    beside.replace(given.out / f"qat-step-{card}.json")
+    record = {"torch": torch.__version__, "card": card(), "options": options, "rows": rows}
+    write(given.out / f"qat-step-{card()}.json", record)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Importing the package registers the operators `torch.ops.bitfold.{quantize, dequ
 unpack, choose}`. Errors of use are `FormatError`, a `BitfoldError`, a `ValueError`.
 """
 
-from . import norm, ops, train_quantize
+from . import norm, ops, round_groups, train_quantize
 from .codebook import Codebook
 from .element import Element
 from .errors import BitfoldError, FormatError, nearest
@@ -57,5 +57,6 @@ __all__ = [
     "norm",
     "ops",
     "register",
+    "round_groups",
     "train_quantize",
 ]

@@ -13,6 +13,9 @@ In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can
 
 `stochastic` rounds up with the probability that makes the mean exact (Gupta et al., 1502.02551), in training
 only. `item`: LSQ's factor counts the numbers of one item of the batch, as the paper has it for activations.
+`keep`: a compiled step keeps the rounded numbers for its backward pass, where it would round once more.
+`kernel`: by an operator of its own, for which a GPU has one kernel a direction (`round_groups.py`); without
+it the rounding is plain torch, which a compiler fuses into what stands around.
 """
 
 from __future__ import annotations
@@ -23,16 +26,19 @@ from .errors import FormatError, nearest
 
 KINDS = ("straight", "clip", "lsq", "pact", "smooth")
 LEARNING = ("lsq", "pact")
+FLAGS = ("stochastic", "item", "keep", "kernel")
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """kind: see the file; sharpness: k of `smooth`; stochastic: how training rounds; item: see the file."""
+    """kind, item, keep, kernel: see the file; sharpness: k of `smooth`; stochastic: how training rounds."""
 
     kind: str = "straight"
     sharpness: float = 5.0
     stochastic: bool = False
     item: bool = False
+    keep: bool = False
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -63,16 +69,18 @@ class Gradient:
         name, *flags = text.split("+")
         kind, colon, number = name.partition(":")
         for flag in flags:
-            if flag not in ("stochastic", "item"):
-                raise FormatError(f"{text!r}: {flag!r} says nothing; a gradient may be +stochastic")
+            if flag not in FLAGS:
+                raise FormatError(
+                    f"{text!r}: {flag!r} says nothing; a gradient may be +stochastic, +keep or +kernel"
+                )
         if colon and kind != "smooth":
             raise FormatError(f"{text!r}: only smooth takes a number")
         try:
             sharpness = float(number) if colon else 5.0
         except ValueError as error:
             raise FormatError(f"{text!r}: a sharpness is a number, such as smooth:5") from error
-        return cls(kind, sharpness, "stochastic" in flags, "item" in flags)
+        return cls(kind, sharpness, *(flag in flags for flag in FLAGS))
 
     def __str__(self) -> str:
         name = f"smooth:{self.sharpness:g}" if self.kind == "smooth" else self.kind
-        return name + "+stochastic" * self.stochastic + "+item" * self.item
+        return name + "".join(f"+{flag}" for flag in FLAGS if getattr(self, flag))

@@ -15,11 +15,15 @@ no data, so that they trace and compile in both directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import traceback
+from torch.utils.checkpoint import CheckpointPolicy
 
 from . import learned, ops
 from .cells import dithered, staircase_slope
@@ -52,22 +56,38 @@ def train_quantize(
 ) -> Tensor:
     """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
+    noisy = training and how.stochastic
+    # What is random would be something else the second time.
+    with contextlib.nullcontext() if noisy or how.keep else recomputed():
+        return _train_quantize(x, fmt, how, held, noisy, clock if training and warmup > 0 else None, warmup)
+
+
+def _train_quantize(
+    x: Tensor,
+    fmt: Format,
+    how: Gradient,
+    held: Sequence[Tensor],
+    noisy: bool,
+    clock: Tensor | None,
+    warmup: int,
+) -> Tensor:
+    alone = how.kernel and how.kind == "straight" and not noisy
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
         if scales is None:
-            scales = fmt.choose(x)
+            scales = () if alone else fmt.choose(x)  # a kernel finds them in the same pass
+    rounded = partial(_rounded, fmt, how, scales=scales, noisy=noisy)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *held))
-    noisy = training and how.stochastic
     if not tracked:
-        value = _rounded(fmt, x, scales, noisy)
+        value = rounded(x)
     elif how.kind == "straight" and not noisy:
         # Nothing is kept for backward. x - x.detach() is 0 with gradient 1, so the value stays as it is.
         with torch.no_grad():
-            value = _rounded(fmt, x, scales, noisy)
+            value = rounded(x)
         value = value + (x - x.detach())
     else:
         value = _Rounding.apply(x, fmt, how, noisy, scales, *held)  # type: ignore[no-untyped-call]
-    if not training or clock is None or warmup <= 0:
+    if clock is None:
         return value
     return torch.where(clock >= warmup, value, x)
 
@@ -82,10 +102,34 @@ def _seen(x: Tensor, held: Sequence[Tensor], how: Gradient) -> Sequence[Tensor]:
     return torch.where(empty, ends[0], low), torch.where(empty, ends[1], high)
 
 
-def _rounded(fmt: Format, x: Tensor, scales: tuple[Tensor, ...], noisy: bool) -> Tensor:
+def _rounded(fmt: Format, how: Gradient, x: Tensor, scales: tuple[Tensor, ...], noisy: bool) -> Tensor:
+    if how.kernel and not noisy:
+        found: Tensor = torch.ops.bitfold.round_groups(x, list(scales), str(fmt))
+        return found
     if noisy:
         return fmt.fake_quantize(dithered(fmt, x, scales), scales or None).to(x.dtype)
     return fmt.fake_quantize(x, scales or None)
+
+
+@contextlib.contextmanager
+def recomputed() -> Iterator[None]:
+    """In a graph that AOTAutograd traces: what is computed here is computed again in backward, not kept. What
+    it takes (a weight, say) is there anyway, and rounded copies of all weights would be as large as they are.
+    torch's own partition keeps whatever a matmul of the backward pass reads."""
+    meta = traceback.get_current_meta()
+    before = {key: meta[key] for key in _TAGS if key in meta}
+    if not traceback.has_preserved_node_meta() or before:  # a checkpoint of the user's own decides
+        yield
+        return
+    meta.update(recompute=CheckpointPolicy.PREFER_RECOMPUTE, ac_graph_id=0)
+    try:
+        yield
+    finally:
+        for key in _TAGS:
+            meta.pop(key, None)
+
+
+_TAGS = ("recompute", "ac_graph_id")
 
 
 class _Rounding(torch.autograd.Function):
@@ -97,7 +141,7 @@ class _Rounding(torch.autograd.Function):
     ) -> Tensor:
         ctx.about = (fmt, how, len(held))
         ctx.save_for_backward(x, *scales, *held)
-        return _rounded(fmt, x, scales, noisy)
+        return _rounded(fmt, how, x, scales, noisy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -105,6 +149,11 @@ class _Rounding(torch.autograd.Function):
         fmt, how, count = ctx.about
         x, *rest = ctx.saved_tensors
         scales, held = tuple(rest[: len(rest) - count]), rest[len(rest) - count :]
+        if how.kernel and how.kind in ("clip", "lsq", "pact") and (held or not how.learns):
+            for_x, *found = torch.ops.bitfold.round_groups_backward(
+                gradient, x, list(scales), held, str(fmt), str(how)
+            )
+            return (for_x, None, None, None, None, *(found or [None] * len(held)))
         for_x, for_held = backward(fmt, how, gradient, x, scales, held)
         return (for_x, None, None, None, None, *for_held)
 
@@ -144,14 +193,14 @@ def backward(
         value = grain.split(fmt.fake_quantize(x.to(torch.float32), scales))
     blocks = grain.split(x.to(torch.float32))
     by_step = torch.where(inside, value - blocks, value - low) / step
-    factor = _factor(x, held[0], element.high, how)
+    factor = lsq_factor(x, held[0], element.high, how)
     for_step = _total(grain, flow * by_step, held[0]) * factor
     if len(held) == 1:
         return for_x, (for_step,)
     return for_x, (for_step, _total(grain, torch.where(inside, 0.0, flow), held[1]) * factor)
 
 
-def _factor(x: Tensor, step: Tensor, high: float, how: Gradient) -> Any:
+def lsq_factor(x: Tensor, step: Tensor, high: float, how: Gradient) -> Any:
     """LSQ's 1 / sqrt(N Qp): N numbers share a step, or make up one item of the batch."""
     count = x.numel() // x.shape[0] if how.item and x.ndim > 1 else x.numel() // step.numel()
     return (max(high, 1.0) * count) ** -0.5 if isinstance(count, int) else 1.0 / torch.sym_sqrt(high * count)

@@ -117,6 +117,10 @@ class Installer:
         parts: dict[str, nn.Parameter] = {}
         for weight, here in zip(weights, held, strict=True):
             parts |= self._parts(sources[weight.parts[0]].codes, weight, here, tensors, lowered)
+        for name in lowered.attributes:
+            if name not in parts and module._parameters.get(names.get(name, name), self) is None:
+                # A bias that the module did not have: a batch norm is folded into it.
+                module._parameters[names[name]] = nn.Parameter(tensors[name].detach(), requires_grad=False)
         operands: dict[str, Tensor] = {}
         for name in lowered.attributes:
             known = (module._parameters.get(name), module._buffers.get(name), parts.get(name))

@@ -81,7 +81,7 @@ def quantize(
     given, model = model, module_of(model, "bf.quantize")
     with TRACING:
         wanted = Recipe.parse(recipe)
-        _check_scope(model, scope)
+        check_scope(model, scope)
         check_parameters(model)
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         on = resolve_target(target, device)
@@ -94,8 +94,8 @@ def quantize(
             return quantize_program(
                 model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress, steps=steps
             )
-        found = plan(model, wanted, stored=codes, record=_recorder(model, batches), progress=progress)
-        _check_found(model, wanted, found)
+        found = plan(model, wanted, stored=codes, record=recorder(model, batches), progress=progress)
+        check_found(model, wanted, found)
         data: Iterable[Batch] = batches
         changes: dict[str, Tensor] = {}
         if steps is not None:
@@ -104,7 +104,7 @@ def quantize(
         if found.calibrated:
             batches.check_given(next(site.path for site in found.sites if site.calibrated))
             with as_decided(model, changes, found):
-                _calibrate(model, found, data, progress)
+                calibrate_sites(model, found, data, progress)
         before = held(model)
         with changed(model, changes, found):
             fold_sites(model, found, on, progress)
@@ -112,7 +112,7 @@ def quantize(
         return given
 
 
-def _check_scope(model: nn.Module, scope: str) -> None:
+def check_scope(model: nn.Module, scope: str) -> None:
     if scope not in ("module", "program"):
         raise BitfoldError(f"scope is {scope!r}; it may be 'module' (in place) or 'program' (one graph)")
     if isinstance(model, GraphModule) and CANONICAL in model.meta:
@@ -122,14 +122,14 @@ def _check_scope(model: nn.Module, scope: str) -> None:
         )
 
 
-def _recorder(model: nn.Module, batches: Batches) -> Record | None:
+def recorder(model: nn.Module, batches: Batches) -> Record | None:
     batch = batches.example()
     if batch is None:
         return None
     return lambda modules: record_arguments(model, batch, modules)
 
 
-def _check_found(model: nn.Module, recipe: Recipe, found: Plan) -> None:
+def check_found(model: nn.Module, recipe: Recipe, found: Plan) -> None:
     """A recipe that found nothing to do is a mistake, unless an earlier call has done it."""
     if found.sites or not any(not rule.skip for rule in recipe.rules):
         return
@@ -162,7 +162,7 @@ def _solve(
     return solve_sites(model, found, steps, batches, results=results, progress=progress)
 
 
-def _calibrate(model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Step | None) -> None:
+def calibrate_sites(model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Step | None) -> None:
     observed = {}
     for site in found.sites:
         if site.calibrated:

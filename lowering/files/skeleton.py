@@ -23,7 +23,8 @@ def tensors_in(model: nn.Module, path: str) -> set[str]:
     if module is None:
         return set()
     given = set(module.parts) if isinstance(module, Folded) else set()
-    return {*module._parameters, *module._buffers} - given
+    held = {**module._parameters, **module._buffers}
+    return {name for name, tensor in held.items() if tensor is not None} - given
 
 
 def submodule_in(model: nn.Module, path: str) -> nn.Module | None:

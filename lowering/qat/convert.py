@@ -26,6 +26,7 @@ from ...passes import Miss, Pipeline
 from ...passes.annotate import Annotate
 from ...passes.note import annotated
 from ...passes.observing.observe import Observe
+from ...passes.training.batch_norm import SettleBatchNorm
 from ...passes.training.settle_quantizers import SettleQuantizers
 from ..fold_sites import fold_sites
 from ..given_model import module_of
@@ -34,8 +35,9 @@ from ..memory import held, release
 from ..module_scope import Call, Plan, Site, Step, site_of
 from ..tracing import TRACING
 from .distill import dismiss
+from .norms import identity, with_norm
 from .prepare import train_pass
-from .prepared import Preparation, Prepared, unprepared
+from .prepared import Preparation, Prepared, check_norms, unprepared
 
 
 @torch.inference_mode(False)
@@ -60,9 +62,11 @@ def convert(model: nn.Module, *, target: str | None = None, progress: Step | Non
                 "bf.quantize to quantize it without training"
             )
         _check(model)
+        check_norms(model)
         about = {path: module.preparation for path, module in prepared.items()}
+        norms = {path: module.folded_norm[0] for path, module in prepared.items() if module.folded_norm}
         with unprepared(model) as extra:
-            trained = _Trained(about, extra)
+            trained = _Trained(about, extra, norms)
             sites = [trained.checked(path, module) for path, module in prepared.items()]
         dismiss(model)
         before = held(model)
@@ -88,9 +92,12 @@ class _Trained:
 
     about: Mapping[str, Preparation]
     extra: Mapping[str, dict[str, Tensor]]
+    norms: Mapping[str, nn.Module]
 
     def checked(self, path: str, module: nn.Module) -> Site:
         """The site to fold. Raises BitfoldError for what cannot be folded."""
+        if self.about[path].folded_away:
+            return Site(path, module, identity(path))
         site = _site(path, module, self.about[path])
         self.train(site)
         SettleQuantizers().check(site.gm)
@@ -100,14 +107,23 @@ class _Trained:
         """The graph that trained, with the numbers that training arrived at."""
         if site.calibrated:
             Pipeline([Observe()]).run(site.gm, record=False)
-        Pipeline([train_pass(self.about[site.path].options, resumed=True)]).run(site.gm, record=False)
+        how = self.about[site.path].options
+        Pipeline([train_pass(how, resumed=True)]).run(site.gm, record=False)
+        norm = self.norms.get(site.path)
+        if norm is not None:
+            with_norm(site.gm, norm, how, resumed=True)
         for name, tensor in self.extra[site.path].items():
             setattr(site.gm, name, tensor)
 
     def settle(self, site: Site) -> None:
         """What is done to a site just before it is folded."""
+        if self.about[site.path].folded_away:
+            return
         self.train(site)
-        Pipeline([SettleQuantizers()]).run(site.gm, record=False)
+        Pipeline([SettleBatchNorm(), SettleQuantizers()]).run(site.gm, record=False)
+        if site.path in self.norms and site.module._parameters["bias"] is not None:
+            # The map of the batch norm is in the bias now.
+            site.module._parameters["bias"] = site.gm.get_parameter("bias")
 
 
 def _site(path: str, module: nn.Module, about: Preparation) -> Site:

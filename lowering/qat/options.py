@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from ...formats import BitfoldError
 from ...formats.gradient import Gradient
 
+STARTS = ("rule", "clip")
+
 
 @dataclass(frozen=True)
 class Qat:
@@ -26,6 +28,8 @@ class Qat:
     observe: steps in which the ranges of calibrated activations follow the data: after each step they go
     `rate` of the way to that step's extremes. 0: they stay as calibrated.
     fold_norm: fold batch norm into the convolution before it, the way that trains.
+    start: where learned scales of weights begin: "rule", at those of rounding; "clip", at those of the least
+    square error, which cut off the largest numbers (the pass `clip`); better for 3 bits and less.
     freeze_norm: the step from which batch norm normalizes by its running statistics; None: never.
     """
 
@@ -36,6 +40,7 @@ class Qat:
     rate: float = 0.1
     fold_norm: bool = True
     freeze_norm: int | None = None
+    start: str = "rule"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", Gradient.parse(self.weight))
@@ -46,6 +51,8 @@ class Qat:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise BitfoldError(f"{name} is a number of steps, 0 or more, not {value!r}")
+        if self.start not in STARTS:
+            raise BitfoldError(f"start is one of {', '.join(STARTS)}, not {self.start!r}")
         if not 0 < self.rate <= 1:
             raise BitfoldError(f"rate is above 0 and at most 1, not {self.rate!r}")
 

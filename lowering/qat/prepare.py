@@ -32,14 +32,25 @@ from ..folded import Folded
 from ..given_model import module_of
 from ..module_scope import Call, Plan, Site, Step, plan
 from ..parameters import check_parameters
-from ..quantize import Scope, _calibrate, _check_found, _check_scope, _recorder
+from ..quantize import Scope, calibrate_sites, check_found, check_scope, recorder
 from ..report import ATTRIBUTE
 from ..tracing import TRACING
 from .distill import Distill, Teacher, dismiss, teach
+from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
 from .options import Qat
-from .prepared import Bodies, Preparation, bodies_of, prepare_module, unprepared
+from .prepared import (
+    ATTRIBUTES,
+    Bodies,
+    Preparation,
+    Prepared,
+    bodies_of,
+    prepare_module,
+    unprepare,
+    unprepared,
+)
 
 
+@torch.inference_mode(False)  # scales that are made in it could never be trained
 def prepare_qat(
     model: nn.Module,
     recipe: str | Recipe,
@@ -75,7 +86,7 @@ def prepare_qat(
         raise BitfoldError(f"options is a bf.Qat, such as bf.Qat(weight='lsq'), not {type(how).__name__}")
     with TRACING:
         wanted = Recipe.parse(recipe)
-        _check_scope(model, scope)
+        check_scope(model, scope)
         _check_model(model)
         check_parameters(model)
         batches = Batches(calibration, example_inputs)
@@ -95,18 +106,28 @@ def prepare_qat(
             record = _remembering(model, batches, calls)
             found = plan(model, wanted, stored={}, record=record, progress=progress)
             _leave_read(found)
-            _check_found(model, wanted, found)
+            check_found(model, wanted, found)
             made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
             _observe(model, found, how, batches, made.resumed, progress)
+            if how.fold_norm:
+                made.norms, misses = following_norms(model, found.sites)
+                found.misses += misses
             for site in found.sites:
                 made.graph(site)
         for site in found.sites:
             made.write(site)
+        _call_every_layer(model)
         model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
         if teacher is not None:
             dismiss(model)
             teach(model, teacher)
         if state is not None:
+            try:
+                check_state(model, state)
+            except BitfoldError:
+                for site in found.sites:
+                    made.take_back(site)
+                raise
             model.load_state_dict(dict(state))
         return given
 
@@ -130,9 +151,18 @@ def _leave_read(found: Plan) -> None:
             found.misses.append(MissRecord(site.path, site.path, "", "training", reason))
 
 
+def _call_every_layer(model: nn.Module) -> None:
+    """Let nn.TransformerEncoderLayer call its linears in evaluation too: its fast path reads their weights
+    instead, and would see the float ones."""
+    for module in model.modules():
+        rounded = any(isinstance(child, Prepared) for child in module.modules())
+        if isinstance(module, nn.TransformerEncoderLayer) and rounded:
+            module.activation_relu_or_gelu = 0  # what the fast path asks for first
+
+
 def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call]) -> Any:
     """The recorder of `bf.quantize`, and what it recorded."""
-    record = _recorder(model, batches)
+    record = recorder(model, batches)
     if record is None:
         return None
 
@@ -150,7 +180,7 @@ def _observe(
     if not found.calibrated:
         return
     if batches.given:
-        _calibrate(model, found, batches, progress)
+        calibrate_sites(model, found, batches, progress)
         return
     if not how.observe and not resumed:
         layer = next(site.path for site in found.sites if site.calibrated)
@@ -184,36 +214,76 @@ class _Made:
         self.passed = train_pass(how, resumed=self.resumed)
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
+        self.norms: dict[str, Norm] = {}
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
         Pipeline([self.passed]).run(site.gm, record=False)
+        norm = self.norms.get(site.path)
+        if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
+            del self.norms[site.path]
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
+        own |= {f"{PREFIX}.{name}" for name in NAMES}
         held = (*site.gm.named_parameters(), *site.gm.named_buffers())
-        taken = next((name for name, _ in held if name not in own and hasattr(site.module, name)), None)
+        needed = (*(name for name, _ in held if name not in own), *ATTRIBUTES)
+        taken = next((name for name in needed if hasattr(site.module, name)), None)
         if taken is not None:
             raise BitfoldError(
-                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs"
+                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs; "
+                "rename it, or leave the layer out by a skip rule"
             )
 
     def write(self, site: Site) -> None:
         """Make the site's module a prepared one."""
         bodies, attributes = bodies_of(site.gm)
-        # Modules that are alike share a body, so that torch.compile compiles it once.
-        key = (bodies[0].code, bodies[1].code)
-        bodies = self.bodies.setdefault(key, bodies)
+        bodies = self._shared(bodies)
         module = site.module
         tensors = {name: find_attribute(site.gm, name) for name in attributes}
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        extra = {name: tensor for name, tensor in tensors.items() if name not in held}
+        added = (name for name in tensors if name not in held and "." not in name)
+        extra = {name: tensors[name] for name in added}
         extra = {name: _going_on(name, one, self.earlier.get(site.path, {})) for name, one in extra.items()}
         weight = module._parameters.get("weight")
         tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
         call = self.calls.get(module)
         shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
         about = Preparation(site.path, self.recipe, self.how, tied, shapes)
-        prepare_module(module, bodies, attributes, extra, about, site.ranks)
+        norm = self.norms.get(site.path)
+        inside = None if norm is None else norm.module
+        prepare_module(module, bodies, attributes, extra, about, site.ranks, inside)
+        if norm is not None:
+            about = Preparation(norm.path, self.recipe, self.how, folded_away=True)
+            bodies, _ = bodies_of(identity(norm.path))
+            prepare_module(norm.module, self._shared(bodies), (), {}, about, None)
+
+    def take_back(self, site: Site) -> None:
+        """Make the site's module what it was."""
+        norm = self.norms.get(site.path)
+        for module in (site.module, *(() if norm is None else (norm.module,))):
+            assert isinstance(module, Prepared)
+            unprepare(module)
+
+    def _shared(self, bodies: Bodies) -> Bodies:
+        """Modules that are alike share their bodies, so that torch.compile compiles them once."""
+        return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raises BitfoldError if a state dict is not of this prepared model."""
+    here = model.state_dict()
+    for name in (*here, *state):
+        if name not in state or name not in here:
+            where = "the model" if name in here else "the state"
+            raise BitfoldError(
+                f"only {where} has {name!r}: the state is of a model that was prepared by another recipe or "
+                "other options; give the same ones"
+            )
+        shapes = [getattr(held[name], "shape", None) for held in (here, state)]
+        if shapes[0] != shapes[1]:
+            raise BitfoldError(
+                f"{name} is {list(shapes[1] or ())} in the state and {list(shapes[0] or ())} here"
+            )
 
 
 def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
@@ -237,7 +307,9 @@ def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:
     """The pass that these options ask for. One that is resumed may start from empty ranges."""
     weight: Any = how.weight
     activation: Any = how.activation
-    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed)
+    # What is resumed has its scales, and need not search for them.
+    clip = how.start == "clip" and not resumed
+    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed, clip)
 
 
 def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None:

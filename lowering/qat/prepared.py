@@ -23,20 +23,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
+from ...formats import BitfoldError
 from ...passes.stages import find_attribute
+from ...passes.training.batch_norm import freeze_norms
 from ...passes.training.mode import TrainMode
 from ..folded import _check_ranks, keeping_dtype
 from .options import Qat
 
-Bodies = tuple[GraphModule, GraphModule]
+Bodies = tuple[GraphModule, ...]
+BODIES = ("body", "still", "frozen")
+"""In training, in evaluation, and in training with a batch norm in it that is in evaluation."""
 
 
 @dataclass(frozen=True)
 class Preparation:
     """What `bf.convert` needs to make the module's graph again: where it was in the model, by which recipe
     and options it was prepared, whether it is a head for being tied to an embedding, and what it is called
-    with (shape, dtype of each argument) if that is not known from its kind.
+    with (shape, dtype of each argument) if that is not known from its kind. `folded_away`: it is a batch norm
+    that the convolution before it computes.
     """
 
     path: str
@@ -44,6 +50,7 @@ class Preparation:
     options: Qat
     tied_head: bool = False
     call: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None
+    folded_away: bool = False
 
 
 class Prepared(nn.Module):
@@ -57,6 +64,7 @@ class Prepared(nn.Module):
     ranks: tuple[int, ...] | None
     preparation: Preparation
     own_forward: dict[str, Any]
+    folded_norm: tuple[nn.Module, ...]
     is_prepared = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,7 +79,14 @@ class Prepared(nn.Module):
         if self.ranks is not None:
             _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
         body = self.body if self.training else self.still
-        return body(*[getattr(self, name) for name in self.operands], *args)
+        if self.folded_norm and self.training and not self.folded_norm[0].training:
+            body = self._modules["frozen"]  # type: ignore[assignment]
+        return body(*[self._operand(name) for name in self.operands], *args)
+
+    def _operand(self, name: str) -> Any:
+        """A tensor of this module, or `norm.…` of the batch norm that is folded into it."""
+        owner, dot, rest = name.partition(".")
+        return getattr(self.folded_norm[0], rest) if dot else getattr(self, owner)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not prepared_class(unprepared_class(self)):
@@ -89,6 +104,10 @@ class Prepared(nn.Module):
             return (kept if id(tensor) in held else fn)(tensor)
 
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
+
+
+ATTRIBUTES = (*Prepared.__annotations__, *BODIES)
+"""What a module must not have of its own."""
 
 
 @cache
@@ -119,9 +138,11 @@ def prepare_module(
     extra: Mapping[str, Tensor],
     preparation: Preparation,
     ranks: tuple[int, ...] | None,
+    norm: nn.Module | None = None,
 ) -> None:
     """Turn `module`, in place, into a prepared one. `operands`: the bodies' leading inputs by their names in
-    the module; `extra`: those that it does not have yet."""
+    the module; `extra`: those that it does not have yet; `norm`: the batch norm that it computes too, which
+    stays a module of the model's and is no child of this one."""
     arguments = tuple(inspect.signature(module.forward).parameters)
     for name, tensor in extra.items():
         if isinstance(tensor, nn.Parameter):
@@ -134,7 +155,8 @@ def prepare_module(
     module.operands, module.extra = operands, tuple(extra)  # type: ignore[assignment]
     module.arguments, module.ranks = arguments, ranks  # type: ignore[assignment]
     module.preparation, module.own_forward = preparation, own  # type: ignore[assignment]
-    module._modules["body"], module._modules["still"] = bodies
+    module.__dict__["folded_norm"] = () if norm is None else (norm,)
+    module._modules.update(zip(BODIES, bodies, strict=False))
     original: type = type(module)
     module.__class__ = prepared_class(original)
 
@@ -144,7 +166,8 @@ def unprepare(module: Prepared) -> dict[str, Tensor]:
     extra = {name: getattr(module, name) for name in module.extra}
     for name in extra:
         delattr(module, name)
-    del module._modules["body"], module._modules["still"]
+    for name in BODIES:
+        module._modules.pop(name, None)
     own = module.own_forward
     for name in Prepared.__annotations__:
         module.__dict__.pop(name, None)
@@ -173,16 +196,29 @@ def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
 _TABLES = ("_parameters", "_buffers", "_modules")
 
 
+def check_norms(model: nn.Module) -> None:
+    """Raises BitfoldError if a batch norm that is folded into a convolution is not in the model any more."""
+    here = set(model.modules())
+    for path, module in model.named_modules():
+        if isinstance(module, Prepared) and not here.issuperset(module.folded_norm):
+            raise BitfoldError(
+                f"the batch norm that trains within {path} has left the model, and what took its place "
+                "normalizes once more; convert_sync_batchnorm, say, goes before bf.prepare_qat"
+            )
+
+
 def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
-    """The bodies for training and evaluation, and the attributes that are their leading inputs, in order."""
-    body, attributes = _lifted(gm)
-    still, _ = _lifted(gm)
-    TrainMode(on=True).apply(body)
-    TrainMode(on=False).apply(still)
-    for made in (body, still):
-        made.meta.clear()
-        made.recompile()
-    return (body, still), attributes
+    """The bodies, and the attributes that are their leading inputs, in order."""
+    made = []
+    for name in BODIES:
+        body, attributes = _lifted(gm)
+        TrainMode(on=name != "still").apply(body)
+        if name == "frozen" and not freeze_norms(body):
+            continue
+        body.meta.clear()
+        body.recompile()
+        made.append(body)
+    return tuple(made), attributes
 
 
 def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
@@ -197,6 +233,11 @@ def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
             assert isinstance(find_attribute(gm, str(node.target)), Tensor)
             moved[node] = inputs[str(node.target)]
             continue
-        moved[node] = graph.node_copy(node, moved.__getitem__)
+        if node.op in ("placeholder", "output"):
+            moved[node] = graph.node_copy(node, moved.__getitem__)
+        else:
+            # Named by what it does, not by the layer's path, so that layers that are alike share a body.
+            args, kwargs = map_arg((node.args, node.kwargs), moved.__getitem__)
+            moved[node] = graph.create_node(node.op, node.target, args, kwargs)
         moved[node].meta = {}
     return GraphModule(nn.Module(), graph), attributes

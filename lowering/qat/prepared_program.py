@@ -20,24 +20,31 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
-from ...passes import Fold, Pipeline, capture
+from ...formats.gradient import Gradient
+from ...passes import Fold, Pass, Pipeline, capture
 from ...passes.annotate import Annotate
 from ...passes.note import annotated
 from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
-from ...passes.training.batch_norm import SettleBatchNorm, TrainBatchNorm
+from ...passes.training.batch_norm import SettleBatchNorm
 from ...passes.training.mode import TrainMode
 from ...passes.training.settle_quantizers import SettleQuantizers
 from ..algorithms.calibration import Batches
 from ..files.graph_data import dump
 from ..folded import Canonical
 from ..install import CANONICAL, lower_graph
+from ..kv_cache.quantize import speaks_of_caches
 from ..module_scope import Step
 from ..program import as_program, own_tensors
+from .caches import SettleCache, TrainCache, has_attention
+from .norms import norm_pass
 from .options import Qat
-from .prepare import share_learned, train_pass
+from .prepare import check_state, share_learned, train_pass
 from .schedule import PROGRAM
+
+CACHES = PROGRAM + "_caches"
+"""In the meta of a prepared program: the recipe of its caches, if it has some."""
 
 
 class _Training(GraphModule):
@@ -90,7 +97,9 @@ def prepare_program(
     finally:
         model.train(training)
     own = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
-    if not Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites:
+    notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
+    cached = speaks_of_caches(recipe) and has_attention(gm)
+    if not notes and not cached:
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
     if observed is not None:
@@ -101,13 +110,18 @@ def prepare_program(
             calibrate(gm, batches.raw())
     Pipeline([train_pass(how, resumed=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
-        freeze = -1 if how.freeze_norm is None else how.freeze_norm
-        Pipeline([TrainBatchNorm(freeze)]).run(gm, progress=progress)
+        Pipeline([norm_pass(how, resumed=state is not None)]).run(gm, progress=progress)
+    if cached:
+        caches = TrainCache(str(recipe), Gradient.parse(how.activation))
+        if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
+            raise BitfoldError(f"recipe {recipe.name!r} found no cache and no attention that it can round")
+        gm.meta[CACHES] = str(recipe)
     share_learned(gm, {})
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
     gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
     if state is not None:
+        check_state(gm, state)
         gm.load_state_dict(dict(state))
     return _of_class(gm, _Training, False).train(training)
 
@@ -121,7 +135,9 @@ def convert_program(gm: GraphModule, target: str, progress: Step | None) -> Grap
     made = copy.deepcopy(gm)
     made.eval()
     _of_class(made, GraphModule, False)
-    Pipeline([SettleBatchNorm(), SettleQuantizers(), Fold()]).run(made, progress=progress)
+    settle: list[Pass] = [SettleCache(made.meta[CACHES])] if CACHES in made.meta else []
+    settle += [SettleBatchNorm(), SettleQuantizers(), Fold()]
+    Pipeline(settle).run(made, progress=progress)
     made.meta[CANONICAL] = Canonical(dump(made), {})
     lowered = lower_graph(made, target)
     own_tensors(lowered, gm)

@@ -23,7 +23,7 @@ from ...formats import BitfoldError
 from ...passes.training.quantizers import CLOCK
 from ..given_model import module_of
 from .options import Qat
-from .prepared import Prepared
+from .prepared import Prepared, check_norms
 
 PROGRAM = "bitfold_qat"
 """In the meta of a prepared program: its `Qat`."""
@@ -37,6 +37,7 @@ def advance(model: nn.Module) -> None:
     found = list(_prepared(model))
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
+    check_norms(model)
     with torch.no_grad():
         for module, how in found:
             clock = module._buffers.get(CLOCK)

@@ -32,7 +32,7 @@ from ..core import Miss, Pass, report, state
 from ..edit import arguments, call
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
-from .quantizers import CLOCK, TRAIN_QUANTIZE
+from .quantizers import CLOCK, TRAIN_QUANTIZE, first_scales
 
 aten = torch.ops.aten
 FOLD_NORM = torch.ops.bitfold.fold_norm.default
@@ -41,13 +41,15 @@ UNFOLD_NORM = torch.ops.bitfold.unfold_norm.default
 
 @dataclass(frozen=True)
 class TrainBatchNorm(Pass):
-    """freeze: the step from which the running statistics stand still; -1: never."""
+    """freeze: the step from which the running statistics stand still; -1: never; clip: as in
+    `train_quantizers`."""
 
     name: ClassVar[str] = "train_batch_norm"
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.fake_quantized,)
     produces: ClassVar[Stage | None] = None
 
     freeze: int = -1
+    clip: bool = False
 
     def apply(self, gm: GraphModule) -> int:
         """Number of batch norms folded; what stays is reported."""
@@ -82,7 +84,7 @@ class TrainBatchNorm(Pass):
             call(gm, operator.getitem, (made, i), before=rounding, origin_from=node) for i in range(3)
         )
         rounding.update_arg(0, new)
-        _learn_again(gm, rounding, made)
+        _learn_again(gm, rounding, made, self.clip)
         conv.args = (*conv.args[:2], shift, *conv.args[3:])
         args: Any = (conv, g, *norm, momentum, eps, False, clock, freeze)
         after = call(gm, UNFOLD_NORM, args, before=node, origin_from=node)
@@ -129,7 +131,7 @@ def _clock(gm: GraphModule) -> Node:
     return add_constant(gm, CLOCK, torch.zeros((), dtype=torch.int64, device=device), like=first)
 
 
-def _learn_again(gm: GraphModule, rounding: Node, made: Node) -> None:
+def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> None:
     """Learned scales begin at the folded weight's."""
     held: Any = rounding.args[3]
     gradient = Gradient.parse(str(rounding.args[2]))
@@ -137,7 +139,7 @@ def _learn_again(gm: GraphModule, rounding: Node, made: Node) -> None:
         return
     fmt = format(str(rounding.args[1]))
     with torch.no_grad():
-        start = learned.learned(fmt, fmt.choose(folded(gm, made)[0]))
+        start = learned.learned(fmt, first_scales(fmt, folded(gm, made)[0], clip))
         if gradient.kind == "pact":
             start = (start[0] * learned.end(fmt.element),)
         for part, value in zip(held, start, strict=True):
@@ -156,6 +158,17 @@ def folded(gm: GraphModule, made: Node) -> list[Tensor]:
 
     with torch.no_grad():
         return list(FOLD_NORM(*(value(given) for given in made.args[:7])))
+
+
+def freeze_norms(gm: GraphModule) -> int:
+    """Let batch norms that are folded in normalize by their running statistics, as in evaluation, in a graph
+    that trains; how many there are."""
+    found = gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM)
+    for after in found:
+        after.update_arg(9, False)
+    for before in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
+        before.update_arg(7, False)
+    return len(found)
 
 
 @dataclass(frozen=True)

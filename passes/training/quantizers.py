@@ -26,6 +26,7 @@ from torch.fx import GraphModule, Node
 
 from ...formats import BitfoldError, Format, FormatError, format, learned
 from ...formats.gradient import Gradient
+from ..algorithms.clip import Clip
 from ..constants import add_constant, constant, erase_dead_constants, expression
 from ..core import Pass, state
 from ..edges import EDGE, Edge, edge
@@ -47,7 +48,8 @@ Range = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class TrainQuantizers(Pass):
     """weight, activation: their gradients; warmup: steps that train in floats; observe: ranges follow the
-    data, so that a calibrated edge need not have seen any yet; resumed: nor now, a state will be loaded."""
+    data, so that a calibrated edge need not have seen any yet; resumed: nor now, a state will be loaded;
+    clip: learned scales of weights begin where rounding errs least, not where nothing is cut off."""
 
     name: ClassVar[str] = "train_quantizers"
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
@@ -58,6 +60,7 @@ class TrainQuantizers(Pass):
     warmup: int = 0
     observe: bool = False
     resumed: bool = False
+    clip: bool = False
 
     def apply(self, gm: GraphModule) -> int:
         """Number of edges. Raises BitfoldError, with nothing written, for what cannot be trained so."""
@@ -115,7 +118,7 @@ class TrainQuantizers(Pass):
         known = ranges.get((on.layer, on.which))
         if on.which == "weight" and gradient.learns:
             with torch.no_grad():
-                start = fmt.choose(_numbers(gm, source))
+                start = first_scales(fmt, _numbers(gm, source), self.clip)
             held = _learned(gm, node, on, fmt, gradient, start)
         elif on.which != "weight" and known is not None:
             shape = [1] * source.meta["val"].ndim
@@ -157,6 +160,14 @@ def _unseen(gradient: Gradient) -> Observer:
     if gradient.learns:
         made.low, made.high = torch.tensor(-1.0), torch.tensor(1.0)
     return made
+
+
+def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
+    """The scales that learning begins with: those of the format's rule, or of the least square error."""
+    if not clip:
+        return fmt.choose(numbers)
+    with torch.no_grad():
+        return Clip(weighted=False).search(fmt, numbers.to(torch.float32))
 
 
 def _numbers(gm: GraphModule, source: Node) -> Tensor:

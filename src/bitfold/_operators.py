@@ -75,3 +75,7 @@ torch.library.register_autograd(
     setup_context=_later("kv_cache.attention", "keep"),
     lib=_library,
 )
+
+# Defined, with their reference, in formats/round_groups.py.
+for _name, _function in (("round_groups", "rounded"), ("round_groups_backward", "gradients")):
+    _library.impl(_name, _later("cuda.rounding", _function), "CUDA")

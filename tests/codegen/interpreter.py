@@ -97,7 +97,16 @@ def write(cache: list[torch.Tensor], **given: Any) -> dict[str, Any]:
     return {"cache": cache}
 
 
-JOBS = {"product": product, "finish": finish, "attend": attend, "write": write}
+def rounding(spec: Any, x: Any, scales: list[torch.Tensor], gradient: Any = None) -> dict[str, Any]:
+    """What a kernel of training gives."""
+    from bitfold.codegen.triton.rounding_build import gradients, rounded
+
+    if gradient is None:
+        return {"made": (rounded(spec, x, scales),)}
+    return {"made": gradients(spec, x, scales, gradient)}
+
+
+JOBS = {"product": product, "finish": finish, "attend": attend, "write": write, "rounding": rounding}
 
 
 def main() -> None:

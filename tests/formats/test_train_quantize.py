@@ -232,3 +232,27 @@ def test_a_gradient_prints_and_parses(kind: str, stochastic: bool) -> None:
 def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
     with pytest.raises(FormatError):
         Gradient.parse(text)
+
+
+@pytest.mark.parametrize("kind", ["straight", "clip", "lsq", "pact", "smooth:3"])
+@pytest.mark.parametrize("text", ["int4[g16]", "uint4[g16,zero]", "int8", "mxfp4", "nvfp4", "int8[tensor]"])
+def test_by_an_operator_of_its_own_it_is_the_same(text: str, kind: str) -> None:
+    """Without a kernel registered for the device both run the reference, forward and backward."""
+    fmt = format(text)
+    if kind == "pact" and fmt.scale.zero != "none":
+        pytest.skip("pact has no zero points")
+    torch.manual_seed(0)
+    found = []
+    for flag in ("", "+kernel"):
+        torch.manual_seed(0)
+        x = torch.randn(6, 32, requires_grad=True)
+        held = []
+        if kind in ("lsq", "pact"):
+            held = [part * 0.7 for part in learned.learned(fmt, fmt.choose(x.detach()))][
+                : 1 if kind == "pact" else 2
+            ]
+            held = [part.requires_grad_() for part in held]
+        y = torch.ops.bitfold.train_quantize(x, text, kind + flag, held, True)
+        (y * torch.randn_like(y)).sum().backward()
+        found.append([y, x.grad, *(part.grad for part in held)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -357,3 +357,27 @@ def test_experts_in_a_program(how: str) -> None:
     step(gm, x, torch.optim.SGD(gm.parameters(), lr=0.1))
     expected = gm.eval()(x).detach()
     assert torch.equal(bf.convert(gm, target="reference")(x), expected)
+
+
+class Block(nn.Module):
+    """Two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_layers_that_are_alike_are_compiled_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    layers = [Block() for _ in range(4)]
+    model = bf.prepare_qat(nn.Sequential(*layers), "int4[g16]", bf.Qat("lsq"))
+    counter = CompileCounterWithBackend("aot_eager")
+    for layer in layers:
+        layer.compile(backend=counter, fullgraph=True)
+    model(torch.randn(3, 16, requires_grad=True)).sum().backward()
+    assert counter.frame_count == 1

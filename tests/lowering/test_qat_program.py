@@ -172,6 +172,37 @@ def test_a_compiled_step_breaks_nowhere_and_is_compiled_once(scope: str) -> None
     assert any(name.endswith("input_high") and value.isfinite().all() for name, value in held.items())
 
 
+def kept(gradient: str | None) -> int:
+    """Bytes that a compiled step keeps for its backward pass beside the model's own tensors."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    if gradient is not None:
+        recipe = bf.Recipe("r", (Rule(weight="int4[g16]", input="mxfp8"),))
+        bf.prepare_qat(model, recipe, bf.Qat(gradient))
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    step = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+    x = torch.randn(8, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = step(x)
+    y.sum().backward()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("gradient", ["straight", "clip", "lsq", "pact", "smooth:3"])
+def test_a_compiled_step_keeps_no_rounded_weight(gradient: str) -> None:
+    """It rounds once more in its backward pass, and takes no more memory than in floats."""
+    assert kept(gradient) <= kept(None)
+    assert kept(gradient + "+keep") >= 2 * 64 * 64 * 4
+
+
 @pytest.mark.parametrize("gradient", ["straight", "lsq", "smooth:3"])
 def test_a_compiled_step_computes_what_an_eager_one_does(gradient: str) -> None:
     """By Inductor, both directions. Codes at a tie may differ where sums are added in another order, so the

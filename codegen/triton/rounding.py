@@ -1,0 +1,138 @@
+"""From a `RoundingSpec` to the source of a kernel that rounds in training, forward or backward.
+
+In: a spec. Out: the text of a module with one `kernel`: a program takes a few groups of numbers, finds their
+scales or reads them, and writes what they are rounded to, or the gradients, in one pass over memory.
+
+    int4[g32], forward   ->   x = load [128, 32];  s = stored(max |x| / 7.5);  y = clamp(rint(x / s)) * s
+    int4[g32], lsq       ->   x, g = load ..;  gx = g where inside;  gs = sum(g * d value / d step)
+
+Bits are those of `format.fake_quantize` and of `formats/train_quantize.py`; sums are in another order.
+"""
+
+from __future__ import annotations
+
+from ...formats import Format, Integer, format
+from ..rounding import RoundingSpec
+from .encode import code_lines, magnitude_lines, read_lines, scale_lines, zero_lines
+from .lines import TL, Lines
+from .values import value_lines
+
+INTEGERS = ("count",)
+
+
+def names(spec: RoundingSpec) -> list[str]:
+    """The kernel's arguments."""
+    found = ["x"]
+    if spec.given:
+        found += ["scales", "zeros"] if spec.zero else ["scales"]
+    if spec.direction == "forward":
+        return [*found, "rounded", "count"]
+    found += ["gradient", "for_x"]
+    if spec.learns:
+        found += ["for_step", "for_low"] if spec.zero and spec.direction == "lsq" else ["for_step"]
+    return [*found, "count"]
+
+
+def source(spec: RoundingSpec) -> str:
+    """The kernel's module as text."""
+    out, fmt = Lines(), format(spec.format)
+    out.add(f'"""Rounding: {spec}"""', "import triton", "import triton.language as tl", "")
+    out.add('@triton.jit(do_not_specialize=["count"])')
+    with out.indent(f"def kernel({', '.join(names(spec))}):"):
+        out.add(
+            f"r = tl.program_id(0) * {spec.rows} + tl.arange(0, {spec.rows})",
+            f"c = tl.arange(0, {spec.wide})",
+            f"keep = (r < count)[:, None] & (c < {spec.group})[None, :]",
+            f"at = r.to(tl.int64)[:, None] * {spec.group} + c[None, :]",
+            "v = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)",
+        )
+        _scale(out, spec, fmt)
+        out.add(*code_lines(fmt.element, fmt.scale, "v", "s", "code"))
+        out.add(*value_lines(fmt.element, "code", "e"))
+        out.add(*_step(fmt))
+        out.add("value = (e - s_z[:, None]) * step[:, None]" if spec.zero else "value = e * step[:, None]")
+        if spec.direction == "forward":
+            out.add(*_in_lane(spec), "tl.store(rounded + at, value, mask=keep)")
+        else:
+            _gradients(out, spec, fmt)
+    return "\n".join(out.text) + "\n"
+
+
+def _in_lane(spec: RoundingSpec) -> list[str]:
+    """value in the dtype of x. bfloat16 as the integer of its bits, rounded by hand: the interpreter's cast
+    cuts bits off."""
+    if spec.lane != "bf16":
+        return [f"value = value.to({TL[spec.lane]})"]
+    return [
+        "bits = value.to(tl.int32, bitcast=True)",
+        "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
+        "value = tl.where(value != value, 0x7FC0, bits).to(tl.int16)",
+    ]
+
+
+def _scale(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
+    scale = fmt.scale
+    assert scale is not None
+    if spec.given:
+        # Behind the last group stands a scale that divides.
+        fill = "127" if scale.dtype == "e8m0" else "1.0"
+        out.add(f"s = tl.load(scales + r, mask=r < count, other={fill})", *read_lines(scale, "s"))
+        if spec.zero:
+            out.add("s_z = tl.load(zeros + r, mask=r < count, other=0).to(tl.float32)")
+    elif spec.zero:
+        assert isinstance(fmt.element, Integer)
+        out.add(*zero_lines(fmt.element, scale, ["v"], "s"))
+    else:
+        out.add(*magnitude_lines(["v"], "amax"), *scale_lines(fmt.element, scale, "amax", "s"))
+
+
+def _step(fmt: Format) -> list[str]:
+    """step: the value of the scale; the byte of an e8m0 is the exponent of one, 0 the smallest power."""
+    assert fmt.scale is not None
+    if fmt.scale.dtype != "e8m0":
+        return ["step = s_f"]
+    return [
+        "step = tl.where(s_e == 0, 0x00400000, s_e << 23).to(tl.int32).to(tl.float32, bitcast=True)",
+        "step = tl.where(s_e == 255, float('nan'), step)",
+    ]
+
+
+def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
+    element = fmt.element
+    low, high = float(element.low), float(element.high)
+    out.add(
+        "g = tl.load(gradient + at, mask=keep, other=0.0).to(tl.float32)",
+        "safe = tl.broadcast_to(tl.where(step == 0.0, 1.0, step)[:, None], v.shape)",
+    )
+    if spec.zero:
+        assert isinstance(element, Integer)
+        first = float(element.first)
+        out.add(
+            f"least = (({first!r} - s_z) * step)[:, None]",
+            f"u = tl.div_rn(v - least, safe) + {first!r}",
+        )
+    else:
+        out.add("u = tl.div_rn(v, safe)")
+    if spec.direction == "clip":
+        half = 0.5 * 2.0**-element.fraction if isinstance(element, Integer) else 0.0
+        out.add(f"below = u < {low - half!r}", f"above = u > {high + half!r}")
+    else:
+        out.add(f"below = u <= {low!r}", f"above = u >= {high!r}")
+    out.add(
+        "outside = below | above",
+        f"tl.store(for_x + at, tl.where(outside, 0.0, g).to({TL[spec.lane]}), mask=keep)",
+    )
+    if spec.direction == "pact":
+        top = element.high if element.high > 0 else -element.low
+        out.add(f"by = tl.where(above, {high / top!r}, tl.where(below, {low / top!r}, 0.0))")
+    if spec.direction == "lsq":
+        out.add(
+            f"by = tl.where(outside, value - {'least' if spec.zero else '0.0'}, value - v)",
+            "by = tl.div_rn(by, safe)",
+        )
+    if spec.learns:
+        out.add("tl.store(for_step + r, tl.sum(tl.where(keep, g * by, 0.0), 1), mask=r < count)")
+    if spec.learns and spec.zero and spec.direction == "lsq":
+        out.add(
+            "tl.store(for_low + r, tl.sum(tl.where(keep & outside, g, 0.0), 1), mask=r < count)",
+        )

@@ -1,0 +1,196 @@
+"""Batch norm that follows a convolution in a model of modules: which follows which, and the graph of both.
+
+In: a model and its planned sites. Out: for each convolution that a batch norm alone reads, that batch norm;
+and its graph with the batch norm behind it, which `train_batch_norm` folds.
+
+    forward(x): relu(self.bn1(self.conv1(x)))   ->   {"layer1.conv1": Norm("layer1.bn1", layer1.bn1)}
+    conv2d(x, rounded(weight))  ->  batch_norm(conv2d(x, rounded(weight)), norm.weight, norm.bias, ..)
+
+Who reads what is seen in the forward of the module that calls both, traced by torch.fx with every module in
+it as one operator; no example data is needed. Where that forward cannot be traced (it looks at numbers),
+batch norm stays a module of floats, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node, Tracer
+
+from ...formats import BitfoldError
+from ...passes import MissRecord, Pipeline, capture_module
+from ...passes.annotate import Annotate
+from ...passes.edit import call, fake_mode
+from ...passes.note import annotated
+from ...passes.recipes import Recipe
+from ...passes.scopes.module import is_stock
+from ...passes.training.batch_norm import TrainBatchNorm
+from ..module_scope import Site
+from .options import Qat
+
+aten = torch.ops.aten
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PREFIX = "norm"
+"""Under which the graph of a convolution knows the tensors of its batch norm."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm, and where it is in the model."""
+
+    path: str
+    module: nn.Module
+
+
+class _Children(Tracer):
+    """One forward, every module that it calls a single operator."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def following_norms(model: nn.Module, sites: Sequence[Site]) -> tuple[dict[str, Norm], list[MissRecord]]:
+    """The batch norm that folds into each site, by the site's path; and those that do not, and why."""
+    paths = {module: path for path, module in model.named_modules()}
+    stock = (site for site in sites if type(site.module) in CONVOLUTIONS and is_stock(site.module))
+    wanted = {site.module: site for site in stock}
+    norms = {module: path for path, module in model.named_modules() if type(module) in NORMS}
+    if not wanted or not norms:
+        return {}, []
+    pairs, calls, untraced = _calls(model, paths)
+    shared = Counter(id(p) for module in paths for p in module._parameters.values() if p is not None)
+    found: dict[str, Norm] = {}
+    misses: list[MissRecord] = []
+    for norm, path in norms.items():
+        before = pairs.get(norm)
+        if before is None:
+            reason = "no convolution stands alone before it in the forward that calls it"
+            reason = next((why for owner, why in untraced if norm in owner.modules()), reason)
+        elif before not in wanted:
+            continue  # the recipe leaves that convolution as it is
+        else:
+            reason = _obstacle(before, norm, calls, shared)
+        if not reason:
+            assert before is not None
+            found[wanted[before].path] = Norm(path, norm)
+        else:
+            misses.append(MissRecord(path, path, "", "fold_norm", reason))
+    return found, misses
+
+
+def _calls(
+    model: nn.Module, paths: Mapping[nn.Module, str]
+) -> tuple[dict[nn.Module, nn.Module], Counter[nn.Module], list[tuple[nn.Module, str]]]:
+    """Which convolution each batch norm alone reads, how often each module is called, and what cannot be
+    traced, the innermost first."""
+    pairs: dict[nn.Module, nn.Module] = {}
+    calls: Counter[nn.Module] = Counter()
+    untraced: list[tuple[nn.Module, str]] = []
+    for owner in reversed(list(paths)):
+        if not any(type(inner) in NORMS for inner in owner.modules()) or type(owner) in NORMS:
+            continue
+        if type(owner).forward is nn.Module.forward and "forward" not in owner.__dict__:
+            continue  # a list of modules
+        try:
+            if "forward" in owner.__dict__:
+                raise BitfoldError("it is set on the instance")  # and torch.fx reads that of the class
+            graph = _Children().trace(owner)
+        except Exception as error:  # whatever the user's forward does with a stand-in for its input
+            why = str(error).strip().split("\n")[0]
+            untraced.append((owner, f"the forward of {paths[owner] or 'the model'} cannot be traced ({why})"))
+            continue
+        for node in graph.find_nodes(op="call_module"):
+            module = owner.get_submodule(str(node.target))
+            calls[module] += 1
+            before = _read_alone(node)
+            if type(module) in NORMS and before is not None:
+                pairs[module] = owner.get_submodule(before)
+    return pairs, calls, untraced
+
+
+def _read_alone(node: Node) -> str | None:
+    """The module whose result this call alone reads."""
+    source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+    if not isinstance(source, Node) or source.op != "call_module" or set(source.users) != {node}:
+        return None
+    return str(source.target)
+
+
+def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shared: Mapping[int, int]) -> str:
+    """Why a batch norm is not folded, or ''."""
+    if calls[before] != 1 or calls[norm] != 1:
+        return "it, or the convolution before it, is called more than once"
+    if "forward" in norm.__dict__:
+        return "its forward is set on the instance"
+    if norm.running_mean is None or norm.momentum is None:
+        return "it has no running statistics that move by a fixed share"
+    if any(shared[id(p)] > 1 for p in (before._parameters["weight"], *norm._parameters.values())):
+        return "its numbers, or the weight before it, belong to other modules too"
+    hooked = (before._forward_hooks, norm._forward_pre_hooks, norm._forward_hooks)
+    if any(hooked):
+        return "hooks see what stands between it and the convolution"
+    return ""
+
+
+def norm_pass(how: Qat, *, resumed: bool = False) -> TrainBatchNorm:
+    """The pass that these options ask for."""
+    freeze = -1 if how.freeze_norm is None else how.freeze_norm
+    return TrainBatchNorm(freeze, how.start == "clip" and not resumed)
+
+
+def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = False) -> bool:
+    """Put batch norm behind the convolution of a graph that trains, and fold it in; False if it stays out,
+    since the result is rounded before batch norm reads it."""
+    (conv,) = (node for node, _ in annotated(gm))
+    users = list(conv.users)
+    if len(users) != 1 or users[0].op != "output":
+        return False
+    gm.add_submodule(PREFIX, _held(norm))
+    first = next(iter(gm.graph.nodes))
+    read = [_attribute(gm, f"{PREFIX}.{name}", first) for name in NAMES if getattr(norm, name) is not None]
+    numbers = dict[str, Node | None](dict.fromkeys(NAMES)) | {
+        str(node.target).split(".")[1]: node for node in read
+    }
+    told: Any = norm
+    args = (conv, *numbers.values(), False, told.momentum, told.eps, False)
+    after = call(gm, aten.batch_norm.default, args, before=users[0], origin_from=conv)
+    conv.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+    folded = Pipeline([norm_pass(how, resumed=resumed)]).run(gm, record=False).steps[-1].rewrites
+    assert folded == 1, f"the batch norm behind {conv.name} did not fold"
+    return True
+
+
+NAMES = ("weight", "bias", "running_mean", "running_var")
+
+
+def _held(norm: nn.Module) -> nn.Module:
+    """Its tensors, the very ones, without its code."""
+    holder = nn.Module()
+    for name in NAMES[:2]:
+        holder.register_parameter(name, norm._parameters[name])
+    for name in NAMES[2:]:
+        holder.register_buffer(name, norm._buffers[name])
+    return holder
+
+
+def _attribute(gm: GraphModule, target: str, before: Node) -> Node:
+    with gm.graph.inserting_before(before):
+        node = gm.graph.create_node("get_attr", target, name=target.replace(".", "_"))
+    owner, _, name = target.rpartition(".")
+    tensor = getattr(gm.get_submodule(owner), name)
+    with fake_mode(gm):
+        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return node
+
+
+def identity(path: str) -> GraphModule:
+    """The graph x -> x, annotated by nothing."""
+    gm = capture_module(nn.Identity(), (torch.zeros(2, 2),), path=path)
+    Pipeline([Annotate(recipe=str(Recipe("none", ())))]).run(gm, record=False)
+    return gm

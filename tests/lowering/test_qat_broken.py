@@ -1,0 +1,231 @@
+"""What tries to break training on rounded numbers: odd models, odd data, odd orders of calls."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from qat_cases import step
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.lowering.qat.prepared import Prepared
+from bitfold.passes.rules import Rule
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+STATIC = bf.Recipe("static", (Rule(weight="int4", input="int8[tensor]", observer="minmax"),))
+
+
+def made(k: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(k, 32), nn.GELU(), nn.Linear(32, k))
+
+
+def trained(model: nn.Module, x: Tensor = X, steps: int = 2) -> nn.Module:
+    optimizer = torch.optim.Adam(bf.parameter_groups(model, 1e-2, 1e-3))
+    for _ in range(steps):
+        step(model, x, optimizer)
+    return model.eval()
+
+
+def converts(model: nn.Module, x: Tensor = X) -> bool:
+    """Whether the converted model gives the prepared one's bits."""
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        return torch.equal(bf.convert(model, target="reference")(x), expected)
+
+
+@pytest.mark.parametrize("text", ["int3", "int2", "int8", "uint5[zero]", "float8_e4m3fn"])
+def test_rows_of_an_odd_length(text: str) -> None:
+    x = torch.randn(4, 33)
+    assert converts(trained(bf.prepare_qat(made(33), text, bf.Qat("lsq")), x), x)
+
+
+def test_a_frozen_weight_stays_and_its_scale_learns() -> None:
+    model = made()
+    model[0].weight.requires_grad_(False)
+    bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    weight, scale = (model[0].get_parameter(name).clone() for name in ("weight", "weight_step"))
+    trained(model)
+    assert torch.equal(model[0].weight, weight) and not torch.equal(model[0].weight_step, scale)
+    assert converts(model)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_batch_that_is_no_number_moves_no_range(wrong: float) -> None:
+    model = bf.prepare_qat(made(), STATIC, bf.Qat(observe=5))
+    model(X)
+    bf.advance(model)
+    before = model[0].input_high.clone()
+    bad = X.clone()
+    bad[0, 0] = wrong
+    model(bad)
+    bf.advance(model)
+    assert torch.equal(model[0].input_high, before) and converts(model)
+
+
+def test_a_layer_that_is_never_called_is_named_and_the_model_stays() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = trained(bf.prepare_qat(Two(), STATIC, bf.Qat(observe=3)))
+    expected = model(X)
+    with pytest.raises(bf.BitfoldError, match="layer idle"):
+        bf.convert(model)
+    assert torch.equal(model(X), expected) and isinstance(model.used, Prepared)
+
+
+def test_numbers_that_are_none_and_codes_are_refused() -> None:
+    model = trained(bf.prepare_qat(made(), "int4[g16]"))
+    kept = model[0].weight[0, 0].clone()
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(bf.BitfoldError, match="layer 0"):
+        bf.convert(model)
+    with torch.no_grad():
+        model[0].weight[0, 0] = kept
+    assert converts(model)
+    for call in (
+        lambda: bf.prepare_qat(model, "int4[g16]"),
+        lambda: bf.convert(model),
+        lambda: bf.advance(model),
+    ):
+        with pytest.raises(bf.BitfoldError):
+            call()
+
+
+@pytest.mark.parametrize("gradient", ["lsq", "pact", "smooth:5", "clip"])
+def test_rows_of_zeros_and_scales_that_went_astray(gradient: str) -> None:
+    model = made()
+    with torch.no_grad():
+        model[0].weight[0].zero_()
+        model[2].weight.zero_()
+    bf.prepare_qat(model, "int4[g16]", bf.Qat(gradient))
+    for name, parameter in model.named_parameters():
+        if name in ("0.weight_step", "0.weight_end"):
+            with torch.no_grad():
+                parameter[1:4] = torch.tensor([-0.1, 0.0, 1e-30])[:, None]
+    trained(model)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters()) and converts(model)
+
+
+def test_an_empty_batch_and_half_precision() -> None:
+    model = bf.prepare_qat(made(), STATIC, bf.Qat("lsq", "clip", observe=3))
+    model(X[:0]).sum().backward()
+    bf.advance(model)
+    assert converts(trained(model))
+    half = bf.prepare_qat(made().half(), "int4[g16]", bf.Qat("lsq"))
+    step(half, X.half(), torch.optim.SGD(half.parameters(), 0.01))  # Adam's epsilon is 0 in float16
+    assert converts(half, X.half())
+
+
+def test_prepared_in_inference_mode_it_trains() -> None:
+    model = made()
+    with torch.inference_mode():
+        bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    assert converts(trained(model))
+
+
+class Odd(nn.Module):
+    """A forward of its own, and an attribute."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 16))
+        setattr(self, name, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+def test_an_attribute_in_the_way_is_named() -> None:
+    model = nn.Sequential(Odd("norm"))
+    assert converts(trained(bf.prepare_qat(model, "int4[g16]", example_inputs=(X,))))
+    model = nn.Sequential(Odd("body"))
+    with pytest.raises(bf.BitfoldError, match="attribute 'body'"):
+        bf.prepare_qat(model, "int4[g16]", example_inputs=(X,))
+    assert type(model[0]) is Odd
+
+
+def test_the_fast_path_of_a_transformer_layer_reads_no_float_weight() -> None:
+    """In evaluation torch's own layer would read the weights of its linears without calling them."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    model, x = nn.TransformerEncoder(layer, 2), torch.randn(2, 5, 16)
+    bf.prepare_qat(model, "int2[g16]", bf.Qat("lsq"))
+    trained(model, x)
+    with torch.no_grad():
+        rounded = model(x)
+    # With a gradient wanted no fast path is taken, that of attention included, which adds in another order:
+    # 16 and 32 terms of float32 in two layers, where int2 moves what it rounds by tenths.
+    assert torch.allclose(rounded, model(x.clone().requires_grad_()), atol=1e-5)
+    assert converts(model, x)
+
+
+def test_a_state_of_another_recipe_is_one_sentence_and_changes_nothing() -> None:
+    state = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq")).state_dict()
+    for scope in ("module", "program"):
+        options: dict[str, Any] = {"scope": scope} | ({"example_inputs": (X,)} if scope == "program" else {})
+        for recipe, how in (("int4[g16]", bf.Qat()), ("int4[g8]", bf.Qat("lsq"))):
+            model = made()
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(bf.BitfoldError, match="state"):
+                bf.prepare_qat(model, recipe, how, state=state, **options)
+            assert type(model[0]) is nn.Linear and set(model.state_dict()) == set(before)
+            assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_distributed_data_parallel(tmp_path: object) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = bf.prepare_qat(made(), STATIC, bf.Qat("lsq", "clip", observe=2))
+        trained(nn.parallel.DistributedDataParallel(model))
+        assert converts(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def _shard(rank: int, folder: str) -> None:
+    """One of two processes that train a model together, against a third model that trains alone."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    # 31 rows: the processes' shares differ in size.
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(16, 31), nn.GELU(), nn.Linear(31, 16))
+    bf.prepare_qat(alone, bf.Recipe("r", (Rule(weight="int4[row]", input="int8"),)), bf.Qat("lsq"))
+    together = copy.deepcopy(alone)
+    for layer in (together[0], together[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(together, mesh=mesh)
+    for model in (alone, together):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(X).square().mean().backward()  # the same batch in both: their mean is the one's gradient
+            optimizer.step()
+            optimizer.zero_grad()
+    state = get_model_state_dict(together, options=StateDictOptions(full_state_dict=True))
+    for name, tensor in alone.state_dict().items():
+        if rank == 0:
+            assert torch.allclose(state[name], tensor, atol=1e-6), name
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_model(tmp_path: object) -> None:
+    import torch.multiprocessing as processes
+
+    processes.spawn(_shard, (str(tmp_path),), nprocs=2)

@@ -1,0 +1,249 @@
+"""Batch norm folded into the convolution before it, in a model of modules."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.lowering.folded import Folded
+from bitfold.lowering.qat.prepared import Prepared
+from bitfold.passes.rules import Rule
+
+X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+WANTED = torch.arange(6) % 4
+RECIPE = bf.Recipe("all", (Rule(op="*", weight="int4"),))
+STATIC = bf.Recipe("static", (Rule(op="*", weight="int8", input="int8[tensor]", observer="minmax"),))
+
+
+class Block(nn.Module):
+    """Two convolutions with batch norm beside a third: what residual networks are made of."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, groups=2)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.down = nn.Sequential(nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out, affine=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.down(x))
+
+
+class Net(nn.Module):
+    """Its forward looks at a size, so that it cannot be traced; its blocks can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(3, 8), Block(8, 8)])
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+            x = F.max_pool2d(x, 2) if x.shape[-1] > 4 else x
+        return self.head(x.mean((2, 3)))
+
+
+def made() -> Net:
+    torch.manual_seed(0)
+    model = Net()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.uniform_(0.5, 2.0)
+            module.running_mean.normal_()
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+    return model
+
+
+def train(model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:
+    optimizer = torch.optim.Adam(bf.parameter_groups(model, lr, lr / 10))
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(model(X), WANTED)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        bf.advance(model)
+        losses.append(loss.item())
+    return losses
+
+
+def prepared(how: bf.Qat, recipe: bf.Recipe = RECIPE, model: nn.Module | None = None) -> nn.Module:
+    data = {"calibration": [X]} if recipe is STATIC else {}
+    return bf.prepare_qat(model or made(), recipe, how, **data)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, STATIC], ids=["int4", "static"])
+@pytest.mark.parametrize("gradient", ["straight", "lsq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_what_trained_is_what_is_converted(
+    dtype: torch.dtype, gradient: str, recipe: bf.Recipe, tmp_path: Path
+) -> None:
+    model = made()
+    names = set(model.state_dict())
+    own = {id(p) for p in model.parameters()}
+    prepared(bf.Qat(gradient, gradient), recipe, model)
+    assert own <= {id(p) for p in model.parameters()} and names <= set(model.state_dict())
+    model.to(dtype)
+    x = X.to(dtype)
+    if dtype is torch.float32:
+        losses = train(model, 15)
+        assert losses[-1] < losses[0]
+    model.eval()
+    with torch.no_grad():
+        expected = model(x)
+        bf.convert(model, target="reference")
+        assert torch.equal(model(x), expected)
+    block = model.blocks[0]
+    assert isinstance(block.conv1, Folded) and isinstance(block.bn1, Folded)
+    assert torch.equal(block.bn1(x), x)
+    bf.save(model, tmp_path / "model.safetensors")
+    again = bf.load(tmp_path / "model.safetensors", into=made().to(dtype).eval(), target="reference")
+    with torch.no_grad():
+        assert torch.equal(again(x), expected)
+    twin = copy.deepcopy(again).to(torch.float32)
+    with torch.no_grad():
+        assert twin(X).dtype == torch.float32
+
+
+def test_it_is_the_program_scope_in_another_form() -> None:
+    model = made()
+    how = bf.Qat("straight", freeze_norm=3)
+    modules = prepared(how, model=copy.deepcopy(model))
+    program = bf.prepare_qat(model, RECIPE, how, scope="program", example_inputs=(X,))
+    for one in (modules, program):
+        one.train()
+        train(one, 6)
+        one.eval()
+    with torch.no_grad():
+        assert torch.equal(modules(X), program(X))
+    theirs = dict(program.named_buffers())
+    for name, buffer in modules.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(buffer, theirs[name])
+
+
+def test_in_floats_it_is_batch_norm() -> None:
+    """During warmup nothing is rounded. y / g * g costs three float32 roundings a number and 72 terms are
+    added, through two blocks: 1e-4 of numbers near 1."""
+    model = made()
+    rounded = prepared(bf.Qat(warmup=10), model=copy.deepcopy(model))
+    for one in (model, rounded):
+        one.train()
+        F.cross_entropy(one(X), WANTED).backward()
+    theirs = dict(rounded.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(theirs[name].grad, parameter.grad, atol=2e-4), name
+    moved = dict(rounded.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert name.endswith("tracked") or torch.allclose(buffer, moved[name], atol=1e-4), name
+
+
+def test_a_batch_norm_in_evaluation_mode_stands_still_while_the_rest_trains() -> None:
+    model = prepared(bf.Qat("straight+stochastic")).train()
+    norm = model.blocks[0].bn1
+    norm.eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert not torch.equal(model(X), model(X))
+    after = dict(model.named_buffers())
+    assert torch.equal(after["blocks.0.bn1.running_mean"], before["blocks.0.bn1.running_mean"])
+    assert not torch.equal(after["blocks.0.bn2.running_mean"], before["blocks.0.bn2.running_mean"])
+
+
+def test_statistics_stand_still_after_the_chosen_step() -> None:
+    model = prepared(bf.Qat(freeze_norm=2)).train()
+    seen = []
+    for _ in range(4):
+        train(model, 1)
+        seen.append(model.blocks[0].bn1.running_mean.clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[2], seen[3])
+    with torch.no_grad():
+        assert torch.equal(model(X), model.eval()(X))
+
+
+class Peeking(nn.Module):
+    """Where batch norm is not what alone reads the convolution, or nobody can tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y
+
+
+@pytest.mark.parametrize("kind", ["peeking", "twice", "momentum", "hook", "untraced"])
+def test_what_cannot_be_folded_stays_and_is_reported(kind: str) -> None:
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    model: nn.Module = nn.Sequential(conv, norm)
+    if kind == "peeking":
+        model = Peeking()
+    if kind == "twice":
+        model = nn.Sequential(conv, norm, conv, norm)
+    if kind == "momentum":
+        norm.momentum = None
+    if kind == "hook":
+        conv.register_forward_hook(lambda *args: None)
+    if kind == "untraced":
+        model.forward = lambda x: norm(conv(x)) if x.mean() > -1e9 else x  # type: ignore[method-assign]
+    bf.prepare_qat(model, RECIPE)
+    found = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    assert not isinstance(found, Prepared)
+    assert any("fold_norm" in str(miss) for miss in bf.report(model).misses)
+    model(X).sum().backward()
+    model.eval()
+    with torch.no_grad():
+        expected = model(X)
+        assert torch.equal(bf.convert(model, target="reference")(X), expected)
+
+
+def test_prepared_again_copied_and_resumed() -> None:
+    model = prepared(bf.Qat("lsq", freeze_norm=4)).train()
+    train(model, 2)
+    bf.prepare_qat(model, bf.Recipe("fewer", (Rule(op="*", weight="int2"),)), bf.Qat("lsq", freeze_norm=4))
+    train(model, 1)
+    twin = copy.deepcopy(model)
+    assert twin.blocks[0].conv1.folded_norm[0] is twin.blocks[0].bn1
+    recipe = bf.Recipe("fewer", (Rule(op="*", weight="int2"),))
+    fresh = bf.prepare_qat(made(), recipe, bf.Qat("lsq", freeze_norm=4), state=model.state_dict()).train()
+    for one in (model, twin, fresh):
+        train(one, 3)
+    with torch.no_grad():
+        expected = model.eval()(X)
+        for one in (twin, fresh):
+            assert torch.equal(one.eval()(X), expected)
+            assert torch.equal(bf.convert(one, target="reference")(X), expected)
+
+
+def test_a_batch_norm_that_left_the_model_is_noticed() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(prepared(bf.Qat()))
+    for call in (bf.advance, bf.convert):
+        with pytest.raises(bf.BitfoldError, match="has left the model"):
+            call(model)
+
+
+def test_a_conversion_that_fails_leaves_all_as_it_was() -> None:
+    model = prepared(bf.Qat("lsq")).train()
+    train(model, 2)
+    model.eval()
+    expected, scale = model(X).detach(), model.blocks[1].conv2.weight_step
+    kept = scale.detach().clone()
+    with torch.no_grad():
+        scale[0] = float("nan")
+    with pytest.raises(bf.BitfoldError, match="conv2"):
+        bf.convert(model)
+    with torch.no_grad():
+        scale.copy_(kept)
+        assert torch.equal(model(X), expected)
+        assert torch.equal(bf.convert(model, target="reference")(X), expected)
