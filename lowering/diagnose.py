@@ -101,7 +101,7 @@ def diagnose(
     model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
     layers = _paired(model, quantized)
     output, count = Ratio(), 0
-    with hooked(model, {}), hooked(quantized, {}):
+    with hooked(model, {}), hooked(quantized, {}), buffers_kept(model, quantized):
         for batch in Batches(batches, None):
             count += 1
             if progress is not None:
@@ -141,6 +141,26 @@ def _numbers(result: Any) -> list[Tensor]:
     """The floating-point tensors of what a layer returned."""
     leaves = pytree.tree_leaves(result)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+@contextmanager
+def buffers_kept(*models: nn.Module) -> Iterator[None]:
+    """What models write to while they run (counters, caches) is put back. Codes, which nothing writes to, are
+    not copied."""
+    modules = (one for model in models for one in model.modules() if not isinstance(one, Folded))
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, value in before:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
 
 
 @contextmanager
@@ -212,5 +232,11 @@ def _compare(
     with hooked(model, {}, {layer.module: keep(layer) for layer in layers}):
         end = first_output(model, batch)
     with hooked(quantized, {}, {layer.folded: against(layer) for layer in layers}):
-        output.add(end, first_output(quantized, batch))
+        result = first_output(quantized, batch)
+    if end.shape != result.shape:
+        raise BitfoldError(
+            f"the models do not belong together: one returns {list(end.shape)} where the quantized one "
+            f"returns {list(result.shape)}; give the model as it was before bf.quantize"
+        )
+    output.add(end, result)
     return end

@@ -1,7 +1,7 @@
 """The model's own tensors in a graph: their bytes, and those that the graph writes to.
 
 In: a graph of any scope. Out: the nodes that read such tensors; the bytes of all, shared ones once; a block
-behind which counters, statistics and caches are what they were.
+behind which counters, statistics, caches and random numbers are what they were.
 
     held_bytes(gm)   ->   538060032
     with as_it_was(gm, inputs): gm(*inputs)
@@ -38,7 +38,8 @@ def held_bytes(gm: GraphModule) -> int:
 
 @contextmanager
 def as_it_was(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[None]:
-    """To run a graph as often as one likes: its own tensors and its inputs that it writes to are put back."""
+    """To run a graph as often as one likes: its own tensors and its inputs that it writes to are put back,
+    and so are the random numbers. Two graphs that run so drop the same values of the same dropout."""
     names = mutated(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     attributes = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")} & names
@@ -46,8 +47,15 @@ def as_it_was(gm: GraphModule, inputs: Sequence[Any]) -> Iterator[None]:
     written += [given for node, given in zip(placeholders, inputs, strict=False) if node.name in names]
     before = [(tensor, tensor.clone()) for tensor in written if isinstance(tensor, Tensor)]
     try:
-        yield
+        with torch.random.fork_rng(cards(gm, inputs)):
+            yield
     finally:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
+
+
+def cards(gm: GraphModule, inputs: Sequence[Any]) -> list[torch.device]:
+    """The GPUs that a graph runs on, for their random numbers."""
+    held = (*gm.parameters(), *gm.buffers(), *inputs)
+    return list({t.device: None for t in held if isinstance(t, Tensor) and t.is_cuda})

@@ -11,6 +11,7 @@ kernel become part of it) is shown as a last step, `finish`: its nodes are the k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..codegen.device import present
-from ..formats import Quantized
+from ..formats import BitfoldError, Quantized
 from ..lowering import Pipeline
 from ..lowering.lower import Lower
 from ..lowering.parameters import with_all_names
@@ -64,6 +65,18 @@ class Inspection:
         """Whether the kernels are those of a device that is not there, so that nothing of them was run."""
         return any(f"target={OnPaper.name}" in step.options for step in self.trace.steps)
 
+    @property
+    def result_db(self) -> float:
+        """Signal to noise of the first floating-point value that the model computes and returns; NaN if it is
+        not known. What stands last in the graph may be a counter."""
+        returned = self.reference.graph.output_node().all_input_nodes
+        for node in returned:
+            value = node.meta.get("val")
+            if node.op.startswith("call_") and isinstance(value, Tensor) and value.is_floating_point():
+                same = [error for error in self.errors.values() if error.reference == node.name]
+                return same[-1].sqnr_db if same else math.nan
+        return math.nan
+
 
 def inspect(
     model: nn.Module,
@@ -80,9 +93,15 @@ def inspect(
     """Capture the model, run the pipeline (or its text) on it and look at what came of it. The model is left
     as it was. runs: timed calls, 0 for none; registers: compile kernels for a GPU that is not there, to learn
     of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
-    first pass behind `observe`."""
+    first pass behind `observe`. BitfoldError for a model that is not captured as one graph."""
     steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if not isinstance(steps, Pipeline):
+        raise BitfoldError(
+            f"a pipeline is a Pipeline or its text ('fold,fuse'), not a {type(steps).__name__}"
+        )
+    if runs < 0:
+        raise BitfoldError(f"runs is a number of calls, 0 for none, not {runs}")
+    inputs = given_inputs(inputs)
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)
@@ -119,6 +138,17 @@ class _Given:
         self.progress("comparing with the unquantized model")
         flows = Flows()
         return node_errors(self.reference, self.gm, self.inputs, see=flows.see), flows.found
+
+
+def given_inputs(inputs: object) -> tuple[Any, ...]:
+    """As a tuple; a tensor is one input. BitfoldError for what is no sequence."""
+    if isinstance(inputs, Tensor):
+        return (inputs,)
+    if not isinstance(inputs, Sequence) or isinstance(inputs, str):
+        raise BitfoldError(
+            f"inputs are what the model is called with, in order, such as (x,), not a {type(inputs).__name__}"
+        )
+    return tuple(inputs)
 
 
 Compared = tuple[Mapping[str, NodeError], Mapping[str, Flow]]

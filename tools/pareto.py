@@ -6,7 +6,7 @@ In: an `Inspection` a recipe. Out: `Point`s.
     points({"int8": found8, "int4": found4})   ->   (Point("int8", 8.1, 41.2, 3e-3, front=True), ...)
 
 Bits count every weight of the model, those that stayed floats too, and other buffers. A recipe is on the
-front if none has both fewer bits (or as many) and a smaller error."""
+front if none has both fewer bits (or as many) and a smaller error; one whose error is not known never is."""
 
 from __future__ import annotations
 
@@ -46,14 +46,12 @@ class Point:
 def point(name: str, found: Inspection) -> Point:
     """One recipe's."""
     seconds = [done.seconds for done in found.work.values() if done.seconds is not None]
-    error = list(found.errors.values())[-1].sqnr_db if found.errors else math.nan
     bits = 8.0 * held_bytes(found.final) / max(1, _numbers(found.reference))
-    return Point(name, bits, error, sum(seconds) if seconds else None)
+    return Point(name, bits, found.result_db, sum(seconds) if seconds else None)
 
 
 def points(found: Mapping[str, Inspection]) -> tuple[Point, ...]:
-    """All, by bits, those on the front marked. What has no error figure (an exact result) is left out of
-    none."""
+    """All, by bits, those on the front marked."""
     return fronted([point(name, one) for name, one in found.items()])
 
 
@@ -62,7 +60,8 @@ def fronted(given: list[Point]) -> tuple[Point, ...]:
     marked = [
         replace(
             one,
-            front=not any(
+            front=not math.isnan(one.sqnr_db)
+            and not any(
                 other.bits <= one.bits
                 and other.sqnr_db >= one.sqnr_db
                 and (other.bits < one.bits or other.sqnr_db > one.sqnr_db)

@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, format
 from ..passes.edges import edge
+from .held import as_it_was
 from .viz.activations import quantized
 from .viz.watch import Watched
 
@@ -35,7 +36,8 @@ FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
 
 def rounding(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, float]:
     """`layer/edge/figure` -> number, of each fake-quantize node on these inputs. Runs the graph once, without
-    gradients. BitfoldError if nothing in the graph is fake-quantized."""
+    gradients; statistics and random numbers stay as they were, so that who looks trains alike. BitfoldError
+    if nothing in the graph is fake-quantized."""
     found: dict[str, float] = {}
     values: dict[Node, Any] = {}
 
@@ -55,7 +57,7 @@ def rounding(gm: GraphModule, inputs: Sequence[Any]) -> dict[str, float]:
         found[f"{name}/clipped"] = flow.clipped or 0.0
         found[f"{name}/largest"] = float(given.abs().max())
 
-    with torch.no_grad():
+    with torch.no_grad(), as_it_was(gm, inputs):
         Watched(gm, see).run(*inputs)
     if not found:
         raise BitfoldError("nothing in this graph is fake-quantized; run the pass fake_quantize first")

@@ -40,10 +40,10 @@ class Served:
     def _made(self) -> str:
         try:
             return self._make()
-        except BitfoldError as error:
-            return (
-                f"<!doctype html><meta charset=utf-8><title>bitfold</title><p>{html.escape(str(error))}</p>"
-            )
+        except Exception as error:  # a file that is being edited fails in any way there is
+            kind = "" if isinstance(error, BitfoldError) else f"{type(error).__name__}: "
+            text = html.escape(f"{kind}{error}")
+            return f"<!doctype html><meta charset=utf-8><title>bitfold</title><p>{text}</p>"
 
 
 def server(make: Callable[[], str], port: int, file: Path | None) -> ThreadingHTTPServer:
@@ -55,7 +55,7 @@ def server(make: Callable[[], str], port: int, file: Path | None) -> ThreadingHT
             if self.path.split("?")[0] not in ("/", "/index.html"):
                 self.send_error(404)
                 return
-            body = served.text().encode("utf-8")
+            body = served.text().encode("utf-8", "backslashreplace")
             self.send_response(200)
             self.send_header("Content-Type", "text/html; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))

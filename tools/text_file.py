@@ -25,6 +25,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """The same for bytes."""
     place = place_of(path)
+    if place.is_symlink():
+        place = place.resolve()  # the link stays, and what it points to is new
     beside = place.with_name(f"{place.name[:40]}.{os.getpid()}.part")
     try:
         beside.write_bytes(data)
@@ -33,4 +35,4 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
         raise FileError(f"{place} cannot be written: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
-    return place
+    return Path(path)

@@ -63,6 +63,32 @@ def test_both_models_are_left_as_they_were(model: nn.Sequential) -> None:
     assert not any(module._forward_hooks for module in (*model.modules(), *q.modules()))
 
 
+class Counting(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, width)
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("anew", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.in_place.add_(1)
+        self.anew = self.anew + 1
+        return self.fc(x)
+
+
+def test_counters_stay_where_they_were() -> None:
+    model = Counting()
+    q = quantized(model, bf.Rule(weight="int8"))
+    bf.diagnose(model, q, [torch.randn(4, 32)])
+    for one in (model, q):
+        assert one.in_place == 0 and one.anew == 0
+
+
+def test_models_of_other_results_are_refused() -> None:
+    with pytest.raises(bf.BitfoldError, match=r"do not belong together: one returns \[4, 16\] where"):
+        bf.diagnose(Counting(16), quantized(Counting(8), bf.Rule(weight="int8")), [torch.randn(4, 32)])
+
+
 def test_mistakes_are_one_sentence(model: nn.Sequential) -> None:
     q = quantized(model, bf.Rule(weight="int4[g32]"))
     with pytest.raises(bf.BitfoldError, match="no batches"):

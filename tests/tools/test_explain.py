@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from bitfold.formats import BitfoldError
 from bitfold.lowering import Pipeline
 from bitfold.lowering.lower import Lower
 from bitfold.passes import Pass, calibrate
@@ -32,6 +33,7 @@ from bitfold.tools.explain import Explanation, explain, numerics
 from bitfold.tools.explain.finding import Finding, ranked
 from bitfold.tools.explain.show import show
 from bitfold.tools.inspection import inspect
+from bitfold.tools.pareto import point
 
 X = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)),)
 INT8 = Recipe("int8", (Rule(weight="int8"),))
@@ -170,6 +172,64 @@ BROKEN: list[tuple[Callable[[], Explanation], tuple[str, ...]]] = [
 def test_a_fault_is_in_the_first_two_lines(fault: Callable[[], Explanation], told: tuple[str, ...]) -> None:
     lines = first_lines(fault())
     assert any(all(word in line for word in told) for line in lines), lines
+
+
+class Counted(nn.Module):
+    """Its last operation is no part of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.fc(x)
+        self.calls.add_(1)
+        return made
+
+
+def test_the_error_of_the_result_is_that_of_what_is_returned() -> None:
+    inspected = inspect(Counted().eval(), pipeline(INT8, Fold()), (torch.randn(8, 64),), runs=0)
+    assert explain(inspected).error_db == inspected.errors["linear"].sqnr_db < 80.0
+    assert point("int8", inspected).sqnr_db == inspected.result_db
+
+
+class Log(nn.Module):
+    """The first weight is all small but for one value, by which int4 makes the small ones 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.end = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
+        with torch.no_grad():
+            self.fc.weight.fill_(1e-4)
+            self.fc.weight[:, 0] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(torch.log(self.fc(x)))
+
+
+def test_values_that_are_no_numbers_come_first() -> None:
+    x = torch.rand(4, 64)
+    x[:, 0] = 0.0
+    steps = "annotate{recipe=int4[g64]},fold"
+    first, *_ = explain(inspect(Log().eval(), steps, (x,), runs=0)).findings
+    assert first.kind == "no number" and "where the unquantized model has numbers" in first.what
+    first, *_ = explain(inspect(Log().eval(), steps, (x * torch.nan,), runs=0)).findings
+    assert first.kind == "no number" and "in the unquantized model too" in first.what
+
+
+def test_what_was_not_inspected_is_refused() -> None:
+    with pytest.raises(BitfoldError, match=r"takes what bf\.inspect"):
+        explain(nn.Linear(4, 4))
+    for given, sentence in (
+        ((3, (torch.ones(2, 64),)), "a pipeline is a Pipeline or its text"),
+        (("fold", None), r"such as \(x,\), not a NoneType"),
+        (("fold", {"x": 1}), r"such as \(x,\), not a dict"),
+    ):
+        with pytest.raises(BitfoldError, match=sentence):
+            inspect(nn.Linear(64, 4), *given)
+    with pytest.raises(BitfoldError, match="runs is a number of calls"):
+        inspect(nn.Linear(64, 4), "fold", (torch.ones(2, 64),), runs=-1)
 
 
 def test_a_sound_pipeline_has_nothing_to_tell() -> None:

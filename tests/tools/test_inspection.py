@@ -227,6 +227,8 @@ def test_recipes_that_no_other_beats_are_on_the_front() -> None:
     assert [(one.recipe, one.front) for one in fronted(given)] == [
         ("b", True), ("c", False), ("a", True), ("d", False)
     ]  # fmt: skip
+    broken, sound = fronted([Point("broken", 2, math.nan), Point("sound", 4, 20)])
+    assert sound.front and not broken.front
 
 
 def test_bits_of_a_recipe_count_all_that_is_held() -> None:

@@ -21,6 +21,7 @@ from bitfold.tools.cli import main
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import Point
 from bitfold.tools.serve import server
+from bitfold.tools.text_file import write_text
 
 MODEL = """
 import torch
@@ -103,6 +104,7 @@ def test_explain_shows_a_gpus_kernels_without_one(model, capsys) -> None:
         (["viz", "--recipe", "a", "--recipe", "b", "--recipe", "c", "-o", "x.html"], "at most two"),
         (["viz", "--recipe", "int8", "-o", "no/such/x.html"], "there is no folder"),
         (["plot", "--recipe", "int8"], "say what to draw"),
+        (["plot", "--recipe", "int8", "--pareto", "x.png"], "give two or more"),
         (["plot", "--recipe", "int8", "--chrome", "no/such/x.json"], "there is no folder"),
     ],
 )
@@ -123,6 +125,16 @@ def test_viz_writes_one_page_or_two_traces_in_one(model, tmp_path, capsys) -> No
     assert data["title"] == "annotate, fold, fuse, lower" and "int4[g32]" in data["other"]["title"]
 
 
+def test_a_link_stays_and_what_it_points_to_is_new(tmp_path) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "page.html", tmp_path / "link.html"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert write_text(link, "new") == link
+    assert link.is_symlink() and target.read_text() == "new"
+    assert [one.name for one in target.parent.iterdir()] == ["page.html"]
+
+
 def test_the_served_page_is_made_anew_when_the_file_changes(tmp_path) -> None:
     file, made = tmp_path / "mine.py", []
     file.write_text("1")
@@ -131,7 +143,9 @@ def test_the_served_page_is_made_anew_when_the_file_changes(tmp_path) -> None:
         made.append(1)
         if len(made) == 3:
             raise BitfoldError("<b>boom</b>")
-        return f"page {len(made)}"
+        if len(made) == 4:
+            raise RuntimeError("<i>half written</i>")
+        return f"page {len(made)}" + "\ud800" * (len(made) == 5)
 
     with server(make, 0, file) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -142,6 +156,10 @@ def test_the_served_page_is_made_anew_when_the_file_changes(tmp_path) -> None:
         assert get() == "page 2"
         os.utime(file, (2, 2))
         assert "&lt;b&gt;boom&lt;/b&gt;" in get()
+        os.utime(file, (3, 3))
+        assert "RuntimeError: &lt;i&gt;half written" in get()
+        os.utime(file, (4, 4))
+        assert get() == r"page 5\ud800"  # a name that UTF-8 has no bytes for
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get("/etc/passwd")
         with pytest.raises(BitfoldError, match="cannot be listened on"):

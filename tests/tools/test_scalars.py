@@ -43,6 +43,18 @@ def test_each_rounded_edge_is_told() -> None:
         rounding(capture(nn.Linear(64, 4).eval(), X), X)
 
 
+def test_looking_changes_neither_statistics_nor_random_numbers() -> None:
+    gm = capture(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Dropout(0.5)), X)
+    Pipeline.parse("annotate{recipe=int8_dynamic},fake_quantize").run(gm)
+    statistics = {name: held.clone() for name, held in gm.named_buffers()}
+    assert statistics
+    state = torch.get_rng_state()
+    rounding(gm, X)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, held in gm.named_buffers():
+        assert torch.equal(held, statistics[name]), name
+
+
 def test_tensorboard_reads_what_was_written(tmp_path) -> None:
     reader = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",

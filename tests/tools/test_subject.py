@@ -168,4 +168,15 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(BitfoldError) as error:
             viz(thing, tmp_path / "no.html")
         assert sentence in str(error.value)
+    wrong = torch.randn(3, 5)
+    gm = capture(Net().eval(), X)
+    for thing, inputs, sentence in (
+        (gm, (wrong,), "the graph does not run on these inputs: mat1 and mat2"),
+        (gm, (), "the graph does not run on these inputs: "),
+        (fast, (wrong,), "it cannot be called with these inputs: "),
+        (Net(), 3, "inputs are what the model is called with, in order, such as (x,), not a int"),
+    ):
+        with pytest.raises(BitfoldError) as error:
+            viz(thing, tmp_path / "no.html", inputs=inputs)
+        assert sentence in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "no.html").exists()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...formats import BitfoldError
+from ...lowering.diagnose import decibel
 from ...lowering.files.paths import place_of
 from ..chrome import export
 from ..inspection import Inspection
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
         raise BitfoldError("say what to draw: --roofline PNG, --pareto PNG, --chrome JSON or --html PAGE")
     for place in filter(None, places):
         place_of(place)
+    if arguments.pareto and len({*arguments.recipe, *arguments.pipeline}) < 2:
+        raise BitfoldError("--pareto compares recipes: give two or more")
     loaded = prepared(read_model(arguments.model, console), arguments)
     names = [*arguments.recipe, *arguments.pipeline]
     found = {
@@ -70,5 +73,5 @@ def _table(found: tuple[Point, ...]) -> Table:
     for one in found:
         seconds = "" if one.seconds is None else f"{1e3 * one.seconds:.2f} ms"
         front = "yes" if one.front else ""
-        table.add_row(plain(one.recipe), f"{one.bits:.2f}", f"{one.sqnr_db:.1f} dB", seconds, front)
+        table.add_row(plain(one.recipe), f"{one.bits:.2f}", decibel(one.sqnr_db), seconds, front)
     return table

@@ -14,17 +14,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from ...formats import BitfoldError
 from ...passes.provenance import FROM_KEY, origin
 from ..held import held_bytes
 from ..inspection import Inspection
 from ..viz.overlay import targets
 from .coverage import never_asked, not_done
 from .finding import Finding, ranked
-from .numerics import layers, own_errors, saturated, shared_scales
+from .numerics import layers, no_numbers, own_errors, saturated, shared_scales
 from .structure import not_fused, wide_products
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
-CHECKS = (not_done, never_asked, shared_scales, saturated, not_fused, wide_products, own_errors)
+CHECKS = (no_numbers, not_done, never_asked, shared_scales, saturated, not_fused, wide_products, own_errors)
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,21 @@ class Explanation:
 
 
 def explain(found: Inspection) -> Explanation:
-    """Everything there is to say."""
+    """Everything there is to say. BitfoldError for what was not inspected."""
+    if not isinstance(found, Inspection):
+        raise BitfoldError(
+            f"explain() takes what bf.inspect(model, pipeline, inputs) returned, not a {type(found).__name__}"
+        )
     findings = ranked(finding for check in CHECKS for finding in check(found))
     # A module that only holds others, or whose operations went into a neighbour's kernel, has nothing to
     # tell.
     told = {path: row for path, row in _rows(found).items() if row.format or row.seconds or row.nbytes}
     rows = _alike(told)
-    last = next(reversed(list(found.errors.values())), None)
     return Explanation(
         tuple(findings),
         tuple(rows),
         sum(done.seconds or 0.0 for done in found.work.values()),
-        math.nan if last is None else last.sqnr_db,
+        found.result_db,
         (held_bytes(found.reference), held_bytes(found.final)),
         ", ".join(str(step) for step in found.trace.steps[1:] if step.name != "finish"),
     )

@@ -1,5 +1,5 @@
-"""Checks of numbers: scales that are shared by mistake, activations cut off, layers that err more than their
-like.
+"""Checks of numbers: values that are none, scales that are shared by mistake, activations cut off, layers
+that err more than their like.
 
 In: an `Inspection`. Out: findings.
 
@@ -22,6 +22,22 @@ WORTH_DB = 6.0
 # Share of an activation's values beyond its codes from which on it is told: rounding to the range's
 # percentile, as `percentile` observers do on purpose, leaves 0.1 %.
 CLIPPED = 0.002
+
+
+def no_numbers(found: Inspection) -> Iterator[Finding]:
+    """The first value that cannot be compared, since it is no number on one side; what is behind it has none
+    to compare either."""
+    for name, error in found.errors.items():
+        if not math.isnan(error.sqnr_db):
+            continue
+        if error.numbers:
+            what = "its value has infinities or NaN, where the unquantized model has numbers"
+            remedy = "a finer format for it and for what is in front of it, or a wider dtype"
+        else:
+            what = "its value has infinities or NaN in the unquantized model too: errors behind it are hidden"
+            remedy = "inputs for which the unquantized model gives numbers"
+        yield Finding(100.0, "no number", _module(found, name), what, remedy, name)
+        return
 
 
 def shared_scales(found: Inspection) -> Iterator[Finding]:

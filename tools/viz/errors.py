@@ -39,6 +39,7 @@ class NodeError:
     `sqnr_db`: signal to noise as `bf.diagnose` has it (`lowering/signal_to_noise.py`); infinite when equal.
     `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute
     value. `reference`: the node of the unquantized graph. `isolated_db`: the ratio on unquantized inputs.
+    `numbers`: whether all of the reference is finite.
     """
 
     sqnr_db: float
@@ -46,6 +47,7 @@ class NodeError:
     max_rel: float
     reference: str
     isolated_db: float = math.nan
+    numbers: bool = True
 
     def as_json(self) -> dict[str, Any]:
         """Numbers as JSON can hold them: infinity and NaN become text."""
@@ -144,7 +146,10 @@ def _comparable(value: Any) -> bool:
 def _error(reference: Tensor, value: Tensor, name: str) -> NodeError:
     largest = difference(reference, value).abs().max().item()
     top = finite(reference).abs().max().item()
-    return NodeError(signal_to_noise(reference, value), largest, _ratio(largest, top), name)
+    ratio = signal_to_noise(reference, value)
+    # Equal infinities (a mask) have a ratio; that there are any matters where there is none.
+    numbers = not math.isnan(ratio) or bool(reference.isfinite().all())
+    return NodeError(ratio, largest, _ratio(largest, top), name, numbers=numbers)
 
 
 def _ratio(largest: float, top: float) -> float:

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from ...formats.errors import BitfoldError
 from ...lowering.backend import bitfold as backend
 from ...passes import Trace, capture, capture_frame
 from ...passes.pipeline import Pipeline
+from ...passes.provenance import breaking_point
 from .errors import NodeError
 from .overlay import all_errors
 
@@ -48,16 +49,19 @@ class Subject:
 
 def subject(thing: Any, inputs: Sequence[Any] | None = None) -> Subject:
     """BitfoldError, in a sentence, for what cannot be drawn."""
-    from ..inspection import Inspection, look_at_graph
+    from ..inspection import Inspection, given_inputs, look_at_graph
 
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    inputs = None if inputs is None else given_inputs(inputs)
     if isinstance(thing, Inspection):
         return _inspected(thing)
     if isinstance(thing, Trace):
         return _traced(thing)
     if isinstance(thing, GraphModule):
         trace = Pipeline(()).run(thing, verify=False)
-        return Subject(trace, inspection=look_at_graph(trace, thing, inputs))
+        try:
+            return Subject(trace, inspection=look_at_graph(trace, thing, inputs))
+        except (RuntimeError, TypeError) as error:
+            raise BitfoldError(f"the graph does not run on these inputs: {_first_line(error)}") from error
     options = _options_of(thing)
     if options is not None:
         return _compiled(thing, options, _needed(inputs, "a compiled function is compiled for its inputs"))
@@ -88,6 +92,10 @@ def _traced(trace: Trace) -> Subject:
     longer = Trace(list(trace.steps))
     longer.follow(gm)
     return Subject(longer, inspection=look_at_graph(longer, gm, None))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _needed(inputs: Sequence[Any] | None, why: str) -> Sequence[Any]:
@@ -149,7 +157,10 @@ def _compiled(thing: Any, options: Mapping[str, Any], inputs: Sequence[Any]) -> 
     model = getattr(thing, "_orig_mod", None) or thing._torchdynamo_orig_callable
     fast: Any = torch.compile(model, backend=listening)
     with torch.inference_mode():
-        fast(*inputs)
+        try:
+            fast(*inputs)
+        except (RuntimeError, TypeError) as error:
+            raise BitfoldError(f"it cannot be called with these inputs: {breaking_point(error)}") from error
         called = [one for one in graphs if one.inputs is not None]
         if not called:
             raise BitfoldError(

@@ -11,13 +11,15 @@ x."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.node import map_arg
+
+from ..held import cards
 
 Watch = Callable[[Node, Any, Any], None]
 """Called with the node, its value, and the value that it makes alone (None without `given`)."""
@@ -33,6 +35,7 @@ class Watched(Interpreter):
         super().__init__(gm)
         self._watch, self._given, self._inputs = watch, given, inputs
         self._alone: dict[Node, Any] = {}
+        self._cards = cards(gm, inputs or ())
         self._place = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
 
     def run_node(self, n: Node) -> Any:
@@ -49,16 +52,25 @@ class Watched(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         given = map_arg((n.args, n.kwargs), self._read)
         if region is not None:
-            value = Watched(region, self._watch, self._given, tuple(given[0])).run(*args)
             # The region as a whole: given values at its inputs, and its own in between.
-            return value, Interpreter(region).run(*given[0])
+            alone = self._aside(region.graph.nodes, lambda: Interpreter(region).run(*given[0]))
+            return Watched(region, self._watch, self._given, tuple(given[0])).run(*args), alone
         if n.op == "placeholder" and self._inputs is not None:
             return super().run_node(n), self._inputs[self._place[n]]
-        value = super().run_node(n)
         # What writes to a tensor is done once; what reads no given value would come out the same.
         if not n.op.startswith("call_") or writes(n) or _same(args, kwargs, given):
+            value = super().run_node(n)
             return value, value
-        return value, getattr(self, n.op)(n.target, *given)
+        alone = self._aside([n], lambda: getattr(self, n.op)(n.target, *given))
+        return super().run_node(n), alone
+
+    def _aside(self, nodes: Iterable[Node], run: Callable[[], Any]) -> Any:
+        """The second reckoning of nodes, in front of the first: it draws the random numbers that the first
+        will draw."""
+        if not any(draws(node) for node in nodes):
+            return run()
+        with torch.random.fork_rng(self._cards):
+            return run()
 
     def _read(self, node: Node) -> Any:
         given = None if self._given is None else self._given(node)
@@ -80,6 +92,14 @@ class Watched(Interpreter):
 def writes(node: Node) -> bool:
     """Whether the operator writes to one of its inputs."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def draws(node: Node) -> bool:
+    """Whether the operator draws random numbers."""
+    return (
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+    )
 
 
 def _same(args: Any, kwargs: Any, given: Any) -> bool:
