@@ -30,6 +30,8 @@ class Swaps:
 
     def __init__(self) -> None:
         self._held: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._rounded: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._lifted = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Swaps:
@@ -41,6 +43,20 @@ class Swaps:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without what was rounded, for as long as a block of code runs; what was balanced stays."""
+        now = [(owner, name, owner._parameters[name]) for owner, name, _ in self._rounded]
+        try:
+            self._lifted = True
+            for owner, name, parameter in reversed(self._rounded):
+                owner._parameters[name] = parameter
+            yield
+        finally:
+            self._lifted = False
+            for owner, name, parameter in now:
+                owner._parameters[name] = parameter
+
     def put(self, site: Site) -> None:
         """The site's decided weights, as the folded module will have them; and its inputs rounded, if they
         are."""
@@ -51,7 +67,7 @@ class Swaps:
             elif note.weight and isinstance(found, Draft):
                 self._weight(site, node, note, found.rounded(format(note.weight)))
             if note.input and not note.observer and is_stock(site.module):
-                self._handles.append(site.module.register_forward_pre_hook(_rounding(note.input)))
+                self._handles.append(site.module.register_forward_pre_hook(self._rounding(note.input)))
 
     def _weight(self, site: Site, node: Node, note: Note, rows: Tensor) -> None:
         operand = node.args[TARGETS[node.target][2]]
@@ -66,6 +82,7 @@ class Swaps:
         own = chain.path.removeprefix(site.path).strip(".")
         prefix, _, name = own.rpartition(".")
         owner = site.module.get_submodule(prefix)
+        self._rounded.append((owner, name, owner._parameters.get(name)))
         self.replace(owner, name, value)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
@@ -73,13 +90,14 @@ class Swaps:
         self._held.append((owner, name, owner._parameters.get(name)))
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
+    def _rounding(self, text: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args or self._lifted:
+                return None
+            # The operator, not the format's method: it lets the gradient straight through.
+            return (torch.ops.bitfold.fake_quantize(args[0], text), *args[1:])
 
-def _rounding(text: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        # The operator, not the format's method: it lets the gradient straight through.
-        return (torch.ops.bitfold.fake_quantize(args[0], text), *args[1:]) if args else None
-
-    return hook
+        return hook
 
 
 @contextmanager

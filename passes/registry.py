@@ -41,6 +41,7 @@ _BUILT_IN = {
     "fold": "fold",
     "fuse": "fuse",
     "clip": "algorithms.clip",
+    "follow": "algorithms.follow",
     "gptq": "algorithms.gptq",
     "refit": "algorithms.refit",
     "hqq": "algorithms.hqq",

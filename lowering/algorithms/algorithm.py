@@ -34,6 +34,21 @@ class Algorithm:
             for step in self.solve.passes
         )
 
+    @property
+    def wants_exact(self) -> bool:
+        """Whether it compares what goes into layers with what goes into them in the float model."""
+        return any(isinstance(step, Solver) and step.wants_exact for step in self.solve.passes)
+
+    def on_blocks(self) -> str:
+        """The name of the first pass that wants a model of blocks, or ""."""
+        steps = (*self.balance, *self.solve.passes, *((self.learn,) if self.learn else ()))
+        wanting = (
+            step.name
+            for step in steps
+            if isinstance(step, Balancer | Learn) or (isinstance(step, Solver) and step.wants_exact)
+        )
+        return next(wanting, "")
+
     def __str__(self) -> str:
         return str(Pipeline((*self.balance, *self.solve.passes, *((self.learn,) if self.learn else ()))))
 

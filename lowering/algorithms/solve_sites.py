@@ -42,7 +42,7 @@ from .balance_block import Balance
 from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
 from .learn_block import learn_block
-from .measure import gatherer, measure, once
+from .measure import Pairs, gatherer, measure, once
 from .results import Results, drafts_of
 from .used_once import used_more_than_once
 
@@ -79,15 +79,15 @@ def solve_sites(
         balance = Balance(algorithm.balance, shared)
         chain, rest = _recorded(model, sites, batches)
         if isinstance(chain, Miss):
-            if algorithm.balance or algorithm.learn:
-                name = algorithm.balance[0].name if algorithm.balance else "learn"
+            name = algorithm.on_blocks()
+            if name:
                 raise BitfoldError(
                     f"{name} works on a chain of blocks, and this model is none: {chain.reason}"
                 )
             reason = f"{chain.reason}, so each layer is measured in the float model"
             found.misses.append(MissRecord("", "", "", str(algorithm), reason))
         else:
-            if algorithm.learn is not None:
+            if algorithm.learn is not None or algorithm.wants_exact:
                 chain.exact = list(chain.hidden)
             with hooked(model, {}):
                 for place, path in enumerate(chain.paths):
@@ -222,17 +222,22 @@ def _widths(site: Site) -> Iterator[int]:
 def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, balance: Balance) -> None:
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
-    def run() -> None:
-        for batch in range(len(chain.hidden)):
-            once(partial(chain.run, place, batch))
-
+    pairs = Pairs() if solver.algorithm.wants_exact else None
     targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
     with Swaps() as swaps:
+
+        def run() -> None:
+            for batch in range(len(chain.hidden)):
+                if pairs is not None:
+                    with swaps.lifted(), pairs.first():
+                        once(partial(chain.run_exact, place, batch))
+                once(partial(chain.run, place, batch))
+
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
         for group, repeated in _order(chain, place, sites):
             if not solver.known(group):
-                measure(group, run, repeated=repeated)
+                measure(group, run, repeated=repeated, pairs=pairs)
             for site in group:
                 solver.solve(site)
                 swaps.put(site)
