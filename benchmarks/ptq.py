@@ -47,21 +47,14 @@ FORMATS = (
 _FIRST = "follow{share=0.5}"
 # The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "clip": ("clip", "clip{weighted=false}"),
+    "clip": ("clip",),
     "hqq": ("hqq",),
-    "awq": ("awq,clip", "awq{clip=true},clip"),
+    "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "gptq": ("gptq", "gptq{actorder=false,groups=sequential}"),
-    "gptq, tuned": (
-        "clip,gptq,descend,refit",
-        f"{_FIRST},clip,gptq,descend,refit",
-        "follow,clip,gptq,descend,refit",
-    ),
-    "learned": (
-        "clip,gptq,learn",
-        f"{_FIRST},clip,gptq,learn{{steps=800}}",
-        f"{_FIRST},clip,gptq,descend,refit,learn{{steps=800,rate=0.01}}",
-    ),
+    "rotate": ("rotate,clip,gptq",),
+    "gptq": ("gptq",),
+    "gptq, tuned": ("clip,gptq,descend,refit", f"{_FIRST},clip,gptq,descend,refit"),
+    "learned": ("clip,gptq,learn", f"{_FIRST},clip,gptq,learn{{steps=600}}"),
 }
 BEST = "best"
 # By which variants are chosen: it has no sampling noise of the text's own, unlike its perplexity.
@@ -163,11 +156,14 @@ def results(
         return
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(arguments.processes, _start, (arguments,)) as pool:
-        # The longest first, so that none of them is begun when the others are through.
-        order = sorted(
-            jobs, key=lambda job: -len(job.variant or "") - 1000 * ("learn" in (job.variant or ""))
-        )
+        # Format by format; in each the longest first, so that none is begun when the others are through.
+        order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
         yield from pool.imap_unordered(_work, order)
+
+
+def _weight(job: Job) -> int:
+    """What takes longer is larger."""
+    return len(job.variant or "") + 1000 * ("learn" in (job.variant or ""))
 
 
 def _start(arguments: argparse.Namespace) -> None:
@@ -185,7 +181,7 @@ def _work(job: Job) -> tuple[Job, dict[str, Any]]:
 def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
     """All rows, written whenever a format is complete, so that an interrupted run has what it had."""
     base = bench.losses(bench.model, "test")[0]
-    texts = arguments.format or FORMATS
+    texts = arguments.format
     tried = variants(arguments.algorithm or list(ALGORITHMS), arguments.first)
     jobs = [Job(text, v) for text in texts for v in (None, *dict.fromkeys(sum(tried.values(), ())))]
     record: dict[str, Any] = {
@@ -274,6 +270,7 @@ def _resident(name: str) -> int:
 
 def main() -> int:
     arguments = _arguments()
+    arguments.format = arguments.format or list(FORMATS)
     record = measure(Bench(arguments), arguments)
     print(table(record))
     return 0

@@ -23,6 +23,7 @@ from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
 from .steps_back import back_from
+from .turned import turned
 
 
 class Swaps:
@@ -62,12 +63,18 @@ class Swaps:
         are."""
         for node, note in annotated(site.gm):
             found = node.meta.get(DRAFT)
+            rows = None
             if note.weight and isinstance(found, Quantized):
-                self._weight(site, node, note, found.dequantize())
+                rows = found.dequantize()
             elif note.weight and isinstance(found, Draft):
-                self._weight(site, node, note, found.rounded(format(note.weight)))
+                rows = found.rounded(format(note.weight))
+            if rows is not None:
+                # The module has no transform of its own yet: its weight has the inverse meanwhile.
+                rows = torch.ops.bitfold.hadamard(rows, True) if turned(node) else rows
+                self._weight(site, node, note, rows)
             if note.input and not note.observer and is_stock(site.module):
-                self._handles.append(site.module.register_forward_pre_hook(self._rounding(note.input)))
+                hook = self._rounding(note.input, turned(node))
+                self._handles.append(site.module.register_forward_pre_hook(hook))
 
     def _weight(self, site: Site, node: Node, note: Note, rows: Tensor) -> None:
         operand = node.args[TARGETS[node.target][2]]
@@ -90,12 +97,14 @@ class Swaps:
         self._held.append((owner, name, owner._parameters.get(name)))
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
-    def _rounding(self, text: str) -> Callable[..., Any]:
+    def _rounding(self, text: str, through: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             if not args or self._lifted:
                 return None
+            x = torch.ops.bitfold.hadamard(args[0]) if through else args[0]
             # The operator, not the format's method: it lets the gradient straight through.
-            return (torch.ops.bitfold.fake_quantize(args[0], text), *args[1:])
+            x = torch.ops.bitfold.fake_quantize(x, text)
+            return (torch.ops.bitfold.hadamard(x, True) if through else x, *args[1:])
 
         return hook
 

@@ -49,6 +49,7 @@ _BUILT_IN = {
     "learn": "algorithms.learn",
     "awq": "algorithms.awq",
     "smooth": "algorithms.smooth",
+    "rotate": "algorithms.rotate",
     "equalize": "algorithms.equalize",
 }
 

@@ -29,6 +29,7 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
 from ..swaps import Swaps
+from ..turned import turned
 from .blocks import Chain
 from .calibration import hooked
 
@@ -125,9 +126,11 @@ class _Work:
     def value(self, name: str) -> Tensor:
         """The parameter as it is now, float32."""
         if name in self.anchors:
-            draft = self.anchors[name][1].meta.get(DRAFT)
+            node = self.anchors[name][1]
+            draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
-                return draft.weight
+                # Channels are those before the transform, if there is one.
+                return torch.ops.bitfold.hadamard(draft.weight, True) if turned(node) else draft.weight
         return self.block.get_parameter(name).detach().float()
 
     def scale(self, group: Group, factors: Tensor) -> None:
@@ -150,7 +153,8 @@ class _Work:
         owner = self.block.get_submodule(prefix)
         held = owner.get_parameter(own)
         if name in self.anchors:
-            self.anchors[name][1].meta[DRAFT] = Draft(value)
+            node = self.anchors[name][1]
+            node.meta[DRAFT] = Draft(torch.ops.bitfold.hadamard(value) if turned(node) else value)
         else:
             self.changes[f"{self.path}.{name}"] = value.to(held.dtype)
         self.swaps.replace(owner, own, value.to(held.dtype))

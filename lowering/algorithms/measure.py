@@ -23,6 +23,7 @@ from ...passes.anchors import TARGETS
 from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ..module_scope import Site
+from ..turned import turned
 
 
 class Pairs:
@@ -133,7 +134,8 @@ class Gatherer(Interpreter):
 
 def _simple(site: Site) -> bool:
     """A stock linear: its argument is what the anchor is given."""
-    return is_stock(site.module) and len(linears(site.gm)) == 1
+    found = linears(site.gm)
+    return is_stock(site.module) and len(found) == 1 and not turned(found[0][0])
 
 
 def _add(path: str, node: Node, x: Tensor, exact: Tensor | None = None) -> None:

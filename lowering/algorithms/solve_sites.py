@@ -44,6 +44,7 @@ from .calibration import Batch, hooked
 from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
 from .results import Results, drafts_of
+from .rotate_model import rotate_model
 from .used_once import used_more_than_once
 
 
@@ -74,7 +75,11 @@ def solve_sites(
                 f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
                 "would change afterwards; leave the format of outputs to the layers that read them"
             )
-    with without_cache(model):
+    with without_cache(model), Swaps() as turned:
+        changes: dict[str, Tensor] = {}
+        if algorithm.rotate is not None:
+            with hooked(model, {}):
+                changes = rotate_model(algorithm.rotate, model, batches[0], sites, turned)
         shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
         balance = Balance(algorithm.balance, shared)
         chain, rest = _recorded(model, sites, batches)
@@ -97,7 +102,7 @@ def solve_sites(
             solver.solve(site)
             solver.settle(site)
     found.misses += balance.misses
-    return balance.changes
+    return changes | balance.changes
 
 
 @dataclass
