@@ -159,6 +159,8 @@ def results(
         # Format by format; in each the longest first, so that none is begun when the others are through.
         order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
         yield from pool.imap_unordered(_work, order)
+        pool.close()
+        pool.join()
 
 
 def _weight(job: Job) -> int:
