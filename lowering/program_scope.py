@@ -89,9 +89,10 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
-    name = "rotate" if steps.rotate else steps.on_blocks()
+    whole = steps.rotate or steps.correct
+    name = whole.name if whole else steps.on_blocks()
     if name:
-        raise BitfoldError(f"{name} works on the blocks of a model; use scope='module'")
+        raise BitfoldError(f"{name} works on the modules of a model; use scope='module'")
     if steps.needs_data:
         if not batches:
             raise BitfoldError(f"{steps} measures what goes into each layer; give calibration=[batches]")

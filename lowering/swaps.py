@@ -119,8 +119,10 @@ def changed(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Ite
     for path, value in changes.items():
         # New parameters: the old ones may be another model's too.
         prefix, _, name = path.rpartition(".")
-        held = model.get_parameter(path)
-        model.get_submodule(prefix)._parameters[name] = nn.Parameter(value, held.requires_grad)
+        owner = model.get_submodule(prefix)
+        held = owner._parameters.get(name)  # None: a bias that the layer has not had
+        trains = held is not None and held.requires_grad
+        owner._parameters[name] = nn.Parameter(value, trains)
     try:
         yield
     except BaseException:

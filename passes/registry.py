@@ -50,6 +50,7 @@ _BUILT_IN = {
     "awq": "algorithms.awq",
     "smooth": "algorithms.smooth",
     "rotate": "algorithms.rotate",
+    "correct_bias": "algorithms.correct_bias",
     "equalize": "algorithms.equalize",
 }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ...formats import BitfoldError
 from ...passes import Pass, Pipeline, find_pass
 from ...passes.algorithms.balance import Balancer
+from ...passes.algorithms.correct_bias import CorrectBias
 from ...passes.algorithms.learn import Learn
 from ...passes.algorithms.rotate import Rotate
 from ...passes.algorithms.solve import Solver
@@ -27,11 +28,12 @@ class Algorithm:
     solve: Pipeline
     learn: Learn | None = None
     rotate: Rotate | None = None
+    correct: CorrectBias | None = None
 
     @property
     def needs_data(self) -> bool:
         """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
-        return bool(self.balance or self.learn or self.rotate) or any(
+        return bool(self.balance or self.learn or self.rotate or self.correct) or any(
             isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
             for step in self.solve.passes
         )
@@ -40,6 +42,11 @@ class Algorithm:
     def wants_exact(self) -> bool:
         """Whether it compares what goes into layers with what goes into them in the float model."""
         return any(isinstance(step, Solver) and step.wants_exact for step in self.solve.passes)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether what is rounded is another float weight than the model's."""
+        return bool(self.rotate or self.balance or self.wants_exact)
 
     def on_blocks(self) -> str:
         """The name of the first pass that wants a model of blocks, or ""."""
@@ -55,7 +62,8 @@ class Algorithm:
 
     def _steps(self) -> tuple[Pass, ...]:
         first = (self.rotate,) if self.rotate else ()
-        return (*first, *self.balance, *self.solve.passes, *((self.learn,) if self.learn else ()))
+        last = tuple(step for step in (self.learn, self.correct) if step is not None)
+        return (*first, *self.balance, *self.solve.passes, *last)
 
 
 def algorithm_of(given: str | Pipeline) -> Algorithm:
@@ -69,10 +77,17 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
     solve: list[Pass] = []
     learn: Learn | None = None
     rotate: Rotate | None = None
+    correct: CorrectBias | None = None
     for step in steps.passes:
-        if learn is not None:
+        if correct is not None:
+            raise BitfoldError(
+                f"correct_bias looks at what all others have decided; put it after {step.name}"
+            )
+        if isinstance(step, CorrectBias):
+            correct = step
+        elif learn is not None:
             raise BitfoldError(f"learn goes on from what the others have decided; put it after {step.name}")
-        if isinstance(step, Rotate):
+        elif isinstance(step, Rotate):
             if balance or solve or rotate:
                 raise BitfoldError("rotate turns what all others look at; put it first, once")
             rotate = step
@@ -86,10 +101,10 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
             raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
         else:
             balance.append(step)
-    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate)
+    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct)
 
 
-_KINDS = (Solver, Balancer, Learn, Rotate)
+_KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias)
 
 
 def _known() -> str:
