@@ -57,9 +57,10 @@ class Row:
 
 def static(observer: str, activations: str = "int8[tensor]") -> bf.Recipe:
     """int8_static with another observer, or with zero points."""
-    rule = bf.Rule("*", op="linear|conv", weight="int8", input=activations, observer=observer)
+    both = {"linear": "int8", "conv": "int8[narrow]"}
+    rules = [bf.Rule(op=op, weight=w, input=activations, observer=observer) for op, w in both.items()]
     zero = ", zero points" if "zero" in activations else ""
-    return bf.Recipe(f"int8_static, {observer}{zero}", (rule,))
+    return bf.Recipe(f"int8_static, {observer}{zero}", tuple(rules))
 
 
 def recipes(observers: list[str]) -> list[bf.Recipe]:
@@ -164,11 +165,15 @@ def _vision(
 ) -> Iterator[Row]:
     """float32, and static int8 by each observer; the first of these is timed."""
     made: dict[str, Any] = {}
-    for recipe in (*recipes(given.observers), bf.Recipe.parse("int8_conv")):
-        folded = copy.deepcopy(model)
-        calibrated = any(rule.observer for rule in recipe.rules)
-        bf.quantize(folded, recipe, calibration=data if calibrated else None)
-        made[recipe.name] = folded
+    weights = bf.Recipe.parse("int8_conv")
+    # With 127.5 steps to the largest weight: what the narrow range of the recipes is for.
+    wide = bf.Recipe("int8_conv, wide", (bf.Rule(op="linear|conv", weight="int8"),))
+    for recipe in (*recipes(given.observers), weights, wide):
+        for algorithm in (None, "correct_bias{add=true}") if recipe in (weights, wide) else (None,):
+            folded = copy.deepcopy(model)
+            calibrated = algorithm or any(rule.observer for rule in recipe.rules)
+            bf.quantize(folded, recipe, algorithm=algorithm, calibration=data if calibrated else None)
+            made[recipe.name + (", biases corrected" if algorithm else "")] = folded
     first = next(iter(made))
     timed = _timed({"float32": frozen(model), first: compiled(made[first])}, given, test)
     yield Row(name, "float32", judged(model), size(model), timed["float32"])
