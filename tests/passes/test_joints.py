@@ -123,8 +123,8 @@ def test_it_is_saved_and_loaded(tmp_path: object) -> None:
     path = f"{tmp_path}/model.safetensors"
     bf.save(gm, path)
     again = bf.load(path, target="reference")
-    with torch.no_grad():  # attention has another kernel where gradients are wanted
-        assert torch.equal(again(images(2)[0]), gm(images(2)[0]))
+    with torch.no_grad():  # products of tensors that lie elsewhere may add in another order
+        torch.testing.assert_close(again(images(2)[0]), gm(images(2)[0]))
 
 
 def test_what_cannot_be_is_said() -> None:
