@@ -22,6 +22,7 @@ from ..lanes import LANE_TYPES
 from ..schedule import OVERLAP_FROM
 from ..spec import CodegenError
 from .attention import source, tables
+from .attention_combine import CHUNK
 from .build import capability, module
 from .cache_write import ROWS
 from .cache_write import source as write_source
@@ -76,12 +77,13 @@ def attend(
     given = _arguments(spec, schedule, q, cache, limits, mask, pages, plain=plain) | {"tokens": tokens}
     made = kernels(spec, schedule, plain)
     grid = (pairs, splits, -(-rows // schedule.rows))
-    options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
+    late = {"launch_pdl": True} if schedule.overlap and not plain else {}
+    options = {"num_warps": schedule.warps, "num_stages": schedule.stages} | late
     made.kernel[grid](**given, y=y, partial=partial, sums=sums, splits=splits, **options)
     if splits > 1:
-        late = {"launch_pdl": True} if schedule.overlap and not plain else {}
         width = max(1 << (splits - 1).bit_length(), 2)
-        made.combine[pairs, rows](partial, sums, y, rows, splits, queries, SPLITS=width, num_warps=4, **late)
+        sizes = {"SPLITS": width, "CHUNK": min(width, CHUNK)}
+        made.combine[pairs, rows](partial, sums, y, rows, splits, queries, **sizes, num_warps=4, **late)
     return y
 
 
@@ -135,9 +137,9 @@ def _stride(x: Tensor, dim: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def write_kernel(spec: AttentionSpec) -> Any:
+def write_kernel(spec: AttentionSpec, overlap: bool = False) -> Any:
     """The jitted quantizing write."""
-    return module(write_source(spec)).kernel
+    return module(write_source(spec, overlap=overlap)).kernel
 
 
 def cache_write(
@@ -165,7 +167,9 @@ def cache_write(
         x = given[which]
         given |= {f"{which}_b": x.stride(0), f"{which}_h": x.stride(1), f"{which}_t": x.stride(2)}
     count = k.shape[0] * k.shape[1] * k.shape[2]
-    write_kernel(spec)[-(-count // ROWS), 2](
+    overlap = k.is_cuda and capability(k.device) >= OVERLAP_FROM
+    late = {"launch_pdl": True} if overlap else {}
+    write_kernel(spec, overlap)[-(-count // ROWS), 2](
         **given,
         positions=positions,
         pages=k if pages is None else pages,
@@ -177,4 +181,5 @@ def cache_write(
         p_b=0 if pages is None else pages.stride(0),
         num_warps=1,
         enable_fp_fusion=False,
+        **late,
     )

@@ -12,8 +12,10 @@ from typing import Any
 
 from ..attention import AttentionSpec, grouped
 from ..attention_schedule import AttentionSchedule
+from ..schedule import OVERLAP_FROM
 from . import attention, cache_write
 from .attention_build import kernels, write_kernel
+from .attention_combine import CHUNK
 from .inspect import Compiled, _resources
 
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}
@@ -23,6 +25,7 @@ _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}
 def inspect_attention(spec: AttentionSpec, schedule: AttentionSchedule, arch: int = 90) -> Compiled:
     """The decode kernel compiled for compute capability `arch`, q with rows at multiples of 16 numbers."""
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
+    options |= {"launch_pdl": True} if schedule.overlap else {}
     aligned = {"q_b", "q_h", "q_t"}
     return _compiled(kernels(spec, schedule).kernel, spec, set(attention.INTEGERS), aligned, arch, options)
 
@@ -32,15 +35,18 @@ def inspect_combine(spec: AttentionSpec, schedule: AttentionSchedule, arch: int 
     """The kernel that adds 64 splits up, compiled."""
     options = {"num_warps": 4} | ({"launch_pdl": True} if schedule.overlap else {})
     integers = {"rows", "splits", "t"}
-    return _compiled(kernels(spec, schedule).combine, spec, integers, set(), arch, options, {"SPLITS": 64})
+    return _compiled(
+        kernels(spec, schedule).combine, spec, integers, set(), arch, options, {"SPLITS": 64, "CHUNK": CHUNK}
+    )
 
 
 @lru_cache(maxsize=256)
 def inspect_write(spec: AttentionSpec, arch: int = 90) -> Compiled:
     """The quantizing write, compiled."""
-    options = {"num_warps": 1, "enable_fp_fusion": False}
+    overlap = arch >= OVERLAP_FROM
+    options = {"num_warps": 1, "enable_fp_fusion": False} | ({"launch_pdl": True} if overlap else {})
     aligned = {"k_b", "k_h", "k_t", "v_b", "v_h", "v_t"}
-    return _compiled(write_kernel(spec), spec, set(cache_write.INTEGERS), aligned, arch, options)
+    return _compiled(write_kernel(spec, overlap), spec, set(cache_write.INTEGERS), aligned, arch, options)
 
 
 def _compiled(
@@ -68,8 +74,9 @@ def _compiled(
     made = triton.compile(
         ASTSource(function, types, constexprs, divisible), target=GPUTarget("cuda", arch, 32), options=options
     )
-    registers, spills = _resources(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    cubin = made.asm["cubin"]
+    registers, spills = _resources(cubin)
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
 
 
 def _type(spec: AttentionSpec, name: str) -> str:
