@@ -29,7 +29,7 @@ from small_llama import FOLDER, load
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.lowering.search.search import CANDIDATES, fastest, pareto
+from bitfold.lowering.search.search import fastest, pareto
 from bitfold.lowering.search.sensitivity import Choice, Sensitivity, divergence, sensitivity
 from bitfold.lowering.search.times import measured
 from bitfold.lowering.search.trace import trace_sensitivity
@@ -37,7 +37,8 @@ from bitfold.passes.recipes import Recipe
 from bitfold.tools.demo import environment
 from bitfold.tools.plots import search_front
 
-UNIFORM = ("int3[g32]", "int4[g128]", "int4[g32]", "int5[g64]", "int6[g64]")
+FORMATS = ("int6[g64]", "int5[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
+UNIFORM = FORMATS[1:5]
 
 
 def windows(folder: str, split: str, count: int) -> Tensor:
@@ -72,7 +73,7 @@ def sizes(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None
     tables = {}
     for name, make in (("measured", sensitivity), ("trace", trace_sensitivity)):
         began = time.perf_counter()
-        tables[name] = make(model, data, CANDIDATES)
+        tables[name] = make(model, data, FORMATS)
         record["seconds"][name] = round(time.perf_counter() - began, 1)
     points = {}
     for fmt in UNIFORM:

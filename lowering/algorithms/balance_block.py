@@ -59,6 +59,7 @@ class Balance:
             return
         found = [group for group in found if self._alone(group, block, path)]
         work = _Work(block, path, sites, swaps)
+        found = [group for group in found if self._free(group, work)]
         before = chain.run(place, 0)
         for step in self.steps:
             inputs = _inputs(chain, place, found) if step.needs_inputs else {}
@@ -84,6 +85,15 @@ class Balance:
                     f"{path}.{name} is used in more than one place, so {group.readers[0]} is not balanced"
                 )
                 self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
+                return False
+        return True
+
+    def _free(self, group: Group, work: _Work) -> bool:
+        """Whether none of its parameters has codes of its own already, which no factor changes."""
+        for name in (*(one.path for one in group.producers), *group.readers):
+            if name in work.anchors and work.anchors[name][2].stored:
+                reason = f"{work.path}.{name} has codes of its own (stored), so its channels stay as they are"
+                self.misses.append(MissRecord(work.path, work.path, "", str(self.steps[0].name), reason))
                 return False
         return True
 

@@ -50,7 +50,10 @@ def correct_biases(
             chosen[site.module] = _Error(site, *picked)
     with as_decided(model, changes, found), hooked(model, {}, {m: one.after for m, one in chosen.items()}):
         # Before the hooks that round a layer's input: the float layer is given what really comes.
-        handles = [m.register_forward_pre_hook(one.before, prepend=True) for m, one in chosen.items()]
+        handles = [
+            m.register_forward_pre_hook(one.before, prepend=True, with_kwargs=True)
+            for m, one in chosen.items()
+        ]
         try:
             for batch in batches:
                 batch.run(model)
@@ -104,14 +107,15 @@ class _Error:
         self.count = 0
         self.mean: Tensor | None = None
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.given.append(args)
+    def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.given.append((args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
         rounded = module._parameters["weight"]
         module._parameters["weight"] = self.weight  # type: ignore[assignment]
         try:
-            exact = module.forward(*self.given.pop())
+            args, kwargs = self.given.pop()
+            exact = module.forward(*args, **kwargs)
         finally:
             module._parameters["weight"] = rounded
         apart = (exact - result).detach().float().movedim(self.channels, -1).flatten(0, -2)

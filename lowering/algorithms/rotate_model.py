@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...formats import BitfoldError, format
+from ...formats import BitfoldError
 from ...passes import Miss, capture, expression
 from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.residual import Stream, residual
@@ -122,10 +122,8 @@ class _Work:
             if path not in self.anchors:
                 continue
             site, node, note = self.anchors[path]
-            assert note.weight is not None
             draft = node.meta[DRAFT]
-            fits = format(note.weight).cols is None or draft.weight.shape[-1] >= 2
-            if note.anchor == "linear" and is_stock(site.module) and fits:
+            if note.anchor == "linear" and is_stock(site.module):
                 turn(site.gm, node)
                 node.meta[DRAFT] = Draft(torch.ops.bitfold.hadamard(draft.weight))
 
@@ -135,6 +133,8 @@ class _Work:
     def _only(self, path: str, *, table: bool) -> list[str]:
         """The names of a parameter that are embeddings', or that are not: tied, it is both."""
         names = self.names[id(self.model.get_parameter(path))]
+        if len(names) == 1:
+            return names
         tables = [
             name
             for name in names
@@ -152,6 +152,10 @@ class _Work:
         prefix, _, own = path.rpartition(".")
         owner = self.model.get_submodule(prefix)
         held = owner.get_parameter(own)
+        if path in self.anchors and self.anchors[path][2].stored:
+            raise BitfoldError(
+                f"{path} has codes of its own (stored), which cannot be rotated; leave rotate out, or stored"
+            )
         if path in self.anchors:
             self.anchors[path][1].meta[DRAFT] = Draft(value.float())
         else:

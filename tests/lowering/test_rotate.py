@@ -177,3 +177,33 @@ def test_a_model_that_would_notice_is_told_so() -> None:
         bf.quantize(model, "int4[g16]", algorithm="gptq,rotate", calibration=ids(), target="reference")
     with pytest.raises(bf.BitfoldError, match="scope='module'"):
         bf.quantize(model, "int4[g16]", algorithm="rotate,gptq", calibration=ids(), scope="program")
+
+
+def test_given_codes_are_not_rotated() -> None:
+    model = llama()
+    path = "model.layers.0.mlp.up_proj.weight"
+    codes = {path: bf.format("int8").quantize(model.get_parameter(path).detach())}
+    recipe = bf.Recipe("stored", (bf.Rule(weight="stored", on_misfit="report"),))
+    with pytest.raises(bf.BitfoldError, match="cannot be rotated; leave rotate out"):
+        bf.quantize(
+            model, recipe, algorithm="rotate,clip", calibration=ids(), stored=codes, target="reference"
+        )
+
+
+def test_the_cpu_target_runs_the_transform() -> None:
+    model = llama()
+    fast, slow = copy.deepcopy(model), copy.deepcopy(model)
+    bf.quantize(fast, "int8[g16]", algorithm="rotate,gptq", calibration=ids(), target="cpu")
+    bf.quantize(slow, "int8[g16]", algorithm="rotate,gptq", calibration=ids(), target="reference")
+    with torch.no_grad():
+        exact = slow(ids()[0])
+        torch.testing.assert_close(fast(ids()[0]), exact, rtol=1e-3, atol=1e-3)
+        compiled = torch.compile(slow, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids()[0]), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_for_others_refuses_the_transform(tmp_path: Path) -> None:
+    q = llama()
+    bf.quantize(q, "int8", algorithm="rotate,clip", calibration=ids(), target="reference")
+    with pytest.raises(bf.BitfoldError, match=r"down_proj|o_proj"):
+        bf.save_checkpoint(q, tmp_path / "out")
