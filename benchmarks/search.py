@@ -37,8 +37,8 @@ from bitfold.passes.recipes import Recipe
 from bitfold.tools.demo import environment
 from bitfold.tools.plots import search_front
 
-FORMATS = ("int6[g64]", "int5[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
-UNIFORM = FORMATS[1:5]
+FORMATS = ("int6[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
+UNIFORM = FORMATS[1:4]
 
 
 def windows(folder: str, split: str, count: int) -> Tensor:
