@@ -32,8 +32,8 @@ _TEXT = re.compile(r"r(\d+) b(\d+) w(\d+) s(\d+)( overlap)?")
 @dataclass(frozen=True)
 class AttentionSchedule:
     """rows: queries of a program, over all heads that share one of the cache; block: tokens of a step;
-    warps, stages: Triton's; overlap: the kernels are launched while what comes before them still runs, the
-    combination of the splits with the splits (programmatic dependent launch, compute capability 9.0 on)."""
+    warps, stages: Triton's; overlap: the combination of the splits is launched while they still run
+    (programmatic dependent launch, compute capability 9.0 on)."""
 
     rows: int = 8
     block: int = 64

@@ -220,7 +220,7 @@ class Pipelined:
             return f"pipelined kernels have no second sum for the zero points of {spec.weight}"
         if self.joined > 1:
             return "slices of bytes are not joined"
-        if self.scale == "sum" and len(self.walk(spec).slices) > self.x_stages:
+        if self.scale == "sum" and lies(spec) and len(self.walk(spec).slices) > self.x_stages:
             return f"a sum over a run reads more than {self.x_stages} tiles of x before it frees one"
         if self.scale == "end" and lies(spec) and self.code_stages < 2:
             return "codes that are read from shared memory are free a product later: two stages at least"

@@ -89,8 +89,6 @@ class Kernel:
 
     def _head(self, out: Lines) -> None:
         spec, s = self.spec, self.schedule
-        # The kernel before may have written the cache, or the queries.
-        out.add(*["gdc_wait()"] * self.overlap)
         # A split has whole blocks, so that all but the last end where a block does.
         out.add(
             "pair, part, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)",
@@ -352,8 +350,8 @@ class Kernel:
                         "tl.store(sums + 2 * whole, m, mask=here)",
                         "tl.store(sums + (2 * whole + 1), l, mask=here)",
                     )
-                    # Zeros where a split is empty, so that nobody has to ask before reading them.
-                    self._store(out, slices, "partial", "o{i}")
+                    with out.indent("if first < last:"):
+                        self._store(out, slices, "partial", "o{i}")
                 else:
                     out.add(
                         "by_l = tl.where(l == 0.0, 0.0, 1.0 / l)",

@@ -22,7 +22,6 @@ from ..lanes import LANE_TYPES
 from ..schedule import OVERLAP_FROM
 from ..spec import CodegenError
 from .attention import source, tables
-from .attention_combine import CHUNK
 from .build import capability, module
 from .cache_write import ROWS
 from .cache_write import source as write_source
@@ -77,13 +76,12 @@ def attend(
     given = _arguments(spec, schedule, q, cache, limits, mask, pages, plain=plain) | {"tokens": tokens}
     made = kernels(spec, schedule, plain)
     grid = (pairs, splits, -(-rows // schedule.rows))
-    late = {"launch_pdl": True} if schedule.overlap and not plain else {}
-    options = {"num_warps": schedule.warps, "num_stages": schedule.stages} | late
+    options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
     made.kernel[grid](**given, y=y, partial=partial, sums=sums, splits=splits, **options)
     if splits > 1:
+        late = {"launch_pdl": True} if schedule.overlap and not plain else {}
         width = max(1 << (splits - 1).bit_length(), 2)
-        sizes = {"SPLITS": width, "CHUNK": min(width, CHUNK)}
-        made.combine[pairs, rows](partial, sums, y, rows, splits, queries, **sizes, num_warps=4, **late)
+        made.combine[pairs, rows](partial, sums, y, rows, splits, queries, SPLITS=width, num_warps=4, **late)
     return y
 
 

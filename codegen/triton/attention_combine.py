@@ -11,9 +11,7 @@ from __future__ import annotations
 from ..attention import AttentionSpec
 from .lines import TL, Lines
 
-# Splits that are added up at a time: as many as a decoding step has, so that their sums and outputs come in
-# one trip to memory.
-CHUNK = 64
+CHUNK = 16  # splits that are added up at a time
 
 
 def add_combine(out: Lines, spec: AttentionSpec, *, overlap: bool) -> None:
@@ -21,11 +19,9 @@ def add_combine(out: Lines, spec: AttentionSpec, *, overlap: bool) -> None:
     dim = 1 << (spec.dim - 1).bit_length()
     keep = f" & (rd < {spec.dim})[None, :]" if dim != spec.dim else ""
     out.add("@triton.jit(do_not_specialize=['rows', 'splits', 't'])")
-    with out.indent(
-        "def combine(partial, sums, y, rows, splits, t, SPLITS: tl.constexpr, CHUNK: tl.constexpr):"
-    ):
+    with out.indent("def combine(partial, sums, y, rows, splits, t, SPLITS: tl.constexpr):"):
         if overlap:
-            out.add("gdc_wait()", "gdc_launch_dependents()")
+            out.add("gdc_wait()")
         out.add(
             "pair, r = tl.program_id(0), tl.program_id(1)",
             "start = pair.to(tl.int64) * splits * rows + r",
@@ -38,15 +34,16 @@ def add_combine(out: Lines, spec: AttentionSpec, *, overlap: bool) -> None:
             "base = tl.where(m == float('-inf'), 0.0, m)",
             "l = tl.sum(tl.exp2(ms - base) * ls, 0)",
             f"total = tl.zeros(({dim},), dtype=tl.float32)",
-            "rc = tl.arange(0, CHUNK)",
+            f"rc = tl.arange(0, {CHUNK})",
         )
-        with out.indent("for i in range(0, splits, CHUNK):"):
+        with out.indent(f"for i in range(0, splits, {CHUNK}):"):
             out.add(
                 "at = start + (i + rc) * rows",
                 "inside = i + rc < splits",
                 "mc = tl.load(sums + at * 2, mask=inside, other=float('-inf'))",
+                "lc = tl.load(sums + (at * 2 + 1), mask=inside, other=0.0)",
                 f"o = tl.load(partial + (at[:, None] * {spec.dim} + rd[None, :]), "
-                f"mask=inside[:, None]{keep}, other=0.0)",
+                f"mask=(lc != 0.0)[:, None]{keep}, other=0.0)",
                 "total += tl.sum(o * tl.exp2(mc - base)[:, None], 0)",
             )
         out.add("total = tl.where(l == 0.0, 0.0, total / l)")

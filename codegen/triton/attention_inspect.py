@@ -15,7 +15,6 @@ from ..attention_schedule import AttentionSchedule
 from ..schedule import OVERLAP_FROM
 from . import attention, cache_write
 from .attention_build import kernels, write_kernel
-from .attention_combine import CHUNK
 from .inspect import Compiled, _resources
 
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}
@@ -25,7 +24,6 @@ _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}
 def inspect_attention(spec: AttentionSpec, schedule: AttentionSchedule, arch: int = 90) -> Compiled:
     """The decode kernel compiled for compute capability `arch`, q with rows at multiples of 16 numbers."""
     options = {"num_warps": schedule.warps, "num_stages": schedule.stages}
-    options |= {"launch_pdl": True} if schedule.overlap else {}
     aligned = {"q_b", "q_h", "q_t"}
     return _compiled(kernels(spec, schedule).kernel, spec, set(attention.INTEGERS), aligned, arch, options)
 
@@ -35,9 +33,7 @@ def inspect_combine(spec: AttentionSpec, schedule: AttentionSchedule, arch: int 
     """The kernel that adds 64 splits up, compiled."""
     options = {"num_warps": 4} | ({"launch_pdl": True} if schedule.overlap else {})
     integers = {"rows", "splits", "t"}
-    return _compiled(
-        kernels(spec, schedule).combine, spec, integers, set(), arch, options, {"SPLITS": 64, "CHUNK": CHUNK}
-    )
+    return _compiled(kernels(spec, schedule).combine, spec, integers, set(), arch, options, {"SPLITS": 64})
 
 
 @lru_cache(maxsize=256)

@@ -259,7 +259,7 @@ OF_BYTES = [
     ("linear 72x512 bf16 int8 x:int8", "m8 n64 g1 w4 x2 j1 c2 u2", 9, 1),
     ("linear 136x1024 bf16 int8[g64,f32] x:int8[row]", "m16 n64 g1 w4 x2 j1 c2 streamk", 12, 4),
     ("linear 136x1024 bf16 int4[g128] x:float8_e4m3fn[row] bias", "m16 n64 g1 w4 x2 j1 c2 streamk", 12, 4),
-    ("linear 264x1024 f16 int4[g32] x:int8[row]", "m16 n128 g2 w4 x8 j1 c2", 33, 3),
+    ("linear 264x1024 f16 int4[g32] x:int8[row]", "m16 n128 g2 w4 x3 j1 c2", 33, 3),
     ("linear 136x1024 bf16 int4[row] x:int8[row]", "m16 n64 g1 w4 x2 j1 c2", 12, 4),
     ("linear 136x1024 bf16 mxfp4 x:float8_e4m3fn[g128]", "m16 n64 g1 w4 x8 j1 c2", 12, 4),
     ("linear 72x512 bf16 nvfp4[g64] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x4 j1 c2", 12, 2),
