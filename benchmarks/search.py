@@ -19,6 +19,9 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +75,10 @@ def sizes(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None
     total = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
     tables = {}
     for name, make in (("measured", sensitivity), ("trace", trace_sensitivity)):
-        began = time.perf_counter()
-        tables[name] = make(model, data, FORMATS)
-        record["seconds"][name] = round(time.perf_counter() - began, 1)
+        parts = [_kept(given, f"{name}, {fmt}", partial(make, model, data, (fmt,))) for fmt in FORMATS]
+        choices = [Choice(**choice) for part in parts for choice in part["choices"]]
+        tables[name] = Sensitivity(tuple(choices), parts[0]["numel"])
+        record["seconds"][name] = round(sum(part["seconds"] for part in parts), 1)
     points = {}
     for fmt in UNIFORM:
         chosen = uniform(tables["measured"], fmt)
@@ -96,6 +100,23 @@ def sizes(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None
     record["points"] = points
     if given.out:
         search_front(record["front"], points, Path(given.out).with_suffix(".png"))
+
+
+def _kept(given: argparse.Namespace, name: str, make: Callable[[], Sensitivity]) -> dict[str, Any]:
+    """One format's table: made, or read from the folder of an earlier run that was interrupted."""
+    path = None if given.keep is None else Path(given.keep) / f"{name}.json"
+    if path is not None and path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    began = time.perf_counter()
+    table = make()
+    taken = time.perf_counter() - began
+    made = {"seconds": taken, "choices": [asdict(one) for one in table.choices], "numel": table.numel}
+    print(f"{name}: {taken:.0f} s", flush=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(made), encoding="utf-8")
+    return made
 
 
 def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None:
@@ -140,6 +161,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16, help="of training text, to measure layers on")
     parser.add_argument("--judge", type=int, default=128, help="of validation text")
     parser.add_argument("--seconds", action="store_true", help="predicted times against measured ones, alone")
+    parser.add_argument("--keep", help="a folder for tables, so that an interrupted run goes on")
     parser.add_argument("--out", help="a JSON file")
     given = parser.parse_args()
     model = load(given.model)
