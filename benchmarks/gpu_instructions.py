@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import collections
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from bitfold.codegen import GemmSpec, Schedule, kernel_layout
 from bitfold.codegen.triton.inspect import inspect
+from bitfold.codegen.triton.machine_code import disassembled
 from bitfold.formats import format
 
 N, K = 28672, 4096
@@ -69,17 +67,6 @@ def operation(text: str) -> str:
     """`@!P0 LOP3.LUT R1, ..`   ->   LOP3"""
     words = text.split()
     return words[words[0].startswith("@")].split(".")[0]
-
-
-def disassembled(cubin: bytes) -> str:
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def counted(text: str, schedule: Schedule) -> str:

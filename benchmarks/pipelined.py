@@ -197,7 +197,7 @@ def calls_of(
             found[f"slices of {size}"] = [partial(by_slices, spec, size, x, p, y) for p in copies]
     for plan in plans(spec, m):
         if (str(spec), str(plan)) in ready:
-            room = workspace(spec, plan, count, x)
+            room = workspace(plan, count, x)
             found[str(plan)] = [partial(launch, spec, plan, x, p, out=y, room=room) for p in copies]
     return found
 

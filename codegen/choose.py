@@ -1,16 +1,21 @@
 """Which schedule: what was measured on this card, else what experience and the cost model say.
 
-In: a spec and a number of rows of x. Out: a `Schedule` or a `Pipelined`, or None where decoding the weight
-once and calling the library is faster.
+In: a spec and a number of rows of x. Out: a `Schedule` or a `Pipelined`, or None where the product comes
+first and the rest after it: by the library (`library.py`), or by a pipelined kernel without the epilogue.
 
-    choose(spec, 1)                             ->   m8 n64 w2 s3 k4 sum
+    choose(spec, 1)      ->   m8 n64 w2 s3 k6 sum o1
+    choose(spec, 256)    ->   tma m128 n64 g1 w4 x4 j1 c2 p2 lane
+    choose(spec, 4096)   ->   None: the weight is decoded once
 
-First the user's table, then the shipped one (`table.py`). Without an entry a rule up to 16 rows: 64 rows of
-weights to two warps and three stages, and as many programs to a sum as give every multiprocessor four. Past
-that a pipelined kernel where one can run (`plans.py`), else the fastest by the cost model. Which of the two
-is better where was measured (one H200, see `tests/codegen/test_cost.py`). What the rule says starts before
-its predecessor has ended, where a GPU can, and is split further then: a program more fills the gap between
-two kernels (`docs/notes/gpu.md`).
+First the user's table, then the shipped one (`table.py`). Without an entry:
+
+    up to 16 rows     a rule: 64 rows of the weight to two warps, three stages, as many programs to a sum as
+                      give every multiprocessor four; six in overlapped launches, where a GPU has them, since
+                      one more fills the gap between two kernels (`docs/notes/gpu.md`)
+    from 33 rows on   a pipelined kernel, where one can run and is not known to be slower (`plans.py`): for
+                      activations in codes however many rows there are, else up to 2048
+    past 256 rows     the library, where it has such a product (`_most_rows`: of float8 earlier)
+    else              the fastest by the cost model; how well it ranks: `tests/codegen/test_cost.py`
 
 What runs depends on the card that is current when a spec is first seen there, and on nothing after.
 """
@@ -34,7 +39,7 @@ from .schedule import OVERLAP_FROM, Schedule, scales
 from .spec import GemmSpec
 from .table import LIBRARY, lookup, tables
 
-# Past this many rows the tensor cores are the limit, and a plain product on decoded weights is faster.
+# Past this many rows tensor cores are the limit, and the library is faster than kernels without pipelines.
 MOST_ROWS = 256
 # Up to this many the loads of the weight are all that counts.
 SKINNY = 16
@@ -85,8 +90,9 @@ def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelin
 
 
 def _most_rows(spec: GemmSpec, card: Device) -> int:
-    """Rows past which the library is faster; of codes as they lie already where tiles of ours leave
-    multiprocessors idle: float8, 28672 x 4096, M = 256: 52 us and 55; 4096 x 4096, M = 128: 20 and 14."""
+    """Rows past which the library is faster than kernels without pipelines (those come before, in `_chosen`);
+    of codes as they lie already where tiles leave multiprocessors idle. float8, 28672 x 4096, M = 256:
+    52 us and 55; 4096 x 4096, M = 128: 20 and 14."""
     fills = -(-spec.n // TRIED_N) >= card.multiprocessors
     return MOST_ROWS if fills or not multiplies_codes(spec) else SKINNY
 

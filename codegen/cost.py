@@ -27,10 +27,10 @@ import numpy as np
 import sympy as sp
 
 from .byte_lanes import byte_decoder
-from .decode import decoder
+from .decode import decoder, decodes_together
 from .device import Device
 from .schedule import Schedule
-from .slices import Take, Unwalkable, Walk
+from .slices import Unwalkable, Walk, renumbered
 from .spec import CodegenError, GemmSpec
 
 # Fitted: seconds, warp instructions, bytes; each is a symbol of its own in the formulas.
@@ -246,23 +246,16 @@ def facts(spec: GemmSpec) -> dict[str, float]:
 def _steps(spec: GemmSpec, found: Walk) -> float:
     """Instructions that decode two values of a slice."""
     element = spec.weight.element
-    # A table of sixteen entries is decoded for a whole run in one program.
-    fours = element.bits == 4 and hasattr(element, "table")
-    slices = _numbered(found.slices if fours else found.slices[:1])
+    together = decodes_together(element)  # a whole run in one program
+    slices = renumbered(found.slices if together else found.slices[:1])[0]
     made = decoder(element, slices, spec.x)
     return PLAIN if made is None else len(made.program.steps) / len(slices)
 
 
 def _steps_of_bytes(spec: GemmSpec, found: Walk) -> float:
     """The same where four values share a register."""
-    made = byte_decoder(spec.weight.element, _numbered(found.slices[:1])[0], spec.lane)
+    made = byte_decoder(spec.weight.element, renumbered(found.slices[:1])[0][0], spec.lane)
     return PLAIN if made is None else len(made.program.steps) / 2
-
-
-def _numbered(slices: Sequence[Sequence[Take]]) -> list[list[Take]]:
-    """Slices with the loads that they read numbered from 0."""
-    loads = sorted({take.load for takes in slices for take in takes})
-    return [[Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices]
 
 
 def page() -> str:

@@ -83,6 +83,11 @@ def holds(element: Element, lane: str) -> bool:
     return bool((errors <= allowed * values.abs()).all())
 
 
+def decodes_together(element: Element) -> bool:
+    """Whether all codes of a unit are decoded at once: four selectors of one byte permutation."""
+    return hasattr(element, "table") and element.bits == 4
+
+
 def finite(element: Element) -> bool:
     """Whether every code is a number, so that no packed tensor can hold one that a program gets wrong."""
     return all(math.isfinite(v) for v in element.values()[: 1 << element.bits])

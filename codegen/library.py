@@ -1,4 +1,7 @@
-"""Products by torch's own library where no kernel of ours is faster: of decoded weights, or of float8 codes.
+"""Products by torch's own library: of decoded weights, or of float8 codes.
+
+They run where a table says that they are faster, and where no pipelined kernel can run and others are slower
+(`choose.py`): float8 mostly on cards without pipelined kernels.
 
 In: a spec, its inputs told apart. Out: which specs have such a product, and the product [M, n].
 
@@ -58,7 +61,10 @@ def product(
     """x [M, k], or its codes, times one weight [n, k] transposed, plus a bias [n], in the spec's dtype.
     CodegenError if there is no such product."""
     if not has_library(spec):
-        raise CodegenError(f"no product of the library does what {spec} says")
+        raise CodegenError(
+            f"the library has no product for {spec}; run a schedule, as `choose` gives where `has_library` "
+            "says no"
+        )
     if spec.activation is None:
         from .triton.build import decode
 

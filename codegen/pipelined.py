@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..formats import Element, Integer
 from .byte_lanes import byte_decoder
-from .decode import decoder, holds
+from .decode import decoder, decodes_together, holds
 from .schedule import Schedule, scales
 from .slices import Walk, joined, renumbered
 from .spec import CodegenError, GemmSpec
@@ -84,7 +83,8 @@ class Pipelined:
             )
         if self.x_stages < 2 or self.code_stages < 1 or self.programs < 1:
             raise CodegenError(
-                "a pipelined schedule has two stages of x, one of codes and one program at least"
+                "a pipelined schedule has two stages of x, one of codes and one program at least, not "
+                f"{self.x_stages}, {self.code_stages} and {self.programs}"
             )
         if self.unroll > MOST_UNROLLED:
             raise CodegenError(f"at most {MOST_UNROLLED} runs count as one, not {self.unroll}")
@@ -268,11 +268,6 @@ def modes(spec: GemmSpec) -> tuple[str, ...]:
         return ("float",)
     found = tuple(mode for mode in scales(spec) if mode in ("end", "lane", "float"))
     return found if "float" in found else (*found, "float")
-
-
-def decodes_together(element: Element) -> bool:
-    """Whether all codes of a unit are decoded at once: four selectors of one byte permutation."""
-    return not isinstance(element, Integer) and hasattr(element, "table") and element.bits == 4
 
 
 def lies(spec: GemmSpec) -> bool:

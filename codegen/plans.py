@@ -5,8 +5,10 @@ In: a spec, rows of x, a device. Out: `Pipelined` values, the likeliest first, n
     plans(spec, 128)                 ->   tma m128 n128 g2 w4 x3 j2 c3 p1 lane, the same streamk, ...
     untuned_plan(spec, 128, card)    ->   the first that leaves few programs idle; else tiles are shared
 
-Found by measuring int4[g128] on one H200 (`docs/notes/pipelined.md`): below 64 rows kernels without a
-pipeline of their own are faster, past 2048 decoding the weight first and the library's product.
+Found by measuring on one H200 (`docs/notes/pipelined.md`). On 16-bit activations, int4[g128]: up to 32 rows
+kernels without a pipeline of their own are faster, past 2048 decoding the weight first and the library's
+product. On activations in codes, five pairs of formats: pipelines win at 4096 rows, so that they have no end,
+at 256 but for float8 by float8 and 28672 x 4096 (57.5 us, 53 and 55), and at 64 by the size of the weight.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from .device import Device
 from .pipelined import ARCH, Pipelined, lies, modes
 from .spec import GemmSpec
 
+# Buckets of rows that they run for where nobody tuned, the largest on 16-bit activations only.
 FROM, UP_TO = 64, 2048
-# For buckets of rows up to the key, each without the mode of its scale.
+# For buckets of rows up to the key, each without the mode of its scale. Those below FROM are for tuning.
 PLANS = {
     32: ("m32 n128 g2 w4 x3 j4 c4 p1", "m32 n64 g1 w4 x2 j4 c2 p4"),
     64: ("m64 n128 g2 w4 x4 j2 c4 p1", "m64 n64 g1 w4 x3 j2 c3 p2", "m64 n128 g1 w8 x3 j4 c3 p1"),

@@ -66,7 +66,9 @@ class Schedule:
         if self.scale not in SCALES:
             raise CodegenError(f"a schedule's scale is one of {', '.join(SCALES)}, not {self.scale!r}")
         if self.stages < 1 or self.split < 1:
-            raise CodegenError("a schedule has at least one stage and one split")
+            raise CodegenError(
+                f"a schedule has at least one stage and one split, not {self.stages} and {self.split}"
+            )
         if self.overlap not in (0, 1):
             raise CodegenError(f"a schedule's overlap is 0 or 1, not {self.overlap}")
 

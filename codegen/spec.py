@@ -89,7 +89,8 @@ class GemmSpec:
             raise CodegenError(f"a weight of shape [{self.n}, {self.k}] has nothing to multiply")
         if self.n * self.k >= 2**31:
             raise CodegenError(
-                f"a weight of shape [{self.n}, {self.k}] has 2**31 elements or more, past 32-bit addresses"
+                f"a weight of shape [{self.n}, {self.k}] has 2**31 elements or more, past 32-bit addresses; "
+                "split it along its rows"
             )
         if not 1 <= self.weights <= MOST_WEIGHTS:
             raise CodegenError(f"a kernel multiplies x with 1 to {MOST_WEIGHTS} weights, not {self.weights}")

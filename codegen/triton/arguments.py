@@ -43,12 +43,12 @@ def arguments(spec: GemmSpec, schedule: Schedule, plain: bool) -> dict[str, str]
     found = {"x": lanes}
     if spec.activation is not None:
         assert spec.activation.scale is not None
-        found["x_scales"] = _stored(spec.activation.scale)
+        found["x_scales"] = stored(spec.activation.scale)
     if spec.experts:
         found["ends"] = "i32"
     unit = "i16" if spec.activation is None else (lanes if reads_bytes(spec) else "int8")
     for suffix in SUFFIXES[: spec.weights]:
-        found |= {name + suffix: kind for name, kind in _weight(spec, unit).items()}
+        found |= {name + suffix: kind for name, kind in weight_types(spec, unit).items()}
     if needs_table(spec.weight.element):
         found["table"] = "f32"
     if spec.bias:
@@ -71,13 +71,14 @@ def extra_names(spec: GemmSpec) -> dict[str, str]:
     }
 
 
-def _weight(spec: GemmSpec, unit: str) -> dict[str, str]:
+def weight_types(spec: GemmSpec, unit: str) -> dict[str, str]:
+    """Of one weight: name -> type, codes in units of `unit`; only what the format stores."""
     scale = spec.weight.scale
     found = {"codes": unit}
     if scale is not None:
-        found["scales"] = _stored(scale)
+        found["scales"] = stored(scale)
         if scale.zero != "none":
-            found["zeros"] = _stored(scale) if scale.zero != "int" else _whole(spec.weight.element)
+            found["zeros"] = stored(scale) if scale.zero != "int" else _whole(spec.weight.element)
         if scale.two_level:
             found["level"] = "f32"
     return found
@@ -88,7 +89,7 @@ def _whole(element: Element) -> str:
     return "int8" if isinstance(element, Integer) and element.signed else "u8"
 
 
-def _stored(scale: Scale) -> str:
+def stored(scale: Scale) -> str:
     """Scales of 8 bits are bytes to Triton, which has the one type nowhere and the other on few GPUs."""
     return "u8" if scale.dtype in ("e8m0", "e4m3") else scale.dtype
 

@@ -15,7 +15,8 @@ from ..attention_schedule import AttentionSchedule
 from ..schedule import OVERLAP_FROM
 from . import attention, cache_write
 from .attention_build import kernels, write_kernel
-from .inspect import Compiled, _resources
+from .inspect import Compiled
+from .machine_code import resources
 
 _POINTERS = {"bf16": "*bf16", "f16": "*fp16", "f32": "*fp32", "e8m0": "*u8"}
 
@@ -71,7 +72,7 @@ def _compiled(
         ASTSource(function, types, constexprs, divisible), target=GPUTarget("cuda", arch, 32), options=options
     )
     cubin = made.asm["cubin"]
-    registers, spills = _resources(cubin)
+    registers, spills = resources(cubin)
     return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from ...formats import Format
 from ..attention import grouped
-from ..decode import decoder, finite
-from ..slices import Take, Walk
+from ..decode import decoder, decodes_together, finite
+from ..slices import Take, Walk, renumbered
 from .lines import TL
 from .values import code_line, value_lines
 
@@ -43,16 +43,12 @@ class Side:
 
     def calls(self) -> dict[str, tuple[list[list[Take]], list[int], list[int]]]:
         """Assembly blocks of a run: name -> (slices with loads renumbered, loads, slices by number)."""
-        by_fours = hasattr(self.format.element, "table") and self.format.element.bits == 4
+        together = decodes_together(self.format.element)
         count = len(self.walk.slices)
         found = {}
-        for i, numbers in enumerate([list(range(count))] if by_fours else [[j] for j in range(count)]):
-            slices = [self.walk.slices[j] for j in numbers]
-            loads = sorted({take.load for takes in slices for take in takes})
-            renumbered = [
-                [Take(loads.index(t.load), t.low, t.width, t.bit) for t in takes] for takes in slices
-            ]
-            found[f"{self.name.upper()}{i}"] = renumbered, loads, numbers
+        for i, numbers in enumerate([list(range(count))] if together else [[j] for j in range(count)]):
+            slices, loads = renumbered([self.walk.slices[j] for j in numbers])
+            found[f"{self.name.upper()}{i}"] = slices, loads, numbers
         return found
 
     def constants(self) -> list[str]:

@@ -192,7 +192,7 @@ def launch(
         sums = given.x.new_empty(workspace_size(spec, schedule, m), dtype=kind)
         workspace = (sums, locks(given.x.device, programs[0] * programs[2]))
     found = values(spec, schedule, given, y, workspace, plain=plain)
-    kernel(spec, schedule, plain)[programs](**found, **_options(schedule))
+    kernel(spec, schedule, plain)[programs](**found, **options(schedule))
     return y
 
 
@@ -208,7 +208,8 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _options(schedule: Schedule) -> dict[str, Any]:
+def options(schedule: Schedule) -> dict[str, Any]:
+    """What the compiler is told beside the source."""
     overlap = {"launch_pdl": True} if schedule.overlap else {}
     return {"num_warps": schedule.warps, "num_stages": schedule.stages, **overlap}
 
@@ -232,4 +233,4 @@ def warm(spec: GemmSpec, schedule: Schedule, parts: Sequence[Tensor]) -> None:
     types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in found.items()}
     # Triton stands tensors in for dtypes among positional arguments only.
     ordered = [types[name] for name in arguments(spec, schedule, False)]
-    kernel(spec, schedule).warmup(*ordered, grid=(1,), **_options(schedule))
+    kernel(spec, schedule).warmup(*ordered, grid=(1,), **options(schedule))

@@ -7,17 +7,14 @@ In: a spec, a schedule, an architecture. Out: a `Compiled`.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from ..schedule import Schedule
 from ..spec import GemmSpec
 from .arguments import arguments
-from .build import _options, kernel
+from .build import kernel, options
+from .machine_code import resources
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,8 @@ def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
     made = triton.compile(
         ASTSource(function, dict(types), constants, aligned),
         target=GPUTarget("cuda", arch, 32),
-        options=_options(schedule),
+        options=options(schedule),
     )
     cubin = made.asm["cubin"]
-    registers, spills = _resources(cubin)
+    registers, spills = resources(cubin)
     return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
-
-
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) of a compiled kernel, as `cuobjdump` reads them."""
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        told = subprocess.run(
-            [str(tool), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    if found is None:
-        raise RuntimeError(f"cuobjdump told no resources: {told!r}")
-    return int(found[1]), int(found[2])

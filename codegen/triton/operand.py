@@ -21,16 +21,14 @@ import torch
 from ...formats import Float, Integer, Scale
 from ...formats.scale import LARGEST
 from ..byte_lanes import byte_decoder
-from ..decode import decoder, raised
+from ..decode import decoder, decodes_together, raised
 from ..schedule import Schedule
 from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
 from .arguments import SUFFIXES, reads_bytes, sums_are_integers
 from .lines import TL, Lines
-from .scales import Scales, TokenScales, group
+from .scales import Scales, TokenScales, group, times
 from .values import code_line, value_lines
-
-_MULTIPLY = "fma.rn.{0}x2 $0, $1, $2, z;"
 
 
 @dataclass(frozen=True)
@@ -115,20 +113,13 @@ class Operand:
                 asm = None if by_half is None else by_half.asm
             lines += [] if asm is None else [f'{name} = tl.constexpr("""{asm}""")']
         if self.schedule.scale == "lane":
-            body = _MULTIPLY.format(self.spec.x)
-            lines.append(f'TIMES = tl.constexpr("""{{ .reg .b32 z; mov.b32 z, 0x80008000; {body} }}""")')
+            lines.append(times(self.spec.x))
         return lines
 
     def _calls(self) -> dict[str, tuple[list[list[Take]], list[int]]]:
         """Assembly blocks: name -> (slices with their loads renumbered, the loads they read)."""
-        element = self.spec.weight.element
-        by_fours = (
-            not self.in_bytes
-            and not isinstance(element, Integer)
-            and hasattr(element, "table")
-            and element.bits == 4
-        )
-        groups = [list(self.walk.slices)] if by_fours else [[takes] for takes in self.walk.slices]
+        together = not self.in_bytes and decodes_together(self.spec.weight.element)
+        groups = [list(self.walk.slices)] if together else [[takes] for takes in self.walk.slices]
         return {f"DECODE{i}": renumbered(slices) for i, slices in enumerate(groups)}
 
     def head(self, out: Lines) -> None:

@@ -19,7 +19,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..pipelined import Pipelined, decodes_together
+from ..decode import decodes_together
+from ..pipelined import Pipelined
 from ..slices import Take, Walk, renumbered
 from ..spec import CodegenError, GemmSpec
 from . import pieces

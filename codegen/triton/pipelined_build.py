@@ -43,14 +43,15 @@ def grid(spec: GemmSpec, schedule: Pipelined, m: int, multiprocessors: int) -> i
 
 
 def workspace(
-    spec: GemmSpec, schedule: Pipelined, multiprocessors: int, like: Tensor
+    schedule: Pipelined, multiprocessors: int, like: Tensor, *, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Parts of tiles, float32, and flags, int32 zeros, for any M: one tile a program. Calls that overlap in
-    time need one each."""
+    time need one each; shared: with the stream's own flags, which need no kernel to be zero (`locks.py`)."""
     programs = multiprocessors * schedule.programs if schedule.streamk else 0
-    size = programs * schedule.block_n * schedule.block_m
-    flags = like.new_zeros(max(programs * schedule.groups, 1), dtype=torch.int32)
-    return like.new_empty(max(size, 1), dtype=torch.float32), flags
+    parts = like.new_empty(max(programs * schedule.block_n * schedule.block_m, 1), dtype=torch.float32)
+    count = max(programs * schedule.groups, 1)
+    flags = locks(like.device, count) if shared else like.new_zeros(count, dtype=torch.int32)
+    return parts, flags
 
 
 def launch(
@@ -80,9 +81,7 @@ def launch(
     found = torch.cuda.get_device_properties(x.device)
     schedule.check_arch(10 * found.major + found.minor)
     if room is None:
-        count = found.multi_processor_count * schedule.programs if schedule.streamk else 0
-        partial = x.new_empty(max(count * schedule.block_n * schedule.block_m, 1), dtype=torch.float32)
-        room = partial, locks(x.device, max(count * schedule.groups, 1))
+        room = workspace(schedule, found.multi_processor_count, x, shared=True)
     given = _arguments(spec, schedule, x, x_scales, parts, bias, y, room)
     programs = grid(spec, schedule, m, found.multi_processor_count)
     pipelined_kernel(spec, schedule)[(programs,)](*given, **options(schedule))

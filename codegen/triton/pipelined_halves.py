@@ -21,9 +21,7 @@ from ..schedule import Schedule
 from ..slices import Take
 from .lines import Lines
 from .pipelined import READS, RINGS, STRIDES, Kernel
-from .scales import Scales
-
-_MULTIPLY = "{{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.{0}x2 $0, $1, $2, z; }}"
+from .scales import Scales, times
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class HalvesKernel(Kernel):
     def _constants(self, out: Lines) -> None:
         super()._constants(out)
         if self.schedule.scale == "lane":
-            out.add(f'TIMES = tl.constexpr("""{_MULTIPLY.format(self.spec.x)}""")')
+            out.add(times(self.spec.x))
 
     # --- the warps that compute ---------------------------------------------------------------------------
 

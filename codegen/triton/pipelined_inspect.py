@@ -8,16 +8,14 @@ In: a spec, a schedule. Out: a `Made`.
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from ..pipelined import Pipelined
 from ..spec import GemmSpec
-from .arguments import reads_bytes
+from .arguments import reads_bytes, stored, weight_types
 from .lines import POINTERS
+from .machine_code import disassembled, resources
 from .pipelined_build import blocks, options, pipelined_kernel, shared_layout, widths
 
 
@@ -61,22 +59,9 @@ def inspect_pipelined(spec: GemmSpec, schedule: Pipelined) -> Made:
         target=GPUTarget("cuda", 90, 32),
         options=options(schedule),
     )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        resources = _told("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _told("nvdisasm", file.name)
-    used = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if used is None:
-        raise RuntimeError(f"cuobjdump told no resources: {resources!r}")
-    return Made(int(used[1]), int(used[2]), made.metadata.shared, made.asm["ptx"], sass)
-
-
-def _told(tool: str, *arguments: str) -> str:
-    import triton.backends.nvidia
-
-    path = Path(triton.backends.nvidia.__file__).parent / "bin" / tool
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
+    cubin = made.asm["cubin"]
+    registers, spills = resources(cubin)
+    return Made(registers, spills, made.metadata.shared, made.asm["ptx"], disassembled(cubin))
 
 
 def _signature(spec: GemmSpec, schedule: Pipelined) -> dict[str, str]:
@@ -91,22 +76,12 @@ def _signature(spec: GemmSpec, schedule: Pipelined) -> dict[str, str]:
         name: f"tensordesc<{kinds[name]}{block},{shared_layout(block, widths(spec)[name])!r}>"
         for name, block in blocks(spec, schedule).items()
     }
-    y, scale = POINTERS[spec.x], spec.weight.scale
-    stored = y
-    if scale is not None:
-        stored = "*u8" if scale.dtype in ("e8m0", "e4m3") else POINTERS[scale.dtype]
-    zeros = ("*i8" if scale.zero == "int" else stored) if scale is not None and scale.zero != "none" else y
-    level = "*fp32" if scale is not None and scale.two_level else y
-    of_x = y
+    held = weight_types(spec, units)
     if spec.activation is not None and spec.activation.scale is not None:
-        dtype = spec.activation.scale.dtype
-        of_x = "*u8" if dtype in ("e8m0", "e4m3") else POINTERS[dtype]
+        held["x_scales"] = stored(spec.activation.scale)
     rest = {
-        "scales": stored,
-        "x_scales": of_x,
-        "zeros": zeros,
-        "level": level,
-        "bias": y,
+        **{name: POINTERS[held.get(name, spec.x)] for name in ("scales", "x_scales", "zeros", "level")},
+        "bias": POINTERS[spec.x],
         "partial": "*fp32",
         "flags": "*i32",
     }

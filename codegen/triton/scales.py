@@ -42,6 +42,13 @@ def _function(dtype: str) -> list[str]:
     return ["", "@triton.jit", f"def {dtype}(byte):", *("    " + line for line in lines), ""]
 
 
+def times(lane: str) -> str:
+    """TIMES, the assembly that multiplies a register of two values by one of two scales in one instruction.
+    What is added is minus zero, which leaves a product of zero its sign."""
+    body = f"mov.b32 z, 0x80008000; fma.rn.{lane}x2 $0, $1, $2, z;"
+    return f'TIMES = tl.constexpr("""{{ .reg .b32 z; {body} }}""")'
+
+
 def group(walk: Walk, cols: int | None, i: int) -> int:
     """Which group of `cols` codes of its run slice i is in; its own where runs and groups do not divide each
     other."""

@@ -8,20 +8,17 @@ gives: computed in float32 as the reference does, rounded once; or in x's dtype 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ...formats import Float, Integer
 from ..decode import decoder, finite, holds
 from ..schedule import Schedule
 from ..schedule import scales as placements
-from ..slices import Take, Walk, walk
+from ..slices import Walk, renumbered, walk
 from ..spec import CodegenError, GemmSpec
 from .lines import TL, Lines
-from .scales import Scales, functions
+from .scales import Scales, functions, times
 from .values import code_line, value_lines
 
 BLOCK_N = 64
-_MULTIPLY = "{{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.{0}x2 $0, $1, $2, z; }}"
 
 
 def whole_source(spec: GemmSpec, *, plain: bool = False) -> str:
@@ -39,7 +36,7 @@ def whole_source(spec: GemmSpec, *, plain: bool = False) -> str:
     for i, (text, _) in enumerate(programs):
         out.add(f'DECODE{i} = tl.constexpr("""{text}""")')
     if in_lane:
-        out.add(f'TIMES = tl.constexpr("""{_MULTIPLY.format(spec.x)}""")')
+        out.add(times(spec.x))
     out.add("", "@triton.jit")
     with out.indent("def kernel(codes, scales, zeros, level, table, w, SN: tl.constexpr, SG: tl.constexpr):"):
         stride = found.units * found.runs
@@ -78,16 +75,12 @@ def _programs(spec: GemmSpec, found: Walk) -> list[tuple[str, list[int]]]:
         return []
     programs = []
     for takes in found.slices:
-        loads = sorted({take.load for take in takes})
-        made = decoder(element, [_renumbered(takes, loads)], spec.x)
+        numbered, loads = renumbered([takes])
+        made = decoder(element, numbered, spec.x)
         if made is None:
             return []
         programs.append((made.asm, loads))
     return programs
-
-
-def _renumbered(takes: Sequence[Take], loads: list[int]) -> list[Take]:
-    return [Take(loads.index(take.load), take.low, take.width, take.bit) for take in takes]
 
 
 def _by_program(spec: GemmSpec, scales: Scales, i: int, loads: list[int], *, in_lane: bool) -> list[str]:

@@ -97,7 +97,7 @@ def test_values(text: str, streamk: str) -> None:
             if schedule.obstacle(spec) is not None:
                 continue
             x = torch.randn(m, k, device="cuda").bfloat16()
-            room = workspace(spec, schedule, count, x)
+            room = workspace(schedule, count, x)
             room[0].fill_(float("nan"))
             runs = []
             for _ in range(3):
