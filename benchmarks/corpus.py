@@ -1,21 +1,23 @@
 """The texts that the small language model is trained and judged on, as token ids in three splits.
 
-In: the Brown corpus (npm), the King James Bible and Python's documentation (Debian packages bible-kjv,
-bible-kjv-text and python3.11-doc). Out, in a folder: train.npy, validation.npy and test.npy, uint16 token
-ids in which every document begins with <|bos|>; and beside the model the tokenizer (byte-level BPE, trained
-on the training split alone) and the splits' hashes.
+In: the Brown corpus (npm), the King James Bible, and the documentation of Python, Linux, Perl and Git (Debian
+packages, `PACKAGES` below). Out, in a folder: train.npy, validation.npy and test.npy, uint16 token ids in
+which every document begins with <|bos|>; and beside the model the tokenizer (byte-level BPE, trained on the
+training split alone) and the splits' hashes.
 
-    python benchmarks/corpus.py --out out/lm        ->  out/lm/train.npy [5.6 M], validation.npy, test.npy
+    python benchmarks/corpus.py --out out/lm        ->  out/lm/train.npy [14 M], validation.npy, test.npy
 
-A document (a file of Brown, a chapter of the Bible, a page of the documentation) is in one split as a whole;
+A document (a file of Brown, a chapter of the Bible, a page of documentation) is in one split as a whole;
 which one is decided by its name's hash. Brown may be used for research and is not ours to hand on, so
 neither texts nor tokens are in the repository; the Bible is in the public domain, the documentation under
-the PSF's licence.
+its projects' licences. Debian updates packages within a release: other versions are other tokens, and
+splits.json then says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import json
 import shutil
@@ -34,7 +36,7 @@ MODEL = Path(__file__).parent / "lm"
 VOCABULARY = 4096
 BOS = "<|bos|>"
 SPLITS = ("train", "validation", "test")
-PACKAGES = ("bible-kjv", "bible-kjv-text", "python3.11-doc")
+PACKAGES = ("bible-kjv", "bible-kjv-text", "python3.11-doc", "linux-doc-6.1", "perl-doc", "git-doc")
 
 
 def main() -> int:
@@ -64,6 +66,7 @@ def documents(folder: Path) -> Iterator[tuple[str, str]]:
     root = _debian(folder)
     yield from _bible(root)
     yield from _documentation(root)
+    yield from _manuals(root)
 
 
 def split_of(name: str) -> str:
@@ -88,7 +91,7 @@ def _debian(folder: Path) -> Path:
     if not root.is_dir():
         if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
             raise BitfoldError(
-                "the Bible and Python's documentation come as Debian packages; apt-get and dpkg"
+                "the Bible and the documentation come as Debian packages; this wants apt-get and dpkg"
             )
         subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True, capture_output=True)
         beside = folder / "root.part"
@@ -117,6 +120,24 @@ def _documentation(root: Path) -> Iterator[tuple[str, str]]:
     for page in sorted(pages.rglob("*.rst.txt")):
         if page.name != "changelog.rst.txt":
             yield f"python/{page.relative_to(pages)}", page.read_text(encoding="utf-8")
+
+
+def _manuals(root: Path) -> Iterator[tuple[str, str]]:
+    """A document a page of what Linux, Perl and Git tell their users; translations are left out."""
+    shared = root / "usr/share"
+    linux = shared / "doc/linux-doc-6.1/Documentation"
+    for page in sorted(linux.rglob("*.rst.gz")):
+        name = page.relative_to(linux)
+        if name.parts[0] != "translations":
+            yield f"linux/{name}", gzip.decompress(page.read_bytes()).decode("utf-8", "replace")
+    perl = next(iter(sorted((shared / "perl").iterdir()))) / "pod"
+    for page in sorted(perl.glob("*.pod")):
+        if not page.name.endswith("delta.pod"):  # of each release, what changed: lists like the changelog
+            yield f"perl/{page.name}", page.read_text(encoding="utf-8", errors="replace")
+    git = shared / "doc/git-doc"
+    for page in sorted(git.rglob("*.txt")):
+        if "RelNotes" not in page.parts:
+            yield f"git/{page.relative_to(git)}", page.read_text(encoding="utf-8", errors="replace")
 
 
 def _tokenizer(texts: list[str], retrain: bool):  # type: ignore[no-untyped-def]  # tokenizers has no types

@@ -2,17 +2,18 @@
 
 In: the committed model, and token ids (corpus.py). Out: a JSON file, and the table of it: for every algorithm
 and format the perplexity of the test text with a bootstrap interval, the divergence from the float model's
-predictions, bits a weight with scales counted,
-minutes, peak memory, and the share of rounding's loss that is won back.
+predictions, bits a weight with scales counted, minutes, peak memory, and the share of rounding's loss that is
+won back.
 
-    python benchmarks/ptq.py --out benchmarks/results/ptq-cpu.json
-    python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]"       to try the script
+    python benchmarks/ptq.py --out benchmarks/results/ptq-nvidia-h200.json --processes 12         on a GPU
+    python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]" --first       to try the script
 
-An algorithm has a few variants (its settings); the variant is chosen by the perplexity of the validation
-text, format by format, and that one alone is run on the test text (--first takes the first one unseen).
-`best` chooses among all variants of all algorithms. Calibration data are windows of the training text.
-Everything is computed in float32 on the reference target, from the bfloat16 weights of the file: what is
-measured is the rounding.
+An algorithm has a few variants (its settings); which one is shown is decided on the validation text, format
+by format, by the divergence there (--first takes the first one unseen). `best` is decided among all variants
+of all algorithms. Calibration data are windows of the training text. Everything is computed in float32 on
+the reference target, from the bfloat16 weights of the file: what is measured is the rounding. With
+--processes the variants are spread over processes that share the device, and their minutes are what they
+took beside each other.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from ptq_numbers import interval, perplexity, won
 from ptq_table import table
 from small_llama import FOLDER, SmallLlama, load
 from torch import Tensor
@@ -38,21 +41,32 @@ from bitfold.passes.rules import Rule
 from bitfold.tools.demo import environment
 
 FORMATS = (
-    *("int4[g128]", "int4[g64]", "int4[g32]", "int3[g32]", "mxfp4", "nvfp4"),
-    *("int8_dynamic", "fp8_dynamic", "int4[g64] x int8"),
+    *("int4[g64]", "int3[g32]", "int4[g128]", "int4[g32]", "mxfp4", "nvfp4"),
+    *("int4[g64] x int8", "int8_dynamic", "fp8_dynamic"),
 )
+_FIRST = "follow{share=0.5}"
 # The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
-    "clip": ("clip", "clip{weighted=false}", "clip{norm=2.4}"),
+    "clip": ("clip",),
     "hqq": ("hqq",),
-    "awq": ("awq,clip", "awq", "awq{clip=true},clip"),
-    "smooth": ("smooth", "smooth{alpha=0.3}", "smooth{alpha=0.7}"),
-    "gptq": ("gptq", "gptq{actorder=false,groups=sequential}", "gptq{damping=0.05}"),
-    "gptq, tuned": ("clip,gptq,descend,refit", "clip,gptq", "clip,gptq,refit,gptq,descend,refit"),
-    "learned": ("clip,gptq,learn", "clip,gptq,descend,refit,learn{steps=400}", "clip,learn{steps=400}"),
-    "awq + gptq": ("awq,clip,gptq,descend,refit", "awq{clip=true},clip,gptq,descend,refit"),
+    "awq": ("awq,clip",),
+    "smooth": ("smooth",),
+    "rotate": ("rotate,clip,gptq",),
+    "gptq": ("gptq",),
+    "gptq, tuned": ("clip,gptq,descend,refit", f"{_FIRST},clip,gptq,descend,refit"),
+    "learned": ("clip,gptq,learn", f"{_FIRST},clip,gptq,learn{{steps=600}}"),
 }
 BEST = "best"
+# By which variants are chosen: it has no sampling noise of the text's own, unlike its perplexity.
+JUDGE = "validation_divergence"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to make: a format, and a variant of an algorithm (None: plain rounding)."""
+
+    format: str
+    variant: str | None
 
 
 class Bench:
@@ -66,8 +80,7 @@ class Bench:
             split: self._windows(arguments.data, split, arguments.windows) for split in ("validation", "test")
         }
         calibration = self._windows(arguments.data, "train", arguments.calibration)
-        self.batches = [(piece,) for piece in calibration.split(4)]
-        self.float_loss = self.losses(self.model, "test")[0]
+        self.batches = [(piece,) for piece in calibration.split(8)]
 
     def _windows(self, folder: str, split: str, count: int) -> Tensor:
         """`count` windows spread over the split (all if 0), the same ones each time."""
@@ -99,56 +112,20 @@ class Bench:
         loss, divergence = torch.cat(found, 1)
         return loss, divergence
 
-    def row(
-        self,
-        text: str,
-        name: str,
-        made: tuple[SmallLlama, float, int],
-        algorithm: str | None,
-        rounding: Tensor | None,
-    ) -> dict[str, Any]:
-        """One line of the table. `made`: as `quantized` returns it."""
-        model, seconds, memory = made
+    def run(self, job: Job) -> dict[str, Any]:
+        """What one model loses on both texts, and what it took to make it."""
+        model, seconds, memory = self.quantized(job.format, job.variant)
         loss, apart = self.losses(model, "test")
-        base = self.float_loss
-        row = {
-            "format": text,
-            "algorithm": name,
-            "variant": algorithm,
-            "bits": bits(self.model, text),
-            "perplexity": perplexity(loss),
-            "interval": interval(loss, base, None),
-            "change": perplexity(loss) / perplexity(base) - 1,
+        judged = self.losses(model, "validation")
+        return {
+            "validation": perplexity(judged[0]),
+            "validation_divergence": float(judged[1].mean()),
+            "loss": loss,
             "divergence": float(apart.mean()),
             "seconds": round(seconds, 1),
             "peak_mib": round(memory / 2**20, 1),
+            "bits": bits(self.model, job.format),
         }
-        if rounding is not None:
-            row["won"] = won(loss, base, rounding)
-            row["won_interval"] = interval(loss, base, rounding)
-        return row | {"loss": loss}
-
-
-def perplexity(loss: Tensor) -> float:
-    return math.exp(float(loss.mean()))
-
-
-def won(loss: Tensor, base: Tensor, rounding: Tensor) -> float:
-    """Share of what rounding adds to the perplexity that is not added."""
-    lost = perplexity(rounding) - perplexity(base)
-    return 1 - (perplexity(loss) - perplexity(base)) / lost if lost else math.nan
-
-
-def interval(loss: Tensor, base: Tensor, rounding: Tensor | None, draws: int = 1000) -> tuple[float, float]:
-    """95 % of bootstrap draws of windows, in pairs: of the perplexity, or of the share that is won."""
-    draw = np.random.default_rng(0).integers(0, len(loss), (draws, len(loss)))
-    means = [np.exp(part.numpy()[draw].mean(1)) for part in (loss, base)]
-    found = means[0]
-    if rounding is not None:
-        plain = np.exp(rounding.numpy()[draw].mean(1))
-        found = 1 - (means[0] - means[1]) / (plain - means[1])
-    low, high = np.percentile(found, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def recipe(text: str) -> Recipe:
@@ -166,44 +143,107 @@ def bits(model: SmallLlama, text: str) -> float:
     return total / sum(shape.numel() for shape in shapes)
 
 
+def variants(algorithms: list[str], first: bool) -> dict[str, tuple[str, ...]]:
+    return {name: ALGORITHMS[name][: 1 if first else None] for name in algorithms}
+
+
+def results(
+    bench: Bench, jobs: list[Job], arguments: argparse.Namespace
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Each job with what came of it, as they end."""
+    if arguments.processes < 2:
+        yield from ((job, bench.run(job)) for job in jobs)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Pool(arguments.processes, _start, (arguments,)) as pool:
+        # Format by format; in each the longest first, so that none is begun when the others are through.
+        order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
+        yield from pool.imap_unordered(_work, order)
+        pool.close()
+        pool.join()
+
+
+def _weight(job: Job) -> int:
+    """What takes longer is larger."""
+    return len(job.variant or "") + 1000 * ("learn" in (job.variant or ""))
+
+
+def _start(arguments: argparse.Namespace) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(arguments)
+
+
+def _work(job: Job) -> tuple[Job, dict[str, Any]]:
+    found = _bench.run(job)
+    # Plain numbers: a tensor would be handed over as an open file, and there are as many as jobs.
+    return job, found | {"loss": found["loss"].tolist()}
+
+
 def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
-    """All rows, written after each format, so that an interrupted run has what it had."""
-    float_test = bench.float_loss
+    """All rows, written whenever a format is complete, so that an interrupted run has what it had."""
+    base = bench.losses(bench.model, "test")[0]
+    texts = arguments.format
+    tried = variants(arguments.algorithm or list(ALGORITHMS), arguments.first)
+    jobs = [Job(text, v) for text in texts for v in (None, *dict.fromkeys(sum(tried.values(), ())))]
     record: dict[str, Any] = {
         "where": environment(bench.device),
         "asked": {k: v for k, v in vars(arguments).items() if k not in ("out", "data", "model")},
         "windows": {split: list(ids.shape) for split, ids in bench.texts.items()},
-        "float": {
-            "test": perplexity(float_test),
-            "interval": interval(float_test, float_test, None),
-        },
+        "float": {"test": perplexity(base), "interval": interval(base, base, None)},
         "rows": [],
-        "validation": {},
+        "validation": {},  # format -> variant -> perplexity, divergence
     }
-    for text in arguments.format or FORMATS:
-        rounding = bench.row(text, "rounding", bench.quantized(text, None), None, None)
-        rows, seen = [rounding], {}
-        for name in arguments.algorithm or ALGORITHMS:
-            variants = ALGORITHMS[name][:1] if arguments.first else ALGORITHMS[name]
-            best = None
-            for variant in variants:
-                made = bench.quantized(text, variant)
-                if not arguments.first:
-                    seen[variant] = perplexity(bench.losses(made[0], "validation")[0])
-                    print(f"{text:18} {variant:45} validation {seen[variant]:.4f}", flush=True)
-                if best is None or seen[variant] < seen[best[1]]:
-                    best = made, variant
-            assert best is not None
-            rows.append(bench.row(text, name, *best, rounding["loss"]))
-            print(f"{text:18} {best[1]:45} test {rows[-1]['perplexity']:.4f}", flush=True)
-        if seen:
-            chosen = min(seen, key=seen.__getitem__)
-            rows.append(next(row for row in rows if row["variant"] == chosen) | {"algorithm": BEST})
-        record["validation"][text] = seen
-        record["rows"] += [{key: value for key, value in row.items() if key != "loss"} for row in rows]
-        if arguments.out:
+    made: dict[str, dict[str | None, dict[str, Any]]] = {text: {} for text in texts}
+    began = time.perf_counter()
+    for job, found in results(bench, jobs, arguments):
+        found["loss"] = torch.as_tensor(found["loss"], dtype=torch.float64)
+        made[job.format][job.variant] = found
+        now = time.perf_counter() - began
+        print(
+            f"{now:5.0f} s  {job.format:18} {job.variant or 'rounding':60} {found['validation']:.4f} "
+            f"{found[JUDGE]:.5f}",
+            flush=True,
+        )
+        done = [text for text in texts if sum(j.format == text for j in jobs) == len(made[text])]
+        if job.format in done and arguments.out:
+            record["rows"] = [row for text in done for row in rows(text, made[text], tried, base)]
+            record["validation"] = {
+                text: {str(v): [one["validation"], one[JUDGE]] for v, one in made[text].items()}
+                for text in done
+            }
             _write(Path(arguments.out), record)
+    record["rows"] = [row for text in texts for row in rows(text, made[text], tried, base)]
     return record
+
+
+def rows(
+    text: str, made: dict[str | None, dict[str, Any]], tried: dict[str, tuple[str, ...]], base: Tensor
+) -> list[dict[str, Any]]:
+    """The lines of one format: rounding, each algorithm's best variant by the validation text, the best of
+    all."""
+    plain = made[None]["loss"]
+    shown: list[tuple[str, str | None]] = [("rounding", None)]
+    for name, all in tried.items():
+        shown.append((name, min(all, key=lambda variant: made[variant][JUDGE])))
+    shown.append((BEST, min(filter(None, made), key=lambda variant: made[variant][JUDGE])))
+    found = []
+    for name, variant in shown:
+        one = made[variant]
+        loss = one["loss"]
+        row = {key: one[key] for key in ("bits", "divergence", "seconds", "peak_mib")} | {
+            "format": text,
+            "algorithm": name,
+            "variant": variant,
+            "perplexity": perplexity(loss),
+            "interval": interval(loss, base, None),
+            "change": perplexity(loss) / perplexity(base) - 1,
+        }
+        if variant is not None:
+            row |= {"won": won(loss, base, plain), "won_interval": interval(loss, base, plain)}
+            row["won_divergence"] = 1 - one["divergence"] / made[None]["divergence"]
+        found.append(row)
+    return found
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
@@ -232,6 +272,7 @@ def _resident(name: str) -> int:
 
 def main() -> int:
     arguments = _arguments()
+    arguments.format = arguments.format or list(FORMATS)
     record = measure(Bench(arguments), arguments)
     print(table(record))
     return 0
@@ -248,7 +289,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--algorithm", action="append", choices=ALGORITHMS, help="may be repeated")
     parser.add_argument("--first", action="store_true", help="only the first variant of each algorithm")
     parser.add_argument("--windows", type=int, default=0, help="of validation and test text; 0: all")
-    parser.add_argument("--calibration", type=int, default=128, help="windows of the training text")
+    parser.add_argument("--calibration", type=int, default=512, help="windows of the training text")
+    parser.add_argument("--processes", type=int, default=1, help="how many share the device")
     return parser.parse_args()
 
 

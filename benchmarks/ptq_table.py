@@ -40,6 +40,8 @@ def _line(row: dict[str, Any], lost: float) -> str:
         share = f"**{share}**" if lost >= 0.02 else share
     # Of the float model's predictions, in thousandths of a nat: has no sampling noise of the text's own.
     apart = f"{1000 * row['divergence']:.2f}" if "divergence" in row else ""
+    if "won_divergence" in row:
+        apart += f" ({row['won_divergence']:.0%} less)"
     variant = f" (`{row['variant']}`)" if row["variant"] else ""
     return (
         f"| {row['format']} | {row['algorithm']}{variant} | {row['bits']:.2f} | "

@@ -7,6 +7,8 @@ In: options. Out: a table, and the numbers as JSON.
     python benchmarks/vision_and_text.py --threads 1 --out benchmarks/results/vision-and-text.json
     python benchmarks/vision_and_text.py --models digits --seconds 0      (what is lost alone)
 
+Rows of models that are not asked for stay in the file.
+
 digits   a small residual network that this script trains on three quarters of scikit-learn's digits; ranges
          are found on some of these, and accuracy is that of the quarter that nothing else saw
 lite0    EfficientNet-Lite0's published weights; ranges are found on crops of scikit-learn's photograph of a
@@ -57,9 +59,10 @@ class Row:
 
 def static(observer: str, activations: str = "int8[tensor]") -> bf.Recipe:
     """int8_static with another observer, or with zero points."""
-    rule = bf.Rule("*", op="linear|conv", weight="int8", input=activations, observer=observer)
+    both = {"linear": "int8", "conv": "int8[narrow]"}
+    rules = [bf.Rule(op=op, weight=w, input=activations, observer=observer) for op, w in both.items()]
     zero = ", zero points" if "zero" in activations else ""
-    return bf.Recipe(f"int8_static, {observer}{zero}", (rule,))
+    return bf.Recipe(f"int8_static, {observer}{zero}", tuple(rules))
 
 
 def recipes(observers: list[str]) -> list[bf.Recipe]:
@@ -164,11 +167,15 @@ def _vision(
 ) -> Iterator[Row]:
     """float32, and static int8 by each observer; the first of these is timed."""
     made: dict[str, Any] = {}
-    for recipe in (*recipes(given.observers), bf.Recipe.parse("int8_conv")):
-        folded = copy.deepcopy(model)
-        calibrated = any(rule.observer for rule in recipe.rules)
-        bf.quantize(folded, recipe, calibration=data if calibrated else None)
-        made[recipe.name] = folded
+    weights = bf.Recipe.parse("int8_conv")
+    # With 127.5 steps to the largest weight: what the narrow range of the recipes is for.
+    wide = bf.Recipe("int8_conv, wide", (bf.Rule(op="linear|conv", weight="int8"),))
+    for recipe in (*recipes(given.observers), weights, wide):
+        for algorithm in (None, "correct_bias{add=true}") if recipe in (weights, wide) else (None,):
+            folded = copy.deepcopy(model)
+            calibrated = algorithm or any(rule.observer for rule in recipe.rules)
+            bf.quantize(folded, recipe, algorithm=algorithm, calibration=data if calibrated else None)
+            made[recipe.name + (", biases corrected" if algorithm else "")] = folded
     first = next(iter(made))
     timed = _timed({"float32": frozen(model), first: compiled(made[first])}, given, test)
     yield Row(name, "float32", judged(model), size(model), timed["float32"])
@@ -286,17 +293,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows: list[Row] = []
     for name in given.models:
+        rows = []
         for row in MODELS[name](given):
             print(printed(row), flush=True)
             rows.append(row)
-    if given.out:
-        about = {"processor": processor(), "threads": given.threads, "torch": torch.__version__}
-        about |= {"python": platform.python_version(), "observers": given.observers}
-        given.out.write_text(
-            json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        if given.out:
+            _write(given, name, rows)
+
+
+def _write(given: argparse.Namespace, name: str, rows: list[Row]) -> None:
+    """One model's rows into the file; those of the others, by an earlier run, stay."""
+    kept: list[dict[str, Any]] = []
+    if given.out.exists():
+        kept = [row for row in json.loads(given.out.read_text())["rows"] if row["model"] != name]
+    about = {"processor": processor(), "threads": given.threads, "torch": torch.__version__}
+    about |= {"python": platform.python_version(), "observers": given.observers}
+    made = sorted(kept + [asdict(row) for row in rows], key=lambda row: list(MODELS).index(row["model"]))
+    given.out.write_text(json.dumps({"about": about, "rows": made}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

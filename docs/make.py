@@ -182,6 +182,36 @@ def ptq_table() -> str:
     return "\n".join(found)
 
 
+def ptq_short() -> str:
+    """The same runs, three lines a format: rounding, GPTQ alone, and the best by the validation text."""
+    found = []
+    for path in sorted(RESULTS.glob("ptq-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        by_format: dict[str, dict[str, Any]] = {}
+        for row in record["rows"]:
+            by_format.setdefault(row["format"], {})[row["algorithm"]] = row
+        link = path.relative_to(ROOT).as_posix()
+        found.append(
+            f"{record['where']['device']}, float {record['float']['test']:.2f} "
+            f"([raw output]({link}), `python benchmarks/ptq.py`):\n"
+        )
+        rows = [
+            [
+                f"`{name}`",
+                f"{ways['rounding']['bits']:.2f}",
+                f"{ways['rounding']['change']:+.2%}",
+                f"{ways['gptq']['change']:+.2%}",
+                f"{ways['best']['change']:+.2%} (`{ways['best']['variant']}`)",
+                f"{ways['best']['won_divergence']:.0%}",
+            ]
+            for name, ways in by_format.items()
+            if {"rounding", "gptq", "best"} <= set(ways)
+        ]
+        head = ("format", "bits", "rounding", "`gptq`", "best", "less divergence")
+        found.append(_table(head, rows))
+    return "\n".join(found)
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
@@ -195,6 +225,7 @@ def made() -> dict[Path, str]:
         "llama": llama_table(),
         "cpu": cpu_table(),
         "ptq": ptq_table(),
+        "ptq_short": ptq_short(),
     }
     found = {ROOT / "docs" / "formats.md": formats_page()}
     for path in (ROOT / "README.md", ROOT / "docs" / "notes" / "ptq.md"):

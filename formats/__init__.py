@@ -12,7 +12,7 @@ Importing the package registers the operators `torch.ops.bitfold.{quantize, dequ
 unpack, choose}`. Errors of use are `FormatError`, a `BitfoldError`, a `ValueError`.
 """
 
-from . import norm, ops, round_groups, train_quantize
+from . import hadamard, norm, ops, round_groups, train_quantize
 from .codebook import Codebook
 from .element import Element
 from .errors import BitfoldError, FormatError, nearest
@@ -52,6 +52,7 @@ __all__ = [
     "Sparsity",
     "describe",
     "format",
+    "hadamard",
     "layout_named",
     "nearest",
     "norm",

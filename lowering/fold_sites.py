@@ -27,6 +27,7 @@ from .module_scope import Plan, Site, Step
 from .parameters import parameter_names
 from .report import ATTRIBUTE
 from .steps_back import back_from
+from .turned import turned
 
 
 class _Tied:
@@ -114,6 +115,8 @@ def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[Node, Sou
             shape, back = tuple(chain.parameter.shape), back_from(chain, note.anchor)
             if site.columns is not None and back is not None:
                 back = (("columns", site.columns), *back)
+            if turned(node) and back is not None:
+                back = (("hadamard", ()), *back)
             sources[node] = Source(own, shape, path, back, (path, chain.text, back))
     return sources, dtype
 

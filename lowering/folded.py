@@ -50,8 +50,8 @@ class FoldedWeight:
 
     `path` is the parameter's first path in the model, `format` that of the parts as they lie here,
     `canonical` the same in the layout that files have. `back` leads from the decoded rows to the parameter by
-    ("columns", places), ("permute", dims) and ("reshape", shape) steps; None if the rows are only a slice of
-    it.
+    ("columns", places), ("permute", dims), ("reshape", shape) and ("hadamard", ()) steps; None if the rows
+    are only a slice of it.
     """
 
     name: str
@@ -72,6 +72,8 @@ class FoldedWeight:
         for step, sizes in self.back:
             if step == "columns":
                 rows = rows[..., torch.tensor(sizes, device=rows.device)]
+            elif step == "hadamard":
+                rows = torch.ops.bitfold.hadamard(rows, True)
             else:
                 rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
         return rows

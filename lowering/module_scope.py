@@ -26,9 +26,10 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ..formats import BitfoldError, Quantized, nearest
-from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, rules, state
+from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, joints, rules, state
 from ..passes.anchors import anchors
 from ..passes.annotate import Annotate
+from ..passes.joints import speaks_of_joints
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
 from ..passes.scopes.module import is_stock
@@ -115,6 +116,8 @@ def plan(
             found.sites.append(site)
     found.misses += _split_ties(found.sites)
     found.misses += _unmatched(recipe, known)
+    if speaks_of_joints(recipe):
+        found.misses.append(MissRecord("", "", "", recipe.name, joints.MODULE))
     if speaks_of_caches(recipe):
         found.misses.append(MissRecord("", "", "", recipe.name, MODULE))
     return found

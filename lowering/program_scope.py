@@ -20,6 +20,7 @@ from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, state
 from ..passes.annotate import Annotate
 from ..passes.fold import Fold
+from ..passes.joints import operands
 from ..passes.note import annotated
 from ..passes.observing.calibrate import calibrate, flat_arguments
 from ..passes.observing.observe import Observe
@@ -73,6 +74,8 @@ def quantize_program(
     if steps is not None:
         _solve(gm, steps, data, progress)
     observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
+    joined = (operands(node) for node in gm.graph.nodes)
+    observed = observed or next((one.layer for one in joined if one is not None and one.observer), None)
     if observed is not None:
         batches.check_given(observed)
         Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
@@ -89,9 +92,10 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
-    if steps.balance or steps.learn:
-        name = steps.balance[0].name if steps.balance else "learn"
-        raise BitfoldError(f"{name} works on the blocks of a model; use scope='module'")
+    whole = steps.rotate or steps.correct
+    name = whole.name if whole else steps.on_blocks()
+    if name:
+        raise BitfoldError(f"{name} works on the modules of a model; use scope='module'")
     if steps.needs_data:
         if not batches:
             raise BitfoldError(f"{steps} measures what goes into each layer; give calibration=[batches]")

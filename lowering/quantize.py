@@ -108,8 +108,21 @@ def quantize(
         before = held(model)
         with changed(model, changes, found):
             fold_sites(model, found, on, progress)
+        _untied(model)
         release(before - held(model))
         return given
+
+
+def _untied(model: nn.Module) -> None:
+    """transformers ties a head to its embedding anew when it saves or loads, if its configuration says so."""
+    given: Any = model
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    head, table = given.get_output_embeddings(), given.get_input_embeddings()
+    weights = [getattr(one, "_parameters", {}).get("weight") for one in (head, table)]
+    if None not in weights and weights[0] is not weights[1]:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def check_scope(model: nn.Module, scope: str) -> None:

@@ -23,6 +23,7 @@ from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
 from .steps_back import back_from
+from .turned import turned
 
 
 class Swaps:
@@ -30,6 +31,8 @@ class Swaps:
 
     def __init__(self) -> None:
         self._held: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._rounded: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        self._lifted = False
         self._handles: list[Any] = []
 
     def __enter__(self) -> Swaps:
@@ -41,17 +44,37 @@ class Swaps:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without what was rounded, for as long as a block of code runs; what was balanced stays."""
+        now = [(owner, name, owner._parameters[name]) for owner, name, _ in self._rounded]
+        try:
+            self._lifted = True
+            for owner, name, parameter in reversed(self._rounded):
+                owner._parameters[name] = parameter
+            yield
+        finally:
+            self._lifted = False
+            for owner, name, parameter in now:
+                owner._parameters[name] = parameter
+
     def put(self, site: Site) -> None:
         """The site's decided weights, as the folded module will have them; and its inputs rounded, if they
         are."""
         for node, note in annotated(site.gm):
             found = node.meta.get(DRAFT)
+            rows = None
             if note.weight and isinstance(found, Quantized):
-                self._weight(site, node, note, found.dequantize())
+                rows = found.dequantize()
             elif note.weight and isinstance(found, Draft):
-                self._weight(site, node, note, found.rounded(format(note.weight)))
+                rows = found.rounded(format(note.weight))
+            if rows is not None:
+                # The module has no transform of its own yet: its weight has the inverse meanwhile.
+                rows = torch.ops.bitfold.hadamard(rows, True) if turned(node) else rows
+                self._weight(site, node, note, rows)
             if note.input and not note.observer and is_stock(site.module):
-                self._handles.append(site.module.register_forward_pre_hook(_rounding(note.input)))
+                hook = self._rounding(note.input, turned(node))
+                self._handles.append(site.module.register_forward_pre_hook(hook))
 
     def _weight(self, site: Site, node: Node, note: Note, rows: Tensor) -> None:
         operand = node.args[TARGETS[node.target][2]]
@@ -66,6 +89,7 @@ class Swaps:
         own = chain.path.removeprefix(site.path).strip(".")
         prefix, _, name = own.rpartition(".")
         owner = site.module.get_submodule(prefix)
+        self._rounded.append((owner, name, owner._parameters.get(name)))
         self.replace(owner, name, value)
 
     def replace(self, owner: nn.Module, name: str, value: Tensor) -> None:
@@ -73,13 +97,16 @@ class Swaps:
         self._held.append((owner, name, owner._parameters.get(name)))
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
+    def _rounding(self, text: str, through: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if not args or self._lifted:
+                return None
+            x = torch.ops.bitfold.hadamard(args[0]) if through else args[0]
+            # The operator, not the format's method: it lets the gradient straight through.
+            x = torch.ops.bitfold.fake_quantize(x, text)
+            return (torch.ops.bitfold.hadamard(x, True) if through else x, *args[1:])
 
-def _rounding(text: str) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        # The operator, not the format's method: it lets the gradient straight through.
-        return (torch.ops.bitfold.fake_quantize(args[0], text), *args[1:]) if args else None
-
-    return hook
+        return hook
 
 
 @contextmanager
@@ -92,8 +119,10 @@ def changed(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> Ite
     for path, value in changes.items():
         # New parameters: the old ones may be another model's too.
         prefix, _, name = path.rpartition(".")
-        held = model.get_parameter(path)
-        model.get_submodule(prefix)._parameters[name] = nn.Parameter(value, held.requires_grad)
+        owner = model.get_submodule(prefix)
+        held = owner._parameters.get(name)  # None: a bias that the layer has not had
+        trains = held is not None and held.requires_grad
+        owner._parameters[name] = nn.Parameter(value, trains)
     try:
         yield
     except BaseException:

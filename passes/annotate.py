@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from ..formats import BitfoldError, Format, FormatError, format, nearest
 from .anchors import BATCHED, Anchor, anchors, fixed_size, identity, untaken
 from .core import Miss, MissRecord, Pass, report, state
+from .joints import plan_joints, sites, write_joints
 from .note import KEY, Note
 from .recipes import Recipe
 from .rules import STORED, Rule, Site
@@ -55,11 +56,14 @@ class Annotate(Pass):
             if rule is not None:
                 plan.consider(anchor, rule)
         plan.check_sharing()
+        joints = plan_joints(gm, recipe)
         plan.write()
+        joined = write_joints(gm, joints)
         _report_untaken(gm, recipe)
         if state(gm).scope == "program":
-            _report_unmatched(gm, recipe, [anchor.site for anchor in found])
-        return len(plan.notes)
+            known = [*(anchor.site for anchor in found), *(site for _, site in sites(gm))]
+            _report_unmatched(gm, recipe, known)
+        return len(plan.notes) + joined
 
 
 class _Plan:

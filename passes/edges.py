@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .anchors import TARGETS
+from .joints import Operands, operands
 from .note import Note, annotated
 
 EDGE = "bitfold_edge"
@@ -58,6 +59,10 @@ def split_activations(gm: GraphModule, make: MakeNode, *, observed_only: bool = 
         if note.observer or not observed_only:
             _split_input(node, note, place)
             _split_output(node, note, place)
+    for node in list(gm.graph.nodes):
+        wanted = operands(node)
+        if wanted is not None and (wanted.observer or not observed_only):
+            _split_operands(node, wanted, place)
     return len(shared)
 
 
@@ -87,6 +92,16 @@ def _split_input(node: Node, note: Note, place: MakeNode) -> None:
     there = edge(value)
     if there is None or there.format != note.input:
         node.update_arg(index, place(Edge(note.layer, "input", note.input, note.observer or ""), value, node))
+
+
+def _split_operands(node: Node, wanted: Operands, place: MakeNode) -> None:
+    for index in wanted.places:
+        value = node.args[index]
+        assert isinstance(value, Node)
+        there = edge(value)
+        if there is None or there.format != wanted.format:
+            on = Edge(wanted.layer, "input", wanted.format, wanted.observer)
+            node.update_arg(index, place(on, value, node))
 
 
 def _split_output(node: Node, note: Note, place: MakeNode) -> None:

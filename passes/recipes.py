@@ -198,8 +198,10 @@ _NAMED: dict[str, tuple[tuple[dict[str, str], ...], str]] = {
     "none": ((), "nothing is quantized"),
     "int8": _weights("int8", "linears int8, one scale a row"),
     "int8_all": _all("int8", "int8", "int8, and head and embedding int8 too"),
+    # Narrow: with 127.5 steps to the largest, a positive largest weight is always stored smaller. In a
+    # depthwise convolution, whose channel may be that one weight, channels lose 0.4 %, layer after layer.
     "int8_conv": (
-        ({"op": "linear|conv", "weight": "int8"},),
+        ({"op": "linear", "weight": "int8"}, {"op": "conv", "weight": "int8[narrow]"}),
         "linears and convolutions int8, one scale a row",
     ),
     "int8_dynamic": _both(
@@ -207,12 +209,8 @@ _NAMED: dict[str, tuple[tuple[dict[str, str], ...], str]] = {
     ),
     "int8_static": (
         (
-            {
-                "op": "linear|conv",
-                "weight": "int8",
-                "input": "int8[tensor]",
-                "observer": "minmax",
-            },
+            {"op": "linear", "weight": "int8", "input": "int8[tensor]", "observer": "minmax"},
+            {"op": "conv", "weight": "int8[narrow]", "input": "int8[tensor]", "observer": "minmax"},
         ),
         "linears and convolutions int8 with int8 activations of calibrated range",
     ),

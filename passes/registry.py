@@ -41,6 +41,7 @@ _BUILT_IN = {
     "fold": "fold",
     "fuse": "fuse",
     "clip": "algorithms.clip",
+    "follow": "algorithms.follow",
     "gptq": "algorithms.gptq",
     "refit": "algorithms.refit",
     "hqq": "algorithms.hqq",
@@ -48,6 +49,8 @@ _BUILT_IN = {
     "learn": "algorithms.learn",
     "awq": "algorithms.awq",
     "smooth": "algorithms.smooth",
+    "rotate": "algorithms.rotate",
+    "correct_bias": "algorithms.correct_bias",
     "equalize": "algorithms.equalize",
 }
 

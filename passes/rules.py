@@ -20,7 +20,9 @@ from ..formats import BitfoldError, format, nearest
 from .observing.histograms import observer
 
 CACHE = "cache"
-OPS = ("linear", "head", "conv", "embedding", CACHE)
+JOINTS = ("add", "mul", "pool", "softmax", "attention")
+"""Operators that take activations alone (`joints.py`)."""
+OPS = ("linear", "head", "conv", "embedding", CACHE, *JOINTS)
 MISFITS = ("error", "report")
 STORED = "stored"
 
@@ -60,6 +62,8 @@ class Rule:
     match     a glob on the module path (`*` crosses dots), or `re:` and a regular expression (full match)
     op        linear, head, conv, embedding, several with `|`, or `*`; a head is not a linear;
               cache: a buffer of keys or values, by its own path, its format as `weight`; `*` does not mean it
+              add, mul, pool, softmax, attention: operators on activations, their operands' format as `input`;
+              `*` does not mean them (program scope; `joints.py`)
     where     a predicate on N (rows), K (the reduced size) and numel: "K >= 256 and N % 16 == 0"
     weight    format of the weight, or "stored": the codes of a checkpoint that came quantized, as they are
     input     format of the input activation; output: of the result
@@ -113,7 +117,7 @@ class Rule:
 
     def names(self, site: Site) -> bool:
         """True if the op kind and one of the paths fit, whatever the sizes."""
-        meant = site.op in self.op.split("|") or (self.op == "*" and site.op != CACHE)
+        meant = site.op in self.op.split("|") or (self.op == "*" and site.op not in (CACHE, *JOINTS))
         return meant and any(_pattern(self.match)(path) for path in site.paths)
 
     def to_dict(self) -> dict[str, str]:

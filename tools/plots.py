@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,26 @@ def pareto(points: Sequence[Point], path: str | os.PathLike[str]) -> Path:
     axes.set_xlabel("bits for each weight")
     axes.set_ylabel("signal to noise of the result, dB")
     axes.set_title("larger points take longer" if slowest else "not timed", fontsize=10)
+    return _write(figure, axes, path)
+
+
+def search_front(
+    front: Sequence[tuple[float, float]],
+    uniform: Mapping[str, tuple[float, float]],
+    path: str | os.PathLike[str],
+    loss: str = "divergence of the predictions, nats",
+) -> Path:
+    """What `bf.search` can have: (bits, loss) of its best recipes as a line, recipes of one format as
+    points."""
+    if len(front) < 2:
+        raise BitfoldError("a front has two recipes at least")
+    figure, axes = _axes()
+    axes.semilogy([bits for bits, _ in front], [loss for _, loss in front], color="#0b5fcc", label="search")
+    axes.scatter(*zip(*uniform.values(), strict=True), c="#98a1ad", label="one format")
+    for name, place in uniform.items():
+        axes.annotate(name, place, xytext=(7, 4), textcoords="offset points", fontsize=8, parse_math=False)
+    axes.set_xlabel("bits for each weight")
+    axes.set_ylabel(loss)
     return _write(figure, axes, path)
 
 

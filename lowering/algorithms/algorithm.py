@@ -1,4 +1,4 @@
-"""An algorithm as a user writes it: passes that balance channels, that decide codes, that learn, in order.
+"""An algorithm as a user writes it: passes that rotate, balance channels, decide codes, and learn, in order.
 
 In: text such as "awq,clip,gptq{actorder=true}", or a pipeline of such passes. Out: an `Algorithm`, checked.
 
@@ -10,32 +10,60 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...formats import BitfoldError
-from ...passes import Pipeline, find_pass
+from ...passes import Pass, Pipeline, find_pass
 from ...passes.algorithms.balance import Balancer
+from ...passes.algorithms.correct_bias import CorrectBias
 from ...passes.algorithms.learn import Learn
+from ...passes.algorithms.rotate import Rotate
 from ...passes.algorithms.solve import Solver
 from ...passes.registry import pass_names
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is done to the channels of a block, then to each weight, and then to the weights of the block
-    together."""
+    """What is done to the whole model (`rotate`), to the channels of a block, then to each weight, and then
+    to the weights of the block together."""
 
     balance: tuple[Balancer, ...]
     solve: Pipeline
     learn: Learn | None = None
+    rotate: Rotate | None = None
+    correct: CorrectBias | None = None
 
     @property
     def needs_data(self) -> bool:
         """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
-        return bool(self.balance or self.learn) or any(
+        return bool(self.balance or self.learn or self.rotate or self.correct) or any(
             isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
             for step in self.solve.passes
         )
 
+    @property
+    def wants_exact(self) -> bool:
+        """Whether it compares what goes into layers with what goes into them in the float model."""
+        return any(isinstance(step, Solver) and step.wants_exact for step in self.solve.passes)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether what is rounded is another float weight than the model's."""
+        return bool(self.rotate or self.balance or self.wants_exact)
+
+    def on_blocks(self) -> str:
+        """The name of the first pass that wants a model of blocks, or ""."""
+        wanting = (
+            step.name
+            for step in self._steps()
+            if isinstance(step, Balancer | Learn) or (isinstance(step, Solver) and step.wants_exact)
+        )
+        return next(wanting, "")
+
     def __str__(self) -> str:
-        return str(Pipeline((*self.balance, *self.solve.passes, *((self.learn,) if self.learn else ()))))
+        return str(Pipeline(self._steps()))
+
+    def _steps(self) -> tuple[Pass, ...]:
+        first = (self.rotate,) if self.rotate else ()
+        last = tuple(step for step in (self.learn, self.correct) if step is not None)
+        return (*first, *self.balance, *self.solve.passes, *last)
 
 
 def algorithm_of(given: str | Pipeline) -> Algorithm:
@@ -45,11 +73,25 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
     steps = Pipeline.parse(given) if isinstance(given, str) else given
     if not isinstance(steps, Pipeline) or not steps.passes:
         raise BitfoldError(f"an algorithm is text such as 'clip,gptq', not {given!r}; there are {_known()}")
-    balance, solve, learn = [], [], None
+    balance: list[Balancer] = []
+    solve: list[Pass] = []
+    learn: Learn | None = None
+    rotate: Rotate | None = None
+    correct: CorrectBias | None = None
     for step in steps.passes:
-        if learn is not None:
+        if correct is not None:
+            raise BitfoldError(
+                f"correct_bias looks at what all others have decided; put it after {step.name}"
+            )
+        if isinstance(step, CorrectBias):
+            correct = step
+        elif learn is not None:
             raise BitfoldError(f"learn goes on from what the others have decided; put it after {step.name}")
-        if isinstance(step, Learn):
+        elif isinstance(step, Rotate):
+            if balance or solve or rotate:
+                raise BitfoldError("rotate turns what all others look at; put it first, once")
+            rotate = step
+        elif isinstance(step, Learn):
             learn = step
         elif isinstance(step, Solver):
             solve.append(step)
@@ -59,8 +101,11 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
             raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
         else:
             balance.append(step)
-    return Algorithm(tuple(balance), Pipeline(solve), learn)
+    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct)
+
+
+_KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias)
 
 
 def _known() -> str:
-    return ", ".join(name for name in pass_names() if issubclass(find_pass(name), Solver | Balancer | Learn))
+    return ", ".join(name for name in pass_names() if issubclass(find_pass(name), _KINDS))

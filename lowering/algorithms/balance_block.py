@@ -29,6 +29,7 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
 from ..swaps import Swaps
+from ..turned import turned
 from .blocks import Chain
 from .calibration import hooked
 
@@ -58,6 +59,7 @@ class Balance:
             return
         found = [group for group in found if self._alone(group, block, path)]
         work = _Work(block, path, sites, swaps)
+        found = [group for group in found if self._free(group, work)]
         before = chain.run(place, 0)
         for step in self.steps:
             inputs = _inputs(chain, place, found) if step.needs_inputs else {}
@@ -83,6 +85,15 @@ class Balance:
                     f"{path}.{name} is used in more than one place, so {group.readers[0]} is not balanced"
                 )
                 self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
+                return False
+        return True
+
+    def _free(self, group: Group, work: _Work) -> bool:
+        """Whether none of its parameters has codes of its own already, which no factor changes."""
+        for name in (*(one.path for one in group.producers), *group.readers):
+            if name in work.anchors and work.anchors[name][2].stored:
+                reason = f"{work.path}.{name} has codes of its own (stored), so its channels stay as they are"
+                self.misses.append(MissRecord(work.path, work.path, "", str(self.steps[0].name), reason))
                 return False
         return True
 
@@ -125,9 +136,11 @@ class _Work:
     def value(self, name: str) -> Tensor:
         """The parameter as it is now, float32."""
         if name in self.anchors:
-            draft = self.anchors[name][1].meta.get(DRAFT)
+            node = self.anchors[name][1]
+            draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
-                return draft.weight
+                # Channels are those before the transform, if there is one.
+                return torch.ops.bitfold.hadamard(draft.weight, True) if turned(node) else draft.weight
         return self.block.get_parameter(name).detach().float()
 
     def scale(self, group: Group, factors: Tensor) -> None:
@@ -150,7 +163,8 @@ class _Work:
         owner = self.block.get_submodule(prefix)
         held = owner.get_parameter(own)
         if name in self.anchors:
-            self.anchors[name][1].meta[DRAFT] = Draft(value)
+            node = self.anchors[name][1]
+            node.meta[DRAFT] = Draft(torch.ops.bitfold.hadamard(value) if turned(node) else value)
         else:
             self.changes[f"{self.path}.{name}"] = value.to(held.dtype)
         self.swaps.replace(owner, own, value.to(held.dtype))

@@ -26,6 +26,7 @@ from ...passes.algorithms.learn import Learn, Rounding
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ..module_scope import Site
+from ..turned import turned
 from .blocks import Chain, first_tensor
 
 
@@ -44,7 +45,7 @@ def learn_block(
                 continue
             assert note.weight is not None
             name = held.path.removeprefix(path).strip(".")
-            found[name] = node, Rounding(format(note.weight), draft)
+            found[name] = node, Rounding(format(note.weight), draft, turned(node))
     if not found:
         return
     roundings = {name: rounding for name, (_, rounding) in found.items()}
@@ -78,7 +79,7 @@ def _gradients(
     with torch.enable_grad():
         leaves = {name: rounding.values() for name, rounding in roundings.items()}
         args, kwargs = chain.arguments(place, index)
-        result = _call(block, leaves, args, kwargs)
+        result = _call(block, _as_read(leaves, roundings), args, kwargs)
         error = (result - targets[index]).float().square().mean()
         return dict(zip(leaves, torch.autograd.grad(error, list(leaves.values())), strict=True))
 
@@ -88,12 +89,20 @@ def _loss(
 ) -> float:
     """The mean squared error over all data."""
     with torch.no_grad():
-        weights = {name: rounding.values() for name, rounding in roundings.items()}
+        weights = _as_read({name: rounding.values() for name, rounding in roundings.items()}, roundings)
         total = 0.0
         for index, target in enumerate(targets):
             args, kwargs = chain.arguments(place, index)
             total += float((_call(block, weights, args, kwargs) - target).float().square().sum())
     return total
+
+
+def _as_read(values: dict[str, Tensor], roundings: dict[str, Rounding]) -> dict[str, Tensor]:
+    """The weights for modules that run no transform of their inputs yet."""
+    return {
+        name: torch.ops.bitfold.hadamard(value, True) if roundings[name].turned else value
+        for name, value in values.items()
+    }
 
 
 def _call(

@@ -37,13 +37,16 @@ from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ..module_scope import Plan, Site, Step
 from ..swaps import Swaps
+from ..turned import turned
 from .algorithm import Algorithm
 from .balance_block import Balance
 from .blocks import Chain, record, without_cache
 from .calibration import Batch, hooked
+from .correct_biases import FLOAT, correct_biases
 from .learn_block import learn_block
-from .measure import gatherer, measure, once
+from .measure import Pairs, gatherer, measure, once
 from .results import Results, drafts_of
+from .rotate_model import rotate_model
 from .used_once import used_more_than_once
 
 
@@ -62,40 +65,58 @@ def solve_sites(
     do not go through the model, give NaN, or miss a layer."""
     sites = [site for site in found.sites if any(note.weight for _, note in annotated(site.gm))]
     solver = _Solver(algorithm, results, progress, len(sites))
+    changes: dict[str, Tensor] = {}
     if not algorithm.needs_data:
         for site in sites:
             solver.solve(site)
         return {}
     if not batches:
         raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
+    if algorithm.correct is not None and algorithm.changes_weights and results is not None:
+        raise BitfoldError(
+            "correct_bias compares with float weights that other passes have changed, which resume does not "
+            "keep; leave one of the two out"
+        )
     for site in sites:
         if algorithm.balance and any(note.output and note.observer for _, note in annotated(site.gm)):
             raise BitfoldError(
                 f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
                 "would change afterwards; leave the format of outputs to the layers that read them"
             )
-    with without_cache(model):
-        shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
-        balance = Balance(algorithm.balance, shared)
-        chain, rest = _recorded(model, sites, batches)
-        if isinstance(chain, Miss):
-            if algorithm.balance or algorithm.learn:
-                name = algorithm.balance[0].name if algorithm.balance else "learn"
-                raise BitfoldError(
-                    f"{name} works on a chain of blocks, and this model is none: {chain.reason}"
-                )
-            reason = f"{chain.reason}, so each layer is measured in the float model"
-            found.misses.append(MissRecord("", "", "", str(algorithm), reason))
-        else:
-            if algorithm.learn is not None:
-                chain.exact = list(chain.hidden)
+    with without_cache(model), Swaps() as swaps:
+        if algorithm.rotate is not None:
             with hooked(model, {}):
-                for place, path in enumerate(chain.paths):
-                    inside = [site for site in sites if _within(site.path, path)]
-                    _solve_block(chain, place, inside, solver, balance)
-        for site in rest:
-            solver.solve(site)
-            solver.settle(site)
+                changes = rotate_model(algorithm.rotate, model, batches[0], sites, swaps)
+        changes |= _walk(model, found, sites, solver, batches)
+    if algorithm.correct is not None:
+        changes |= correct_biases(algorithm.correct, model, found, batches, changes)
+    return changes
+
+
+def _walk(
+    model: nn.Module, found: Plan, sites: Sequence[Site], solver: _Solver, batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Every site solved, block by block where the model is a chain of them."""
+    algorithm = solver.algorithm
+    shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
+    balance = Balance(algorithm.balance, shared)
+    chain, rest = _recorded(model, sites, batches)
+    if isinstance(chain, Miss):
+        name = algorithm.on_blocks()
+        if name:
+            raise BitfoldError(f"{name} works on a chain of blocks, and this model is none: {chain.reason}")
+        reason = f"{chain.reason}, so each layer is measured in the float model"
+        found.misses.append(MissRecord("", "", "", str(algorithm), reason))
+    else:
+        if algorithm.learn is not None or algorithm.wants_exact:
+            chain.exact = list(chain.hidden)
+        with hooked(model, {}):
+            for place, path in enumerate(chain.paths):
+                inside = [site for site in sites if _within(site.path, path)]
+                _solve_block(chain, place, inside, solver, balance)
+    for site in rest:
+        solver.solve(site)
+        solver.settle(site)
     found.misses += balance.misses
     return balance.changes
 
@@ -140,6 +161,9 @@ class _Solver:
             draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
                 assert note.weight is not None
+                if self.algorithm.correct is not None and self.algorithm.changes_weights:
+                    w = draft.weight
+                    node.meta[FLOAT] = torch.ops.bitfold.hadamard(w, True) if turned(node) else w
                 node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
         if self.results is not None and decided:
             self.results.keep(site, self.drafts.pop(site.path))
@@ -222,17 +246,22 @@ def _widths(site: Site) -> Iterator[int]:
 def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, balance: Balance) -> None:
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
-    def run() -> None:
-        for batch in range(len(chain.hidden)):
-            once(partial(chain.run, place, batch))
-
+    pairs = Pairs() if solver.algorithm.wants_exact else None
     targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
     with Swaps() as swaps:
+
+        def run() -> None:
+            for batch in range(len(chain.hidden)):
+                if pairs is not None:
+                    with swaps.lifted(), pairs.first():
+                        once(partial(chain.run_exact, place, batch))
+                once(partial(chain.run, place, batch))
+
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
         for group, repeated in _order(chain, place, sites):
             if not solver.known(group):
-                measure(group, run, repeated=repeated)
+                measure(group, run, repeated=repeated, pairs=pairs)
             for site in group:
                 solver.solve(site)
                 swaps.put(site)

@@ -4,13 +4,16 @@ In: a model, data, a budget. Out: a `Recipe` that prints, saves and quantizes.
 
     recipe = bf.search(model, batches, budget="4.2 bits")             the best model of that size
     recipe = bf.search(model, batches, budget="0.5% perplexity")      the smallest model that is this good
+    recipe = bf.search(model, batches, budget="40 ms")                the best one that is this fast
     bf.quantize(model, recipe, algorithm="clip,gptq", calibration=batches)
 
-Each layer is rounded alone, in each candidate format (`sensitivity.py`); the losses of a recipe are taken to
+Each layer is rounded alone, in each candidate format (`sensitivity.py`), or its loss estimated (`trace.py`);
+the losses of a recipe are taken to
 add up, and the choice is an integer program, one choice a layer, that scipy's HiGHS solves to the optimum:
 
     least sum of losses,   sum of bits <= budget                      (bits)
     least sum of bits,     sum of losses <= log(1 + share)            (perplexity)
+    least sum of losses,   sum of seconds <= budget                   (ms, one batch; `times.py`)
 
 Losses do not quite add up, so a recipe for a perplexity is run, and the program solved again with the losses
 scaled to what was seen, until it holds.
@@ -37,6 +40,8 @@ from ..given_model import module_of
 from ..module_scope import Step, plan
 from ..swaps import Swaps
 from .sensitivity import Choice, Loss, Sensitivity, divergence, round_site, sensitivity
+from .times import Times, measured, modeled
+from .trace import trace_sensitivity
 
 CANDIDATES = ("int8[g128]", "int6[g64]", "int5[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
 """Formats that are tried by default, where they fit."""
@@ -46,20 +51,24 @@ _ROUNDS = 6
 
 @dataclass(frozen=True)
 class Budget:
-    """amount bits a weight, or a perplexity that is `amount` (a share: 0.005) higher."""
+    """amount bits a weight, or a perplexity that is `amount` (a share: 0.005) higher, or seconds."""
 
-    kind: Literal["bits", "perplexity"]
+    kind: Literal["bits", "perplexity", "seconds"]
     amount: float
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """ "4.2 bits" or "0.5% perplexity". Raises BitfoldError for anything else."""
-        pattern = r"\s*(\d+(?:\.\d+)?)\s*(bits|%\s*perplexity)\s*"
+        """ "4.2 bits", "40 ms" or "0.5% perplexity". Raises BitfoldError for anything else."""
+        pattern = r"\s*(\d+(?:\.\d+)?)\s*(bits|ms|us|%\s*perplexity)\s*"
         found = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if found is None or float(found[1]) <= 0:
-            raise BitfoldError(f"a budget is text such as '4.2 bits' or '0.5% perplexity', not {text!r}")
+            raise BitfoldError(
+                f"a budget is text such as '4.2 bits', '40 ms' or '0.5% perplexity', not {text!r}"
+            )
         if found[2] == "bits":
             return cls("bits", float(found[1]))
+        if found[2] in ("ms", "us"):
+            return cls("seconds", float(found[1]) * (1e-3 if found[2] == "ms" else 1e-6))
         return cls("perplexity", float(found[1]) / 100)
 
 
@@ -72,6 +81,8 @@ def search(
     formats: Sequence[str] = CANDIDATES,
     loss: Loss | None = None,
     table: Sensitivity | None = None,
+    by: Literal["measured", "trace"] = "measured",
+    times: Times | None = None,
     progress: Step | None = None,
 ) -> Recipe:
     """The recipe for the model's linears within `budget`; the model is only run.
@@ -80,16 +91,25 @@ def search(
     - formats: candidates for each layer
     - loss: as `sensitivity` takes it; by default the divergence from the float model's predictions
     - table: a `Sensitivity` that was measured before, so that several budgets cost one measurement
+    - by: "measured", each layer rounded in each format; "trace", estimated by a few backward passes
+    - times: seconds of layers, for a budget of time: by default those of the cost model for a model on a GPU,
+      and measured on the first batch for one on a CPU
 
     Raises BitfoldError for a budget that no choice keeps, naming the nearest that one does.
     """
     wanted = Budget.parse(budget)
     model = module_of(model, "bf.search")
     batches = list(data)
-    found = table or sensitivity(model, batches, formats, loss=loss, progress=progress)
+    found = table or _table(model, batches, formats, loss, by, progress)
     if wanted.kind == "bits":
         chosen = fewest_losses(found, wanted.amount)
         return found.recipe(chosen, f"search {budget}")
+    if wanted.kind == "seconds":
+        times = times or _times(model, batches, formats)
+        chosen = fastest(found, times, wanted.amount)
+        return found.recipe(
+            chosen, f"search {budget}", f"; {1e3 * times.total(chosen):.3g} ms ({times.about})"
+        )
     most, scale = math.log1p(wanted.amount), 1.0
     for _ in range(_ROUNDS):
         chosen = fewest_bits(found, most / scale)
@@ -102,6 +122,42 @@ def search(
         f"no recipe was found that keeps to {budget}: the last one loses {math.expm1(seen):.2%}; add finer "
         "formats"
     )
+
+
+def _table(
+    model: nn.Module,
+    data: Sequence[Any],
+    formats: Sequence[str],
+    loss: Loss | None,
+    by: str,
+    step: Step | None,
+) -> Sensitivity:
+    if by == "measured":
+        return sensitivity(model, data, formats, loss=loss, progress=step)
+    if by != "trace" or loss is not None:
+        raise BitfoldError(
+            f"by is 'measured' or 'trace', and a loss of your own can only be measured, not by={by!r} with "
+            f"loss={loss!r}"
+        )
+    return trace_sensitivity(model, data, formats, progress=step)
+
+
+def _times(model: nn.Module, data: Sequence[Any], formats: Sequence[str]) -> Times:
+    on = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return modeled(model, data, formats) if on == "cuda" else measured(model, data, formats)
+
+
+def fastest(table: Sensitivity, times: Times, seconds: float) -> list[Choice]:
+    """One choice a layer: the least sum of losses within so many seconds of the whole model."""
+    each = {choice: times.of(choice.layer, choice.format) for choice in table.choices}
+    least = times.rest + sum(min(each[choice] for choice in table.of(layer)) for layer in table.numel)
+    if least > seconds:
+        raise BitfoldError(
+            f"the fastest formats for each layer take {1e3 * least:.3g} ms ({1e3 * times.rest:.3g} ms of "
+            f"them outside the layers), more than {1e3 * seconds:.3g} ms; {times.about}"
+        )
+    losses = [choice.loss for choice in table.choices]
+    return _solve(table, losses, [each[choice] for choice in table.choices], seconds - times.rest)
 
 
 def fewest_losses(table: Sensitivity, bits: float) -> list[Choice]:

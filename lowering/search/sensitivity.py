@@ -67,8 +67,9 @@ class Sensitivity:
             raise BitfoldError(f"layer {layer!r} was not measured in {text}")
         return found.loss
 
-    def recipe(self, chosen: Sequence[Choice], name: str) -> Recipe:
-        """A rule for each layer, those of the commonest format by one rule before them."""
+    def recipe(self, chosen: Sequence[Choice], name: str, more: str = "") -> Recipe:
+        """A rule for each layer, those of the commonest format by one rule before them. `more`: said of it,
+        behind bits and losses."""
         counts: dict[str, int] = {}
         for choice in chosen:
             counts[choice.format] = counts.get(choice.format, 0) + self.numel[choice.layer]
@@ -79,7 +80,7 @@ class Sensitivity:
         ]
         bits = sum(choice.bits for choice in chosen) / sum(self.numel[choice.layer] for choice in chosen)
         loss = sum(choice.loss for choice in chosen)
-        about = f"{bits:.3f} bits a weight with scales; losses by layer add up to {loss:.3g}"
+        about = f"{bits:.3f} bits a weight with scales; losses by layer add up to {loss:.3g}{more}"
         return Recipe(name, tuple(rules), about)
 
 

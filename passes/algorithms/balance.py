@@ -132,10 +132,11 @@ def _weight(gm: GraphModule, node: Node) -> str | None:
     """The path of a linear's weight, if it is a parameter as it is."""
     if node.target is not aten.linear.default:
         return None
-    return _parameter(gm, node.args[TARGETS[node.target][2]])
+    return parameter_path(gm, node.args[TARGETS[node.target][2]])
 
 
-def _parameter(gm: GraphModule, operand: object) -> str | None:
+def parameter_path(gm: GraphModule, operand: object) -> str | None:
+    """The path of an operand that is a parameter as it is, copied or cast."""
     chain = expression(gm, operand) if isinstance(operand, Node) else None
     if chain is None or any(step[0] not in _ALIKE for step in chain.steps):
         return None
@@ -153,7 +154,7 @@ def _producers(gm: GraphModule, node: Node, k: int) -> _Made | None:
         return _rows(gm, node, k)
     if node.target in _NORMS:
         operands = [node.args[at] for at in _NORMS[node.target] if len(node.args) > at]
-        paths = [_parameter(gm, one) for one in operands if one is not None]
+        paths = [parameter_path(gm, one) for one in operands if one is not None]
         if not paths or None in paths:
             return None
         return tuple(Producer(path, "vector") for path in paths if path), k, None
@@ -175,7 +176,7 @@ def _alone(gm: GraphModule, node: object, k: int) -> _Made | None:
 
 def _product(gm: GraphModule, node: Node, k: int) -> _Made | None:
     for operand in node.args:
-        path = _parameter(gm, operand)
+        path = parameter_path(gm, operand)
         if path is not None and isinstance(operand, Node):
             vector = operand.meta["val"].ndim == 1 and int(operand.meta["val"].shape[0]) == k
             return ((Producer(path, "vector"),), k, None) if vector else None
@@ -194,7 +195,7 @@ def _linear(node: object) -> bool:
 
 
 def _rows(gm: GraphModule, node: Node, k: int) -> _Made | None:
-    paths = [_parameter(gm, operand) for operand in node.args[1:] if operand is not None]
+    paths = [parameter_path(gm, operand) for operand in node.args[1:] if operand is not None]
     if not paths or None in paths or len(set(paths)) != len(paths):
         return None
     kinds: tuple[Literal["rows", "vector"], ...] = ("rows", "vector")

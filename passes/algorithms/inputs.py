@@ -4,6 +4,7 @@ In: batches of activations [..., K]. Out: per layer, whatever the number of toke
 
     seen = Inputs(256); seen.add(x); seen.moment       mean of x^T x, [256, 256]
                         seen.peak                      largest magnitude of each channel, [256]
+    seen.add(x, exact=y); seen.cross                   mean of y^T x, y what the float model has there
 
 The output error of a changed weight follows from the moment alone: the mean over tokens of |(W' - W) x|^2 is
 the trace of (W' - W) H (W' - W)^T (LeCun, Denker and Solla, "Optimal Brain Damage", 1989; here with H the
@@ -30,9 +31,11 @@ class Inputs:
         self.peak = torch.zeros(k, device=device)
         self.size = torch.zeros(k, device=device)
         self.mean = torch.zeros(k, device=device)
+        self.cross: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Take x [..., K] into account. Raises BitfoldError for NaN or infinity, which would spoil all."""
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take x [..., K] into account, and what the float model has in its place, if that is known (for all
+        of x or for none). Raises BitfoldError for NaN or infinity, which would spoil all."""
         rows = x.detach().reshape(-1, x.shape[-1]).to(self.moment.device, torch.float32)
         if not rows.numel():
             return
@@ -44,6 +47,11 @@ class Inputs:
         self.mean.lerp_(rows.mean(0), share)
         self.size.lerp_(rows.abs().mean(0), share)
         self.peak = torch.maximum(self.peak, rows.abs().amax(0))
+        if exact is not None:
+            aim = exact.detach().reshape(rows.shape).to(rows.device, torch.float32)
+            if self.cross is None:
+                self.cross = torch.zeros_like(self.moment)
+            self.cross.lerp_(aim.mT @ rows / rows.shape[0], share)
 
     def scaled(self, by: Tensor) -> Inputs:
         """The statistics of the same activations times `by` [K], channel by channel."""
@@ -52,6 +60,7 @@ class Inputs:
         other.moment = self.moment * by[:, None] * by
         other.peak, other.size = self.peak * by.abs(), self.size * by.abs()
         other.mean = self.mean * by
+        other.cross = None if self.cross is None else self.cross * by[:, None] * by
         return other
 
     def error(self, difference: Tensor) -> Tensor:

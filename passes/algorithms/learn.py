@@ -49,9 +49,10 @@ class Learn(Pass):
 
 
 class Rounding:
-    """One weight while its rounding is learned."""
+    """One weight while its rounding is learned; `turned`: its input goes through a transform first."""
 
-    def __init__(self, fmt: Format, draft: Draft) -> None:
+    def __init__(self, fmt: Format, draft: Draft, turned: bool = False) -> None:
+        self.turned = turned
         self.format, self.params, self.weight = fmt, draft.chosen(fmt), draft.weight
         self.gap = spacing(fmt, self.params, draft.weight)
         values = draft.rounded(fmt)

@@ -76,7 +76,7 @@ def least_squares(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tens
 def damped(moment: Tensor, damping: float) -> Tensor:
     """The moment with a share of its mean diagonal added: what gptq minimizes too."""
     mean = moment.diagonal().mean()
-    return moment + damping * mean * torch.eye(moment.shape[0], device=moment.device)
+    return moment + damping * mean * torch.eye(moment.shape[0], device=moment.device, dtype=moment.dtype)
 
 
 def _error(difference: Tensor, h: Tensor) -> Tensor:

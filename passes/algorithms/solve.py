@@ -50,11 +50,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Solver(Pass):
-    """needs_inputs: the solver cannot do without statistics; wants_inputs: it is better with them."""
+    """needs_inputs: the solver cannot do without statistics; wants_inputs: it is better with them;
+    wants_exact: with the float model's activations beside those behind rounded weights."""
 
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
     needs_inputs: ClassVar[bool] = False
     wants_inputs: ClassVar[bool] = False
+    wants_exact: ClassVar[bool] = False
 
     def apply(self, gm: GraphModule) -> int:
         """Number of weights decided about; the others keep plain rounding, and a miss says why."""

@@ -25,6 +25,7 @@ from ..constants import add_constant, expression
 from ..core import Pass
 from ..edges import EDGE, Edge, edge, split_activations
 from ..edit import call
+from ..joints import operands
 from ..note import KEY, Note, annotated
 from ..observing.observers import Observer
 from ..provenance import inherit
@@ -74,11 +75,27 @@ def check_observers(gm: GraphModule) -> None:
                 f"the observer at the {on.which} of layer {on.layer} saw no data; "
                 "run calibrate(gm, batches) first"
             )
+    _check_joints(gm)
     for node, note in annotated(gm):
         if note.observer and not _has_ranges(node, note):
             raise BitfoldError(
                 f"layer {note.layer} takes calibrated ranges and has no observer; "
                 "run the pass observe and calibrate(gm, batches) first"
+            )
+
+
+def _check_joints(gm: GraphModule) -> None:
+    for node in gm.graph.nodes:
+        wanted = operands(node)
+        values = [] if wanted is None else [node.args[place] for place in wanted.places]
+        if (
+            wanted is not None
+            and wanted.observer
+            and not all(isinstance(value, Node) and edge(value) is not None for value in values)
+        ):
+            raise BitfoldError(
+                f"{wanted.kind} {node.name} takes calibrated ranges and has no observer; run the pass "
+                "observe and calibrate(gm, batches) first"
             )
 
 

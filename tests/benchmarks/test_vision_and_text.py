@@ -33,7 +33,8 @@ def test_digits_lose_little() -> None:
     given = Namespace(observers=["minmax"], seconds=0, batches=[], epochs=4)
     rows = list(digits(given))
     named = [recipe.name for recipe in recipes(["minmax"])]
-    assert [row.way for row in rows] == ["float32", *named, "int8_conv"]
+    weights = [f"int8_conv{wide}{biases}" for wide in ("", ", wide") for biases in ("", ", biases corrected")]
+    assert [row.way for row in rows] == ["float32", *named, *weights]
     assert rows[0].loss["accuracy"] > 80
     for row in rows[1:]:
         assert row.bytes < rows[0].bytes / 3

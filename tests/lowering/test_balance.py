@@ -207,3 +207,18 @@ def test_resumed_after_balancing(loud: Model, tmp_path: Path) -> None:
     for name, found in codes(whole).items():
         assert torch.equal(found, codes(loud)[name]), name
     assert torch.equal(F.relu(whole.blocks[0].norm.weight), F.relu(loud.blocks[0].norm.weight))
+
+
+def test_channels_of_codes_that_were_given_stay() -> None:
+    """Scaling a norm whose reader has codes of its own would change what the codes are multiplied by."""
+    torch.manual_seed(0)
+    model = Model().eval()
+    path = "blocks.0.gate.weight"
+    given = {path: bf.format("int8").quantize(model.get_parameter(path).detach())}
+    stored = bf.Rule(match="blocks.0.gate", weight="stored")
+    recipe = bf.Recipe("given", (bf.Rule(weight="int8"), stored))
+    batches = [torch.randn(4, 20, 32) for _ in range(2)]
+    exact = model(batches[0]).detach()
+    bf.quantize(model, recipe, algorithm="smooth", calibration=batches, stored=given, target="reference")
+    assert float((model(batches[0]).detach() - exact).norm() / exact.norm()) < 0.02
+    assert "codes of its own" in str(bf.report(model))

@@ -125,16 +125,21 @@ def test_all_ways_to_run_a_model_agree(case: str) -> None:
     assert torch.equal(found["module, compiled"], found["program, compiled"])
 
 
+# How a kernel has the weights of a convolution.
+W = "int8[narrow,panels"
+
+
 def test_the_kernels_of_a_program() -> None:
     model, x = model_of("residual")
     gm = bf.quantize(model, "int8_static", scope="program", calibration=[x])
     assert texts(gm) == [
-        "conv 16x3x3x3 s2x2 p1x1 x:int8[tensor] -> relu(add(mul(y0,v0),v1))",
-        "conv 16x16x3x3 p1x1 x:+int8[tensor] bias -> relu(add(mul(y0,v0),v1)) y:int8[tensor]",
-        "conv 16x16x3x3 p1x1 x:+int8[tensor] -> relu(add(add(mul(y0,v0),v1),e0)) e:f32 y:int8[tensor]",
-        "conv 24x8x3x3 s2x2 p1x1 g2 x:+int8[tensor] bias -> clamp(y0,0.0,6.0)",
-        "conv 24x16x1x1 s2x2 x:+int8[tensor] bias -> add(e0,y0) e:f32 y:int8[tensor]",
-        "conv 24x1x3x3 p1x1 g24 x:int8[tensor] bias -> hardswish(y0) y:int8[tensor]",
+        f"conv 16x3x3x3 s2x2 p1x1 {W}16x4t9] x:int8[tensor] -> relu(add(mul(y0,v0),v1))",
+        f"conv 16x16x3x3 p1x1 {W}16x4t9] x:+int8[tensor] bias -> relu(add(mul(y0,v0),v1)) y:int8[tensor]",
+        f"conv 16x16x3x3 p1x1 {W}16x4t9] x:+int8[tensor]"
+        " -> relu(add(add(mul(y0,v0),v1),e0)) e:f32 y:int8[tensor]",
+        f"conv 24x8x3x3 s2x2 p1x1 g2 {W}16x4t9r12] x:+int8[tensor] bias -> clamp(y0,0.0,6.0)",
+        f"conv 24x16x1x1 s2x2 {W}16x4] x:+int8[tensor] bias -> add(e0,y0) e:f32 y:int8[tensor]",
+        f"conv 24x1x3x3 p1x1 g24 {W}16x1t9] x:int8[tensor] bias -> hardswish(y0) y:int8[tensor]",
         "conv 5x96 x:int8[tensor] bias",
     ]
 
@@ -143,8 +148,8 @@ def test_codes_go_through_a_view() -> None:
     model, x = model_of("pooled")
     gm = bf.quantize(model, "int8_static", scope="program", calibration=[x])
     assert texts(gm) == [
-        "conv 8x1x3x3 x:int8[tensor] bias -> relu(y0)",
-        "conv 16x8x3x3 x:+int8[tensor] bias -> sigmoid(add(mul(y0,v0),v1))",
+        f"conv 8x1x3x3 {W}16x4t9] x:int8[tensor] bias -> relu(y0)",
+        f"conv 16x8x3x3 {W}16x4t9] x:+int8[tensor] bias -> sigmoid(add(mul(y0,v0),v1))",
         "conv 32x64 x:+int8[tensor] bias -> relu(add(mul(y0,v0),v1)) y:int8[tensor]",
         "conv 10x32 x:+int8[tensor] bias",
     ]

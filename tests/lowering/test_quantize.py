@@ -126,7 +126,7 @@ def test_ties_in_two_formats_are_kept_twice_and_said() -> None:
 
 def test_convolutions() -> None:
     model = Convolutions()
-    expected = fake_quantized(model, {"one": "int8", "two": "int8"})
+    expected = fake_quantized(model, {"one": "int8[narrow]", "two": "int8[narrow]"})
     bf.quantize(model, "int8_conv", target="reference")
     x = torch.randn(5, 3, 16)
     assert torch.equal(model(x), expected(x))

@@ -99,7 +99,9 @@ def test_a_forward_of_the_instance_or_of_a_subclass_is_what_is_folded() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Conv1d(4, 4, 3), Shifted(4, 4, 3))
     model[1].forward = lambda x: F.linear(x, model[1].weight) * 3
     x = torch.randn(2, 4, 32)
-    one, two, three = (rounded(module.weight.flatten(1)).view_as(module.weight) for module in model[:3])
+    one, two = (rounded(module.weight) for module in model[:2])
+    narrow = bf.format("int8[narrow]").fake_quantize(model[2].weight.detach().flatten(1))
+    three = narrow.view_as(model[2].weight)
     y = F.linear(F.linear(x, one, model[0].bias), two) * 3
     expected = model[3](F.conv1d(y, three, model[2].bias))
     bf.quantize(model, "int8_conv", example_inputs=(x,), target="reference")

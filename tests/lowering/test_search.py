@@ -132,7 +132,7 @@ def test_recipes_are_saved_and_read(model: nn.Module, data: list[Tensor], tmp_pa
 def test_budgets_parse() -> None:
     assert Budget.parse("4.2 bits") == Budget("bits", 4.2)
     assert Budget.parse("0.5% perplexity") == Budget("perplexity", 0.005)
-    for text in ("4.2", "bits", "-1 bits", "0 bits", "40 ms", "0.5 perplexity", 4):
+    for text in ("4.2", "bits", "-1 bits", "0 bits", "40 s", "0.5 perplexity", 4):
         with pytest.raises(bf.BitfoldError, match="a budget is text such as"):
             Budget.parse(text)  # type: ignore[arg-type]
 

@@ -135,8 +135,8 @@ def test_every_call_of_a_layer_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     counts: dict[int, int] = {}
     add = Inputs.add
 
-    def counted(self: Inputs, x: Tensor) -> None:
-        add(self, x)
+    def counted(self: Inputs, x: Tensor, exact: Tensor | None = None) -> None:
+        add(self, x, exact)
         counts[id(self)] = self.count
 
     monkeypatch.setattr(Inputs, "add", counted)

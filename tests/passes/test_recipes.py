@@ -32,7 +32,10 @@ def test_the_names_are_exact() -> None:
     assert said["int8_all"] == ["linear *: weight int8", "head|embedding *: weight int8"]
     assert said["int4_all"] == ["linear *: weight int4[g128]", "head|embedding *: weight int8"]
     assert said["int8_dynamic"] == ["linear *: weight int8, input int8"]
-    assert said["int8_static"] == ["linear|conv *: weight int8, input int8[tensor], observed by minmax"]
+    assert said["int8_static"] == [
+        "linear *: weight int8, input int8[tensor], observed by minmax",
+        "conv *: weight int8[narrow], input int8[tensor], observed by minmax",
+    ]
     assert said["fp8"] == ["linear *: weight float8_e4m3fn"]
     assert said["none"] == []
 

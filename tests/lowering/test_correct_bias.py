@@ -1,0 +1,105 @@
+"""Bias correction: the mean of a layer's error goes, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from chain_model import Model
+from torch import Tensor, nn
+
+import bitfold as bf
+
+
+class Network(nn.Module):
+    """A convolution and two linears; what comes in has a mean, so rounding shifts what goes out."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=bias)
+        self.fc = nn.Linear(8, 16, bias=bias)
+        self.out = nn.Linear(16, 4, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.fc(torch.relu(self.conv(x)).mean((2, 3)))))
+
+
+def images(seed: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.rand(8, 3, 8, 8, generator=draw) for _ in range(4)]
+
+
+RECIPE = bf.Recipe("coarse", (bf.Rule(op="linear|conv", weight="int3"),))
+
+
+def errors(model: nn.Module, algorithm: str | None) -> Tensor:
+    """Result less the float model's, on data that nothing has seen, [samples, channels]."""
+    q = copy.deepcopy(model)
+    bf.quantize(q, RECIPE, algorithm=algorithm, calibration=images(1), target="reference")
+    return torch.cat([(q(x) - model(x)).detach() for x in images(2)])
+
+
+def test_the_mean_of_the_error_goes() -> None:
+    torch.manual_seed(0)
+    model = Network().eval()
+    plain, corrected = errors(model, None), errors(model, "correct_bias")
+    assert corrected.mean(0).norm() < 0.3 * plain.mean(0).norm()
+    assert corrected.square().mean() < 0.5 * plain.square().mean()
+
+
+def test_the_bias_is_the_mean_of_the_layers_own_error() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4), torch.randn(100, 8) + 1
+    model = nn.Sequential(layer).eval()
+    rounded = bf.format("int3").fake_quantize(layer.weight.detach())
+    wanted = layer.bias.detach() + (x @ (layer.weight.detach() - rounded).mT).mean(0)
+    bf.quantize(model, "int3", algorithm="correct_bias", calibration=list(x.split(20)), target="reference")
+    assert torch.allclose(model[0].bias, wanted, atol=1e-6)
+    assert torch.allclose(model[0].weight, rounded)
+
+
+def test_a_bias_is_added_only_if_asked() -> None:
+    torch.manual_seed(0)
+    model = Network(bias=False).eval()
+    plain, kept = errors(model, None), errors(model, "correct_bias")
+    assert torch.equal(plain, kept)
+    assert errors(model, "correct_bias{add=true}").mean(0).norm() < 0.3 * plain.mean(0).norm()
+    bf.quantize(model, RECIPE, algorithm="correct_bias", calibration=images(1), target="reference")
+    assert "correct_bias{add=true} would give it one" in str(bf.report(model))
+
+
+@pytest.mark.parametrize("algorithm", ["equalize,clip", "follow,clip,gptq", "smooth", "gptq"])
+def test_it_goes_with_what_changes_weights(algorithm: str) -> None:
+    """The error is against the weights that were rounded, whatever made them."""
+    torch.manual_seed(0)
+    model = Model().eval()
+    draw = torch.Generator().manual_seed(1)
+    batches = [torch.randn(4, 20, 32, generator=draw) + 1 for _ in range(4)]
+
+    def shift(steps: str) -> float:
+        q = copy.deepcopy(model)
+        bf.quantize(q, "int3[g32]", algorithm=steps, calibration=batches, target="reference")
+        return float(sum((q(x) - model(x)).detach().mean((0, 1)) for x in batches).norm())
+
+    assert shift(f"{algorithm},correct_bias") < 0.7 * shift(algorithm)
+
+
+def test_an_added_bias_is_saved_and_loaded(tmp_path: Path) -> None:
+    """Into a skeleton whose layers have one."""
+    torch.manual_seed(0)
+    model = Network(bias=False).eval()
+    bf.quantize(model, RECIPE, algorithm="correct_bias{add=true}", calibration=images(1), target="reference")
+    bf.save(model, tmp_path / "model.safetensors")
+    again = bf.load(tmp_path / "model.safetensors", into=Network().eval())
+    assert torch.equal(again(images(2)[0]), model(images(2)[0]))
+
+
+def test_where_it_may_stand() -> None:
+    model = Network().eval()
+    with pytest.raises(bf.BitfoldError, match="put it after clip"):
+        bf.quantize(model, RECIPE, algorithm="correct_bias,clip", calibration=images(1), target="reference")
+    with pytest.raises(bf.BitfoldError, match="give calibration"):
+        bf.quantize(model, RECIPE, algorithm="correct_bias", target="reference")
+    assert type(model.fc) is nn.Linear
