@@ -7,6 +7,7 @@
 
 #include "kernel.h"
 #include VECTORS
+#include "digits.h"
 #include "numbers.h"
 #include "ready.h"
 
@@ -35,6 +36,7 @@ int main(int, char** names) {
   std::vector<float> sums(g.m * rows.sums()), turned_, numbers;
   std::vector<int8_t> codes;
   std::vector<int16_t> wide;
+  Digits digits;
   std::vector<char> y(g.m * g.n * g.out);
   Call call{};
   call.m = g.m, call.n = g.n, call.k = g.k, call.padded = g.padded, call.stride = g.stride;
@@ -69,6 +71,9 @@ int main(int, char** names) {
     numbers.resize(g.m * g.padded);
     for (int64_t m = 0; m < g.m; ++m) ready<f32>(rows, m, numbers.data() + m * g.padded, sums.data());
     call.x = numbers.data();
+    const bool alone = g.m == 1 && wants()->digits > 0;
+    if (!(alone && in_digits(numbers.data(), g.padded, *wants(), digits, call)) && rows.order != nullptr)
+      placed(numbers.data(), g.m * g.padded, rows.order);
   }
   call.x_sums = sums.data();
   for (int64_t i = 0; i < g.repeats; ++i) (g.turn != 0 ? many : run)(&call, 0, g.n);
