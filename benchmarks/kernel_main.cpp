@@ -17,7 +17,7 @@ extern "C" __attribute__((weak)) void many(const Call*, int64_t, int64_t);
 extern "C" const Wants* wants();
 
 struct Given {
-  int64_t m, n, k, padded, stride, scale_row, scale_group, groups, sum_cols, codes, turn, out, repeats;
+  int64_t m, n, k, padded, stride, scale_row, scale_group, groups, sum_cols, codes, turn, out, repeats, scale_count;
 };
 
 int main(int, char** names) {
@@ -41,6 +41,7 @@ int main(int, char** names) {
   Call call{};
   call.m = g.m, call.n = g.n, call.k = g.k, call.padded = g.padded, call.stride = g.stride;
   call.scale_row = g.scale_row, call.scale_group = g.scale_group, call.groups = g.groups;
+  call.scale_count = g.scale_count;
   call.x_scales = static_cast<const float*>(parts[1]);
   call.weights[0] = {static_cast<const uint8_t*>(parts[2]), parts[3], parts[4], static_cast<const float*>(parts[5]),
                      parts[6]};

@@ -132,20 +132,20 @@ def _row(body: Body, made: Digits) -> list[str]:
         lines += ["  {", "    const float* f = steps;"]
         lines += ["    for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {"]
     else:
-        scale = f"s[0][i * kDigits / {body.cols}]" if body.cols != made.block else "s[0][i]"
         lines += [
             "  for (int64_t k0 = 0, at = 0; k0 < call.k; k0 += kBlock) {",
             "    const int64_t end = std::min<int64_t>(k0 + kBlock, call.k);",
             *opened(body),
-            "    alignas(64) float both[kBlock / kDigits];",
+            "    alignas(64) float both[kBlock / kDigits + kFloats];",
             "    const int64_t blocks = std::min<int64_t>(kBlock, call.padded - k0) / kDigits;",
-            f"    for (int64_t i = 0; i < blocks; ++i) both[i] = {scale} * steps[i];",
+            *_both(body, made),
             "    steps += blocks;",
             "    const float* f = both;",
             "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
         ]
     # Of their own here: what lives as long as the row, the compiler keeps in memory.
-    lines[-1:] = ["    Sums near[2] = {no_sums(), no_sums()};", lines[-1]]
+    unrolled = ["#pragma GCC unroll 4"] if body.walk.codes < 128 else []
+    lines[-1:] = ["    Sums near[2] = {no_sums(), no_sums()};", *unrolled, lines[-1]]
     lines += [*units(body), *_loaded(body)]
     for block in range(blocks):
         lines += ["      {"]
@@ -167,6 +167,15 @@ def _row(body: Body, made: Digits) -> list[str]:
         "}",
         "",
     ]
+
+
+def _both(body: Body, made: Digits) -> list[str]:
+    """Scales of the weight times steps of x, for each block; in vectors without an end of their own."""
+    if body.cols == made.block:
+        return [
+            "    for (int64_t i = 0; i < blocks; i += kFloats) storef(both + i, mul(loadf(s[0] + i), loadf(steps + i)));"
+        ]
+    return [f"    for (int64_t i = 0; i < blocks; ++i) both[i] = s[0][i * kDigits / {body.cols}] * steps[i];"]
 
 
 def _loaded(body: Body) -> list[str]:

@@ -55,6 +55,7 @@ def source(spec: GemmSpec) -> str:
             if body.cols is None
             else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
         ),
+        "constexpr int kRead = 8;  // scales that are turned into float32 together",
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",
         "  float r[1];",

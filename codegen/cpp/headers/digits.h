@@ -49,7 +49,7 @@ inline void cut(const int32_t* v, int8_t* to, int32_t* sums) {
 inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits& to, Call& call) {
   const int block = wants.digits;
   const int64_t blocks = padded / block;
-  to.digits.resize(3 * padded), to.middles.assign(8 * blocks, 0), to.steps.resize(blocks);
+  to.digits.resize(3 * padded), to.middles.assign(8 * blocks, 0), to.steps.resize(blocks + 16);
   constexpr int least = -104;  // below, a step would be no normal number
   int highest = least;
   std::vector<int> exponents(blocks);

@@ -29,6 +29,7 @@ struct Wants {
 struct Call {
   int64_t m, n, k, padded;
   int64_t stride, scale_row, scale_group, groups;  // groups: of a row, that have a scale of their own
+  int64_t scale_count;                             // of a weight
   const void* x;
   const float* x_sums;    // [m, ..]: sums over as many numbers as `sum_cols` says, for what is added to values
   const float* x_scales;  // [m] or [m, blocks]: of activations that are quantized

@@ -138,6 +138,7 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   if (call.m == 0) return {y};
   call.n = f.n, call.k = f.k, call.padded = f.padded;
   call.stride = f.stride, call.scale_row = f.scale_row, call.scale_group = f.scale_group, call.groups = f.groups;
+  call.scale_count = f.scale_count;
 
   thread_local Scratch scratch;
   scratch.trim();
