@@ -1,15 +1,15 @@
-"""Sums of products of small integers with one row of float x, as sums of integers: x in three digits of 8 bits.
+"""Small integers times one row of float x, in sums of integers: x is three digits of 8 bits.
 
 In: a `Body` whose weights are integers of up to 7 bits, or small multiples of one unit. Out: lines of C++.
 
-    x of a block, 64 numbers    ->   integers of 24 bits and one power of two (`headers/digits.h`), as three int8
+    x of a block, 64 numbers    ->   24-bit integers and a power of two (`headers/digits.h`), as three int8
     for each block:  codes, unsigned, times each digit, summed in 16 bits (`vpmaddubsw`, `vpaddw`)
-                     the three sums joined in 32 bits, exactly, less what the codes are too high; then one float
+                     the three sums joined in 32 bits, exactly, less what codes are too high; then a float
 
-A float for each weight costs AVX2 four instructions for 8 weights; this, 23 for 64 of int4, the block's end
-included. All sums of a block are exact, so it is x alone that is rounded, to 2**-24 of a block's largest number:
+A float for each weight costs AVX2 four instructions for 8 weights; this, 27 for 64 of int4, the block's end
+included. All sums of a block are exact: it is x alone that is rounded, to 2**-23 of a block's largest number.
 
-    |error| <= 2**-23 sum over blocks (max |x|) (sum |w|), beside the sum of blocks in float32
+    |error| <= 2**-23 sum over blocks (max |x|) (sum |w|), and blocks are added up in float32
 
 A row whose blocks hold numbers of very different sizes, or no finite ones, goes the way of floats.
 """
@@ -33,8 +33,8 @@ LANES16, LANES32 = 16, 8  # sums of a vector of 32 bytes
 
 @dataclass(frozen=True)
 class Digits:
-    """block: numbers of x that share a power of two; base: how much more than the multiple of `unit` a code is;
-    high: the largest code; table: what codes become by a look-up first, if anything."""
+    """block: numbers of x that share a power of two; base: how much more than the multiple of `unit` a code
+    is; high: the largest code; table: what codes become by a look-up first, if anything."""
 
     block: int
     base: int
@@ -49,8 +49,9 @@ def digits(body: Body) -> Digits | None:
     element, walk = body.spec.weight.element, body.walk
     if body.by_integers or element.bits == 8 or walk.length % CHUNK:
         return None
+    table: tuple[int, ...] = ()
     if isinstance(element, Integer):
-        base, high, table = 1 << (element.bits - 1), (1 << element.bits) - 1, ()
+        base, high = 1 << (element.bits - 1), (1 << element.bits) - 1
         unit = body.unit
     else:
         found = multiples(element)
@@ -94,7 +95,8 @@ def by_digits(body: Body) -> list[str]:
         "    added_up<R>(total, across);",
         "    for (int r = 0; r < R; ++r) {",
         *(f"  {line}" for line in whole),
-        f"      sums[i][r][0] = across[r] * {_ratio(body, made)} * call.x_unit{' * s' if whole else ''} + rest[r];",
+        f"      const float unit = {_ratio(body, made)}{' * s' if whole else ''};",
+        "      sums[i][r][0] = across[r] * call.x_unit * unit + rest[r];",
         "    }",
         "  }",
         "  finish<R, 1>(call, row, 0, sums);",
@@ -150,7 +152,9 @@ def _row(body: Body, made: Digits) -> list[str]:
     for block in range(blocks):
         lines += ["      {"]
         for i in range(made.block // CHUNK):
-            lines += [f"        {line}" for line in _chunk(body, made, block * made.block + i * CHUNK, i == 0)]
+            lines += [
+                f"        {line}" for line in _chunk(body, made, block * made.block + i * CHUNK, i == 0)
+            ]
         lines += [
             f"        const Ints all = joined(p0, p1, p2, middles + {block * LANES32});",
             f"        near[{block % 2}] = scaled(all, f[{block}], near[{block % 2}]);",
@@ -173,14 +177,15 @@ def _both(body: Body, made: Digits) -> list[str]:
     """Scales of the weight times steps of x, for each block; in vectors without an end of their own."""
     if body.cols == made.block:
         return [
-            "    for (int64_t i = 0; i < blocks; i += kFloats) storef(both + i, mul(loadf(s[0] + i), loadf(steps + i)));"
+            "    for (int64_t i = 0; i < blocks; i += kFloats)",
+            "      storef(both + i, mul(loadf(s[0] + i), loadf(steps + i)));",
         ]
     return [f"    for (int64_t i = 0; i < blocks; ++i) both[i] = s[0][i * kDigits / {body.cols}] * steps[i];"]
 
 
 def _loaded(body: Body) -> list[str]:
-    """A run's bytes as they are loaded; a signed integer's top bit the other way round, so that codes rise with
-    the integers: once for all the codes of a byte."""
+    """A run's bytes as they are loaded; a signed integer's top bit the other way round, so that codes rise
+    with the integers: once for all the codes of a byte."""
     return [
         f"      const Bytes {_name(load, v)} = {_flipped(body, load, f'load32(u[0] + {start + v})')};"
         for load, start in enumerate(body.walk.loads)
@@ -222,4 +227,3 @@ def _chunk(body: Body, made: Digits, first: int, opens: bool) -> list[str]:
         kept = "Pairs " if opens else ""
         lines.append(f"{kept}p{digit} = pairs(c{first}, x + {3 * first + CHUNK * digit}{onto});")
     return lines
-

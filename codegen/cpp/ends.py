@@ -49,7 +49,8 @@ def _many_scales(body: Body) -> list[str]:
     to = "s[i], " + ("z[i]" if zeros else "none")
     return [
         *lines,
-        "  if (call.scale_group == 1 && at + count + kRead <= call.scale_count)  // in vectors, on into the next row's",
+        "  // In vectors, on into the next row's.",
+        "  if (call.scale_group == 1 && at + count + kRead <= call.scale_count)",
         "    for (int64_t i0 = 0; i0 < count; i0 += kRead)",
         f"      for (int64_t i = i0; i < i0 + kRead; ++i) scales(w, at + i, {to});",
         "  else",
