@@ -128,7 +128,7 @@ def time_ours(text: str, given: argparse.Namespace, report: Callable[[Row], None
             row: Row = {
                 "peer": OURS, "format": _canonical(text), "beside": [], "compute": "bf16",
                 "n": n, "k": k, "m": m, "us": None, "error": None,
-                "bytes": ours.nbytes + 2 * m * (n + k), "schedule": ours.schedule(m),
+                "bytes": ours.nbytes + 2 * m * (n + k), "spec": str(ours.spec), "schedule": ours.schedule(m),
             }  # fmt: skip
             try:
                 calls = ours.calls(x)

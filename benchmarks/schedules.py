@@ -21,6 +21,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from bitfold.codegen.library import has_library
 from bitfold.codegen.pipelined import parsed
 from bitfold.codegen.table import LIBRARY, Table, best_of
 from bitfold.codegen.tune import Row, best_rows, tune
-from bitfold.formats import format
+from bitfold.formats import Format, format
 from bitfold.formats.layout import Halfwords
+from bitfold.formats.units import Units
 
 SHAPES = ("28672x4096", "4096x14336", "4096x4096", "8192x8192", "6144x4096", "14336x4096")
 MS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -52,14 +54,14 @@ def specs_of(text: str, n: int, k: int, every_layout: bool) -> Iterator[GemmSpec
     own = kernel_layout(plain, k)
     if own is None:
         raise SystemExit(f"no kernel walks over {text} with rows of {k}; leave it out of --formats")
-    if not every_layout:
+    if not every_layout or not isinstance(own.layout, Halfwords | Units):
         yield GemmSpec(own, n, k)
         return
     bits, cols = plain.element.bits, plain.scale.granularity.cols if plain.scale is not None else None
     for length in (16, 32, 64, 128):
         span = length * 16 // (bits & -bits)
         if span <= 1024 and (cols is None or cols % length == 0):
-            yield GemmSpec(plain.with_layout(Halfwords(span)), n, k)
+            yield GemmSpec(plain.with_layout(replace(own.layout, span=span)), n, k)
 
 
 def record(rows: Sequence[Row]) -> dict[str, Any]:
@@ -90,14 +92,19 @@ def rows_in(path: Path) -> tuple[str, list[Row]]:
             continue
         text = row.get("spec")
         if text is None:
-            laid_out = (
-                kernel_layout(format(row["format"]), row["k"]) if "peer" in row else format(row["format"])
-            )
+            laid_out = _in_halfwords(row) if "peer" in row else format(row["format"])
             text = str(GemmSpec(laid_out, row["n"], row["k"])) if laid_out is not None else None
         if text is not None:
             schedule = LIBRARY if row["schedule"] == BY_LIBRARY else row["schedule"]
             rows.append({"spec": text, "m": row["m"], "schedule": schedule, "us": row["us"]})
     return held["card"], rows
+
+
+def _in_halfwords(row: dict[str, Any]) -> Format | None:
+    """What a row of the GEMM benchmark ran that names no kernel: it is from before there were whole codes."""
+    laid_out = kernel_layout(format(row["format"]), row["k"])
+    whole = laid_out is not None and isinstance(laid_out.layout, Units)
+    return laid_out.with_layout(Halfwords(laid_out.layout.span)) if whole else laid_out
 
 
 def shipped(paths: Sequence[Path]) -> Table:

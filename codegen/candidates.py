@@ -18,6 +18,7 @@ from functools import lru_cache
 from .cost import evaluate, ranked
 from .device import Device
 from .schedule import Schedule, scales
+from .slices import Walk
 from .spec import GemmSpec
 
 SMALLEST = 8
@@ -29,6 +30,9 @@ BLOCK_N = (16, 32, 64, 128, 256)
 WARPS = (1, 2, 4, 8)
 STAGES = (2, 3, 4, 5, 6)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+# Short runs (64 codes of nvfp4) joined up to so many codes a turn: longer ones fill a thread's registers.
+JOINS = (1, 2, 4)
+MOST_JOINED = 256
 # Sums of a thread: more than half of its registers leave none for decoding.
 MOST_SUMS = 128
 # Of the registers that there are; what is over spills, but the model's count is rough.
@@ -59,16 +63,18 @@ def candidates(spec: GemmSpec, m: int, card: Device) -> tuple[Schedule, ...]:
     """Schedules for m rows of x to each weight."""
     modes = [mode for mode in scales(spec) if mode != "float"] or list(scales(spec))
     blocks = BLOCK_M[min(bucket(m), max(BLOCK_M))]
-    tried = itertools.product(blocks, BLOCK_N, WARPS, STAGES, SPLITS, modes)
+    codes = spec.walk.codes if isinstance(spec.walk, Walk) else MOST_JOINED
+    joins = [many for many in JOINS if many == 1 or many * codes <= MOST_JOINED]
+    tried = itertools.product(blocks, BLOCK_N, WARPS, STAGES, SPLITS, modes, joins)
     found = [
-        Schedule(block_m, block_n, warps, stages, split, mode)
-        for block_m, block_n, warps, stages, split, mode in tried
+        Schedule(block_m, block_n, warps, stages, split, mode, joined=many)
+        for block_m, block_n, warps, stages, split, mode, many in tried
         if _shaped(spec, m, block_m, block_n, warps, split, card)
     ]
-    # What can stand in the way is where a scale multiplies and how often a row is split.
-    ways = {(one.split, one.scale): one for one in found}
+    # What can stand in the way is where a scale multiplies, how often a row is split, and runs joined.
+    ways = {(one.split, one.scale, one.joined): one for one in found}
     barred = {way for way, one in ways.items() if one.obstacle(spec) is not None}
-    found = [one for one in found if (one.split, one.scale) not in barred]
+    found = [one for one in found if (one.split, one.scale, one.joined) not in barred]
     if not found:
         return ()
     terms = evaluate(spec, m, found, card)
@@ -106,7 +112,7 @@ def _varied(order: Iterable[Schedule]) -> list[Schedule]:
     pipelines: Counter[tuple[object, ...]] = Counter()
     for one in order:
         tile = (one.block_m, one.block_n, one.warps)
-        pipeline = (*tile, one.split, one.scale)
+        pipeline = (*tile, one.split, one.scale, one.joined)
         if tiles[tile] < MOST_OF_TILE and pipelines[pipeline] < MOST_OF_PIPELINE:
             found.append(one)
             tiles[tile] += 1
@@ -115,6 +121,8 @@ def _varied(order: Iterable[Schedule]) -> list[Schedule]:
 
 
 def _apart(one: Schedule, other: Schedule) -> int:
-    """In how many of tile, stages, split and place of the scale two schedules differ."""
-    first, second = (((s.block_m, s.block_n, s.warps), s.stages, s.split, s.scale) for s in (one, other))
+    """In how many of tile, stages, split, place of the scale and joined runs two schedules differ."""
+    first, second = (
+        ((s.block_m, s.block_n, s.warps), s.stages, s.split, s.scale, s.joined) for s in (one, other)
+    )
     return sum(a != b for a, b in zip(first, second, strict=True))

@@ -69,7 +69,7 @@ def _chosen(spec: GemmSpec, size: int, device: int | None) -> Schedule | Pipelin
     """`device`: of the schedules that are kept, those of this card."""
     if not spec.walk or not scales(spec):
         return None
-    if not spec.epilogue.plain and has_library(spec):
+    if not spec.epilogue.plain and not spec.experts:
         product = alone(spec)
         if isinstance(_chosen(product, size, device), Pipelined):
             return None
@@ -117,7 +117,10 @@ def untuned(spec: GemmSpec, size: int, card: Device) -> Schedule | None:
     tried = [
         schedule
         for schedule in candidates(spec, size, card)
-        if schedule.block_n <= TRIED_N and schedule.stages <= TRIED_STAGES and schedule.split <= TRIED_SPLIT
+        if schedule.block_n <= TRIED_N
+        and schedule.stages <= TRIED_STAGES
+        and schedule.split <= TRIED_SPLIT
+        and schedule.joined == 1  # the model was not fitted to others
     ]
     return next(iter(ranked(spec, size, tried, card)), None) or rule(spec, size, card)
 

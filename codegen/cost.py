@@ -181,6 +181,9 @@ def evaluate(
     values["m"] = np.float64(m)
     for name in ("block_n", "block_m", "warps", "stages", "split"):
         values[name] = np.array([getattr(schedule, name) for schedule in schedules], dtype=np.float64)
+    many = np.array([schedule.joined for schedule in schedules], dtype=np.float64)
+    values |= {name: values[name] * many for name in ("run", "run_bytes", "closes")}
+    values["runs"] = np.ceil(values["runs"] / many)
     values["lane"] = np.array([schedule.scale == "lane" for schedule in schedules], dtype=np.float64)
     values["sum"] = np.array([schedule.scale == "sum" for schedule in schedules], dtype=np.float64)
     # A warp group's product takes four warps and 64 rows, from compute capability 9.0 on.

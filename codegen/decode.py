@@ -41,8 +41,12 @@ class Decoder:
         return self.program.ptx(self.results)
 
 
-def decoder(element: Element, slices: Sequence[Sequence[Take]], lane: str) -> Decoder | None:
+def decoder(
+    element: Element, slices: Sequence[Sequence[Take]], lane: str, *, small: bool = False
+) -> Decoder | None:
     """The program for these slices, loads numbered 0 .. in each take; None if the element has none.
+
+    small: leave a float as it is before its last step, `raised(element, lane)` times too small.
 
     Exact wherever `element.values()` is finite and a `lane` number; codes that mean infinity or NaN are left
     to the caller.
@@ -58,6 +62,9 @@ def decoder(element: Element, slices: Sequence[Sequence[Take]], lane: str) -> De
         if not _float_fits(element, lane):
             return None
         results = [_float(program, element, takes, lane) for takes in slices]
+        if not small:
+            up = pair(raised(element, lane), lane)
+            results = [program.fma(result, up, MINUS_ZERO, lane) for result in results]
     elif element.bits <= 4 and _table_fits(element, lane):
         if element.bits == 4 and all(len(takes) == 1 for takes in slices):
             results = _tabled_by_fours(program, element, slices, lane)
@@ -81,23 +88,35 @@ def finite(element: Element) -> bool:
     return all(math.isfinite(v) for v in element.values()[: 1 << element.bits])
 
 
-def _gathered(program: Program, takes: Sequence[Take], start: Constant, last: int = AND_XOR) -> int:
-    """The codes in the low bits of each lane, on top of the bits of `start`, which XORs them."""
+def _gathered(
+    program: Program, takes: Sequence[Take], start: Constant, last: int = AND_XOR, at: int = 0
+) -> int:
+    """The codes from bit `at` of each lane on, on top of the bits of `start`, which XORs them."""
     value: int | Constant = start
     for take in takes:
-        shifted = program.shift(take.load, take.low - take.bit)
-        mask = both(((1 << take.width) - 1) << take.low)
+        shifted = program.shift(take.load, take.low + at - take.bit)
+        mask = both(((1 << take.width) - 1) << (take.low + at))
         value = program.logic(shifted, mask, value, last)
     assert isinstance(value, int)
     return value
 
 
 def _integer(program: Program, element: Integer, takes: Sequence[Take], lane: str) -> int:
-    one = _magic(lane)
+    at = _where(element.bits, takes, lane)
     flip = 1 << (element.bits - 1) if element.signed else 0
-    raised = _gathered(program, takes, both(one | flip))
+    raised = _gathered(program, takes, both(_magic(lane) | flip << at), at=at)
     unit = 2.0**-element.fraction
-    return program.fma(raised, pair(unit, lane), pair(-unit * (2.0 ** MANTISSA[lane] + flip), lane), lane)
+    # The mantissa's bit `at` is worth 2**at.
+    base = 2.0 ** (MANTISSA[lane] - at) + flip
+    return program.fma(raised, pair(unit * 2.0**-at, lane), pair(-unit * base, lane), lane)
+
+
+def _where(bits: int, takes: Sequence[Take], lane: str) -> int:
+    """From which bit of the mantissa on a code is decoded. As many codes as fit there share a shift: those of
+    2 bits at bits 6, 8 and 10 of a unit are all shifted by 6, those of 3 at 6 and 9 too."""
+    shared = MANTISSA[lane] // bits * bits
+    at = (takes[0].bit - takes[0].low) % shared
+    return at if at + bits <= MANTISSA[lane] else 0
 
 
 def _wide_integer(program: Program, element: Integer, takes: Sequence[Take], lane: str) -> int:
@@ -142,20 +161,29 @@ def _float_fits(element: Float, lane: str) -> bool:
 
 
 def _float(program: Program, element: Float, takes: Sequence[Take], lane: str) -> int:
+    """Sign, exponent and mantissa at the lane's places: a number with the wrong bias."""
     up = MANTISSA[lane] - element.mantissa_bits
     top = element.bits - 1
-    value: int | Constant = both(0)
+    masks: dict[tuple[int, int], int] = {}
     for take in takes:
-        # The magnitude's bits go to the top of the mantissa, the sign to bit 15.
+        # The magnitude's bits go to the top of the mantissa, the sign to bit 15; what is shifted alike is
+        # masked together.
         for a, b, target in ((take.low, min(take.low + take.width, top), None), (top, top + 1, 15)):
             if a >= b or not take.low <= a < take.low + take.width:
                 continue
             place = a + up if target is None else target
-            shifted = program.shift(take.load, place - (take.bit + a - take.low))
-            mask = both(((1 << (b - a)) - 1) << place)
-            value = program.logic(shifted, mask, value, AND_OR)
+            moved = take.load, place - (take.bit + a - take.low)
+            masks[moved] = masks.get(moved, 0) | ((1 << (b - a)) - 1) << place
+    value: int | Constant = both(0)
+    for (load, by), mask in masks.items():
+        value = program.logic(program.shift(load, by), both(mask), value, AND_OR)
     assert isinstance(value, int)
-    return program.fma(value, pair(2.0 ** (BIAS[lane] - element.bias), lane), MINUS_ZERO, lane)
+    return value
+
+
+def raised(element: Float, lane: str) -> float:
+    """The power of two between a float and the lane's number with its bits at the lane's places."""
+    return 2.0 ** (BIAS[lane] - element.bias)
 
 
 def _table_fits(element: Element, lane: str) -> bool:

@@ -63,7 +63,10 @@ class Program:
         """a << by, or a >> -by; a itself for 0. The lanes shift as one register, so mask afterwards."""
         if by == 0:
             return a
-        return self._add("shl", a, detail=by) if by > 0 else self._add("shr", a, detail=-by)
+        step = Step("shl" if by > 0 else "shr", (a,), abs(by))
+        if step in self.steps:  # several codes of a unit may need the same
+            return self.inputs + self.steps.index(step)
+        return self._add(step.op, a, detail=step.detail)
 
     def logic(self, a: int, b: Operand | int, c: Operand, table: int) -> int:
         """Any function of three bits, bit by bit."""

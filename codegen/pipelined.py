@@ -15,12 +15,13 @@ import re
 from dataclasses import dataclass
 
 from ..formats import Element, Integer
+from .byte_lanes import byte_decoder
 from .decode import decoder, holds
 from .schedule import Schedule, scales
-from .slices import Walk, joined
+from .slices import Walk, joined, renumbered
 from .spec import CodegenError, GemmSpec
 
-MODES = ("end", "lane", "float")
+MODES = ("end", "lane", "float", "sum")
 ARCH = 90  # the one compute capability that has these instructions
 # Bytes of shared memory of one multiprocessor of compute capability 9.0, and what each program costs beside
 # its own (CUDA C++ Programming Guide, technical specifications).
@@ -159,19 +160,28 @@ class Pipelined:
         assert isinstance(w, Walk)
         return joined(w, self.unroll)
 
+    @staticmethod
+    def width(spec: GemmSpec) -> int:
+        """Bytes of what the tensor cores multiply, and of a unit of codes."""
+        return 2 if spec.activation is None else 1
+
     def shared(self, spec: GemmSpec) -> int:
         """Bytes of shared memory of one program: two rings, the tile of y, barriers."""
-        w = self.walk(spec)
-        x = self.x_stages * self.block_m * w.length * self.joined * 2
-        codes = self.code_stages * len(w.loads) * self.block_n * w.length * 2
+        w, width = self.walk(spec), self.width(spec)
+        x = self.x_stages * self.block_m * w.length * self.joined * width
+        codes = self.code_stages * len(w.loads) * self.block_n * w.length * width
         return x + codes + self.block_m * self.block_n * 2 + 16 * (self.x_stages + self.code_stages) + 1024
 
     def registers(self, spec: GemmSpec) -> int:
         """Registers that a thread needs, about: sums, codes, a slice on its way and those being decoded.
         Fitted to which of 100 kernels the compiler spilled."""
         w = self.walk(spec)
-        slice_ = self.rows * w.length // 2 // (32 * self.warps)
-        sums = self.block_m * self.rows // (32 * self.warps)
+        slice_ = self.rows * w.length * self.width(spec) // 4 // (32 * self.warps)
+        sums = self.block_m * self.rows // (32 * self.warps) * (2 if self.scale == "sum" else 1)
+        if spec.activation is not None:
+            # A column of sums has a scale for each block of x; codes as they lie stay in shared memory.
+            of_tokens = self.block_m // 4 if spec.activation.cols is not None else 0
+            return sums + of_tokens + (0 if lies(spec) else (len(w.loads) + 1) * slice_) + SPARE
         decoded = len(w.slices) if decodes_together(spec.weight.element) else 1
         scale = spec.weight.scale
         offset = scale is not None and scale.zero != "none"
@@ -188,8 +198,8 @@ class Pipelined:
 
     def obstacle(self, spec: GemmSpec) -> str | None:
         """Why this schedule cannot run the spec, or None."""
-        if spec.activation is not None or spec.weights > 1 or spec.experts or not spec.epilogue.plain:
-            return f"pipelined kernels take one weight, x as it is and no epilogue but bias, not {spec}"
+        if spec.weights > 1 or spec.experts or not spec.epilogue.plain:
+            return f"pipelined kernels take one weight and no epilogue but bias, not {spec}"
         # What keeps any kernel from reading the format: said by the other kind of schedule.
         general = Schedule(16, 64, scale=(*scales(spec), "end")[0]).obstacle(spec)
         return general or self._mode(spec) or self._tiles(spec)
@@ -198,19 +208,36 @@ class Pipelined:
         allowed = modes(spec)
         if self.scale not in allowed:
             return f"{spec.weight} is not scaled by {self.scale!r} here, but by {', '.join(allowed)}"
+        if spec.activation is not None:
+            return self._sums_of_bytes(spec)
         if not has_program(spec):
             return f"{spec.weight.element.name} has no program of registers that decodes it to {spec.x}"
         return None
 
+    def _sums_of_bytes(self, spec: GemmSpec) -> str | None:
+        """What stands in the way of products in 8 bits."""
+        if spec.has_offset:
+            return f"pipelined kernels have no second sum for the zero points of {spec.weight}"
+        if self.joined > 1:
+            return "slices of bytes are not joined"
+        if self.scale == "sum" and lies(spec) and len(self.walk(spec).slices) > self.x_stages:
+            return f"a sum over a run reads more than {self.x_stages} tiles of x before it frees one"
+        if self.scale == "end" and lies(spec) and self.code_stages < 2:
+            return "codes that are read from shared memory are free a product later: two stages at least"
+        if self.streamk and self.scale == "end":
+            return "parts of sums of integers are not shared"
+        return None
+
     def _tiles(self, spec: GemmSpec) -> str | None:
-        w = self.walk(spec)
-        if spec.n % 8 or spec.k % 8:
-            return f"rows of x and y are copied in units of 8 numbers; {spec.n} and {spec.k} are no multiples"
-        if w.stride % 8:
+        w, width = self.walk(spec), self.width(spec)
+        if spec.n % 8 or spec.k % (16 // width):
+            return f"rows of x and y are copied in units of 16 bytes; {spec.n} and {spec.k} are no multiples"
+        if w.stride * width % 16:
             return (
-                f"rows of {w.stride * 2} bytes of codes are no multiple of the 16 bytes that copies start at"
+                f"rows of {w.stride * width} bytes of codes are no multiple of the 16 bytes that copies "
+                "start at"
             )
-        if w.length > 64:
+        if w.length * width > 128:
             return (
                 f"slices of {w.length} codes are wider than the 128 bytes that shared memory is swizzled by"
             )
@@ -234,16 +261,26 @@ def parsed(text: str) -> Schedule | Pipelined:
 def modes(spec: GemmSpec) -> tuple[str, ...]:
     """Where this format's scale may multiply in a pipelined kernel, fastest first. Sums are not scaled group
     by group: that would take a second set of them, and a wait for each group."""
+    if spec.activation is not None:
+        return tuple(mode for mode in scales(spec) if mode == "sum" or spec.lane == "int8")
     scale = spec.weight.scale
     if scale is not None and scale.zero != "none":
         return ("float",)
-    found = tuple(mode for mode in scales(spec) if mode in MODES)
+    found = tuple(mode for mode in scales(spec) if mode in ("end", "lane", "float"))
     return found if "float" in found else (*found, "float")
 
 
 def decodes_together(element: Element) -> bool:
     """Whether all codes of a unit are decoded at once: four selectors of one byte permutation."""
     return not isinstance(element, Integer) and hasattr(element, "table") and element.bits == 4
+
+
+def lies(spec: GemmSpec) -> bool:
+    """Whether codes are what the tensor cores multiply, byte for byte."""
+    w = spec.walk
+    assert isinstance(w, Walk)
+    made = byte_decoder(spec.weight.element, renumbered(w.slices[:1])[0][0], spec.lane)
+    return made is not None and made.asm is None
 
 
 def has_program(spec: GemmSpec) -> bool:

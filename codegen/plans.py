@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from .candidates import bucket
 from .device import Device
-from .pipelined import ARCH, Pipelined, modes
+from .pipelined import ARCH, Pipelined, lies, modes
 from .spec import GemmSpec
 
 FROM, UP_TO = 64, 2048
@@ -30,6 +30,14 @@ PLANS = {
     ),
     1 << 30: ("m256 n128 g1 w8 x4 j1 c2 p1", "m128 n128 g2 w4 x6 j1 c3 p1", "m128 n128 g1 w8 x6 j1 c3 p1"),
 }  # fmt: skip
+# On activations in codes (`schedules-nvidia-h200-bytes.json`).
+PLANS_OF_BYTES = {
+    64: ("m64 n64 g1 w4 x4 j1 c4 p2", "m64 n128 g2 w4 x4 j1 c4 p1"),
+    1 << 30: (
+        "m128 n128 g2 w4 x4 j1 c4 p1", "m128 n128 g2 w4 x6 j1 c5 p1", "m128 n128 g1 w8 x4 j1 c4 p1",
+        "m64 n128 g2 w4 x4 j1 c4 p1", "m64 n64 g1 w4 x4 j1 c4 p2",
+    ),
+}  # fmt: skip
 # Of the places that its waves of programs have, a kernel of whole tiles fills this part at least.
 FULL = 0.8
 # Shared tiles gain where a program has 13 runs or more (4096 x 14336, 8192 x 8192), and lose with four
@@ -41,7 +49,8 @@ UNMEASURED = 256
 
 def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
     """What can run the spec, for m rows of x."""
-    texts = next(texts for most, texts in PLANS.items() if bucket(m) <= most)
+    known = PLANS if spec.activation is None else PLANS_OF_BYTES
+    texts = next(texts for most, texts in known.items() if bucket(m) <= most)
     if not modes(spec) or not spec.walk:
         return []
     found = [
@@ -53,14 +62,30 @@ def plans(spec: GemmSpec, m: int) -> list[Pipelined]:
 
 def untuned_plan(spec: GemmSpec, m: int, card: Device) -> Pipelined | None:
     """What runs without a measurement; None if some other kind of kernel does."""
-    if card.arch != ARCH or not FROM <= bucket(m) <= UP_TO:
+    if card.arch != ARCH or bucket(m) < FROM:
         return None
     found = plans(spec, m)
+    if spec.activation is not None:
+        return _of_bytes(spec, found, m, card)
+    if bucket(m) > UP_TO:
+        return None
     if not found or (found[0].scale == "float" and bucket(m) > UNMEASURED):
         return None
     whole = (one for one in found if not one.streamk and _filled(spec, one, m, card) >= FULL)
     shared = (one for one in found if one.streamk and one.groups == 2 and _runs(spec, one, m, card) >= RUNS)
     return next(whole, None) or next(shared, None)
+
+
+def _of_bytes(spec: GemmSpec, found: list[Pipelined], m: int, card: Device) -> Pipelined | None:
+    """On activations in codes. Scales of x's blocks want a tile half as wide; 64 rows of x are for pipelines
+    only where plain kernels leave multiprocessors idle (4096 x 4096: int8 14.0 and 13.6 us, float8 11.7 and
+    17.8; 28672 x 4096: 37.1 and 32.9, 34.2 and 33.7)."""
+    if bucket(m) <= 64 and -(-spec.n // 128) >= card.multiprocessors and lies(spec):
+        return None
+    blocks = spec.activation is not None and spec.activation.cols is not None
+    found = [one for one in found if not one.streamk and not (blocks and one.block_m > 64)]
+    whole = (one for one in found if _filled(spec, one, m, card) >= FULL)
+    return next(whole, None) or next(iter(reversed(found)), None)
 
 
 def _runs(spec: GemmSpec, plan: Pipelined, m: int, card: Device) -> float:

@@ -9,7 +9,7 @@ In: numbers. Out: a value that prints and parses, and says whether it can run a 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ from ..formats.sparsity import Dense
 from .byte_lanes import byte_decoder
 from .decode import holds
 from .lanes import LANE_TYPES
-from .slices import Unwalkable, Walk, renumbered
+from .slices import Unwalkable, Walk, joined, renumbered
 from .spec import CodegenError, GemmSpec
 
 SCALES = ("end", "sum", "lane", "float")
@@ -28,7 +28,7 @@ SHORTEST_OF_BYTES = 32
 MOST_INTEGERS = (2**31 - 1) // (128 * 128)
 # Launches overlap from this compute capability on.
 OVERLAP_FROM = 90
-_TEXT = re.compile(r"m(\d{1,6}) n(\d{1,6}) w(\d{1,6}) s(\d{1,6}) k(\d{1,6}) (\w+)(?: o(\d))?")
+_TEXT = re.compile(r"m(\d{1,6}) n(\d{1,6}) w(\d{1,6}) s(\d{1,6}) k(\d{1,6}) (\w+)(?: o(\d))?(?: j(\d{1,2}))?")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Schedule:
 
     overlap: 0 for an ordinary launch; 1 if the kernel may start while its predecessor still runs, and waits
     for it before it reads x (programmatic dependent launch, compute capability 9.0 on).
+
+    joined: runs of codes that a turn of the loop takes at once, a power of two. What a turn costs beside its
+    codes (waits, addresses) is paid less often; shared memory and registers are needed for all of them.
     """
 
     block_m: int
@@ -53,9 +56,10 @@ class Schedule:
     split: int = 1
     scale: str = "end"
     overlap: int = 0
+    joined: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "warps"):
+        for name in ("block_m", "block_n", "warps", "joined"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise CodegenError(f"a schedule's {name} is a power of two, not {value}")
@@ -67,7 +71,7 @@ class Schedule:
             raise CodegenError(f"a schedule's overlap is 0 or 1, not {self.overlap}")
 
     def __str__(self) -> str:
-        tail = f" o{self.overlap}" if self.overlap else ""
+        tail = (f" o{self.overlap}" if self.overlap else "") + (f" j{self.joined}" if self.joined > 1 else "")
         return (
             f"m{self.block_m} n{self.block_n} w{self.warps} s{self.stages} k{self.split} {self.scale}{tail}"
         )
@@ -78,9 +82,15 @@ class Schedule:
         found = _TEXT.fullmatch(text)
         if found is None:
             raise CodegenError(f"{text!r} is no schedule; one reads: m16 n64 w4 s3 k1 sum")
-        *numbers, scale, overlap = found.groups()
+        *numbers, scale, overlap, joins = found.groups()
         block_m, block_n, warps, stages, split = (int(number) for number in numbers)
-        return cls(block_m, block_n, warps, stages, split, scale, int(overlap or 0))
+        return cls(block_m, block_n, warps, stages, split, scale, int(overlap or 0), int(joins or 1))
+
+    def walk(self, spec: GemmSpec) -> Walk:
+        """How the kernel walks over a row. CodegenError if the layout cannot be walked over."""
+        if isinstance(spec.walk, Unwalkable):
+            raise CodegenError(spec.walk.reason)
+        return joined(spec.walk, self.joined)
 
     def check_arch(self, arch: int) -> None:
         """CodegenError if a GPU of this compute capability (90 for 9.0) cannot run the schedule."""
@@ -104,8 +114,10 @@ class Schedule:
         return _unreadable(spec) or self._unfit(spec)
 
     def _unfit(self, spec: GemmSpec) -> str | None:
-        found = spec.walk
-        assert isinstance(found, Walk)
+        found = self.walk(spec)
+        runs = replace(self, joined=1).walk(spec).runs
+        if self.joined > runs:
+            return f"a row of {spec.k} has {runs} runs of codes, of which no {self.joined} are joined"
         if self.split > found.runs:
             return f"{self.split} splits of {found.runs} runs of codes leave some without work"
         if self.scale not in scales(spec):

@@ -158,6 +158,13 @@ class GemmSpec:
         return [f.cols for f in held if f.cols is not None]
 
     @property
+    def has_offset(self) -> bool:
+        """Whether something is added to scaled values: a zero point, or the middle of unsigned bytes."""
+        scale, element = self.weight.scale, self.weight.element
+        unsigned = self.lane == "int8" and not getattr(element, "signed", True)
+        return unsigned or (scale is not None and scale.zero != "none")
+
+    @property
     def arity(self) -> int:
         """How many tensors a call takes."""
         extras = self.epilogue.count("e") + self.epilogue.count("v")

@@ -29,7 +29,7 @@ from .compiling import Job, Made, compiling, default_workers
 from .cost import microseconds as predicted
 from .device import Device, present
 from .library import has_library
-from .pipelined import ARCH
+from .pipelined import ARCH, Pipelined
 from .plans import plans
 from .schedule import OVERLAP_FROM, Schedule
 from .spec import CodegenError, GemmSpec
@@ -53,7 +53,7 @@ class Tried(Protocol):
 
 Open = Callable[[GemmSpec], Callable[[int], Tried]]
 Timer = Callable[[Sequence[Callable[[], Any]], int], float]
-Choices = Callable[[GemmSpec, int, int], list[Schedule]]
+Choices = Callable[[GemmSpec, int, int], Sequence[Schedule | Pipelined]]
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,16 @@ def plan(spec: GemmSpec, m: int, card: Device, top: int = TOP, choices: Choices 
     first = untuned(spec, bucket(each), card)
     if first is None:
         raise CodegenError(f"no schedule runs {spec}, so there is nothing to tune")
-    found = _likely(spec, each, card, top, first) if choices is None else choices(spec, each, top)
+    found: Sequence[Schedule | Pipelined] = (
+        _likely(spec, each, card, top, first) if choices is None else choices(spec, each, top)
+    )
     texts = [str(schedule) for schedule in found]
-    told: list[float | None] = [round(us, 2) for us in predicted(spec, each, found, card)]
+    # The model knows nothing of pipelined kernels.
+    plain = [schedule for schedule in found if isinstance(schedule, Schedule)]
+    times = iter(predicted(spec, each, plain, card))
+    told: list[float | None] = [
+        round(next(times), 2) if isinstance(schedule, Schedule) else None for schedule in found
+    ]
     if card.arch == ARCH and bucket(each) > SKINNY and choices is None:
         piped = [str(one) for one in plans(spec, each)]
         texts, told = [*texts, *piped], [*told, *[None] * len(piped)]

@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import Any
 
 from . import layout as layouts
-from . import panels, registry, sparsity
+from . import panels, registry, sparsity, units
 from .catalog import FORMATS
 from .element import Element
 from .errors import FormatError, nearest
@@ -113,7 +113,7 @@ def _item(text: str, word: str) -> tuple[str, Any]:
 
 
 def _layout(word: str) -> Layout | None:
-    built_in = layouts.parse(word) or panels.parse(word)
+    built_in = layouts.parse(word) or panels.parse(word) or units.Units.parse(word)
     if built_in is not None:
         return built_in
     found = registry.registered().get(word)

@@ -28,14 +28,7 @@ SUFFIXES = ("", "_b", "_c", "_d")
 
 def sums_are_integers(spec: GemmSpec, schedule: Schedule) -> bool:
     """Whether what a split adds up are int32: the sums of int8 products, scaled when they are complete."""
-    return spec.lane == "int8" and schedule.scale == "end" and not has_offset(spec)
-
-
-def has_offset(spec: GemmSpec) -> bool:
-    """Whether something is added to scaled values: a zero point, or the middle of unsigned bytes."""
-    scale, element = spec.weight.scale, spec.weight.element
-    unsigned = spec.lane == "int8" and not getattr(element, "signed", True)
-    return unsigned or (scale is not None and scale.zero != "none")
+    return spec.lane == "int8" and schedule.scale == "end" and not spec.has_offset
 
 
 def reads_bytes(spec: GemmSpec) -> bool:

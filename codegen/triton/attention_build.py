@@ -135,9 +135,9 @@ def _stride(x: Tensor, dim: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def write_kernel(spec: AttentionSpec) -> Any:
+def write_kernel(spec: AttentionSpec, overlap: bool = False) -> Any:
     """The jitted quantizing write."""
-    return module(write_source(spec)).kernel
+    return module(write_source(spec, overlap=overlap)).kernel
 
 
 def cache_write(
@@ -165,7 +165,9 @@ def cache_write(
         x = given[which]
         given |= {f"{which}_b": x.stride(0), f"{which}_h": x.stride(1), f"{which}_t": x.stride(2)}
     count = k.shape[0] * k.shape[1] * k.shape[2]
-    write_kernel(spec)[-(-count // ROWS), 2](
+    overlap = k.is_cuda and capability(k.device) >= OVERLAP_FROM
+    late = {"launch_pdl": True} if overlap else {}
+    write_kernel(spec, overlap)[-(-count // ROWS), 2](
         **given,
         positions=positions,
         pages=k if pages is None else pages,
@@ -177,4 +179,5 @@ def cache_write(
         p_b=0 if pages is None else pages.stride(0),
         num_warps=1,
         enable_fp_fusion=False,
+        **late,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..attention import AttentionSpec, grouped
 from ..attention_schedule import AttentionSchedule
+from ..schedule import OVERLAP_FROM
 from . import attention, cache_write
 from .attention_build import kernels, write_kernel
 from .inspect import Compiled, _resources
@@ -38,9 +39,10 @@ def inspect_combine(spec: AttentionSpec, schedule: AttentionSchedule, arch: int 
 @lru_cache(maxsize=256)
 def inspect_write(spec: AttentionSpec, arch: int = 90) -> Compiled:
     """The quantizing write, compiled."""
-    options = {"num_warps": 1, "enable_fp_fusion": False}
+    overlap = arch >= OVERLAP_FROM
+    options = {"num_warps": 1, "enable_fp_fusion": False} | ({"launch_pdl": True} if overlap else {})
     aligned = {"k_b", "k_h", "k_t", "v_b", "v_h", "v_t"}
-    return _compiled(write_kernel(spec), spec, set(cache_write.INTEGERS), aligned, arch, options)
+    return _compiled(write_kernel(spec, overlap), spec, set(cache_write.INTEGERS), aligned, arch, options)
 
 
 def _compiled(
@@ -68,8 +70,9 @@ def _compiled(
     made = triton.compile(
         ASTSource(function, types, constexprs, divisible), target=GPUTarget("cuda", arch, 32), options=options
     )
-    registers, spills = _resources(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    cubin = made.asm["cubin"]
+    registers, spills = _resources(cubin)
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
 
 
 def _type(spec: AttentionSpec, name: str) -> str:

@@ -26,13 +26,17 @@ INTEGERS = ("count", "tokens", "t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "a
 LOOSE = ("count", "tokens", "t", "at_b", "at_t", "p_b")
 
 
-def source(spec: AttentionSpec) -> str:
-    """The kernel's module as text."""
+def source(spec: AttentionSpec, *, overlap: bool = False) -> str:
+    """The kernel's module as text. overlap: it is launched while the kernel before it still runs."""
     out = Lines()
-    out.add(f'"""Cache write of {spec}"""', "import triton", "import triton.language as tl", "")
+    out.add(f'"""Cache write of {spec}"""', "import triton", "import triton.language as tl")
+    if overlap:
+        out.add("from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait")
+    out.add("")
     out.add(f"@triton.jit(do_not_specialize={list(LOOSE)!r})")
     with out.indent(f"def kernel({ARGUMENTS}):"):
         heads = spec.kv_heads
+        out.add(*["gdc_wait()", "gdc_launch_dependents()"] * overlap)
         out.add(
             f"r = tl.program_id(0) * {ROWS} + tl.arange(0, {ROWS})",
             "here = r < count",

@@ -22,13 +22,15 @@ from .build import _options, kernel
 
 @dataclass(frozen=True)
 class Compiled:
-    """registers and spill bytes a thread, shared memory in bytes a program, and the texts of the stages."""
+    """registers and spill bytes a thread, shared memory in bytes a program, the texts of the stages, and what
+    a disassembler reads."""
 
     registers: int
     spills: int
     shared: int
     ptx: str
     ttgir: str
+    cubin: bytes
 
 
 @lru_cache(maxsize=256)
@@ -55,8 +57,9 @@ def inspect(spec: GemmSpec, schedule: Schedule, arch: int = 90) -> Compiled:
         target=GPUTarget("cuda", arch, 32),
         options=_options(schedule),
     )
-    registers, spills = _resources(made.asm["cubin"])
-    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"])
+    cubin = made.asm["cubin"]
+    registers, spills = _resources(cubin)
+    return Compiled(registers, spills, made.metadata.shared, made.asm["ptx"], made.asm["ttgir"], cubin)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

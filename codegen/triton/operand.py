@@ -12,16 +12,20 @@ through shared memory. Sums are [block_n, block_m], the transpose of what is sto
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...formats import Integer, Scale
+import torch
+
+from ...formats import Float, Integer, Scale
+from ...formats.scale import LARGEST
 from ..byte_lanes import byte_decoder
-from ..decode import decoder
+from ..decode import decoder, raised
 from ..schedule import Schedule
 from ..slices import Take, Walk, renumbered
 from ..spec import GemmSpec
-from .arguments import SUFFIXES, has_offset, reads_bytes, sums_are_integers
+from .arguments import SUFFIXES, reads_bytes, sums_are_integers
 from .lines import TL, Lines
 from .scales import Scales, TokenScales, group
 from .values import code_line, value_lines
@@ -40,9 +44,7 @@ class Operand:
 
     @cached_property
     def walk(self) -> Walk:
-        found = self.spec.walk
-        assert isinstance(found, Walk)
-        return found
+        return self.schedule.walk(self.spec)
 
     @property
     def suffix(self) -> str:
@@ -61,11 +63,27 @@ class Operand:
     def scales(self) -> Scales:
         lane = TL[self.spec.x]
         if not self.in_bytes:
-            return Scales(self.spec, self.schedule, self.walk, lane, self.suffix)
+            return Scales(self.spec, self.schedule, self.walk, lane, self.suffix, lift=self.lift / self.left)
         made = byte_decoder(self.spec.weight.element, renumbered(self.walk.slices[:1])[0][0], self.spec.lane)
         assert made is not None
         factor = 1.0 if self.plain and self.spec.lane == "e4m3" else made.factor
         return Scales(self.spec, self.schedule, self.walk, lane, self.suffix, factor, made.middle)
+
+    @cached_property
+    def lift(self) -> float:
+        """What scales in the lanes are multiplied by so that their product does the decoder's last one too: 1
+        where it does not. A scale in E4M3 has few enough bits and powers of two."""
+        element = self.spec.weight.element
+        merges = self.schedule.scale == "lane" and not self.in_bytes and not self.decodes_plainly
+        if not merges or not isinstance(element, Float) or self.scale is None or self.scale.dtype != "e4m3":
+            return 1.0
+        return raised(element, self.spec.x)
+
+    @cached_property
+    def left(self) -> float:
+        """The power of two of it that is left to the finished sum, since no scale may become infinite."""
+        most = math.log2(torch.finfo(self.spec.dtype).max) - math.log2(LARGEST["e4m3"])
+        return 2.0 ** max(0, math.ceil(math.log2(self.lift) - most))
 
     @cached_property
     def tokens(self) -> TokenScales:
@@ -93,7 +111,7 @@ class Operand:
                 by_byte = byte_decoder(self.spec.weight.element, takes[0], self.spec.lane)
                 asm = None if by_byte is None else by_byte.asm
             else:
-                by_half = decoder(self.spec.weight.element, takes, self.spec.x)
+                by_half = decoder(self.spec.weight.element, takes, self.spec.x, small=self.lift > 1)
                 asm = None if by_half is None else by_half.asm
             lines += [] if asm is None else [f'{name} = tl.constexpr("""{asm}""")']
         if self.schedule.scale == "lane":
@@ -120,7 +138,7 @@ class Operand:
         out.add(f"total{t} = {zeros}")
         expert = f" + expert.to(tl.int64) * {self.spec.n * self.walk.stride}" if self.spec.experts else ""
         out.add(f"units{t} = codes{t}{expert} + row[:, None] * {self.walk.stride} + rk[None, :]")
-        if has_offset(self.spec) and s.scale in ("end", "sum"):
+        if self.spec.has_offset and s.scale in ("end", "sum"):
             if self.which == 0:
                 out.add(f"ones = tl.full(({s.block_n}, {self.walk.length}), 1, dtype={self._ones})")
             if self.whole_rows:
@@ -205,13 +223,13 @@ class Operand:
             self._in_lane(out, i)
         if self.schedule.scale != "sum":
             out.add(f"total{t} = {self._dot(f'a{i}{t}', f'x{i}', f'total{t}')}")
-            if self.schedule.scale == "end" and has_offset(self.spec):
+            if self.schedule.scale == "end" and self.spec.has_offset:
                 out.add(f"plain_sum{t} = {self._dot('ones', f'x{i}', f'plain_sum{t}')}")
             return
         opens = i == 0 or self._groups(i - 1) != self._groups(i)
         closes = i + 1 == len(self.walk.slices) or self._groups(i + 1) != self._groups(i)
         out.add(f"p{t} = {self._dot(f'a{i}{t}', f'x{i}', '' if opens else f'p{t}')}")
-        if has_offset(self.spec):
+        if self.spec.has_offset:
             out.add(f"o{t} = {self._dot('ones', f'x{i}', '' if opens else f'o{t}')}")
         if closes:
             self._close(out, *self._groups(i))
@@ -227,7 +245,7 @@ class Operand:
         whole = ".to(tl.float32)" if self.spec.lane == "int8" else ""
         of_rows = "" if self.whole_rows else f" * s_{of}{t}[:, None]"
         out.add(f"total{t} += p{t}{whole}{of_rows}{of_tokens}")
-        if has_offset(self.spec):
+        if self.spec.has_offset:
             target, added = ("plain_sum", "") if self.whole_rows else ("total", f" * z_{of}{t}[:, None]")
             out.add(f"{target}{t} += o{t}{whole}{added}{of_tokens}")
 
@@ -273,7 +291,7 @@ class Operand:
     def before_sharing(self, out: Lines) -> None:
         """Scaling that comes before the parts of a split are added up: none, if they are to stay integers."""
         t = self.suffix
-        if self.whole_rows and has_offset(self.spec) and self.schedule.scale in ("end", "sum"):
+        if self.whole_rows and self.spec.has_offset and self.schedule.scale in ("end", "sum"):
             whole = ".to(tl.float32)" if self._summed == "tl.int32" else ""
             out.add(*self.scales.load("s", "z", "0"))
             out.add(f"total{t} = total{t}{whole} * s[:, None] + plain_sum{t}{whole} * z[:, None]")
@@ -286,12 +304,14 @@ class Operand:
         y = sums + t
         if sums_are_integers(self.spec, self.schedule):
             out.add(f"{y} = {y}.to(tl.float32)")
-        late = self.whole_rows and not has_offset(self.spec) and self.schedule.scale in ("end", "sum")
+        late = self.whole_rows and not self.spec.has_offset and self.schedule.scale in ("end", "sum")
         if late and (self.scale is not None or self.scales.factor != 1.0):
             out.add(*self.scales.load("s", "z", "0"))
             out.add(f"{y} = {y} * s[:, None]")
         if self.scale is not None and self.scale.two_level and self.schedule.scale != "float":
             out.add(f"{y} = {y} * tl.load(level{t})")
+        if self.left > 1:
+            out.add(f"{y} = {y} * {self.left!r}")
         if self.tokens.load():
             out.add(f"{y} = {y} * t[None, :]")
         if self.spec.bias:

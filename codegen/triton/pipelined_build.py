@@ -20,6 +20,7 @@ from torch import Tensor
 from ...formats import Quantized
 from ..pipelined import Pipelined
 from ..spec import CodegenError, GemmSpec
+from .arguments import reads_bytes, stored_bytes
 from .build import module
 from .locks import locks
 from .pipelined import pipelined_source
@@ -59,15 +60,16 @@ def launch(
     parts: Sequence[Tensor],
     bias: Tensor | None = None,
     *,
+    x_scales: Tensor | None = None,
     out: Tensor | None = None,
     room: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """x [M, k] times the weight's parts, transposed: y [M, n].
+    """x [M, k], or its codes and scales, times the weight's parts, transposed: y [M, n].
 
     room: `workspace`'s, for a schedule with streamk; found if None, left with flags of zero.
     """
     m = x.shape[0]
-    y = x.new_empty(m, spec.n) if out is None else out
+    y = x.new_empty(m, spec.n, dtype=spec.dtype) if out is None else out
     if m == 0:
         return y
     check(spec, x, parts, y)
@@ -81,7 +83,7 @@ def launch(
         count = found.multi_processor_count * schedule.programs if schedule.streamk else 0
         partial = x.new_empty(max(count * schedule.block_n * schedule.block_m, 1), dtype=torch.float32)
         room = partial, locks(x.device, max(count * schedule.groups, 1))
-    given = _arguments(spec, schedule, x, parts, bias, y, room)
+    given = _arguments(spec, schedule, x, x_scales, parts, bias, y, room)
     programs = grid(spec, schedule, m, found.multi_processor_count)
     pipelined_kernel(spec, schedule)[(programs,)](*given, **options(schedule))
     return y
@@ -95,9 +97,10 @@ def aligned(held: Tensor) -> bool:
 
 def check(spec: GemmSpec, x: Tensor, parts: Sequence[Tensor], y: Tensor) -> None:
     """One sentence if the copy engine cannot take these; before anything is launched."""
-    if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != spec.dtype:
+    wanted = spec.dtype if spec.activation is None else torch.uint8
+    if x.ndim != 2 or x.shape[1] != spec.k or x.dtype != wanted:
         raise CodegenError(
-            f"the kernel {spec} takes x [M, {spec.k}] in {spec.x}, not {tuple(x.shape)} in {x.dtype}"
+            f"the kernel {spec} takes x [M, {spec.k}] in {wanted}, not {tuple(x.shape)} in {x.dtype}"
         )
     if len(parts) != len(spec.weight.parts):
         raise CodegenError(f"{spec.weight} stores {', '.join(spec.weight.parts)}, not {len(parts)} tensors")
@@ -133,17 +136,25 @@ def blocks(spec: GemmSpec, schedule: Pipelined) -> dict[str, list[int]]:
     }
 
 
-def shared_layout(block: Sequence[int]) -> Any:
-    """Rows of up to 128 bytes, swizzled so that neither the tensor cores nor eight rows at once collide."""
+def shared_layout(block: Sequence[int], width: int) -> Any:
+    """Rows of up to 128 bytes of numbers of `width` bytes, swizzled so that neither the tensor cores nor
+    eight rows at once collide."""
     from triton.experimental.gluon.language._layouts import NVMMASharedLayout
 
-    return NVMMASharedLayout(min(128, 2 * block[1]), 16, 2)
+    return NVMMASharedLayout(min(128, width * block[1]), 8 * width, 2)
+
+
+def widths(spec: GemmSpec) -> dict[str, int]:
+    """Bytes of a number, of each tensor that the copy engine sees."""
+    width = Pipelined.width(spec)
+    return {"x": width, "codes": width, "y": 2}
 
 
 def _arguments(
     spec: GemmSpec,
     schedule: Pipelined,
     x: Tensor,
+    x_scales: Tensor | None,
     parts: Sequence[Tensor],
     bias: Tensor | None,
     y: Tensor,
@@ -154,15 +165,20 @@ def _arguments(
 
     q = Quantized.from_parts(spec.weight, parts, spec.k)
     tensors = {"x": x, "codes": q.codes.view(torch.int16), "y": y}
+    if spec.activation is not None:
+        lanes = torch.int8 if spec.lane == "int8" else torch.float8_e4m3fn
+        units = lanes if reads_bytes(spec) else torch.int8
+        tensors |= {"x": x.view(lanes), "codes": q.codes.view(units).view(spec.n, -1)}
     maps = [
-        TensorDescriptor.from_tensor(tensors[name], block, shared_layout(block))
+        TensorDescriptor.from_tensor(tensors[name], block, shared_layout(block, widths(spec)[name]))
         for name, block in blocks(spec, schedule).items()
     ]
     scales = y if q.scales is None else q.scales
     strides = scales.stride() if q.scales is not None and scales.ndim == 2 else (0, 0)
     return [
         *maps,
-        scales.view(torch.uint8) if scales.dtype == torch.float8_e4m3fn else scales,
+        stored_bytes(scales),
+        y if x_scales is None else stored_bytes(x_scales),
         y if q.zeros is None else q.zeros,
         y if q.tensor_scale is None else q.tensor_scale,
         y if bias is None else bias,
@@ -174,11 +190,15 @@ def _arguments(
 
 def warm(spec: GemmSpec, schedule: Pipelined, parts: Sequence[Tensor]) -> None:
     """Compiles the kernel into Triton's cache without running it; `parts` may be on `meta`."""
-    x = torch.empty(16, spec.k, dtype=spec.dtype, device="meta")
+    x, x_scales = torch.empty(16, spec.k, dtype=spec.dtype, device="meta"), None
+    if spec.activation is not None:
+        x, x_scales, *_ = (
+            part.to("meta") for part in spec.activation.quantize(torch.zeros(16, spec.k)).parts
+        )
     y = torch.empty(16, spec.n, dtype=spec.dtype, device="meta")
     bias = torch.empty(spec.n, dtype=spec.dtype, device="meta") if spec.bias else None
     room = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
-    given = _arguments(spec, schedule, x, parts, bias, y, room)
+    given = _arguments(spec, schedule, x, x_scales, parts, bias, y, room)
     # Triton stands tensors in for dtypes; tensor maps it takes as they are.
     types = [value.dtype if isinstance(value, Tensor) else value for value in given]
     pipelined_kernel(spec, schedule).warmup(*types, grid=(1,), **options(schedule))

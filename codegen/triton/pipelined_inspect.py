@@ -16,8 +16,9 @@ from pathlib import Path
 
 from ..pipelined import Pipelined
 from ..spec import GemmSpec
+from .arguments import reads_bytes
 from .lines import POINTERS
-from .pipelined_build import blocks, options, pipelined_kernel, shared_layout
+from .pipelined_build import blocks, options, pipelined_kernel, shared_layout, widths
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Made:
     @property
     def products(self) -> int:
         """Instructions that multiply."""
-        return self.sass.count("HGMMA")
+        return len(re.findall(r"\b[HQI]GMMA\b", self.sass))
 
     @property
     def drained(self) -> int:
@@ -80,9 +81,14 @@ def _told(tool: str, *arguments: str) -> str:
 
 def _signature(spec: GemmSpec, schedule: Pipelined) -> dict[str, str]:
     """Types of the kernel's arguments, as Triton writes them; absent tensors stand as y does."""
-    kinds = {"x": POINTERS[spec.x][1:], "codes": "i16", "y": POINTERS[spec.x][1:]}
+    units = "i8" if spec.activation is not None else "i16"
+    kinds = {
+        "x": POINTERS[spec.lane][1:],
+        "codes": "fp8e4nv" if reads_bytes(spec) else units,
+        "y": POINTERS[spec.x][1:],
+    }
     maps = {
-        name: f"tensordesc<{kinds[name]}{block},{shared_layout(block)!r}>"
+        name: f"tensordesc<{kinds[name]}{block},{shared_layout(block, widths(spec)[name])!r}>"
         for name, block in blocks(spec, schedule).items()
     }
     y, scale = POINTERS[spec.x], spec.weight.scale
@@ -91,5 +97,17 @@ def _signature(spec: GemmSpec, schedule: Pipelined) -> dict[str, str]:
         stored = "*u8" if scale.dtype in ("e8m0", "e4m3") else POINTERS[scale.dtype]
     zeros = ("*i8" if scale.zero == "int" else stored) if scale is not None and scale.zero != "none" else y
     level = "*fp32" if scale is not None and scale.two_level else y
-    rest = {"scales": stored, "zeros": zeros, "level": level, "bias": y, "partial": "*fp32", "flags": "*i32"}
+    of_x = y
+    if spec.activation is not None and spec.activation.scale is not None:
+        dtype = spec.activation.scale.dtype
+        of_x = "*u8" if dtype in ("e8m0", "e4m3") else POINTERS[dtype]
+    rest = {
+        "scales": stored,
+        "x_scales": of_x,
+        "zeros": zeros,
+        "level": level,
+        "bias": y,
+        "partial": "*fp32",
+        "flags": "*i32",
+    }
     return maps | rest | {"m": "i32", "SN": "constexpr", "SG": "constexpr"}

@@ -27,7 +27,7 @@ def run(
     # The copy engine starts at multiples of 16 bytes; what lies elsewhere is moved.
     x = given.x if pipelined_build.aligned(given.x) else given.x.new_empty(given.x.shape).copy_(given.x)
     bias = given.biases[0] if spec.bias else None
-    return pipelined_build.launch(spec, schedule, x, given.parts[0], bias, out=out)
+    return pipelined_build.launch(spec, schedule, x, given.parts[0], bias, x_scales=given.x_scales, out=out)
 
 
 def warm(spec: GemmSpec, schedule: Schedule | Pipelined, parts: Sequence[Tensor]) -> None:

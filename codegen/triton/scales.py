@@ -16,7 +16,6 @@ from ...formats.rules import middle
 from ..schedule import Schedule
 from ..slices import Walk
 from ..spec import GemmSpec
-from .arguments import has_offset
 
 # Scales of 8 bits are bytes to Triton, which has the one type nowhere and the other on few GPUs.
 BYTES = ("e8m0", "e4m3")
@@ -72,7 +71,8 @@ def column(walk: Walk, k: int, cols: int | None, run: str, of: int) -> str:
 @dataclass(frozen=True)
 class Scales:
     """Scales of one weight; `scale` None means that there are none. suffix: what its arguments' names end in;
-    factor, middle: a lane's number times `factor`, plus `middle`, is the element's value (`byte_lanes.py`).
+    factor, middle: a lane's number times `factor`, plus `middle`, is the element's value (`byte_lanes.py`);
+    lift: what scales in the lanes are multiplied by (`Operand.lift`).
     """
 
     spec: GemmSpec
@@ -82,14 +82,11 @@ class Scales:
     suffix: str = ""
     factor: float = 1.0
     middle: float = 0.0
+    lift: float = 1.0
 
     @property
     def scale(self) -> Scale | None:
         return self.spec.weight.scale
-
-    @property
-    def has_offset(self) -> bool:
-        return has_offset(self.spec)
 
     @property
     def cols(self) -> int | None:
@@ -106,7 +103,7 @@ class Scales:
 
     def names(self) -> list[str]:
         """Registers carried from run to run: scales and offsets of the next groups."""
-        kinds = ("s", "z") if self.has_offset else ("s",)
+        kinds = ("s", "z") if self.spec.has_offset else ("s",)
         return [f"{kind}_{g}{self.suffix}" for g in self.groups for kind in kinds]
 
     def carried(self, run: str, prefix: str = "") -> list[str]:
@@ -123,18 +120,19 @@ class Scales:
         mode `float`)."""
         if self.scale is None:
             value = f"{s} = tl.full(({self.schedule.block_n},), {self.factor!r}, dtype=tl.float32)"
-            return [value, f"{z} = {s} * {self.middle / self.factor!r}"][: 1 + self.has_offset]
+            return [value, f"{z} = {s} * {self.middle / self.factor!r}"][: 1 + self.spec.has_offset]
         rows = self.scale.granularity.rows
         row = "row * 0" if rows is None else ("row" if rows == 1 else f"(row // {rows})")
         place = f"{row} * SN + {column} * SG" + (" + expert * SE" if self.spec.experts else "")
         load = f"tl.load(scales{self.suffix} + {place})"
         decoded = f"{self.scale.dtype}({load})" if self.scale.dtype in BYTES else f"{load}.to(tl.float32)"
         if self.schedule.scale == "lane":
+            decoded = f"({decoded} * {self.lift!r})" if self.lift != 1.0 else decoded
             decoded += f".to({self.lane})"
         elif self.schedule.scale == "float" and self.scale.two_level:
             decoded += f" * tl.load(level{self.suffix})"
         lines = [f"{s} = {decoded}"]
-        if self.has_offset:
+        if self.spec.has_offset:
             lines.append(f"{z} = {self._offset(f'tl.load(zeros{self.suffix} + {place}).to(tl.float32)', s)}")
         return lines + ([f"{s} = {s} * {self.factor!r}"] if self.factor != 1.0 else [])
 

@@ -36,7 +36,6 @@ from ...codegen.lanes import LANE_TYPES
 from ...codegen.schedule import OVERLAP_FROM
 from ...codegen.spec import NATIVE, type_name
 from ...formats import Format, Layout, Quantized, format
-from ...formats.layout import Halfwords
 from ...passes import Miss, inherit
 from ..fused import parsed
 from ..inductor import InductorTarget, dequantized
@@ -133,7 +132,7 @@ def spec_of(of: Product) -> GemmSpec | Miss:
     """What a kernel would compute for this product, or why there is none."""
     fmt, k = format(str(of.weight.args[1])), int(str(of.weight.args[2]))
     codes = activation_codes(of)
-    if codes is not None and not isinstance(fmt.layout, Halfwords):
+    if codes is not None and not runs_on_kernels(fmt.layout):
         activation = format(str(codes.args[1]))
         if kernel_layout(fmt, k, activation) == fmt:
             return _spec(of, fmt, k, activation)

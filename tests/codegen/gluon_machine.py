@@ -254,7 +254,9 @@ def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Shared:
     if layout == "barrier":
         return Shared([Barrier() for _ in range(shape[0])])
     held = torch.empty(tuple(shape), dtype=dtype)
-    return Shared(held.fill_(float("nan") if dtype.is_floating_point else 0x7ABC))
+    return Shared(
+        held.fill_(float("nan") if dtype.is_floating_point else 0x7ABC if dtype.itemsize > 1 else 0x55)
+    )
 
 
 def _init(bar: Barrier, count: int) -> None:
@@ -262,9 +264,10 @@ def _init(bar: Barrier, count: int) -> None:
     WARP.unfenced = True
 
 
-def _mma(a: Tensor, b: Shared, sums: Any, is_async: bool) -> Sums:
+def _mma(a: Any, b: Shared, sums: Any, is_async: bool, use_acc: bool = True) -> Sums:
     held = sums if isinstance(sums, Sums) else Sums(sums)
-    return Sums(held.value, [*held.coming, (a, b)])
+    assert use_acc or not held.coming, "sums begin anew while products are on their way"
+    return Sums(held.value if use_acc else torch.zeros_like(held.value), [*held.coming, (a, b)])
 
 
 def _mma_wait(left: int, deps: Sequence[Any]) -> Any:
@@ -272,11 +275,18 @@ def _mma_wait(left: int, deps: Sequence[Any]) -> Any:
     value, coming = sums.value, list(sums.coming)
     while len(coming) > left:
         a, b = coming.pop(0)
-        value = value + a.to(torch.float32) @ b.held.to(torch.float32)
-    return (Sums(value, coming) if left else value, *rest)
+        left_side = a.held if isinstance(a, Shared) else a
+        # Products of 8-bit integers, up to 2**24 of them, are exact in float64.
+        found = left_side.to(torch.float32).to(torch.float64) @ b.held.to(torch.float32).to(torch.float64)
+        value = value + tile(found.to(value.dtype))
+    made = Sums(value, coming) if left else value
+    return (made, *rest) if rest else made
 
 
-def _load(place: Pointer, cache_modifier: str = "") -> Any:
+def _load(place: Pointer, cache_modifier: str = "", mask: Any = None, other: Any = 0) -> Any:
+    if mask is not None:
+        inside = place.memory[torch.where(mask, place.at, 0)]
+        return tile(torch.where(mask, inside, torch.full_like(inside, other)))
     found = place.memory[place.at]
     return tile(found.clone()) if isinstance(found, Tensor) else found
 
@@ -298,7 +308,8 @@ def _exchange(place: Pointer, value: int, sem: str) -> int:
 
 
 def _words(held: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(held.contiguous().view(torch.int16).numpy()).view(np.uint32)
+    whole = torch.int16 if held.element_size() == 2 else torch.int8
+    return np.ascontiguousarray(held.contiguous().view(whole).numpy()).view(np.uint32)
 
 
 def assembly(text: str, inputs: Sequence[np.ndarray], results: int) -> list[np.ndarray]:
@@ -332,8 +343,8 @@ def _asm(text: str, constraint: str, args: Sequence[Any], *, dtype: Any, is_pure
     words = assembly(text, registers, len(dtypes))
     made = []
     for word, kind in zip(words, dtypes, strict=True):
-        halves = np.ascontiguousarray(word).view(np.int16).reshape(shape)
-        made.append(tile(torch.from_numpy(halves.copy()).view(kind)))
+        lanes = np.ascontiguousarray(word).view(np.int16 if pack == 2 else np.int8).reshape(shape)
+        made.append(tile(torch.from_numpy(lanes.copy()).view(kind)))
     return made[0] if not isinstance(dtype, tuple) else tuple(made)
 
 
@@ -359,6 +370,8 @@ def language(machine: Machine) -> SimpleNamespace:
         bfloat16=torch.bfloat16,
         float16=torch.float16,
         float32=torch.float32,
+        float8e4nv=torch.float8_e4m3fn,
+        int8=torch.int8,
         int16=torch.int16,
         int32=torch.int32,
         int64=torch.int64,

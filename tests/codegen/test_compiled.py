@@ -123,16 +123,15 @@ def test_the_check_sees_an_operand_in_shared_memory() -> None:
     assert through_shared(inspect(spec, schedule, 90), spec, schedule) > 0
 
 
-# Three loads, four groups and their scales a run are more than two warps can hold, so `kernel_layout` takes
-# shorter runs for three bits.
-SPILLS = "linear 4096x4096 bf16 int3[g128,halves512]"
+# Three loads of 64 units, eight groups and their scales a run are more than two warps can hold.
+SPILLS = "linear 4096x4096 bf16 int3[g128,units1024]"
 CHOSEN = [text.replace("int3[g128,halves512]", "int3[g128,halves256]") for text, _ in PAIRS]
 
 
-def test_long_runs_of_several_planes_are_not_chosen() -> None:
+def test_long_runs_of_several_loads_are_not_chosen() -> None:
     spec = GemmSpec.parse(SPILLS)
     assert inspect(spec, Schedule.parse("m8 n64 w2 s3 k1 sum"), 90).spills > 16
-    assert str(kernel_layout(spec.weight, 4096)) == "int3[g128,halves256]"
+    assert str(kernel_layout(spec.weight, 4096)) == "int3[g128,units256]"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from bitfold.codegen.decode import Decoder, decoder, finite
+from bitfold.codegen.decode import Decoder, decoder, finite, raised
 from bitfold.codegen.lanes import LANE_TYPES
 from bitfold.codegen.slices import Take, Walk, walk
 from bitfold.formats import Codebook, Element, Float, Format, Integer
 from bitfold.formats.catalog import ELEMENTS
 from bitfold.formats.layout import Halfwords
+from bitfold.formats.units import Units
 
 HALFWORDS = 1 << 16
 
@@ -69,10 +71,10 @@ def is_plain(element: Element) -> bool:
 FAST_AND_SLOW = [e if is_plain(e) else pytest.param(e, marks=pytest.mark.slow) for e in ALL]
 
 
-def walked(element: Element) -> Walk:
-    """How rows of this element are walked: slices of 64 codes."""
-    narrowest = element.bits & -element.bits
-    found = walk(Format(element, None, Halfwords(64 * 16 // narrowest)), 4096)
+def walked(element: Element, layout: Halfwords | Units | None = None) -> Walk:
+    """How rows of this element are walked: slices of 64 codes, halfwords if not said otherwise."""
+    span = 64 * 16 // (element.bits & -element.bits)
+    found = walk(Format(element, None, replace(layout or Halfwords(), span=span)), 4096)
     assert isinstance(found, Walk), found
     return found
 
@@ -137,6 +139,66 @@ def test_every_half_word(element: Element, lane: str) -> None:
         return
     assert made.program.inputs == len(found.loads)
     check(element, lane, made, found.slices)
+
+
+E4M3 = np.array([v for v in Float(4, 3, "fn").values() if math.isfinite(v)])
+
+
+@pytest.mark.parametrize(("lane", "left"), [("bf16", 2.0**-7), ("f16", 2.0**-7)])
+@pytest.mark.parametrize("element", [Float(2, 1), Float(3, 2), Float(2, 3)], ids=str)
+def test_a_scale_in_e4m3_takes_the_last_step_over(element: Float, lane: str, left: float) -> None:
+    """What is decoded but for the last product, times each scale and that product's power of two, less what
+    would make the scale infinite: scale and value multiplied, no bit lost."""
+    found = walked(element, Units(sign=15 - 7 + (element.mantissa or 0)))
+    made = decoder(element, found.slices, lane, small=True)
+    assert made is not None
+    halves = np.stack([np.stack([np.arange(HALFWORDS)[::37]] * 2) for _ in found.loads])
+    registers = made.program.run([(h[0] | h[1] << 16).astype(np.uint32) for h in halves])
+    lifted = torch.from_numpy(E4M3 * raised(element, lane) * left)
+    assert torch.equal(lifted.to(LANE_TYPES[lane]).double(), lifted)
+    for takes, result in zip(found.slices, made.results, strict=True):
+        small = torch.from_numpy(registers[result].view(np.int16).reshape(-1, 2)[:, 0].copy())
+        got = (small.view(LANE_TYPES[lane]).double()[:, None] * lifted).to(LANE_TYPES[lane]).double() / left
+        want = torch.from_numpy(rounded(element, lane)[codes_of(takes, halves)[0]])[:, None]
+        assert torch.equal(got, want * torch.from_numpy(E4M3))
+
+
+NARROW = [e for e in ALL if e.bits < 8 and (not isinstance(e, Integer) or e.fraction in (0, e.bits))]
+
+
+@pytest.mark.parametrize("lane", ["bf16", "f16"])
+@pytest.mark.parametrize("element", [e for e in NARROW if is_plain(e)], ids=str)
+def test_every_half_word_of_whole_codes(element: Element, lane: str) -> None:
+    """The same of codes that lie whole in the units, signs apart or not."""
+    for layout in (Units(), Units(sign=15 - 7 + (element.mantissa or 0))):
+        found = walked(element, layout)
+        made = decoder(element, found.slices, lane)
+        assert (made is None) == (decoder(element, walked(element).slices, lane) is None)
+        if made is not None:
+            check(element, lane, made, found.slices)
+
+
+@pytest.mark.parametrize(
+    ("element", "layout", "steps", "of"),
+    [
+        # Whole codes: 15 shifts and masks for 16 numbers, and three for the last. In planes it was 60.
+        (Integer(3), Units(), 42, 16),
+        # Bits 0, 2, 4 as they lie, 6, 8, 10 after one shift, 12, 14 after another.
+        (Integer(2), Halfwords(), 18, 8),
+        # Signs apart: 5 + 3 + 2 + 5 where nibbles take 19.
+        (Float(2, 1), Units(sign=9), 15, 4),
+        (Float(2, 1), Halfwords(), 19, 4),
+        (Float(3, 2), Units(sign=10), 29, 8),
+        (Integer(4), Halfwords(), 11, 4),
+    ],
+    ids=str,
+)
+def test_instructions_to_bfloat16(element: Element, layout: Halfwords | Units, steps: int, of: int) -> None:
+    """Of two numbers of each slice: what was counted when layouts were chosen."""
+    found = walked(element, layout)
+    made = decoder(element, found.slices, "bf16")
+    assert made is not None
+    assert (len(made.program.steps), len(found.slices)) == (steps, of)
 
 
 ALONE: list[Element] = [

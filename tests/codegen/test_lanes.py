@@ -147,18 +147,18 @@ def test_int4_prints_as_three_instructions() -> None:
 
 
 def test_a_slice_of_two_loads_prints_both() -> None:
-    """int3, two low bits in load 0 and the sign in load 1; f16: 1024's mantissa, minus 1028."""
+    """int3, two low bits in load 0 and the sign in load 1; f16: from bit 2 of 1024's mantissa on, where the
+    low bits lie anyway, times a quarter, minus 260."""
     made = decoder(Integer(3), [[Take(0, 0, 2, 2), Take(1, 2, 1, 5)]], "f16")
     assert made is not None
     assert made.asm == (
         "{\n"
-        "    .reg .b32 t0, t1, t2, t3, kr0_1, kr0_2;\n"
-        "    mov.b32 kr0_1, 0x3C003C00;\n"
-        "    mov.b32 kr0_2, 0xE404E404;\n"
-        "    shr.b32 t0, $1, 2;\n"
-        "    lop3.b32 t1, t0, 0x00030003, 0x64046404, 0x6A;\n"
-        "    shr.b32 t2, $2, 3;\n"
-        "    lop3.b32 t3, t2, 0x00040004, t1, 0x6A;\n"
-        "    fma.rn.f16x2 $0, t3, kr0_1, kr0_2;\n"
+        "    .reg .b32 t0, t1, t2, kr0_1, kr0_2;\n"
+        "    mov.b32 kr0_1, 0x34003400;\n"
+        "    mov.b32 kr0_2, 0xDC10DC10;\n"
+        "    lop3.b32 t0, $1, 0x000C000C, 0x64106410, 0x6A;\n"
+        "    shr.b32 t1, $2, 1;\n"
+        "    lop3.b32 t2, t1, 0x00100010, t0, 0x6A;\n"
+        "    fma.rn.f16x2 $0, t2, kr0_1, kr0_2;\n"
         "}"
     )

@@ -23,6 +23,7 @@ from bitfold.codegen import CodegenError, GemmSpec, kernel_layout
 from bitfold.codegen.device import device
 from bitfold.codegen.pipelined import Pipelined, modes, parsed
 from bitfold.codegen.plans import plans, untuned_plan
+from bitfold.codegen.triton.arguments import reads_bytes
 from bitfold.codegen.triton.pipelined import pipelined_source
 from bitfold.formats import Quantized, format
 
@@ -77,7 +78,7 @@ def test_texts_that_are_no_schedule() -> None:
         ({"x_stages": 1}, "two stages of x"),
         ({"overlap": 3}, "overlap is 0, 1 or 2, not 3"),
         ({"unroll": 3}, "unroll is a power of two, not 3"),
-        ({"scale": "sum"}, "scale is one of end, lane, float, not 'sum'"),
+        ({"scale": "value"}, "scale is one of end, lane, float, sum, not 'value'"),
     ],
 )
 def test_schedules_that_are_none(changed: dict[str, Any], said: str) -> None:
@@ -88,7 +89,7 @@ def test_schedules_that_are_none(changed: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "plan", "said"),
     [
-        (str(INT4).replace("28672", "28676"), PLAN, "units of 8 numbers; 28676 and 4096 are no multiples"),
+        (str(INT4).replace("28672", "28676"), PLAN, "units of 16 bytes; 28676 and 4096 are no multiples"),
         (str(INT4), replace(PLAN, x_stages=8), "bytes of shared memory, of 232448"),
         (str(INT4), Pipelined(256, 128, 2, 4, 3), "registers a thread, of 168"),
         (str(INT4), replace(PLAN, scale="end"), "is not scaled by 'end' here, but by lane, float"),
@@ -96,7 +97,13 @@ def test_schedules_that_are_none(changed: dict[str, Any], said: str) -> None:
         ("linear 64x512 bf16 int4[halves512]", replace(PLAN, scale="end"), "slices of 128 codes are wider"),
         ("linear 64x512 bf16 int4[g32,halves256]", PLAN, "slices of 64 codes straddle groups of 32"),
         (str(INT4) + " -> relu(y0)", PLAN, "no epilogue but bias"),
-        ("linear 64x512 bf16 int8[bytes] x:int8[row]", PLAN, "x as it is"),
+        ("linear 64x512 bf16 uint8[bytes,zero] x:int8[row]", replace(PLAN, scale="end"), "no second sum"),
+        ("linear 64x512 bf16 int8[bytes] x:int8[row]", replace(PLAN, joined=2, scale="end"), "not joined"),
+        (
+            "linear 64x512 bf16 int8[bytes] x:int8[row]",
+            replace(PLAN, code_stages=1, scale="end"),
+            "two stages",
+        ),
     ],
 )
 def test_what_stands_in_the_way(text: str, plan: Pipelined, said: str) -> None:
@@ -140,7 +147,9 @@ def test_plans_run_what_they_are_for() -> None:
         found = plans(INT4, m)
         assert len(found) > 3 and all(one.obstacle(INT4) is None for one in found)
         assert all(parsed(str(one)) == one for one in found)
-    assert plans(GemmSpec.parse("linear 64x512 bf16 int8[bytes] x:int8[row]"), 64) == []
+    of_bytes = GemmSpec.parse("linear 512x512 bf16 int8[bytes] x:int8[row]")
+    assert all(one.obstacle(of_bytes) is None for m in (64, 128, 4096) for one in plans(of_bytes, m))
+    assert plans(of_bytes, 4096)
     with pytest.raises(CodegenError, match=r"is for compute capability 9.0, not 8.0"):
         plans(INT4, 64)[0].check_arch(80)
 
@@ -239,8 +248,62 @@ def test_values(text: str, plan: str, m: int, programs: int) -> None:
         assert ((y.double() - want).abs() <= tolerance(spec, x, weight, want)).all(), mode
 
 
+# The weight's format and x's, without layouts: as the tensor cores take them, or decoded to bytes.
+OF_BYTES = [
+    ("linear 128x512 bf16 float8_e4m3fn[row] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x3 j1 c2", 13, 2),
+    ("linear 264x1024 bf16 float8_e4m3fn[row] x:float8_e4m3fn bias", "m8 n128 g2 w4 x2 j1 c2 streamk", 29, 5),
+    ("linear 256x1024 bf16 float8_e4m3fn[128x128] x:float8_e4m3fn[g128]", "m16 n128 g2 w4 x2 j1 c3", 21, 3),
+    ("linear 136x768 f16 float8_e4m3fn[g256] x:float8_e4m3fn[g128]", "m16 n64 g1 w4 x2 j1 c1 u2", 21, 3),
+    ("linear 136x768 bf16 float8_e4m3fn[row] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x4 j1 c1 u2", 21, 3),
+    ("linear 264x1024 bf16 int8[row] x:int8[row] bias", "m16 n128 g2 w4 x3 j1 c2", 29, 5),
+    ("linear 72x512 bf16 int8 x:int8", "m8 n64 g1 w4 x2 j1 c2 u2", 9, 1),
+    ("linear 136x1024 bf16 int8[g64,f32] x:int8[row]", "m16 n64 g1 w4 x2 j1 c2 streamk", 12, 4),
+    ("linear 136x1024 bf16 int4[g128] x:float8_e4m3fn[row] bias", "m16 n64 g1 w4 x2 j1 c2 streamk", 12, 4),
+    ("linear 264x1024 f16 int4[g32] x:int8[row]", "m16 n128 g2 w4 x3 j1 c2", 33, 3),
+    ("linear 136x1024 bf16 int4[row] x:int8[row]", "m16 n64 g1 w4 x2 j1 c2", 12, 4),
+    ("linear 136x1024 bf16 mxfp4 x:float8_e4m3fn[g128]", "m16 n64 g1 w4 x8 j1 c2", 12, 4),
+    ("linear 72x512 bf16 nvfp4[g64] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x4 j1 c2", 12, 2),
+    # Rows that end within a run.
+    ("linear 136x960 bf16 float8_e4m3fn[row] x:float8_e4m3fn[row]", "m16 n64 g1 w4 x3 j1 c2 streamk", 9, 4),
+    ("linear 136x960 bf16 int8 x:int8[row]", "m8 n64 g1 w4 x3 j1 c2", 9, 4),
+    ("linear 136x960 bf16 int4[g64] x:int8[row]", "m8 n64 g1 w4 x4 j1 c2", 9, 4),
+    ("linear 136x1088 bf16 float8_e4m3fn[g64] x:float8_e4m3fn[g64]", "m8 n64 g1 w4 x4 j1 c2", 9, 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "plan", "m", "programs"), OF_BYTES)
+def test_values_of_bytes(text: str, plan: str, m: int, programs: int) -> None:
+    """Activations in codes: the same as float64 on what codes and scales mean."""
+    given = GemmSpec.parse(text)
+    assert given.activation is not None
+    activation = given.activation.with_layout("bytes")
+    layout = kernel_layout(given.weight, given.k, activation)
+    assert layout is not None
+    spec = replace(given, weight=layout, activation=activation)
+    x, q, bias = drawn(spec, m)
+    of_x = activation.quantize(x.float())
+    weight = spec.weight.dequantize(q)
+    meant = activation.dequantize(of_x)
+    want = meant.double() @ weight.double().T + (0 if bias is None else bias.double())
+    codes, x_scales, *_ = of_x.parts
+    for mode in modes(spec):
+        words = plan.split()
+        schedule = Pipelined.parse(" ".join(["tma", *words[:7], "p1", mode, *words[7:]]))
+        if mode == "end":
+            schedule = replace(schedule, streamk=False)
+        y, flags = ran(spec, schedule, codes, q, bias, programs, x_scales)
+        assert not y.isnan().any() and not flags.any()
+        assert ((y.double() - want).abs() <= tolerance(spec, meant, weight, want)).all(), mode
+
+
 def ran(
-    spec: GemmSpec, schedule: Pipelined, x: Tensor, q: Quantized, bias: Tensor | None, programs: int
+    spec: GemmSpec,
+    schedule: Pipelined,
+    x: Tensor,
+    q: Quantized,
+    bias: Tensor | None,
+    programs: int,
+    x_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and the flags after a run."""
     y = torch.full((x.shape[0], spec.n), float("nan"), dtype=spec.dtype)
@@ -251,6 +314,7 @@ def ran(
     flags = torch.zeros(programs * schedule.groups, dtype=torch.int32)
     rest = [
         scales,
+        y if x_scales is None else x_scales,
         y if q.zeros is None else q.zeros,
         y if q.tensor_scale is None else q.tensor_scale,
         y if bias is None else bias,
@@ -260,7 +324,11 @@ def ran(
         *strides,
     ]
     source = pipelined_source(spec, schedule)
-    machine.run(source, maps=[x, q.codes.view(torch.int16), y], rest=rest, programs=programs)
+    codes = q.codes.view(torch.int16)
+    if spec.activation is not None:
+        lanes = torch.int8 if spec.lane == "int8" else torch.float8_e4m3fn
+        x, codes = x.view(lanes), q.codes.view(lanes if reads_bytes(spec) else torch.int8).view(spec.n, -1)
+    machine.run(source, maps=[x, codes, y], rest=rest, programs=programs)
     return y, flags
 
 

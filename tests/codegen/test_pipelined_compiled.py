@@ -65,6 +65,33 @@ def test_a_kernel_as_compiled(text: str, plan: str) -> None:
     assert "UTMALDG" in made.sass and "UTMASTG" in made.sass
 
 
+# Spilled bytes: what is allowed where a tile is scaled and stored, behind the loop.
+OF_BYTES = [
+    ("float8_e4m3fn[row,bytes] x:float8_e4m3fn[row]", "tma m128 n128 g2 w4 x4 j1 c4 p1 sum", 0),
+    ("float8_e4m3fn[128x128,bytes] x:float8_e4m3fn[g128]", "tma m128 n128 g1 w8 x4 j1 c4 p1 sum", 0),
+    ("int4[g128,planar256] x:float8_e4m3fn[row]", "tma m128 n128 g1 w8 x4 j1 c4 p1 sum", 0),
+    ("int4[g128,planar256] x:int8[row]", "tma m64 n128 g2 w4 x4 j1 c4 p1 sum streamk", 0),
+    ("int8[row,bytes] x:int8[row]", "tma m128 n256 g2 w4 x4 j1 c3 p1 end", 128),
+]
+
+
+@pytest.mark.parametrize(("formats", "plan", "spills"), OF_BYTES)
+def test_a_kernel_of_bytes_as_compiled(formats: str, plan: str, spills: int) -> None:
+    from bitfold.codegen.triton.pipelined_inspect import inspect_pipelined
+
+    spec, schedule = GemmSpec.parse(f"linear 4096x4096 bf16 {formats}"), Pipelined.parse(plan)
+    assert schedule.obstacle(spec) is None
+    made = inspect_pipelined(spec, schedule)
+    assert made.spills <= spills
+    assert made.shared <= schedule.shared(spec) <= SHARED // schedule.programs
+    # Instructions of 64 rows of weights and 32 codes of each.
+    assert isinstance(spec.walk, Walk)
+    sums = len(spec.walk.slices) if schedule.scale == "sum" else 1
+    assert made.products == schedule.rows // (16 * schedule.warps) * spec.walk.codes // 32 * schedule.groups
+    # One wait for each sum that begins anew, and no other.
+    assert made.drained == sums * schedule.groups
+
+
 def test_enough_is_compiled() -> None:
     """Most formats have a kernel by most plans."""
     assert len(cases()) > 0.7 * len(PLANS) * len(FORMATS)

@@ -35,6 +35,50 @@ FORMATS = [
 ]  # fmt: skip
 
 
+PLANS_OF_BYTES = [
+    ("m128 n128 g2 w4 x4 j1 c4 p1", 300), ("m128 n128 g1 w8 x4 j1 c4 p1", 1000),
+    ("m64 n128 g2 w4 x4 j1 c4 p1", 64), ("m128 n256 g2 w4 x4 j1 c3 p1", 700),
+    ("m64 n64 g1 w4 x4 j1 c4 p2", 33),
+]  # fmt: skip
+PAIRS = [
+    ("float8_e4m3fn[row]", "float8_e4m3fn[row]"), ("float8_e4m3fn[128x128]", "float8_e4m3fn[g128]"),
+    ("int8[row]", "int8[row]"), ("int4[g128]", "float8_e4m3fn[row]"), ("int4[g128]", "int8[row]"),
+    ("int4[g32]", "int8"), ("mxfp4", "float8_e4m3fn[g128]"), ("int8[g64,f32]", "int8[row]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streamk", ["", " streamk"])
+@pytest.mark.parametrize(("weight_text", "x_text"), PAIRS)
+def test_values_of_bytes(weight_text: str, x_text: str, streamk: str) -> None:
+    """Activations in codes; int32 sums to the bit, but for the scaling and the rounding of the result."""
+    from bitfold.codegen.triton.pipelined_build import launch
+
+    activation = format(x_text).with_layout("bytes")
+    for n, k in ((4224 if "128x" in weight_text else 4104, 4096), (28672, 512)):
+        layout = kernel_layout(format(weight_text), k, activation)
+        assert layout is not None
+        spec = GemmSpec(layout, n, k, activation=activation)
+        q = spec.weight.quantize(torch.randn(n, k, device="cuda") * 0.05)
+        weight = spec.weight.dequantize(q).double()
+        ran = 0
+        for plan, m in PLANS_OF_BYTES:
+            schedule = Pipelined.parse(f"tma {plan} {modes(spec)[0]}{streamk}")
+            if schedule.obstacle(spec) is not None:
+                continue
+            of_x = activation.quantize(torch.randn(m, k, device="cuda"))
+            want = activation.dequantize(of_x).double() @ weight.T
+            runs = []
+            for _ in range(3):
+                y = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+                launch(spec, schedule, of_x.codes, q.parts, x_scales=of_x.scales, out=y)
+                runs.append(y.clone())
+            error = ((runs[0].double() - want).norm() / want.norm()).item()
+            assert error < 2**-8, (plan, n, k)
+            assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+            ran += 1
+        assert ran or streamk
+
+
 @pytest.mark.parametrize("streamk", ["", " streamk"])
 @pytest.mark.parametrize("text", FORMATS)
 def test_values(text: str, streamk: str) -> None:

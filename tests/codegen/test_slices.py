@@ -5,7 +5,7 @@ codes 0 .. 999 of 3 bits, packed as halves1024   ->   16 slices of 64, each from
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -18,13 +18,14 @@ from bitfold.codegen.slices import Take, Unwalkable
 from bitfold.formats import Field, Format, Integer, Planar, format
 from bitfold.formats.layout import Halfwords
 from bitfold.formats.mover import k as at
+from bitfold.formats.units import Units
 
 SPANS = [256, 512, 1024, 2048]
 LENGTHS = [1, 2, 15, 16, 255, 256, 257, 1000, 1024, 4099]
 
 
-def laid_out(bits: int, span: int) -> Format:
-    return Format(Integer(bits, signed=False), None, Halfwords(span))
+def laid_out(bits: int, span: int, layout: type[Halfwords] | type[Units] = Halfwords) -> Format:
+    return Format(Integer(bits, signed=False), None, layout(span))
 
 
 def taken(found: Walk, packed: torch.Tensor, k: int) -> np.ndarray:
@@ -39,12 +40,13 @@ def taken(found: Walk, packed: torch.Tensor, k: int) -> np.ndarray:
     return np.concatenate(slices, -1).reshape(units.shape[0], -1)[:, :k]
 
 
+@pytest.mark.parametrize("layout", [Halfwords, Units])
 @pytest.mark.parametrize("span", SPANS)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_a_walk_takes_out_what_was_packed(bits: int, span: int) -> None:
+def test_a_walk_takes_out_what_was_packed(bits: int, span: int, layout: type[Halfwords | Units]) -> None:
     narrowest = bits & -bits
     for length in LENGTHS:
-        f = laid_out(bits, span)
+        f = laid_out(bits, span, layout)
         found = walk(f, length)
         assert isinstance(found, Walk), found
         assert (found.codes, found.units) == (span, span * bits // 16)
@@ -54,18 +56,25 @@ def test_a_walk_takes_out_what_was_packed(bits: int, span: int) -> None:
         np.testing.assert_array_equal(taken(found, f.pack(codes), length), codes.numpy(), f"k={length}")
 
 
-@given(bits=st.integers(1, 8), blocks=st.sampled_from([1, 2, 4, 8]), k=st.integers(1, 3000))
-def test_any_length(bits: int, blocks: int, k: int) -> None:
-    f = laid_out(bits, blocks * 256 // (bits & -bits))
+@given(
+    bits=st.integers(1, 8),
+    blocks=st.sampled_from([1, 2, 4, 8]),
+    k=st.integers(1, 3000),
+    layout=st.sampled_from([Halfwords(256), Units(256), Units(256, 9), Units(256, 11)]),
+)
+def test_any_length(bits: int, blocks: int, k: int, layout: Halfwords | Units) -> None:
+    span = blocks * 256 // (bits & -bits)
+    f = Format(Integer(bits, signed=False), None, replace(layout, span=span))
     found = walk(f, k)
     assert isinstance(found, Walk)
     codes = torch.randint(0, 1 << bits, (2, k), dtype=torch.uint8)
     np.testing.assert_array_equal(taken(found, f.pack(codes), k), codes.numpy())
 
 
+@pytest.mark.parametrize("layout", [Halfwords(1024), Units(1024), Units(1024, 10)], ids=str)
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_bit_of_every_unit_is_taken_once(bits: int) -> None:
-    found = walk(laid_out(bits, 1024), 1024)
+def test_every_bit_of_every_unit_is_taken_once(bits: int, layout: Halfwords | Units) -> None:
+    found = walk(Format(Integer(bits, signed=False), None, layout), 1024)
     assert isinstance(found, Walk)
     seen = np.zeros((found.units, 16), dtype=int)
     for takes in found.slices:
@@ -76,10 +85,11 @@ def test_every_bit_of_every_unit_is_taken_once(bits: int) -> None:
     assert (seen == 1).all()
 
 
+@pytest.mark.parametrize("layout", [Halfwords, Units])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_slices_are_cut_alike_for_all_spans(bits: int) -> None:
+def test_slices_are_cut_alike_for_all_spans(bits: int, layout: type[Halfwords | Units]) -> None:
     """Why decoders are tested for one span: only where loads start depends on it."""
-    made = [walk(laid_out(bits, span), 4096) for span in SPANS]
+    made = [walk(laid_out(bits, span, layout), 4096) for span in SPANS]
     assert len({found.slices for found in made if isinstance(found, Walk)}) == 1
     assert all(isinstance(found, Walk) for found in made)
 
@@ -104,6 +114,15 @@ def test_int3_by_hand() -> None:
     assert (found.length, found.loads, len(found.slices)) == (64, (0, 64, 128), 16)
     assert found.slices[0] == (Take(0, 0, 2, 0), Take(2, 2, 1, 0))
     assert found.slices[1] == (Take(1, 0, 2, 0), Take(2, 2, 1, 8))
+
+
+def test_whole_codes_of_three_bits_by_hand() -> None:
+    """1024 codes: three loads of 64 units with five slices each, and the top bit of all three."""
+    found = walk(format("int3[units1024]"), 1024)
+    assert isinstance(found, Walk)
+    assert (found.length, found.loads, len(found.slices)) == (64, (0, 64, 128), 16)
+    assert found.slices[6] == (Take(1, 0, 3, 3),)
+    assert found.slices[15] == (Take(0, 0, 1, 15), Take(1, 1, 1, 15), Take(2, 2, 1, 15))
 
 
 @pytest.mark.parametrize(

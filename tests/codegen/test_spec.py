@@ -48,11 +48,12 @@ def test_a_spec_parses_from_its_text(text: str, n: int, k: int, x: str, bias: bo
     split=st.integers(1, 100),
     scale=st.sampled_from(["end", "sum", "lane", "float"]),
     overlap=st.integers(0, 1),
+    joined=st.sampled_from(POWERS[:5]),
 )
 def test_a_schedule_parses_from_its_text(
-    block_m: int, block_n: int, warps: int, stages: int, split: int, scale: str, overlap: int
+    block_m: int, block_n: int, warps: int, stages: int, split: int, scale: str, overlap: int, joined: int
 ) -> None:
-    schedule = Schedule(block_m, block_n, warps, stages, split, scale, overlap)
+    schedule = Schedule(block_m, block_n, warps, stages, split, scale, overlap, joined)
     assert Schedule.parse(str(schedule)) == schedule
 
 
@@ -61,6 +62,7 @@ def test_texts_by_hand() -> None:
     assert str(spec) == "linear 4096x2048 bf16 int4[g128,halves512] bias"
     assert str(Schedule(16, 64, split=2, scale="sum")) == "m16 n64 w4 s3 k2 sum"
     assert str(Schedule(16, 64, overlap=1)) == "m16 n64 w4 s3 k1 end o1"
+    assert str(Schedule(8, 64, 2, scale="sum", joined=2)) == "m8 n64 w2 s3 k1 sum j2"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_what_is_no_schedule(text: str) -> None:
         Schedule.parse(text)
 
 
-@pytest.mark.parametrize("field", ["block_m", "block_n", "warps"])
+@pytest.mark.parametrize("field", ["block_m", "block_n", "warps", "joined"])
 @pytest.mark.parametrize("value", [0, 3, 24, -8])
 def test_blocks_and_warps_are_powers_of_two(field: str, value: int) -> None:
     given = {"block_m": 16, "block_n": 16, "warps": 4} | {field: value}
@@ -142,6 +144,12 @@ def test_other_fields_of_a_schedule() -> None:
     [
         ("int4", Schedule(16, 16), "takes 1 bytes, no whole 16-bit units"),
         ("int4[halves256]", Schedule(16, 16, split=3), "3 splits of 2 runs of codes leave some without work"),
+        (
+            "int4[halves256]",
+            Schedule(16, 16, joined=4),
+            "a row of 512 has 2 runs of codes, of which no 4 are",
+        ),
+        ("int4[halves256]", Schedule(16, 16, split=2, joined=2), "2 splits of 1 runs of codes leave some"),
         ("int4[halves256]", Schedule(16, 16, scale="sum"), "is not scaled by 'sum', but by end, float"),
         ("int4[g128,halves256]", Schedule(16, 16, scale="end"), "is not scaled by 'end', but by lane, sum"),
         ("uint4[g128,zero,halves256]", Schedule(16, 16, scale="lane"), "not scaled by 'lane', but by sum"),

@@ -88,7 +88,9 @@ def codebooks() -> list[Format]:
 
 
 BOOKS = codebooks()
-FORMATS = [laid_out(*pair) for pair in TEXTS] + BOOKS[:2]
+# Whole codes in units, as kernels have them today where halfwords would cut a code.
+WHOLE = [format(text) for text in ("int3[g32,units256]", "mxfp4[units128s9]", "uint6[g32,zero,units128]")]
+FORMATS = [laid_out(*pair) for pair in TEXTS] + BOOKS[:2] + WHOLE
 ALL = FORMATS + [laid_out(*pair) for pair in MORE] + BOOKS[2:]
 
 
@@ -194,6 +196,7 @@ AXES: dict[str, Sequence[Any]] = {
     "block_m": (8, 16, 32),
     "block_n": (16, 32, 64),
     "split": (1, 2, 3),
+    "joined": (1, 2),
     "k": range(4),
     "n": range(3),
     "m": (1, 5, 11),
@@ -203,9 +206,9 @@ AXES: dict[str, Sequence[Any]] = {
 
 def made(row: Sequence[Any]) -> Case | None:
     """The case of one choice on each axis, None if there is no such kernel."""
-    f, x, scale, block_m, block_n, split, k, n, m, bias = row
+    f, x, scale, block_m, block_n, split, joined, k, n, m, bias = row
     spec = GemmSpec(f, rows(f)[n % len(rows(f))], lengths(f)[k], x, bias)
-    schedule = Schedule(block_m, block_n, split=split, scale=scale)
+    schedule = Schedule(block_m, block_n, split=split, scale=scale, joined=joined)
     return Case(spec, schedule, m) if schedule.obstacle(spec) is None else None
 
 
@@ -249,7 +252,7 @@ def whole() -> Iterator[Case]:
     product = itertools.product(ALL, AXES["x"], AXES["scale"], AXES["split"], range(4), blocks)
     for i, (f, x, scale, split, k, (block_m, block_n)) in enumerate(product):
         m = AXES["m"][i % 3]
-        case = made((f, x, scale, block_m, block_n, split, k, i // 3, m, i % 2 == 0))
+        case = made((f, x, scale, block_m, block_n, split, 1, k, i // 3, m, i % 2 == 0))
         if case is not None:
             yield case
 

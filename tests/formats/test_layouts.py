@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, Quantized, format
 from bitfold.formats.layout import Halfwords
 from bitfold.formats.mover import K, evaluate, k
+from bitfold.formats.units import Piece, Units, slices
 
 LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24), Halfwords(16), Halfwords(48)]
+LAYOUTS += [Units(16), Units(48), Units(16, 9), Units(32, 10)]
 LENGTHS = [0, 1, 2, 3, 5, 7, 8, 9, 31, 32, 33, 64, 96, 130]
 
 
@@ -105,11 +107,44 @@ def test_halfwords_by_hand() -> None:
         assert [units[i] >> (4 * j) & 15 for j in range(4)] == nibbles
 
 
+def test_whole_codes_by_hand() -> None:
+    """3 bits, a run of 32, slices of two codes: fifteen are whole, the last is the top bits of all units."""
+    codes = torch.tensor([[j % 8 for j in range(16) for _ in (0, 1)]], dtype=torch.uint8)
+    codes[0, 30:] = torch.tensor([5, 2], dtype=torch.uint8)
+    units = Units(32).pack(codes, 3).numpy().view(np.uint16)[0].tolist()
+    for i in range(3):
+        first, second = units[2 * i : 2 * i + 2]
+        assert [first >> 3 * j & 7 for j in range(5)] == [(5 * i + j) % 8 for j in range(5)]
+        assert first & 0x7FFF == second & 0x7FFF
+        assert (first >> 15, second >> 15) == (5 >> i & 1, 2 >> i & 1)
+
+
+def test_signs_lie_where_the_float_has_them() -> None:
+    """e2m1 for bfloat16: magnitudes at bits 0, 3, 6 and 9, two signs nine bits above theirs."""
+    found = slices(4, 9)
+    assert [pieces[0] for pieces in found] == [Piece(0, 0, 3, bit) for bit in (0, 3, 6, 9)]
+    assert [pieces[1] for pieces in found] == [Piece(0, 3, 1, bit) for bit in (13, 12, 15, 14)]
+    # e3m2: eight codes in three units, four signs ten bits above.
+    assert sum(sign.bit - rest.bit == 10 for rest, sign in slices(6, 10)) == 4
+
+
+@pytest.mark.parametrize("sign", [None, 9, 10, 11])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_one_shift_of_two_units_leaves_two_neighbours(bits: int) -> None:
+def test_most_codes_are_whole(bits: int, sign: int | None) -> None:
+    """As many slices as fit whole are one piece, but for a sign."""
+    found = slices(bits, sign)
+    width = bits - (sign is not None)
+    fit = len(found) * bits // 16 * (16 // width) if width else 0
+    whole = [pieces for pieces in found if pieces[0].width >= width > 0]
+    assert len(whole) >= min(fit, len(found))
+
+
+@pytest.mark.parametrize("layout", [Halfwords(256), Units(256), Units(256, 9)], ids=str)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_one_shift_of_two_units_leaves_two_neighbours(bits: int, layout: Layout) -> None:
     """What halfwords are for: in a 32-bit register of two units, the same bits of both are those of codes
     next to each other, plane by plane."""
-    byte, bit, _ = evaluate(Halfwords(256), bits, None, 256)
+    byte, bit, _ = evaluate(layout, bits, None, 256)
     unit, inside = (byte * 8 + bit) // 16, (byte * 8 + bit) % 16
     first = unit % 2 == 0
     assert (unit[:, 1::2] - unit[:, ::2] == 1).all() and first[:, ::2].all()
@@ -120,6 +155,22 @@ def test_one_shift_of_two_units_leaves_two_neighbours(bits: int) -> None:
 def test_halfwords_span_multiples_of_sixteen(span: int) -> None:
     with pytest.raises(FormatError, match="span"):
         Halfwords(span)
+
+
+@pytest.mark.parametrize(("span", "sign"), [(0, None), (-16, None), (8, 9), (24, None), (32, 0), (32, 16)])
+def test_units_span_multiples_of_sixteen_and_signs_lie_within(span: int, sign: int | None) -> None:
+    with pytest.raises(FormatError, match="16"):
+        Units(span, sign)
+
+
+def test_units_are_spelled_with_span_and_sign() -> None:
+    f = format("int3[g32,units64]")
+    assert f.layout == Units(64) and str(f) == "int3[g32,units64]"
+    g = format("mxfp4[units128s9]")
+    assert g.layout == Units(128, 9) and str(g) == "mxfp4[units128s9]"
+    for text in ("int4[units]", "int4[units64s]", "int4[units64sx]", "int4[unitss9]"):
+        with pytest.raises(FormatError, match="units"):
+            format(text)
 
 
 def test_halfwords_are_spelled_with_their_span() -> None:
@@ -139,7 +190,7 @@ def test_even_element_in_the_low_nibble() -> None:
     groups=st.integers(0, 5),
     run=st.integers(1, 40),
     rows=st.lists(st.integers(0, 3), max_size=2),
-    layout=st.sampled_from([Packed(), Planar(), Planar(16), Halfwords(32)]),
+    layout=st.sampled_from([Packed(), Planar(), Planar(16), Halfwords(32), Units(32), Units(16, 9)]),
 )
 def test_any_shape(bits: int, groups: int, run: int, rows: list[int], layout: Layout) -> None:
     length = groups * run
@@ -156,7 +207,7 @@ def test_relayout_keeps_every_value(text: str) -> None:
     f = format(text)
     x = torch.randn(5, 192)
     q = f.quantize(x)
-    for layout in ("planar", "bytes", "planar64", "halves32", "packed"):
+    for layout in ("planar", "bytes", "planar64", "halves32", "units32", "units64s9", "packed"):
         moved = f.relayout(q, layout)
         assert torch.equal(moved.dequantize(), q.dequantize())
         assert torch.equal(moved.codes, f.with_layout(layout).quantize(x).codes)
@@ -192,7 +243,7 @@ def test_scales_by_group_are_stored_turned() -> None:
     """Kernels read the scales of neighbouring rows side by side: the part is [K / group, N], contiguous."""
     w = torch.randn(6, 64)
     plain = format("uint4[g32,zero]").quantize(w)
-    for layout in ("halves64", "planar64t"):
+    for layout in ("halves64", "planar64t", "units64"):
         turned = plain.format.relayout(plain, layout)
         assert str(turned.format) == f"uint4[g32,zero,{layout}]"
         codes, scales, zeros = turned.parts
