@@ -146,7 +146,7 @@ def _row(body: Body, made: Digits) -> list[str]:
             "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
         ]
     # Of their own here: what lives as long as the row, the compiler keeps in memory.
-    unrolled = ["#pragma GCC unroll 4"] if body.walk.codes < 128 else []
+    unrolled = ["#pragma GCC unroll 4"] if body.walk.codes <= 128 else []
     lines[-1:] = ["    Sums near[2] = {no_sums(), no_sums()};", *unrolled, lines[-1]]
     lines += [*units(body), *_loaded(body)]
     for block in range(blocks):
