@@ -91,19 +91,20 @@ def grid(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def plot(found: dict[str, Any], stem: Path) -> None:
-    """Above: times over the roof of one format's contenders, a panel for each shape. Below: every format of
-    ours beside its best peer, at the least M of the first shape."""
+    """Above: times over the roof of one format's contenders, a panel for each shape that it was measured at.
+    Below: formats of ours beside their best peers, at the least M of the shape that has most of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = found["rows"]
-    sides, names = shapes(rows), formats(rows)
+    names = formats(rows)
+    main = names[0] if names else ""
+    sides = shapes([row for row in rows if row["peer"] == OURS and row["format"] == main])
     figure = pyplot.figure(figsize=(4.2 * max(len(sides), 2), 8.5), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.1, 1])
     panels = above.subplots(1, len(sides), sharey=True, squeeze=False)[0]
-    main = names[0] if names else ""
     above.suptitle(
         f"{found['card']}: time over the roof, {main} and its peers (lower is better, 1 is the card)"
     )
@@ -119,7 +120,7 @@ def plot(found: dict[str, Any], stem: Path) -> None:
     above.legend(
         lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 6) or 1, frameon=False
     )
-    _bars(below.subplots(), rows, names)
+    _bars(below.subplots(), rows)
     for ending in ("png", "svg"):
         figure.savefig(stem.with_suffix(f".{ending}"), dpi=130)
     pyplot.close(figure)
@@ -144,11 +145,15 @@ def _panel(
     return drawn
 
 
-def _bars(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
-    if not names:
+def _bars(panel: Any, rows: Sequence[Row]) -> None:
+    mine = [row for row in rows if row["peer"] == OURS]
+    if not mine:
         return
-    (n, k), m = shapes(rows)[0], sizes(rows)[0]
-    ours = {r["format"]: r for r in rows if r["peer"] == OURS and (r["n"], r["k"], r["m"]) == (n, k, m)}
+    m = sizes(mine)[0]
+    at = {side: [r for r in mine if (r["n"], r["k"], r["m"]) == (*side, m)] for side in shapes(mine)}
+    n, k = max(at, key=lambda side: len(at[side]))
+    ours = {row["format"]: row for row in at[n, k]}
+    names = list(ours)
     for i, name in enumerate(names):
         best = best_peer(rows, name, n, k, m)
         for row, color, shift in ((ours.get(name), ACCENT, -0.2), (best, REST[3], 0.2)):
@@ -161,7 +166,7 @@ def _bars(panel: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
                 else f"{row['us']:.1f}\n{label(row)}"
             )
             panel.text(i + shift, row["us"], text, ha="center", va="bottom", fontsize=6.5)
-    panel.set_xticks(range(len(names)), names, fontsize=8)
+    panel.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     panel.set_title(
         f"{n} x {k}, M = {m}: microseconds and fraction of the roof (left bitfold, right the best peer)"
     )

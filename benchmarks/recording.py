@@ -20,24 +20,16 @@ import torch
 from torch.fx import GraphModule
 
 from bitfold.lowering import Pipeline
-from bitfold.tools.inspection import twin
+from bitfold.tools.lowered import twin
 from bitfold.tools.page import captured
 from bitfold.tools.smollm2 import load_smollm2
 
 RESULTS = Path(__file__).parent / "results" / "recording.json"
 
 
-def fresh(gm: GraphModule) -> GraphModule:
-    """The captured graph once more, with its state."""
-    copy = twin(gm)
-    copy.meta.update({key: value for key, value in gm.meta.items() if key != "bitfold"})
-    copy.meta["bitfold"] = gm.meta["bitfold"].copy()
-    return copy
-
-
 def seconds(pipeline: Pipeline, gm: GraphModule, *, record: bool) -> float:
     """Processor time of one run."""
-    copy = fresh(gm)
+    copy = twin(gm)
     began = time.process_time()
     pipeline.run(copy, record=record)
     return time.process_time() - began

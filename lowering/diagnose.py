@@ -7,11 +7,14 @@ In: the float model, its quantized twin, batches. Out: a `Diagnosis`, which prin
     model.layers.0.mlp.down     int4[g64]    18.2 dB     17.9 dB  31.4 dB
     ...
 
-Three signal-to-noise ratios, 10 log10(|reference|^2 / |difference|^2), over all batches together:
+Three signal-to-noise ratios (`signal_to_noise.py`), over all batches together:
 
-- isolated: the layer's output, given what goes into it in the float model: its own rounding - cumulative: the
-layer's output in the quantized model: its own rounding and all before it - alone: the model's output when
-this layer is the only one that is quantized: what its rounding does to the end
+- isolated: the layer's output, given what goes into it in the float model: its own rounding
+- cumulative: the layer's output in the quantized model: its own rounding and all before it
+- alone: the model's output when this layer is the only one that is quantized: what its rounding does to the
+  end
+
+`tools/explain` has the first two of a graph's nodes on one input, and the same numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from ..formats import BitfoldError
 from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
 from .given_model import module_of
+from .signal_to_noise import Ratio
 
 
 @dataclass(frozen=True)
@@ -71,46 +75,13 @@ class Diagnosis:
 
 
 @dataclass
-class _Ratio:
-    """Sums of squares so far."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    incomparable: bool = False
-
-    def add(self, reference: Tensor, value: Tensor) -> None:
-        exact = reference.detach().to(torch.float64)
-        difference = torch.where(reference == value, 0.0, value.detach().to(torch.float64) - exact)
-        self.signal += float(torch.where(exact.isinf(), 0.0, exact).square().sum())
-        self.noise += float(difference.square().sum())
-
-    def compare(self, references: list[Tensor], values: list[Tensor]) -> None:
-        """Each with its like. Tensors of other shapes are not the same tokens (a router sent other ones), and
-        then there is no ratio."""
-        self.incomparable |= [one.shape for one in references] != [one.shape for one in values]
-        if not self.incomparable:
-            for reference, value in zip(references, values, strict=True):
-                self.add(reference, value)
-
-    @property
-    def db(self) -> float:
-        if self.incomparable:
-            return math.nan
-        if self.noise == 0.0:
-            return math.inf
-        if not math.isfinite(self.noise):
-            return math.nan
-        return 10.0 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
-
-
-@dataclass
 class _Layer:
     path: str
     folded: Folded
     module: nn.Module
-    isolated: _Ratio = field(default_factory=_Ratio)
-    cumulative: _Ratio = field(default_factory=_Ratio)
-    alone: _Ratio = field(default_factory=_Ratio)
+    isolated: Ratio = field(default_factory=Ratio)
+    cumulative: Ratio = field(default_factory=Ratio)
+    alone: Ratio = field(default_factory=Ratio)
 
 
 @torch.no_grad()
@@ -129,7 +100,7 @@ def diagnose(
     """
     model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
     layers = _paired(model, quantized)
-    output, count = _Ratio(), 0
+    output, count = Ratio(), 0
     with hooked(model, {}), hooked(quantized, {}):
         for batch in Batches(batches, None):
             count += 1
@@ -218,7 +189,7 @@ def _paired(model: nn.Module, quantized: nn.Module) -> list[_Layer]:
 
 
 def _compare(
-    model: nn.Module, quantized: nn.Module, layers: list[_Layer], batch: Batch, output: _Ratio
+    model: nn.Module, quantized: nn.Module, layers: list[_Layer], batch: Batch, output: Ratio
 ) -> Tensor:
     """One batch through both models; the float model's output."""
     kept: dict[str, list[list[Tensor]]] = {layer.path: [] for layer in layers}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .core import META_KEY
-from .provenance import FROM_KEY, origin
+from .provenance import FROM_KEY, VIRTUAL_NODE, origin
 from .stages import find_attribute, operator_name
 
 
@@ -45,6 +45,7 @@ class NodeSnapshot:
     note: str
     made_from: tuple[str, ...]
     rule: str = ""  # the recipe's, that decided what the node is to become
+    virtual_node: str = ""  # the one that the node is meant for, where a graph is split over several
 
     def __str__(self) -> str:
         """`linear: f32[s0, 32] = aten.linear.default(x, w, b)`."""
@@ -94,7 +95,10 @@ class Recorder:
         for node in gm.graph.nodes:
             meta = node.meta
             # fx puts new argument tuples in place when an argument changes, so identity tells.
-            held = (node.name, node.target, node.args, node.kwargs, meta.get("val"), meta.get(META_KEY))
+            held = (
+                *(node.name, node.target, node.args, node.kwargs),
+                *(meta.get("val"), meta.get(META_KEY), meta.get(VIRTUAL_NODE)),
+            )
             users = tuple(node.users)
             before = self._known.get(node)
             if before is None or not all(map(operator.is_, before[0], held)):
@@ -177,6 +181,7 @@ def _node(gm: GraphModule, node: Node) -> NodeSnapshot:
         note="" if note is None else str(note),
         made_from=tuple(node.meta.get(FROM_KEY, ())),
         rule=getattr(note, "rule", ""),
+        virtual_node=str(node.meta.get(VIRTUAL_NODE, "")),
     )
 
 

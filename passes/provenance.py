@@ -22,6 +22,11 @@ from torch.fx import Node
 FROM_KEY = "bitfold_from"
 """In `node.meta`: names of the captured nodes that a new node stands for."""
 
+VIRTUAL_NODE = "bitfold_virtual_node"
+"""In `node.meta`: the virtual node (a slice of the machine, by name or number) that a node is meant for. No
+pass of this package splits a graph over virtual nodes; who does writes it on the captured nodes, and what
+passes make of them is on the first source's."""
+
 _CARRIED = ("stack_trace", "nn_module_stack", "from_node", "torch_fn", "source_fn_stack")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>[^\n]*)\n(?P<text>[^\n]*)')
 
@@ -120,10 +125,12 @@ def breaking_point(error: BaseException) -> str:
 
 
 def inherit(new: Node, sources: Iterable[Node]) -> Node:
-    """Give `new` the origin of the first of `sources` that has one, and the names of all. Returns `new`."""
+    """Give `new` the origin and the virtual node of the first of `sources` that has one, and the names of
+    all. Returns `new`."""
     known = list(sources)
-    for key in _CARRIED:
-        value = next((node.meta[key] for node in known if node.meta.get(key)), None)
+    for key in (*_CARRIED, VIRTUAL_NODE):
+        # 0 is a virtual node's name as good as any.
+        value = next((node.meta[key] for node in known if node.meta.get(key) not in (None, "")), None)
         if value is not None:
             new.meta.setdefault(key, value)
     names: dict[str, None] = {}

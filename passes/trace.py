@@ -131,4 +131,4 @@ def compare(before: GraphSnapshot, now: GraphSnapshot) -> Change:
 
 def _core(node: NodeSnapshot) -> tuple[Any, ...]:
     """What makes a node the same node; who uses it does not."""
-    return node.op, node.target, node.args, node.shape, node.dtype, node.note
+    return node.op, node.target, node.args, node.shape, node.dtype, node.note, node.virtual_node

@@ -22,13 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ..lowering.files.paths import place_of
+from .held import as_it_was
 from .inspection import Inspection
 from .text_file import write_text
 from .viz.overlay import targets
-from .work import RANGE, Named
+from .work import RANGE, Named, profiled
 
 Event = dict[str, Any]
 _TRACK = 1_000_000  # number of the track of modules: no thread of a process has it
@@ -38,14 +38,13 @@ def export(found: Inspection, inputs: Sequence[Any], path: str | os.PathLike[str
     """One call after one to warm up. BitfoldError if the place cannot be written."""
     place_of(path)
     cuda = any(given.is_cuda for given in inputs if isinstance(given, Tensor))
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.no_grad():
+    with torch.no_grad(), as_it_was(found.final, inputs):
         Named(found.final).run(*inputs)
-        with profile(activities=activities) as profiled:
+        with profiled(cuda) as seen:
             Named(found.final).run(*inputs)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(file))
+        seen.export_chrome_trace(str(file))
         data = json.loads(file.read_text(encoding="utf-8"))
     data["traceEvents"] = with_provenance(data["traceEvents"], provenance(found))
     return write_text(path, json.dumps(data))

@@ -1,7 +1,8 @@
 """The demo: a real language model under several recipes, what each gains and loses, and a page of one.
 
 In: recipes, a folder. Out: a table on the terminal with the text that each model wrote; in the folder
-`demo.json` (the table as data) and `demo.html` (what the passes did to the model, and where error comes in).
+`demo.json` (the table as data) and `demo.html` (what the passes did to the model, where error comes in, where
+time goes).
 
     recipe     weights   perplexity        tokens/s   tokens/s   quantize   compile
                                             batch 1    batch 8

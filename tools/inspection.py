@@ -11,29 +11,29 @@ kernel become part of it) is shown as a last step, `finish`: its nodes are the k
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
+from torch.fx import GraphModule
 
 from ..codegen.device import present
 from ..formats import Quantized
-from ..lowering import Pipeline, get_target
+from ..lowering import Pipeline
 from ..lowering.lower import Lower
 from ..lowering.parameters import with_all_names
-from ..passes import Pass, Recipe, Trace, capture, inline, snapshot, state
-from ..passes.trace import Step, compare
+from ..passes import Pass, Recipe, Trace, capture, inline, state
+from .held import as_it_was
+from .lowered import finished, kernels, last_lower, reads, twin, work_on_paper
 from .on_paper import OnPaper
 from .roof import Roof, of_card, roof_of
 from .viz.activations import Flow, Flows
 from .viz.errors import NodeError, node_errors
-from .viz.kernels import Kernel, kernel_of
+from .viz.kernels import Kernel
 from .viz.tensors import WeightStats, weight_stats
+from .viz.watch import Watched
 from .work import Work, measure
 
 Progress = Callable[[str], None]
@@ -82,6 +82,7 @@ def inspect(
     of them; stored: codes that came with the model, by path; calibrate: called with the graph before the
     first pass behind `observe`."""
     steps = Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     with torch.no_grad():
         progress("capturing the model as one graph")
         gm = capture(model, tuple(inputs), dynamic=dynamic)
@@ -121,6 +122,42 @@ class _Given:
 
 
 Compared = tuple[Mapping[str, NodeError], Mapping[str, Flow]]
+
+
+def look_back(
+    trace: Trace, reference: GraphModule, gm: GraphModule, inputs: Sequence[Any], *, runs: int = 5
+) -> Inspection:
+    """The same of a pipeline that has run: `reference` and `gm` are the graph before and after it, on the
+    inputs of both. `trace` gets the last step."""
+    passes = ",".join(str(step) for step in trace.steps[1:])
+    given = _Given(Pipeline.parse(passes), reference, gm, tuple(inputs), lambda _: None)
+    with torch.no_grad():
+        return _look(given, trace, given.compare(), runs=runs, registers=True)
+
+
+def look_at_graph(
+    trace: Trace, gm: GraphModule, inputs: Sequence[Any] | None, *, runs: int = 5
+) -> Inspection:
+    """What a graph by itself shows: its kernels; with inputs, what it does and what flows in it too. `trace`
+    gets the last step, if the graph was lowered."""
+    lower = last_lower(trace)
+    with torch.no_grad():
+        final = gm if lower is None else finished(gm, lower, trace)
+        device = _device(inputs or (), gm)
+        roof, arch, work, flows = None, _arch(device), {}, Flows()
+        if _is_on_paper(lower):
+            roof, arch = of_card(OnPaper.card()), OnPaper.card().arch
+        elif inputs is not None:
+            roof = roof_of(device)
+            work = measure(final, inputs, runs=runs)
+            with as_it_was(final, inputs):
+                Watched(final, lambda node, value, _: flows.see(node, value)).run(*inputs)
+        read = reads(final, work)
+        generated = kernels(read, arch, compiled=True)
+        weights = weight_stats(final, None)
+    return Inspection(
+        trace, gm, gm, final, None, {}, flows.found, weights, work or work_on_paper(read), {}, generated, roof
+    )
 
 
 def _run(given: _Given, calibrate: Callable[[GraphModule], None] | None) -> tuple[Trace, Compared]:
@@ -165,18 +202,14 @@ def _look(given: _Given, trace: Trace, compared: Compared, *, runs: int, registe
     given.progress("timing operators")
     device = _device(given.inputs, given.gm)
     roof = roof_of(device) if runs else None
-    gpu = None if device.type != "cuda" else present().arch
+    arch = _arch(device)
     if paper:
-        roof, gpu = of_card(OnPaper.card()), OnPaper.card().arch
+        roof, arch = of_card(OnPaper.card()), OnPaper.card().arch
     work = {} if paper else measure(final, given.inputs, runs=runs)
     baseline = measure(given.reference, given.inputs, runs=0)
     given.progress("generating kernels")
-    rows = _rows(given.inputs)
-    kernels = {
-        node.name: kernel
-        for node in final.graph.nodes
-        if (kernel := kernel_of(node, rows=rows, gpu=gpu, compiled=registers)) is not None
-    }
+    read = reads(final, work, baseline)
+    generated = kernels(read, arch, compiled=registers)
     return Inspection(
         trace,
         given.reference,
@@ -185,34 +218,11 @@ def _look(given: _Given, trace: Trace, compared: Compared, *, runs: int, registe
         given.recipe,
         *compared,
         weights,
-        work,
+        work or work_on_paper(read),
         baseline,
-        kernels,
+        generated,
         roof,
     )
-
-
-def finished(gm: GraphModule, lower: Lower, trace: Trace) -> GraphModule:
-    """What the first target compiles of a lowered graph; `gm` stays. `trace` gets it as a last step."""
-    final = twin(gm)
-    inline(final)
-    began = time.perf_counter()
-    rewrites = get_target(lower.target.split(",")[0].strip()).finish(final)
-    seconds = time.perf_counter() - began
-    final.graph.eliminate_dead_code()
-    final.recompile()
-    now = snapshot(final)
-    change = compare(trace.steps[-1].snapshot, now)
-    trace.steps.append(Step("finish", "", "lowered", now, rewrites, seconds, (), change))
-    return final
-
-
-def twin(gm: GraphModule) -> GraphModule:
-    """A second graph with the same nodes and the same parameters; capturing again would take longer than all
-    passes together."""
-    graph = Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
 
 
 def _device(inputs: Sequence[Any], gm: GraphModule) -> torch.device:
@@ -220,10 +230,5 @@ def _device(inputs: Sequence[Any], gm: GraphModule) -> torch.device:
     return next((t.device for t in held if isinstance(t, Tensor)), torch.device("cpu"))
 
 
-def _rows(inputs: Sequence[Any]) -> int:
-    """Rows of x that a linear gets: all of the input's leading dimensions."""
-    first = next((given for given in inputs if isinstance(given, Tensor)), None)
-    if first is None:
-        return 1
-    # Tokens are numbered; features have a last dimension of their own.
-    return max(1, prod(first.shape if not first.is_floating_point() else first.shape[:-1]))
+def _arch(device: torch.device) -> int | None:
+    return present().arch if device.type == "cuda" else None

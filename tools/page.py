@@ -1,7 +1,8 @@
-"""The page of one recipe on a whole model: captured as one program, put through the passes, drawn by viz.
+"""The page of one recipe on a whole language model: captured as one program, put through the passes, lowered,
+timed, drawn by viz.
 
-In: a causal language model, a recipe, a few tokens. Out: an HTML file with each stage's graph and the error
-that each value has against the unquantized model.
+In: a causal language model, a recipe, a few tokens. Out: an HTML file with each stage's graph, errors against
+the unquantized model, times and kernels.
 
     write_page(model, "int8_all", tokens, "page.html")
 """
@@ -12,19 +13,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import Quantized
-from ..lowering import Pipeline
-from ..lowering.parameters import with_all_names
-from ..passes import Trace, capture, state
+from ..lowering import Pipeline, default_target
+from ..lowering.lower import Lower
+from ..passes import capture
 from ..passes.annotate import Annotate
 from ..passes.fold import Fold
 from ..passes.fuse import Fuse
-from .inspection import twin
-from .viz import node_errors, viz
+from .inspection import inspect
+from .viz import viz
 
 
 def write_page(
@@ -39,17 +39,18 @@ def write_page(
 ) -> Path:
     """`progress` is called with what is being done. The model is left as it was."""
     report = progress or _silent
-    tokens = tokens.to(next(model.parameters()).device)
-    with torch.no_grad():
-        report("capture")
-        gm = captured(model, tokens)
-        reference = twin(gm)
-        report("passes")
-        trace = run_passes(gm, recipe, model, stored or {})
-        report("errors")
-        errors = node_errors(reference, gm, (tokens,))
-    report("write")
-    return viz(trace, path, errors=errors, title=title)
+    device = next(model.parameters()).device
+    found = inspect(
+        Logits(model),
+        Pipeline([Annotate(recipe=recipe), Fold(), Fuse(), Lower(target=default_target(device))]),
+        (tokens.to(device),),
+        dynamic="batch+sequence",
+        stored={f"model.{path}": codes for path, codes in (stored or {}).items()},
+        runs=3,
+        progress=report,
+    )
+    report("writing the page")
+    return viz(found, path, title=title)
 
 
 class Logits(nn.Module):
@@ -66,14 +67,6 @@ class Logits(nn.Module):
 def captured(model: nn.Module, tokens: Tensor) -> GraphModule:
     """The program-scope graph, for any batch and length."""
     return capture(Logits(model), (tokens,), dynamic="batch+sequence")
-
-
-def run_passes(gm: GraphModule, recipe: str, model: nn.Module, stored: Mapping[str, Quantized]) -> Trace:
-    """annotate, fold, fuse."""
-    whole = Logits(model)
-    named = {f"model.{path}": codes for path, codes in stored.items()}
-    state(gm).stored = with_all_names(named, whole)
-    return Pipeline([Annotate(recipe=recipe), Fold(), Fuse()]).run(gm)
 
 
 def _silent(what: str) -> None:

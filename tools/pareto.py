@@ -5,8 +5,8 @@ In: an `Inspection` a recipe. Out: `Point`s.
 
     points({"int8": found8, "int4": found4})   ->   (Point("int8", 8.1, 41.2, 3e-3, front=True), ...)
 
-Bits count every weight of the model, those that stayed floats too. A recipe is on the front if none has both
-fewer bits (or as many) and a smaller error."""
+Bits count every weight of the model, those that stayed floats too, and other buffers. A recipe is on the
+front if none has both fewer bits (or as many) and a smaller error."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from .held import held_bytes, held_tensors
 from .inspection import Inspection
 
 
@@ -44,10 +45,9 @@ class Point:
 
 def point(name: str, found: Inspection) -> Point:
     """One recipe's."""
-    numbers = sum(t.numel() for t in _floats(found.reference))
     seconds = [done.seconds for done in found.work.values() if done.seconds is not None]
     error = list(found.errors.values())[-1].sqnr_db if found.errors else math.nan
-    bits = 8.0 * _held(found) / max(1, numbers)
+    bits = 8.0 * held_bytes(found.final) / max(1, _numbers(found.reference))
     return Point(name, bits, error, sum(seconds) if seconds else None)
 
 
@@ -74,14 +74,6 @@ def fronted(given: list[Point]) -> tuple[Point, ...]:
     return tuple(sorted(marked, key=lambda one: one.bits))
 
 
-def _floats(gm: GraphModule) -> list[Any]:
-    held = {id(t): t for t in (*gm.parameters(), *gm.buffers()) if t.is_floating_point()}
-    return list(held.values())
-
-
-def _held(found: Inspection) -> int:
-    """Bytes of what the final graph holds: codes, scales, and weights that stayed. Other buffers count
-    too."""
-    gm = found.final
-    held = {id(t): t for t in (*gm.parameters(), *gm.buffers())}
-    return sum(t.nbytes for t in held.values())
+def _numbers(gm: GraphModule) -> int:
+    held = {id(t): t.numel() for t in held_tensors(gm).values() if t.is_floating_point()}
+    return sum(held.values())

@@ -11,9 +11,11 @@ Inductor fuses what stands between the kernels, so the compiled whole takes less
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..codegen import GemmSpec
 from ..codegen.conv import ConvSpec
+from .held import as_it_was
 from .viz.watch import writes
 
 RANGE = "bitfold node "
@@ -34,21 +37,38 @@ RANGE = "bitfold node "
 
 @dataclass(frozen=True)
 class Work:
-    """flops: operations of one call; bytes: read and written; seconds: the fastest call, None if not
-    timed."""
+    """flops: operations of one call; bytes: read and written; seconds: the fastest call, None if not timed;
+    read: the shape of the first tensor that is read, by which kernels choose their schedule."""
 
     flops: int
     bytes: int
     seconds: float | None = None
+    read: tuple[int, ...] = ()
 
 
 def measure(gm: GraphModule, inputs: Sequence[Any], *, runs: int = 5) -> dict[str, Work]:
     """Run `gm` once to count and `runs` times, after one more to warm up, to time. 0 runs: only counted."""
     counted = _Counted(gm)
-    with torch.no_grad():
+    with torch.no_grad(), as_it_was(gm, inputs):
         counted.count(inputs)
         seconds = _timed(gm, inputs, runs) if runs else {}
-    return {name: Work(flops, count, seconds.get(name)) for name, (flops, count) in counted.found.items()}
+    return {name: replace(done, seconds=seconds.get(name)) for name, done in counted.found.items()}
+
+
+def expected(node: Node, read: tuple[int, ...]) -> Work | None:
+    """What a generated product will do on an x of this shape, by its text and its graph alone: for a device
+    that is not there. None for other nodes."""
+    if node.target is not torch.ops.bitfold.fused.default:
+        return None
+    spec = GemmSpec.parse(str(node.args[1]))
+    rows = prod(read) // spec.k
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    weights = [source.op == "get_attr" for source in node.all_input_nodes]
+    moved = [node.meta["val"][0], *(v for v, held in zip(values, weights, strict=True) if not held)]
+    known = sum(v.nbytes for v, held in zip(values, weights, strict=True) if held and isinstance(v, Tensor))
+    # Vectors of an epilogue have one row, all else as many as x, in sizes that may vary.
+    count = sum((1 if v.ndim == 1 else rows) * int(v.shape[-1]) * v.itemsize for v in moved)
+    return Work(2 * rows * spec.n * spec.k * spec.weights, known + count, None, read)
 
 
 class _Counted(Interpreter):
@@ -56,7 +76,7 @@ class _Counted(Interpreter):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.found: dict[str, tuple[int, int]] = {}
+        self.found: dict[str, Work] = {}
         self._counter: Any = FlopCounterMode(display=False, custom_mapping=_OURS)
 
     def count(self, inputs: Sequence[Any]) -> None:
@@ -70,7 +90,9 @@ class _Counted(Interpreter):
         given = [self.env[source] for source in n.all_input_nodes]
         before = self._counter.get_total_flops()
         value = super().run_node(n)
-        self.found[n.name] = (int(self._counter.get_total_flops() - before), _moved(n, given, value))
+        flops = int(self._counter.get_total_flops() - before)
+        read = next((tuple(t.shape) for item in given for t in _tensors(item)), ())
+        self.found[n.name] = Work(flops, _moved(n, given, value), read=read)
         return value
 
 
@@ -84,11 +106,24 @@ class Named(Interpreter):
             return super().run_node(n)
 
 
+@contextmanager
+def profiled(cuda: bool) -> Iterator[Any]:
+    """Torch's profiler, without the lines that it writes to the terminal (unless the user asks for them)."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "99"
+    try:
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:
+            yield found
+    finally:
+        if before is None:
+            del os.environ[name]
+
+
 def _timed(gm: GraphModule, inputs: Sequence[Any], runs: int) -> dict[str, float]:
     cuda = any(given.is_cuda for given in inputs if isinstance(given, Tensor))
     Named(gm).run(*inputs)
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as found:
+    with profiled(cuda) as found:
         for _ in range(runs):
             Named(gm).run(*inputs)
     times: dict[str, list[float]] = defaultdict(list)

@@ -71,7 +71,10 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [trial["recipe"] for trial in record["trials"]] == list(recipes)
     assert record["where"]["torch"] == torch.__version__
     page = (tmp_path / "out" / "demo.html").read_text()
-    assert "annotate" in page and "up_proj" in page
+    assert "annotate" in page and "up_proj" in page and 'extern \\"C\\" void run(' in page
+    data = json.loads(page.split('<script id="data" type="application/json">')[1].split("</script>")[0])
+    kernels, work = data["overlays"]["kernels"], data["overlays"]["work"]
+    assert kernels and all(work[name][2] > 0 for name in kernels), "kernels, with their times"
 
 
 def test_an_unknown_recipe_stops_it_before_anything_is_read(

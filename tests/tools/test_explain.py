@@ -6,6 +6,7 @@ four blocks, one fault -> inspect -> explain -> the lines that a person reads fi
 
 from __future__ import annotations
 
+import copy
 import io
 import re
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from bitfold.passes.fuse import Fuse
 from bitfold.passes.observing.observe import Observe
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
-from bitfold.tools.explain import Explanation, explain
+from bitfold.tools.explain import Explanation, explain, numerics
 from bitfold.tools.explain.finding import Finding, ranked
 from bitfold.tools.explain.show import show
 from bitfold.tools.inspection import inspect
@@ -142,6 +143,12 @@ def cast_left_in() -> Explanation:
     return explained(model, pipeline(INT8, Fold()), (X[0].to(torch.bfloat16),))
 
 
+def lowered_for_a_gpu_that_is_not_there() -> Explanation:
+    model = Net().to(torch.bfloat16)
+    steps = Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cuda}")
+    return explain(inspect(model.eval(), steps, (X[0].to(torch.bfloat16),), runs=1))
+
+
 def rule_misspelled() -> Explanation:
     return explained(Net(), pipeline(INT8.but(Rule("layers.1.dwon", weight="int4[g32]")), Fold()))
 
@@ -154,6 +161,7 @@ BROKEN: list[tuple[Callable[[], Explanation], tuple[str, ...]]] = [
     (fusion_missed, ("layers.2.up", "softshrink stands behind its kernel")),
     (no_fusion_at_all, ("layers", "decoded into memory in each call")),
     (cast_left_in, ("cast to float32", "h.float()", "test_explain.py:")),
+    (lowered_for_a_gpu_that_is_not_there, ("layers.", "no target runs it", "the target cuda runs on cuda")),
     (rule_misspelled, ("layers.1.dwon", "no layer matches this rule")),
 ]
 
@@ -190,6 +198,28 @@ def test_times_are_shared_out_to_modules() -> None:
     assert found.seconds > 0
     assert sum(row.seconds for row in found.rows) == pytest.approx(found.seconds, rel=1e-6)
     assert {row.path for row in found.rows if row.seconds} >= {"layers.{0..3}.up", "layers.{0..3}.down"}
+
+
+def test_own_errors_are_those_that_diagnose_measures() -> None:
+    """A graph's nodes here, a model's layers there: on the reference target the same values in the same order
+    go into one measure, so the numbers are equal to the last bits."""
+    import bitfold as bf
+
+    model = Net().eval()
+    quantized = bf.quantize(copy.deepcopy(model), "int4[g32]", target="reference")
+    layers = bf.diagnose(model, quantized, [X]).layers
+    steps = 'annotate{recipe="int4[g32]"},fold'
+    found = inspect(model, steps, X, runs=0)
+    own = {module: isolated for _, module, _, isolated in numerics.layers(found)}
+    so_far = {
+        node.module_path: found.errors[node.name].sqnr_db
+        for node in found.trace.steps[1].snapshot
+        if node.note
+    }
+    assert len(layers) == 8 and len({layer.isolated for layer in layers}) == 8
+    for layer in layers:
+        assert own[layer.path] == pytest.approx(layer.isolated, abs=1e-9)
+        assert so_far[layer.path] == pytest.approx(layer.cumulative, abs=1e-9)
 
 
 def test_alike_findings_are_one_line_and_a_cause_stands_for_its_symptom() -> None:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from bitfold.codegen.device import device
 from bitfold.formats import format
 from bitfold.lowering import Pipeline
+from bitfold.tools.chrome import export
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import Point, fronted, points
 from bitfold.tools.roof import Roof, of_card, roof_of
 from bitfold.tools.viz.activations import quantized
 from bitfold.tools.viz.histogram import histogram, outliers
+from bitfold.tools.viz.kernels import kernel_of
 from bitfold.tools.viz.overlay import all_errors, kernels_of, overlay_data
 from bitfold.tools.work import measure
 
@@ -63,6 +65,29 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+class Counter(nn.Module):
+    """Its result depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.register_buffer("calls", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1.0)
+        return self.fc(x) + self.calls
+
+
+def test_a_model_that_counts_its_calls_counts_none_of_ours(tmp_path) -> None:
+    model = Counter().eval()
+    found = inspect(model, Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}"), X[0], runs=2)
+    assert model.calls.eq(0).all()
+    own, result = found.errors["fused_fc"], list(found.errors.values())[-1]
+    assert own.sqnr_db > 30 and result.sqnr_db > 30, "the second run does not see what the first one wrote"
+    export(found, X, tmp_path / "trace.json")
+    assert model.calls.eq(0).all()
+
+
 def test_operations_and_bytes_are_those_of_the_definition(found) -> None:
     kernels = {k.spec: found.work[name] for name, k in found.kernels.items()}
     pair = kernels["linear 128x64 f32 2*int8 -> mul(silu(y0),y1)"]
@@ -74,6 +99,13 @@ def test_operations_and_bytes_are_those_of_the_definition(found) -> None:
     assert found.baseline["linear"].flops == 2 * 4 * 128 * 64
     assert found.baseline["linear"].bytes == 4 * (4 * 64 + 128 * 64 + 4 * 128)
     assert found.baseline["linear"].seconds is None
+
+
+def test_the_profiler_writes_nothing_to_the_terminal(capfd) -> None:
+    from bitfold.passes.scopes.program import capture
+
+    assert measure(capture(Net().eval(), X), X, runs=1)["linear"].seconds is not None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_view_moves_nothing_and_a_write_in_place_does() -> None:
@@ -101,14 +133,31 @@ def test_kernels_have_their_source_and_go_by_region_too(found) -> None:
 
 def test_a_gpus_kernels_are_shown_without_one() -> None:
     found = inspected("int4[g32]", "cuda_on_paper", dtype=torch.bfloat16)
-    assert found.on_paper and not found.work
-    assert found.roof == of_card(device("NVIDIA H200"))
+    assert found.on_paper and found.roof == of_card(device("NVIDIA H200"))
+    pair = next(found.work[n] for n, k in found.kernels.items() if "2*int4" in k.spec)
+    codes, scales, x, y = 2 * 128 * 32, 2 * 128 * 2 * 2, 4 * 64 * 2, 4 * 128 * 2
+    assert (pair.flops, pair.bytes) == (2 * 4 * 128 * 64 * 2, codes + scales + x + y)
+    assert all(done.seconds is None for done in found.work.values()), "nothing ran"
+    assert all("roof_us" in told for told in overlay_data(found)["kernels"].values())
     for kernel in found.kernels.values():
         assert kernel.language == "Triton" and "tl.dot" in kernel.source
         assert kernel.schedule.startswith("m8 n64")
         assert 16 < int(kernel.facts["registers of a thread"]) <= 255
         assert kernel.facts["spilled bytes of a thread"] == 0
     assert found.errors["fused_down"].isolated_db > 15, "compared before it was lowered for another device"
+
+
+def test_where_products_come_first_on_a_gpu_their_kernel_is_shown() -> None:
+    """At 64 rows an H200 runs a gate and an up projection as two pipelined products, and what stands behind
+    them in a kernel of its own (`lowering/fused.py`); at 1 row one kernel does all."""
+    text = "linear 14336x4096 bf16 2*int4[g128,halves256] -> mul(silu(y0),y1)"
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.bitfold.fused.default, ([graph.placeholder("x")], text))
+    one, many = (kernel_of(node, read=(rows, 4096), gpu=90, compiled=False) for rows in (1, 64))
+    assert one is not None and many is not None
+    assert (one.language, one.note) == ("Triton", "") and "silu" in one.source
+    assert many.language == "Triton, pipelined" and many.note.startswith("2 times, then")
+    assert many.spec == text and "silu" not in many.source and many.facts["rows"] == 64
 
 
 def test_a_residual_does_not_hide_a_regions_own_error(found) -> None:

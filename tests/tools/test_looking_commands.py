@@ -1,5 +1,4 @@
-"""explain, viz and plot as commands; the served page; the profile for Perfetto; plots as PNG; what can be
-drawn."""
+"""explain, viz and plot as commands; the served page; the profile for Perfetto; plots as PNG."""
 
 from __future__ import annotations
 
@@ -16,16 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.formats.errors import BitfoldError
-from bitfold.lowering import Pipeline, quantize
-from bitfold.passes.scopes.program import capture
+from bitfold.lowering import Pipeline
 from bitfold.tools.chrome import export, with_provenance
 from bitfold.tools.cli import main
 from bitfold.tools.inspection import Inspection, inspect
 from bitfold.tools.pareto import Point
 from bitfold.tools.serve import server
-from bitfold.tools.viz import viz
-from bitfold.tools.viz.data import page_data
-from bitfold.tools.viz.subject import subject
 
 MODEL = """
 import torch
@@ -211,33 +206,6 @@ def test_without_matplotlib_one_sentence_says_what_to_install(found, tmp_path, m
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(BitfoldError, match=r"pip install 'bitfold\[plots\]'"):
         roofline(found, tmp_path / "roof.png")
-
-
-def test_graphs_modules_and_compiled_functions_are_drawn(tmp_path) -> None:
-    gm = capture(Net().eval(), X)
-    assert [step.name for step in subject(gm).trace.steps] == ["captured"]
-    folded = quantize(Net().eval(), "int8")
-    drawn = subject(folded, X)
-    records = {record["name"]: record for record in page_data(drawn.trace)["records"]}
-    kinds = [
-        (name, records[name]["kind"], records[name]["format"]) for name in ("fused", "up_codes", "up_bias")
-    ]
-    assert kinds == [("fused", "fused", "int8"), ("up_codes", "weight", "int8"), ("up_bias", "parameter", "")]
-    fast = torch.compile(
-        Net().eval(), backend="bitfold", options={"recipe": "int4[g32]", "target": "reference"}
-    )
-    compiled = subject(fast, X)
-    assert [step.name for step in compiled.trace.steps] == ["captured", "annotate", "fold", "fuse", "lower"]
-    assert viz(fast, tmp_path / "fast.html", inputs=X).exists()
-    for thing, sentence in (
-        (folded, "a module becomes a graph by calling it, so viz needs them"),
-        (fast, "a compiled function is compiled for its inputs"),
-        (3, "viz() draws a Trace"),
-    ):
-        with pytest.raises(BitfoldError) as error:
-            viz(thing, tmp_path / "no.html")
-        assert sentence in str(error.value)
-    assert not (tmp_path / "no.html").exists()
 
 
 def test_the_terminal_gets_plain_text_where_it_is_no_terminal(found) -> None:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.lowering import Pipeline
+from bitfold.passes import capture
 from bitfold.passes.annotate import Annotate
+from bitfold.passes.provenance import VIRTUAL_NODE, origin
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.rules import Rule
 from bitfold.tools.inspection import Inspection, inspect
@@ -27,6 +29,10 @@ CHOOSE = """(key) => {
   list.value = key;
   list.dispatchEvent(new Event('change'));
 }"""
+
+ENTRIES = "[...document.querySelectorAll('#scale .entry')].map((entry) => entry.textContent)"
+
+PLACED = "(text) => [text.textContent, text.getBBox().x, text.getBBox().x + text.getBBox().width]"
 
 MAP_INK = """(() => {
   const map = document.getElementById('minimap');
@@ -93,6 +99,9 @@ def test_overlays_colour_nodes_and_modules_and_say_what_colours_mean(browser, pa
         assert page.evaluate("document.querySelectorAll('#scale > *').length") > 0, key
         assert page.evaluate("document.getElementById('legend').hidden")
     page.evaluate(f"({CHOOSE})('time')")
+    assert re.search(r"layers\.\d\.(gate|down) · fused", page.text(".worst")), (
+        "by module, not fused_default_4"
+    )
     assert "µs" in page.text('[data-key="@layers.1"]') and "%" in page.text('[data-key="@layers.1"]')
     page.evaluate(f"({CHOOSE})('isolated')")
     assert "dB" in page.text('[data-key="@layers.1"]')
@@ -112,6 +121,18 @@ def test_overlays_colour_nodes_and_modules_and_say_what_colours_mean(browser, pa
     assert page.evaluate("Main.state.overlay") == "isolated" and "overlay=isolated" in page.evaluate(
         "location.hash"
     )
+    assert page.complaints() == []
+
+
+def test_a_region_that_is_gone_in_the_last_stage_leads_to_its_kernel(browser, pages) -> None:
+    page = browser.open(pages["one"], hash="step=5&node=fused_layers_2_down")
+    assert "Not in this stage" in page.text("#panel") and "Run here by" in page.text("#panel")
+    left, _, wide, _ = page.box('#world [data-key="x"]')
+    graph = page.box("#graph")
+    assert abs(left + wide / 2 - graph[0] - graph[2] / 2) < 40, "with nothing to look at the picture is whole"
+    page.click("#panel .jump[data-jump^=fused_default]")
+    assert page.evaluate("Main.state.selected").startswith("fused_default")
+    assert "Generated source" in page.text("#panel")
     assert page.complaints() == []
 
 
@@ -176,6 +197,13 @@ def test_plots_of_recipes_and_of_kernels_lead_to_nodes(browser, pages) -> None:
     page.click("#tab-plots")
     assert "Recipes against each other" in page.text("#panel") and "int8_dynamic" in page.text("#panel")
     assert "under the roof of" in page.text("#panel") and "GB/s" in page.text("#panel")
+    plots = "[...document.querySelectorAll('.plot')]"
+    for texts in page.evaluate(
+        f"{plots}.map((plot) => [...plot.querySelectorAll('text:not([transform])')].map({PLACED}))"
+    ):
+        assert all(right <= 420 and left >= 0 for _, left, right in texts), texts
+    ticks = "[...plot.querySelectorAll('.grid + text')].map((text) => text.textContent)"
+    assert all(len(set(axis)) > 2 for axis in page.evaluate(f"{plots}.map((plot) => {ticks})"))
     assert page.evaluate("document.querySelectorAll('.jump-dot').length") == 8, (
         "a kernel for gate and up, one for down"
     )
@@ -231,6 +259,8 @@ def test_what_explain_found_is_on_the_page_and_on_its_node(browser, tmp_path) ->
     steps = Pipeline([Annotate(recipe=str(recipe)), *Pipeline.parse("fold,fuse,lower{target=cpu}").passes])
     found = inspect(Net().eval(), steps, (torch.randn(4, 64),), runs=0)
     page = browser.open(viz(found, tmp_path / "page.html"))
+    assert page.text("#title") == "annotate{recipe=r, 2 rules}, fold, fuse, lower"
+    assert "recipe=r, 2 rules" in page.text("#stages")
     first = page.evaluate("document.querySelector('.finding').textContent")
     assert "layers.1.down: left as it was by a rule, which says “<b>too</b> sensitive”" in first
     assert "try: leave out the rule 'layers.1.down'" in first
@@ -239,6 +269,23 @@ def test_what_explain_found_is_on_the_page_and_on_its_node(browser, tmp_path) ->
     assert "Missed:" in page.text("#panel")
     page.evaluate("Main.goStep(1); Main.select('linear', {center: true})")
     assert "rulelinear *: weight int8" in page.text("#panel")
+    assert page.complaints() == []
+
+
+def test_virtual_nodes_have_colours_where_a_graph_says_them(browser, tmp_path) -> None:
+    """No pass splits a graph over virtual nodes, so the captured one is annotated by hand: a layer each."""
+    gm = capture(Net().eval(), (torch.randn(4, 64),))
+    for node in gm.graph.nodes:
+        if (path := origin(node).module_path).startswith("layers."):
+            node.meta[VIRTUAL_NODE] = f"slice {path.split('.')[1]}"
+    trace = Pipeline.parse("annotate{recipe=int8},fold,fuse,lower{target=cpu}").run(gm)
+    page = browser.open(viz(trace, tmp_path / "page.html"), hash="step=4&overlay=virtual")
+    legend = [line.split() for line in page.evaluate(ENTRIES)]
+    assert [words[:2] for words in legend] == [["slice", str(layer)] for layer in range(4)]
+    assert all(int(words[2]) >= 3 for words in legend), "codes, scales and the region of each layer"
+    page.evaluate("Main.select('fused_layers_2_down', {center: true})")
+    assert "virtual nodeslice 2" in page.text("#panel")
+    assert page.text('[data-key="@layers.3"] .sub').endswith("slice 3")
     assert page.complaints() == []
 
 
@@ -266,6 +313,42 @@ def test_hostile_names_are_text_in_every_panel(browser, tmp_path) -> None:
     assert page.evaluate("window.broken") is None
     assert page.evaluate("document.querySelectorAll('img').length") == 0
     assert page.complaints() == []
+
+
+class Builtins(nn.Module):
+    """Its inputs are called like what every JavaScript object has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("constructor", nn.Linear(64, 64))
+
+    def forward(self, constructor: Tensor, toString: Tensor, __proto__: Tensor) -> Tensor:
+        return self._modules["constructor"](constructor + toString + __proto__)
+
+
+def test_nodes_that_are_called_like_builtins(browser, tmp_path) -> None:
+    steps = "annotate{recipe=int8},fold,fuse,lower{target=cpu}"
+    found = inspect(Builtins().eval(), steps, tuple(torch.randn(4, 64) for _ in range(3)), runs=1)
+    page = browser.open(viz(found, tmp_path / "page.html"))
+    for name in page.evaluate("[...Main.graph().nodes.keys()]"):
+        page.evaluate(f"Main.select({name!r}, {{center: true}})")
+        assert "native code" not in page.text("#panel") and "undefined" not in page.text("#panel"), name
+    for key in page.evaluate("[...document.getElementById('overlay').options].map((o) => o.value)"):
+        page.evaluate(f"({CHOOSE})('{key}')")
+    assert {"constructor", "tostring"} <= {
+        name.lower() for name in page.evaluate("[...Main.graph().nodes.keys()]")
+    }
+    assert page.complaints() == []
+
+
+def test_the_address_follows_a_long_drag_through_the_nodes(browser, pages) -> None:
+    page = browser.open(pages["one"])
+    page.evaluate(
+        "for (let i = 0; i < 40; i += 1) for (const name of Main.graph().nodes.keys()) Main.select(name)"
+    )
+    last = page.evaluate("[...Main.graph().nodes.keys()].pop()")
+    page.wait_for(f"location.hash.includes('node={last}')")
+    assert page.complaints() == [], "browsers complain of too many addresses"
 
 
 @pytest.mark.slow

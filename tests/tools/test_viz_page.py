@@ -170,6 +170,8 @@ def test_what_a_pass_changed_is_marked_and_before_shows_what_it_removed(browser,
     assert "layers.0" in page.text("#panel") and "bitfold.dequantize" in page.text(".diff")
     first = page.evaluate("document.querySelector('.diff').textContent")
     assert "- linear" in first and "+ linear" in first
+    cause = page.text(".cause")
+    assert "test_viz_page.py:" in cause and "rule linear layers.*: weight int8, input int8" in cause
     page.click("#tab-code")
     assert page.evaluate("document.querySelectorAll('.diff .row').length") > 100
     assert page.complaints() == []

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     if len(arguments.recipe) + len(arguments.pipeline) > 1:
-        raise BitfoldError("explain takes one recipe or pipeline; `bitfold viz --against` compares two")
+        raise BitfoldError("explain takes one recipe or pipeline; `bitfold viz` shows two side by side")
     if arguments.html:
         place_of(arguments.html)
     loaded = prepared(read_model(arguments.model, console), arguments)

@@ -26,7 +26,7 @@ from ...passes import capture, state
 from ...passes.annotate import Annotate
 from ...passes.fold import Fold
 from ...passes.fuse import Fuse
-from ..inspection import twin
+from ..lowered import twin
 from ..models import Loaded
 from ..page import Logits
 from ..viz import node_errors, viz

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
 from torch.fx import Node
 
 from ...passes import MissRecord, Recipe
 from ...passes.anchors import TARGETS
 from ...passes.provenance import FROM_KEY, origin
-from ...passes.stages import find_attribute
+from ..held import held_bytes, held_tensors
 from ..inspection import Inspection
 from .finding import Finding
 
@@ -71,9 +70,8 @@ def never_asked(found: Inspection) -> Iterator[Finding]:
     asked = {node.name for step in found.trace.steps for node in step.snapshot if node.note}
     asked |= {miss.node for step in found.trace.steps for miss in step.misses}
     times = _times(found)
-    sizes = {name: find_attribute(found.reference, name).nbytes for name in _readers(found)}
-    held = {id(t): t.nbytes for t in (*found.final.parameters(), *found.final.buffers())}
-    whole = max(1, sum(held.values()))
+    sizes = {str(node.target): value.nbytes for node, value in held_tensors(found.reference).items()}
+    whole = max(1, held_bytes(found.final))
     for weight, nodes in _readers(found).items():
         paths = list(dict.fromkeys(origin(node).module_path for node in nodes))
         if any(node.name in asked for node in nodes):
@@ -99,9 +97,10 @@ def never_asked(found: Inspection) -> Iterator[Finding]:
 def _readers(found: Inspection) -> dict[str, list[Node]]:
     """Float weight -> the layers of the captured graph that read it as such."""
     readers: dict[str, list[Node]] = {}
+    held = held_tensors(found.reference)
     for node in found.reference.graph.nodes:
         operand = node.args[TARGETS[node.target][2]] if node.target in TARGETS else None
-        if isinstance(operand, Node) and operand.op == "get_attr":
+        if operand in held:
             readers.setdefault(str(operand.target), []).append(node)
     return readers
 
@@ -124,10 +123,9 @@ def _times(found: Inspection) -> dict[str, float]:
 def _float_bytes(found: Inspection) -> dict[str, int]:
     """Bytes of the float weights that each module of the captured graph reads."""
     sizes: dict[str, int] = {}
-    for node in found.reference.graph.find_nodes(op="get_attr"):
-        value = find_attribute(found.reference, str(node.target))
+    for node, value in held_tensors(found.reference).items():
         for user in node.users:
-            if isinstance(value, Tensor) and user.target in TARGETS:
+            if user.target in TARGETS:
                 path = origin(user).module_path
                 sizes[path] = sizes.get(path, 0) + value.nbytes
     return sizes

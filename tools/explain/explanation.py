@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ...passes.provenance import FROM_KEY, origin
+from ..held import held_bytes
 from ..inspection import Inspection
 from ..viz.overlay import targets
 from .coverage import never_asked, not_done
@@ -75,24 +76,14 @@ def explain(found: Inspection) -> Explanation:
     told = {path: row for path, row in _rows(found).items() if row.format or row.seconds or row.nbytes}
     rows = _alike(told)
     last = next(reversed(list(found.errors.values())), None)
-    before, after = _bytes(found)
     return Explanation(
         tuple(findings),
         tuple(rows),
         sum(done.seconds or 0.0 for done in found.work.values()),
         math.nan if last is None else last.sqnr_db,
-        (before, after),
+        (held_bytes(found.reference), held_bytes(found.final)),
         ", ".join(str(step) for step in found.trace.steps[1:] if step.name != "finish"),
     )
-
-
-def _bytes(found: Inspection) -> tuple[int, int]:
-    graphs = (found.reference, found.final)
-    sizes = []
-    for graph in graphs:
-        held = {id(t): t.nbytes for t in (*graph.parameters(), *graph.buffers())}
-        sizes.append(sum(held.values()))
-    return sizes[0], sizes[1]
 
 
 def _rows(found: Inspection) -> dict[str, Row]:

@@ -37,10 +37,12 @@ class Finding:
 
 def ranked(findings: Iterable[Finding]) -> list[Finding]:
     """Findings of one kind with one remedy are one line, told by the gravest of them; the gravest line first.
-    Where two kinds speak of one place, a kind that gives the cause stands for the symptom (`own error`)."""
+    Where two kinds speak of one place, the one that gives the cause stands for the symptom."""
     found = list(findings)
-    explained = {one.where for one in found if one.kind != "own error"}
-    kept = [one for one in found if one.kind != "own error" or one.where not in explained]
+    kinds: dict[str, set[str]] = {}
+    for one in found:
+        kinds.setdefault(one.where, set()).add(one.kind)
+    kept = [one for one in found if not _explained(one.kind, kinds[one.where] - {one.kind})]
     groups: dict[tuple[str, str], list[Finding]] = {}
     for one in kept:
         groups.setdefault((one.kind, one.remedy), []).append(one)
@@ -54,3 +56,9 @@ def ranked(findings: Iterable[Finding]) -> list[Finding]:
 
 
 SUMMED = ("skipped", "missed", "not fused", "not quantized")
+
+
+def _explained(kind: str, others: set[str]) -> bool:
+    """Whether another finding of the place is the cause: of an error, any; of a weight that is decoded, that
+    no target runs the layer."""
+    return bool(others) if kind == "own error" else kind == "decoded" and "on reference" in others

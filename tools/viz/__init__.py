@@ -78,16 +78,16 @@ def page_text(
     return render(data)
 
 
-def _overlays(found: Inspection) -> Json:
+def _overlays(found: Inspection, *, explained: bool) -> Json:
     from ..explain import explain
 
-    findings = explain(found).findings
+    findings = explain(found).findings if explained else ()
     told = [{"node": f.node, "text": str(f), "remedy": f.remedy, "weight": f.weight} for f in findings]
     return overlay_data(found) | {"findings": told}
 
 
 def _data(given: Subject, errors: Mapping[str, NodeError] | None, title: str | None) -> Json:
-    overlays = None if given.inspection is None else _overlays(given.inspection)
+    overlays = None if given.inspection is None else _overlays(given.inspection, explained=given.explained)
     data = page_data(given.trace, errors=errors or given.errors, title=title, overlays=overlays)
     if given.graphs > 1:
         data["summary"] += f" · the largest of {given.graphs} graphs"

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...formats import Quantized, format
+from ...lowering.signal_to_noise import signal_to_noise
 from ...passes.provenance import FROM_KEY
 from .histogram import Histogram, histogram, outliers
-from .tensors import code_counts, signal_to_noise
+from .tensors import code_counts
 
 QUANTIZE = torch.ops.bitfold.quantize.default
 _BINS = 32

@@ -10,6 +10,7 @@ Two steps with the same number for a node hold the same node.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from .tensors import without_layout
 
 Json = dict[str, Any]
 
+_JSON_RECIPE = re.compile(r'recipe=("\{(?:[^"\\]|\\.)*")')
 _SPEC = re.compile(
     r"'(?:linear \S+ \S+|grouped \d+ \S+ \S+|conv \S+(?: [spdg]\d+(?:x\d+)*)*) (?:\d+\*)?(\S+)[^']*'\)?$"
 )
@@ -112,6 +114,7 @@ def _record(node: NodeSnapshot, kind: str, group: str, format: str, weight_bytes
         "kind": kind,
         "origins": list(node.made_from),
         "rule": node.rule,
+        "virtual_node": node.virtual_node,
     }
 
 
@@ -178,7 +181,8 @@ def _weight_bytes(records: list[Json]) -> int:
 def _step(step: Step, ids: list[int], weight_bytes: int) -> Json:
     return {
         "name": step.name,
-        "options": step.options,
+        "options": _short(step.options),
+        "all_options": step.options,
         "stage": step.stage,
         "rewrites": step.rewrites,
         "seconds": step.seconds,
@@ -189,6 +193,19 @@ def _step(step: Step, ids: list[int], weight_bytes: int) -> Json:
         "removed": list(step.changed.removed),
         "altered": list(step.changed.altered),
     }
+
+
+def _short(options: str) -> str:
+    """A recipe that is given as JSON by its name."""
+
+    def name(found: re.Match[str]) -> str:
+        try:
+            recipe = json.loads(json.loads(found.group(1)))
+            return f"recipe={recipe['name']}, {len(recipe['rules'])} rules"
+        except (ValueError, TypeError, KeyError):  # another pass's option, which only looks like it
+            return found.group(0)
+
+    return _JSON_RECIPE.sub(name, options)
 
 
 def _miss(miss: MissRecord) -> Json:
@@ -214,7 +231,11 @@ def _regions(gm: GraphModule | None) -> dict[str, str]:
 
 def _title(trace: Trace) -> str:
     # What a target does at last is no pass.
-    passes = [str(step) for step in trace.steps[1:] if step.name != "finish"]
+    passes = [
+        f"{step.name}{{{_short(step.options)}}}" if step.options else step.name
+        for step in trace.steps[1:]
+        if step.name != "finish"
+    ]
     return ", ".join(passes) or "captured graph"
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...formats.errors import BitfoldError
+from ...lowering.signal_to_noise import difference, finite, signal_to_noise
 from ...passes.provenance import FROM_KEY
+from ..held import as_it_was
 from .watch import Watched
 
 _KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
@@ -34,7 +36,7 @@ _KERNELS = (torch.ops.bitfold.fused.default, torch.ops.bitfold.conv.default)
 class NodeError:
     """How far one value is from the unquantized model's.
 
-    `sqnr_db`: 10 log10(sum of squares of the reference / that of the difference); infinite when equal.
+    `sqnr_db`: signal to noise as `bf.diagnose` has it (`lowering/signal_to_noise.py`); infinite when equal.
     `max_abs`: the largest absolute difference. `max_rel`: that, divided by the reference's largest absolute
     value. `reference`: the node of the unquantized graph. `isolated_db`: the ratio on unquantized inputs.
     """
@@ -99,9 +101,12 @@ def node_errors(
             key = node.name if node.op == "call_module" else name
             found[key] = replace(_error(reference, value, name), isolated_db=isolated)
 
+    # The two share what the model holds: a counter that one of them moves on is no error of the other.
     with torch.no_grad():
-        Watched(before, keep).run(*inputs)
-        Watched(after, compare, given).run(*inputs)
+        with as_it_was(before, inputs):
+            Watched(before, keep).run(*inputs)
+        with as_it_was(after, inputs):
+            Watched(after, compare, given).run(*inputs)
     return found
 
 
@@ -137,24 +142,9 @@ def _comparable(value: Any) -> bool:
 
 
 def _error(reference: Tensor, value: Tensor, name: str) -> NodeError:
-    # float64: the noise of a value that is nearly equal is far below float32's own rounding of the sums.
-    exact = reference.to(torch.float64)
-    noise = value.to(torch.float64) - exact
-    # An attention mask holds -inf in both graphs; inf - inf is no error.
-    noise = torch.where(value == reference, 0.0, noise)
-    signal = torch.where(exact.isinf(), 0.0, exact).square().sum().item()
-    squared = noise.square().sum().item()
-    largest = noise.abs().max().item()
-    top = torch.where(exact.isinf(), 0.0, exact).abs().max().item()
-    return NodeError(_decibel(signal, squared), largest, _ratio(largest, top), name)
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return math.inf
-    if math.isnan(noise) or math.isinf(noise):
-        return math.nan
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    largest = difference(reference, value).abs().max().item()
+    top = finite(reference).abs().max().item()
+    return NodeError(signal_to_noise(reference, value), largest, _ratio(largest, top), name)
 
 
 def _ratio(largest: float, top: float) -> float:

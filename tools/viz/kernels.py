@@ -1,27 +1,31 @@
 """The generated kernel behind a node: its source, its schedule, what the compiler made of it, its roof.
 
-In: a node of a lowered graph that calls a generated kernel, the rows of x, where it runs. Out: a `Kernel`.
+In: a node of a lowered graph that calls a generated kernel, the shape of x, where it runs. Out: a `Kernel`.
 
-    bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]"), 1 row, an H200
+    bitfold.fused([x, codes, scales], "linear 4096x4096 bf16 int4[g128,halves256]"), [1, 4096], an H200
     ->  Kernel(spec=..., language="Triton", schedule="m8 n64 w2 s3 k4 sum", source="...",
-               facts={"registers": 96, "spilled bytes": 0, "shared memory, bytes": 24576}, ...)
+               facts={"rows": 1, "registers of a thread": 96, ...}, ...)
 
 For a GPU nothing needs to be there: the source is text, and registers come from compiling for its
 architecture."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from ...codegen import CodegenError, GemmSpec, choose
 from ...codegen.attention import AttentionSpec
 from ...codegen.attention_schedule import choose_attention
+from ...codegen.choose import alone
 from ...codegen.conv import ConvSpec
 from ...codegen.pipelined import Pipelined
 
@@ -53,22 +57,39 @@ class Kernel:
         }
 
 
-def kernel_of(node: Node, *, rows: int, gpu: int | None = None, compiled: bool = True) -> Kernel | None:
+def kernel_of(
+    node: Node, *, read: tuple[int, ...], gpu: int | None = None, compiled: bool = True
+) -> Kernel | None:
     """The kernel that `node` calls, None if it calls none that is generated.
 
-    rows: of x, in the call that is looked at. gpu: compute capability (90 for 9.0), None for this processor.
-    compiled: whether to compile for a GPU, a second for each kernel, to learn of registers.
+    read: shape of x (of the queries of an attention), in the call that is looked at. gpu: compute capability
+    (90 for 9.0), None for this processor. compiled: whether to compile for a GPU, a second for each kernel,
+    to learn of registers.
     """
     if node.op != "call_function":
         return None
     text = str(node.args[-1])
     if node.target is FUSED:
-        return _gemm_on_gpu(text, rows, gpu, compiled) if gpu else _on_cpu(text, "gemm")
+        if gpu is None:
+            return _on_cpu(text, "gemm")
+        spec = GemmSpec.parse(text)
+        return _gemm_on_gpu(spec, max(1, prod(read) // spec.k), gpu, compiled)
     if node.target is CONV:
         return _on_cpu(text, "conv")
     if node.target in ATTEND:
-        return _attention_on_gpu(text, rows, gpu, compiled) if gpu else _on_cpu(text, "attention")
+        queries = read[2] if len(read) == 4 else 1
+        return _on_cpu(text, "attention") if gpu is None else _attention_on_gpu(text, queries, gpu, compiled)
     return None
+
+
+def example_shape(node: Node) -> tuple[int, ...]:
+    """Of the first tensor that a node reads, as its graph was captured; a size that varies has the example's,
+    or 1."""
+    first = next(iter(node.all_input_nodes), None)
+    value = None if first is None else first.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else size.node.hint or 1 for size in value.shape)
 
 
 @lru_cache(maxsize=1024)
@@ -89,21 +110,27 @@ def _cpp(text: str, kind: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _gemm_on_gpu(text: str, rows: int, arch: int, compiled: bool) -> Kernel:
+def _gemm_on_gpu(spec: GemmSpec, rows: int, arch: int, compiled: bool) -> Kernel:
     from ...codegen.triton.pipelined import pipelined_source
     from ...codegen.triton.source import source
 
-    spec = GemmSpec.parse(text)
-    schedule = choose(spec, rows)
+    product, schedule, note = spec, choose(spec, rows), ""
+    if schedule is None and not spec.epilogue.plain:
+        # As `lowering/fused.py` runs it: products first, and what stands behind them at once.
+        product = alone(spec)
+        schedule = choose(product, rows)
+        times = f"{spec.weights} times, " if spec.weights > 1 else ""
+        note = f"{times}then what stands behind the product in a kernel of its own"
     if schedule is None:
-        return Kernel(
-            text, "library", "", "", note=f"at {rows} rows the weight is decoded, and the library multiplies"
-        )
+        told = f"at {rows} rows the weight is decoded, and the library multiplies"
+        return Kernel(str(spec), "library", "", "", {"rows": rows}, told)
+    language = "Triton, pipelined" if isinstance(schedule, Pipelined) else "Triton"
     if isinstance(schedule, Pipelined):
-        made = Kernel(text, "Triton, pipelined", str(schedule), pipelined_source(spec, schedule))
+        text = pipelined_source(product, schedule)
     else:
-        made = Kernel(text, "Triton", str(schedule), source(spec, schedule))
-    return _with_facts(made, lambda: _gemm_facts(spec, schedule, arch)) if compiled else made
+        text = source(product, schedule)
+    made = Kernel(str(spec), language, str(schedule), text, {"rows": rows}, note)
+    return _with_facts(made, lambda: _gemm_facts(product, schedule, arch)) if compiled else made
 
 
 def _gemm_facts(spec: GemmSpec, schedule: Any, arch: int) -> Any:
@@ -122,7 +149,7 @@ def _attention_on_gpu(text: str, queries: int, arch: int, compiled: bool) -> Ker
 
     spec = AttentionSpec.parse(text)
     schedule = choose_attention(spec, queries)
-    made = Kernel(text, "Triton", str(schedule), source(spec, schedule))
+    made = Kernel(text, "Triton", str(schedule), source(spec, schedule), {"queries": queries})
     return _with_facts(made, lambda: inspect_attention(spec, schedule, arch)) if compiled else made
 
 
@@ -130,12 +157,12 @@ def _with_facts(made: Kernel, ask: Callable[[], Any]) -> Kernel:
     """The kernel with what the compiler told; with the reason where it could not be asked."""
     try:
         told = ask()
-    except (ImportError, FileNotFoundError, CodegenError) as error:
-        note = f"registers are not known: {str(error).splitlines()[0]}"
-        return Kernel(made.spec, made.language, made.schedule, made.source, note=note)
-    facts = {
+    except (ImportError, FileNotFoundError, subprocess.CalledProcessError, CodegenError) as error:
+        unknown = f"registers are not known: {str(error).splitlines()[0]}"
+        return replace(made, note="; ".join(filter(None, (made.note, unknown))))
+    compiled = {
         "registers of a thread": told.registers,
         "spilled bytes of a thread": told.spills,
         "shared memory of a program, bytes": told.shared,
     }
-    return Kernel(made.spec, made.language, made.schedule, made.source, facts)
+    return replace(made, facts={**made.facts, **compiled})

@@ -16,8 +16,8 @@ from importlib.resources import files
 from typing import Any
 
 _SCRIPTS = (
-    "text.js", "model.js", "layout.js", "charts.js", "draw.js", "minimap.js", "panels.js", "overlay.js",
-    "details.js", "compare.js", "main.js", "input.js",
+    "text.js", "model.js", "layout.js", "charts.js", "draw.js", "minimap.js", "panels.js", "changes.js",
+    "overlay.js", "details.js", "compare.js", "address.js", "main.js", "input.js",
 )  # fmt: skip
 
 

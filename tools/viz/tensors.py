@@ -26,6 +26,7 @@ from ...formats import Format, Quantized, format
 from ...formats.granularity import Granularity
 from ...formats.layout import default
 from ...lowering.install import weight_parts
+from ...lowering.signal_to_noise import signal_to_noise
 from ...passes import constant
 from ...passes.anchors import TARGETS
 from ...passes.provenance import FROM_KEY, origin
@@ -163,14 +164,6 @@ def _by_row(given: Format, exact: Tensor) -> float:
         return math.nan
     finer = replace(given, scale=replace(scale, granularity=Granularity(1, None)), layout=given.layout)
     return signal_to_noise(exact, finer.dequantize(finer.quantize(exact), torch.float32))
-
-
-def signal_to_noise(exact: Tensor, rounded: Tensor) -> float:
-    """10 log10(sum of squares / that of the difference)."""
-    signal, noise = exact.double().square().sum().item(), (rounded - exact).double().square().sum().item()
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 and math.isfinite(noise) else -math.inf
 
 
 def _no_number(value: Any) -> bool:

@@ -41,6 +41,15 @@ const Charts = (() => {
       svg("text", { x: 0, y: 74 }, short(pairs[0][0])), svg("text", { x: 300, y: 74, "text-anchor": "end" }, short(pairs[pairs.length - 1][0])));
   }
 
+  // Ticks with as many digits as tell them apart.
+  function ticksOf(values) {
+    for (let digits = 3; digits < 8; digits += 1) {
+      const texts = values.map((v) => (Math.abs(v) >= 1e4 || (v !== 0 && Math.abs(v) < 1e-2) ? v.toExponential(digits - 2) : String(Number(v.toPrecision(digits)))));
+      if (new Set(texts).size === texts.length) return texts;
+    }
+    return values.map(String);
+  }
+
   const BOX = { left: 46, right: 10, top: 10, bottom: 34, w: 420, h: 260 };
 
   function axis(values, log) {
@@ -63,13 +72,19 @@ const Charts = (() => {
     const [ax, ay] = [axis(all.map((p) => p.x), log), axis(all.map((p) => p.y), log)];
     const px = (v) => BOX.left + ax.at(v) * (BOX.w - BOX.left - BOX.right);
     const py = (v) => BOX.h - BOX.bottom - ay.at(v) * (BOX.h - BOX.top - BOX.bottom);
+    const [tx, ty] = [ticksOf(ax.ticks), ticksOf(ay.ticks)];
     const grid = [
-      ...ax.ticks.map((t) => [svg("line", { x1: px(t), x2: px(t), y1: BOX.top, y2: BOX.h - BOX.bottom, class: "grid" }), svg("text", { x: px(t), y: BOX.h - BOX.bottom + 13, "text-anchor": "middle" }, short(t))]),
-      ...ay.ticks.map((t) => [svg("line", { x1: BOX.left, x2: BOX.w - BOX.right, y1: py(t), y2: py(t), class: "grid" }), svg("text", { x: BOX.left - 4, y: py(t) + 4, "text-anchor": "end" }, short(t))]),
+      ...ax.ticks.map((t, i) => [svg("line", { x1: px(t), x2: px(t), y1: BOX.top, y2: BOX.h - BOX.bottom, class: "grid" }), svg("text", { x: px(t), y: BOX.h - BOX.bottom + 13, "text-anchor": "middle" }, tx[i])]),
+      ...ay.ticks.map((t, i) => [svg("line", { x1: BOX.left, x2: BOX.w - BOX.right, y1: py(t), y2: py(t), class: "grid" }), svg("text", { x: BOX.left - 4, y: py(t) + 4, "text-anchor": "end" }, ty[i])]),
     ].flat();
     const drawn = lines.map((line) => svg("polyline", { points: line.map((p) => `${px(p.x)},${py(p.y)}`).join(" "), class: "roof" }));
     const dots = points.map((p) => svg("circle", { cx: px(p.x), cy: py(p.y), r: 4.5, class: `dot${p.jump ? " jump-dot" : ""}`, "data-jump": p.jump ?? null, style: p.colour ? `--dot: ${p.colour}` : null }, svg("title", {}, p.text)));
-    const named = points.filter((p) => p.name).map((p) => svg("text", { x: px(p.x) + 7, y: py(p.y) + 4, class: "named" }, p.name));
+    // A name stands on the side that has more room, and is cut where even that is too little.
+    const named = points.filter((p) => p.name).map((p) => {
+      const left = px(p.x) > BOX.w / 2;
+      const room = left ? px(p.x) - BOX.left - 8 : BOX.w - px(p.x) - 8;
+      return svg("text", { x: px(p.x) + (left ? -7 : 7), y: py(p.y) + 4, "text-anchor": left ? "end" : "start", class: "named" }, Text.fit(p.name, room, "badge"));
+    });
     return svg("svg", { class: "chart plot", viewBox: `0 0 ${BOX.w} ${BOX.h}`, role: "img", "aria-label": label }, grid, drawn, dots, named,
       svg("text", { x: (BOX.left + BOX.w) / 2, y: BOX.h - 4, "text-anchor": "middle" }, x),
       svg("text", { x: 0, y: 0, transform: `translate(10,${BOX.h / 2 - 10}) rotate(-90)`, "text-anchor": "middle" }, y));

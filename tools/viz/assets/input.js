@@ -210,11 +210,9 @@
   function fromHash() {
     Main.readHash();
     Main.show({}, { center: state.selected !== null });
-    if (state.selected === null) Main.fit(0.7);
-    else {
-      const key = Main.visibleKey(state.selected);
-      if (key) Main.focusKey(key);
-    }
+    const key = state.selected === null ? null : Main.visibleKey(state.selected);
+    if (key) Main.focusKey(key);
+    else Main.fit(0.7); // nothing picked, or what another stage has
   }
 
   window.addEventListener("hashchange", fromHash);

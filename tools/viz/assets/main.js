@@ -1,5 +1,5 @@
 "use strict";
-// In:  the data in the page, the address's hash (#step=3&node=linear_5&tab=code&theme=dark), the user's hands.
+// In:  the data in the page, the address (address.js), the user's hands (input.js).
 // Out: the page kept in step with its state. The state is one object; every change goes through `show`.
 
 const Main = (() => {
@@ -7,7 +7,6 @@ const Main = (() => {
   const byId = (id) => document.getElementById(id);
   const graphs = new Map();
   const state = { step: 0, selected: null, tab: "node", open: null, before: false, kind: null, theme: null, overlay: null };
-  const TABS = ["node", "changes", "misses", "code", "plots", "compare"];
   const camera = { x: 0, y: 0, k: 1 };
   let graph = null;
   let laid = null;
@@ -16,6 +15,10 @@ const Main = (() => {
 
   for (const side of [data, data.other]) {
     if (!side) continue;
+    // A node may be called `constructor`: a table by names has nothing but its own entries.
+    const bare = (table) => Object.assign(Object.create(null), table);
+    Object.assign(side, { errors: bare(side.errors), regions: bare(side.regions) });
+    for (const [key, table] of Object.entries(side.overlays)) if (table && typeof table === "object" && !Array.isArray(table)) side.overlays[key] = bare(table);
     for (const record of side.records) record.kindText = side.kinds.find((k) => k.key === record.kind).text;
     side.finalNames = new Set(side.steps[side.steps.length - 1].ids.map((id) => side.records[id].name));
   }
@@ -37,32 +40,10 @@ const Main = (() => {
     return graphs.get(key);
   }
 
-  // ---- the address
-
   function readHash() {
-    const hash = new URLSearchParams(location.hash.slice(1));
-    const step = Number(hash.get("step") ?? data.steps.length - 1);
-    state.step = Number.isInteger(step) ? Math.min(Math.max(step, 0), data.steps.length - 1) : 0;
-    state.selected = hash.get("node") ?? (hash.has("module") ? `@${hash.get("module")}` : null);
-    state.tab = TABS.includes(hash.get("tab")) ? hash.get("tab") : data.other && state.selected === null ? "compare" : "node";
-    state.overlay = Overlay.available(data).some((one) => one.key === hash.get("overlay")) ? hash.get("overlay") : null;
-    state.before = hash.get("view") === "before";
-    state.kind = hash.get("kind");
-    state.theme = ["light", "dark"].includes(hash.get("theme")) ? hash.get("theme") : null;
-    if (hash.get("open") === "all") state.open = new Set(graphAt(state.step).groups.keys());
-    else if (hash.has("open")) state.open = new Set(["", ...hash.get("open").split(",")]);
-  }
-
-  function writeHash() {
-    const hash = new URLSearchParams({ step: state.step });
-    if (state.selected?.startsWith("@")) hash.set("module", state.selected.slice(1));
-    else if (state.selected) hash.set("node", state.selected);
-    if (state.tab !== "node") hash.set("tab", state.tab);
-    if (state.before) hash.set("view", "before");
-    if (state.kind) hash.set("kind", state.kind);
-    if (state.overlay) hash.set("overlay", state.overlay);
-    if (state.theme) hash.set("theme", state.theme);
-    history.replaceState(null, "", `#${hash}`);
+    const { open, ...rest } = Address.read(data);
+    Object.assign(state, rest);
+    if (open !== null) state.open = open === "all" ? new Set(graphAt(state.step).groups.keys()) : open;
   }
 
   // ---- drawing
@@ -107,7 +88,7 @@ const Main = (() => {
     }
     if (center && state.selected) centerOn(visibleKey(state.selected));
     move();
-    writeHash();
+    Address.write(state);
   }
 
   function draw() {
@@ -201,9 +182,9 @@ const Main = (() => {
   const diffAt = (i) => graphAt(i).diff;
 
   function tabContent(now) {
-    if (state.tab === "changes") return Panels.changesTab(data, now);
-    if (state.tab === "misses") return Panels.missesTab(now);
-    if (state.tab === "code") return Panels.codeTab(data, now);
+    if (state.tab === "changes") return Changes.changesTab(data, now);
+    if (state.tab === "misses") return Changes.missesTab(now);
+    if (state.tab === "code") return Changes.codeTab(data, now);
     if (state.tab === "plots") return Details.plotsTab(data);
     if (state.tab === "compare") return data.other ? Compare.tab(data, now, otherAt(state.step)) : Panels.el("p", { class: "quiet" }, "This page holds one trace.");
     if (state.selected === null) return Panels.groupTab(data, graph, "");
@@ -263,7 +244,7 @@ const Main = (() => {
     const all = Math.min((width - 24) / laid.w, (height - 24) / laid.h);
     camera.k = Math.min(1.2, Math.max(all, Math.min(least, (width - 24) / laid.w), 0.02));
     camera.x = (width - laid.w * camera.k) / 2;
-    camera.y = Math.max(12, (height - laid.h * camera.k) / 2);
+    camera.y = Math.max(data.other ? 44 : 12, (height - laid.h * camera.k) / 2);
     move();
   }
 

@@ -247,17 +247,26 @@ const Model = (() => {
     return open;
   }
 
+  // What a person calls a node: the end of its module's path where it computes in one, else its own name.
+  function spoken(graph, name) {
+    const node = graph.nodes.get(name);
+    return node?.module && node.op !== "get_attr" ? `${node.module.split(".").slice(-3).join(".")} · ${node.label}` : name;
+  }
+
   // The boxes that must be open for this node to be seen.
   function pathsAbove(graph, name) {
     const node = graph.nodes.get(name);
     return node ? chainOf(node).map((group) => group.path) : [];
   }
 
-  // Lines of the step's code beside the step before: [{sign: " " | "+" | "-", name, group, text}]. Names are unique
-  // and keep their order, so one walk over both lists is enough.
+  // Lines of the step's code beside the step before: [{sign: " " | "+" | "-", name, group, text, source, sourceText,
+  // rule}]. Names are unique and keep their order, so one walk over both lists is enough.
   function codeLines(data, graph) {
     const now = graph.step.ids.map((id) => data.records[id]);
-    const line = (sign, record) => ({ sign, name: record.name, group: record.group, text: record.note ? `${record.code}  # ${record.note}` : record.code });
+    const line = (sign, record) => ({
+      sign, name: record.name, group: record.group, text: record.note ? `${record.code}  # ${record.note}` : record.code,
+      source: record.source, sourceText: record.source_text, rule: record.rule,
+    });
     if (graph.index === 0) return now.map((record) => line(" ", record));
     const old = data.steps[graph.index - 1].ids.map((id) => data.records[id]);
     const oldByName = new Map(old.map((record) => [record.name, record]));
@@ -282,5 +291,5 @@ const Model = (() => {
     return lines;
   }
 
-  return { graphOf, openByDefault, pathsAbove, codeLines, keyOf };
+  return { graphOf, openByDefault, pathsAbove, spoken, codeLines, keyOf };
 })();

@@ -27,6 +27,7 @@ const Overlay = (() => {
     { key: "moved", text: "Bytes moved", title: "Bytes that a call reads and writes", of: (data, node) => work(1)(data, node) || null, join: sum, show: (v) => Panels.bytes(v), hot: "high" },
     { key: "weights", text: "Weight bytes", title: "Bytes of weights as they are held", of: (_, node) => node.weight_bytes || null, join: sum, show: (v) => Panels.bytes(v), hot: "high" },
     { key: "format", text: "Format", title: "The format that a node works in", of: (_, node) => node.format || null, category: true },
+    { key: "virtual", text: "Virtual node", title: "The slice of the machine that a node is meant for", of: (_, node) => node.virtual_node || null, category: true },
     { key: "target", text: "Target", title: "Who runs a node", of: (data, node) => data.overlays.targets?.[node.name] ?? null, category: true },
   ];
 
@@ -99,7 +100,7 @@ const Overlay = (() => {
     const sign = overlay.hot === "low" ? 1 : -1;
     return [...graph.nodes.values()].filter((node) => Number.isFinite(found.get(node.name)))
       .sort((a, b) => sign * (found.get(a.name) - found.get(b.name))).slice(0, 8)
-      .map((node) => ({ name: node.name, text: overlay.show(found.get(node.name)) }));
+      .map((node) => ({ name: node.name, spoken: Model.spoken(graph, node.name), text: overlay.show(found.get(node.name)) }));
   }
 
   function categories(data, graph, overlay, beside) {

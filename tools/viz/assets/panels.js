@@ -1,7 +1,7 @@
 "use strict";
 // In:  the data, the graph shown and the page's state (main.js).
-// Out: the lists and texts around the picture: stages, legend, and the tabs for a node, the changes, the misses, the
-//      code. A button that leads to a node or module carries `data-jump`; main.js listens once for all of them.
+// Out: the lists and texts around the picture: stages, legend, and the tab for a node or a module. A button that leads
+//      to one carries `data-jump`; input.js listens once for all of them.
 
 const Panels = (() => {
   function el(tag, attributes = {}, ...children) {
@@ -37,7 +37,7 @@ const Panels = (() => {
       return el("li", {},
         el("button", { type: "button", class: "stage", "data-step": i, "aria-current": i === current ? "step" : null },
           el("span", { class: "line" }, el("b", {}, `${i}  ${step.name}`), el("span", { class: "counts" }, counts(diffs[i]))),
-          step.options ? el("code", { class: "options", title: step.options }, step.options) : null,
+          step.options ? el("code", { class: "options", title: step.all_options }, step.options) : null,
           el("span", { class: "quiet" },
             i === 0 ? `${step.ids.length} nodes` : `${step.rewrites} rewrites · ${seconds(step.seconds)}`,
             step.misses.length ? ` · ${step.misses.length} missed` : null),
@@ -61,7 +61,7 @@ const Panels = (() => {
   function scale({ title, scale: ends, entries, worst }) {
     if (entries) return [el("p", { class: "quiet" }, title), el("ul", { class: "plain" }, entries.map(({ colour, text, n }) => el("li", { class: "entry" }, el("i", { class: "swatch", style: `--kind: ${colour}` }), el("span", {}, text), el("span", { class: "quiet" }, ` ${n}`))))];
     return [el("p", { class: "quiet" }, title), el("div", { class: "ramp" }), el("div", { class: "ends quiet" }, el("span", {}, ends[0]), el("span", {}, ends[1])),
-      el("ol", { class: "plain worst" }, worst.map(({ name, text }) => el("li", {}, el("b", {}, `${text} `), jump(name))))];
+      el("ol", { class: "plain worst" }, worst.map(({ name, spoken, text }) => el("li", {}, el("b", {}, `${text} `), jump(name, spoken))))];
   }
 
   function row(term, value) {
@@ -93,7 +93,7 @@ const Panels = (() => {
       el("p", { class: "quiet" }, node.kindText),
       findings(data, name),
       misses.length === 0 ? unasked(data, graph, node) : null,
-      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), miss.asked ? `${miss.asked}: ` : "", miss.reason)),
+      misses.map((miss) => el("p", { class: "miss" }, el("b", {}, "Missed: "), ...told(miss))),
       codeBlock(node.code, "wrap"),
       el("dl", {},
         row("module", node.module ? jump(`@${node.module}`, node.module) : null),
@@ -101,7 +101,7 @@ const Panels = (() => {
         row("operation", node.target), row("format", node.format), row("annotation", node.note), row("rule", node.rule ? el("code", {}, node.rule) : null),
         row("shape", node.shape), row("dtype", node.dtype), row("value's bytes", node.bytes === null ? null : bytes(node.bytes)),
         moduleBytes(data, graph, node), Details.workRows(data, name), errorRows(error, name),
-        row("run by", data.overlays.targets?.[name]),
+        row("run by", data.overlays.targets?.[name]), row("virtual node", node.virtual_node),
         row("inputs", node.args.length ? edges(graph, node) : null),
         row("read by", node.users.length ? links(node.users) : null),
         row("made from", node.origins.length ? links(node.origins) : null)),
@@ -111,11 +111,17 @@ const Panels = (() => {
       history(data, graph, name));
   }
 
+  // What was asked and why it was not given; once, where the one has the other in it.
+  const told = ({ asked, reason }) => (!asked ? [reason] : asked.includes(reason) ? [el("b", {}, asked)] : [el("b", {}, `${asked}: `), reason]);
+
   // What `explain` found: of one node, or the gravest of all.
-  function findings(data, name) {
+  function shownFindings(data, name) {
     const all = data.overlays.findings ?? [];
-    const shown = name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
-    return shown.map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
+    return name === null ? all.slice(0, 8) : all.filter((one) => one.node === name);
+  }
+
+  function findings(data, name) {
+    return shownFindings(data, name).map((one) => el("div", { class: "finding" }, el("p", {}, one.node && name === null ? [jump(one.node, one.text)] : one.text), el("p", { class: "quiet" }, el("b", {}, "try: "), one.remedy)));
   }
 
   // Why a layer that could have a format has none, where nobody asked for one.
@@ -175,11 +181,17 @@ const Panels = (() => {
           record ? codeBlock(`${record.code}${record.note ? `    # ${record.note}` : ""}`, "wrap") : el("p", { class: "quiet" }, "removed")))));
   }
 
+  // The kernels that run what was a region.
+  function became(data, graph, name) {
+    const kernels = (data.overlays.kernels_of?.[name] ?? []).filter((kernel) => graph.nodes.has(kernel));
+    return kernels.length ? el("p", {}, "Run here by ", ...kernels.flatMap((kernel) => [jump(kernel), " "])) : null;
+  }
+
   function gone(data, graph, name) {
     for (let i = graph.index; i >= 0; i -= 1) {
       const id = data.steps[i].ids.find((candidate) => data.records[candidate].name === name);
       if (id === undefined) continue;
-      return el("div", {}, el("h2", {}, name), el("p", {}, `Not in this stage. Last seen after ${data.steps[i].name}:`),
+      return el("div", {}, el("h2", {}, name), el("p", {}, `Not in this stage. Last seen after ${data.steps[i].name}:`), became(data, graph, name),
         codeBlock(data.records[id].code, "wrap"), history(data, graph, name));
     }
     return el("div", {}, el("h2", {}, name), el("p", {}, "Not in this stage; a later one makes it."), history(data, graph, name));
@@ -194,7 +206,9 @@ const Panels = (() => {
     const figure = own ? "isolated_db" : "sqnr_db";
     const worst = Object.entries(data.errors).filter(([name, e]) => typeof e[figure] === "number" && within(name))
       .sort((a, b) => a[1][figure] - b[1][figure]).slice(0, 5);
-    const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node));
+    const found = path ? [] : shownFindings(data, null);
+    const said = new Set(found.map(({ node }) => node)); // once is enough
+    const misses = [...graph.misses.values()].flat().filter((miss) => within(miss.node) && !said.has(miss.node));
     const inside = (line) => line.sign !== " " && path && (line.group === path || line.group.startsWith(`${path}.`));
     const changes = Model.codeLines(data, graph).filter(inside);
     return el("div", {},
@@ -206,60 +220,9 @@ const Panels = (() => {
         row("formats", group.formats.size ? [...group.formats].map(([format, n]) => `${format} ×${n}`).join(", ") : null),
         row("changed by this pass", group.added + group.removed + group.changed ? `${group.added} added, ${group.removed} removed, ${group.changed} changed` : "nothing"),
         moduleBytes(data, graph, group),
-        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name)))) : null)),
-      changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), codeOf(changes)] : null);
+        row(own ? "largest own errors" : "largest errors", worst.length ? el("ul", { class: "plain" }, worst.map(([name, e]) => el("li", {}, el("b", {}, `${decibel(e[figure])} `), jump(name, Model.spoken(graph, name))))) : null)),
+      changes.length ? [el("h2", {}, `What ${graph.step.name} did here`), Changes.codeOf(changes)] : null);
   }
 
-  // Lines that changed, a fold for each layer of the model; the first one is open.
-  function changesTab(data, graph) {
-    if (graph.index === 0) return el("p", { class: "quiet" }, "This is the graph the pipeline began with.");
-    const byLayer = new Map();
-    for (const line of Model.codeLines(data, graph)) {
-      if (line.sign === " ") continue;
-      const layer = /^(.*?\.\d+)(\.|$)/.exec(line.group)?.[1] ?? line.group;
-      if (!byLayer.has(layer)) byLayer.set(layer, []);
-      byLayer.get(layer).push(line);
-    }
-    const folds = [...byLayer].map(([layer, lines], i) => {
-      const count = (sign) => lines.filter((line) => line.sign === sign).length;
-      const head = el("summary", {}, layer || "the model itself", " ", el("span", { class: "quiet" }, `${count("+")} lines in, ${count("-")} out`));
-      return laterFold(head, () => codeOf(lines), i === 0);
-    });
-    return el("div", {}, el("h2", {}, `What ${graph.step.name} did`),
-      el("p", { class: "counts" }, counts(graph.diff)),
-      folds.length ? folds : el("p", { class: "quiet" }, "Nothing in the graph."));
-  }
-
-  // A fold whose inside is made when it is first opened.
-  function laterFold(summary, make, open) {
-    const fold = el("details", { open: open ? "" : null }, summary);
-    const fill = () => {
-      if (fold.open && fold.children.length === 1) fold.append(make());
-    };
-    fold.addEventListener("toggle", fill);
-    if (open) fill();
-    return fold;
-  }
-
-  function missesTab(graph) {
-    const misses = [...graph.misses.values()].flat();
-    if (misses.length === 0) return el("p", { class: "quiet" }, "Everything that was asked for up to this stage was done.");
-    return el("div", {}, el("h2", {}, "Asked for and not done"),
-      el("ul", { class: "misses" }, misses.map((miss) => el("li", {}, jump(miss.node),
-        miss.module ? el("span", { class: "quiet" }, ` ${miss.module}`) : null,
-        el("p", {}, miss.asked ? el("b", {}, `${miss.asked}: `) : null, miss.reason),
-        miss.source ? el("p", { class: "quiet" }, miss.source) : null))));
-  }
-
-  function codeTab(data, graph) {
-    return el("div", {}, el("h2", {}, `The graph after ${graph.step.name}`), codeOf(Model.codeLines(data, graph)));
-  }
-
-  function codeOf(lines) {
-    const className = { "+": "added", "-": "removed", " ": "same" };
-    return el("pre", { class: "diff", tabindex: 0 }, lines.map((line) =>
-      el("span", { class: `row ${className[line.sign]}`, "data-jump": line.name }, `${line.sign} ${line.text}\n`)));
-  }
-
-  return { el, stages, legend, overlays, scale, nodeTab, groupTab, changesTab, missesTab, codeTab, bytes };
+  return { el, jump, counts, told, stages, legend, overlays, scale, nodeTab, groupTab, bytes };
 })();
