@@ -132,6 +132,27 @@ def run(one: str, given: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
+def _peers() -> list[str]:
+    from cpu_peers import PEERS
+
+    return list(PEERS)
+
+
+def peer(one: str, given: argparse.Namespace, absent: dict[str, str]) -> list[dict[str, Any]]:
+    """The same by `cpu_peers.py`; nothing, and why in `absent`, where that fails."""
+    command = [given.peers, "-W", "ignore", str(Path(__file__).with_name("cpu_peers.py")), "--one", one]
+    command += ["--threads", str(given.threads), "--shapes", *given.shapes]
+    command += ["--ms", *map(str, given.ms), "--seconds", str(given.seconds)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        absent[one] = (done.stderr.strip().splitlines() or ["failed"])[-1][:200]
+        print(f"{one}: absent, {absent[one]}", flush=True)
+        return []
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -144,6 +165,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="for each row")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--peers", help="a python with torchao, onnxruntime, onnx and executorch")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -152,11 +174,18 @@ def main() -> None:
     read = run("roof", given)[0]["read"]
     machine = {"machine": processor(), "torch": torch.__version__, "threads": given.threads, "read": read}
     print(f"{machine['machine']}, {given.threads} threads, reads {read / 1e9:.1f} GB/s")
-    rows = []
-    for one in given.decode or [FLOAT, *given.formats]:
-        rows += run(one, given)
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    beside = _peers() if given.peers and not given.decode else []
+    for one in given.decode or [FLOAT, *given.formats, *beside]:
+        new = run(one, given) if one not in beside else peer(one, given, absent)
+        if not new:
+            continue
+        rows += new
         if given.out:
-            given.out.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            given.out.write_text(
+                json.dumps({**machine, "absent": absent, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+            )
         _show(rows, rows[-1:] if given.decode else rows[-len(given.ms) * len(given.shapes) :], read)
 
 

@@ -57,7 +57,7 @@ def ran(
     parts = dict(zip(spec.weight.parts, told.parts[0], strict=True))
     numbers = [
         m, spec.n, spec.k, facts.padded, facts.stride, facts.scale_row, facts.scale_group, facts.groups,
-        facts.sum_cols, facts.codes, int(turn), 4, repeats,
+        facts.sum_cols, facts.codes, int(turn), 4, repeats, facts.scale_count,
     ]  # fmt: skip
     x_scales = told.x_scales
     if x_scales is not None and x_scales.numel() == 1:

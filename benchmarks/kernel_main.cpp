@@ -7,6 +7,7 @@
 
 #include "kernel.h"
 #include VECTORS
+#include "digits.h"
 #include "numbers.h"
 #include "ready.h"
 
@@ -16,7 +17,7 @@ extern "C" __attribute__((weak)) void many(const Call*, int64_t, int64_t);
 extern "C" const Wants* wants();
 
 struct Given {
-  int64_t m, n, k, padded, stride, scale_row, scale_group, groups, sum_cols, codes, turn, out, repeats;
+  int64_t m, n, k, padded, stride, scale_row, scale_group, groups, sum_cols, codes, turn, out, repeats, scale_count;
 };
 
 int main(int, char** names) {
@@ -35,10 +36,12 @@ int main(int, char** names) {
   std::vector<float> sums(g.m * rows.sums()), turned_, numbers;
   std::vector<int8_t> codes;
   std::vector<int16_t> wide;
+  Digits digits;
   std::vector<char> y(g.m * g.n * g.out);
   Call call{};
   call.m = g.m, call.n = g.n, call.k = g.k, call.padded = g.padded, call.stride = g.stride;
   call.scale_row = g.scale_row, call.scale_group = g.scale_group, call.groups = g.groups;
+  call.scale_count = g.scale_count;
   call.x_scales = static_cast<const float*>(parts[1]);
   call.weights[0] = {static_cast<const uint8_t*>(parts[2]), parts[3], parts[4], static_cast<const float*>(parts[5]),
                      parts[6]};
@@ -69,6 +72,9 @@ int main(int, char** names) {
     numbers.resize(g.m * g.padded);
     for (int64_t m = 0; m < g.m; ++m) ready<f32>(rows, m, numbers.data() + m * g.padded, sums.data());
     call.x = numbers.data();
+    const bool alone = g.m == 1 && wants()->digits > 0;
+    if (!(alone && in_digits(numbers.data(), g.padded, *wants(), digits, call)) && rows.order != nullptr)
+      placed(numbers.data(), g.m * g.padded, rows.order);
   }
   call.x_sums = sums.data();
   for (int64_t i = 0; i < g.repeats; ++i) (g.turn != 0 ? many : run)(&call, 0, g.n);

@@ -37,7 +37,7 @@ def scales(body: Body) -> list[str]:
 
 
 def _many_scales(body: Body) -> list[str]:
-    """The same for `count` groups of a row from `group` on."""
+    """The same for `count` groups of a row from `group` on; s and z have room for kRead more."""
     zeros = body.needs_sums and body.sum_cols > 0
     lines = [
         "inline void many_scales(",
@@ -49,8 +49,10 @@ def _many_scales(body: Body) -> list[str]:
     to = "s[i], " + ("z[i]" if zeros else "none")
     return [
         *lines,
-        "  if (call.scale_group == 1)  // side by side: in vectors",
-        f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i, {to});",
+        "  // In vectors, on into the next row's.",
+        "  if (call.scale_group == 1 && at + count + kRead <= call.scale_count)",
+        "    for (int64_t i0 = 0; i0 < count; i0 += kRead)",
+        f"      for (int64_t i = i0; i < i0 + kRead; ++i) scales(w, at + i, {to});",
         "  else",
         f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i * call.scale_group, {to});",
         # Of codes behind the row's end, where x is zero.

@@ -16,6 +16,7 @@ import math
 
 from ...formats import Integer
 from .body import Body
+from .digits import digits
 from .products import each_float, loads, registers, units
 from .values import raw
 
@@ -209,7 +210,9 @@ def _exact(body: Body) -> list[str]:
 def entry(body: Body) -> list[str]:
     """The functions that the runtime calls."""
     bits = body.spec.weight.element.bits if body.by_integers else 0
-    kind = f"{str(body.held).lower()}, {bits}"
+    made = digits(body)
+    in_digits = "0, 0" if made is None else f"{made.block}, {made.base}"
+    kind = f"{str(body.held).lower()}, {bits}, {in_digits}"
     wants = (f'extern "C" const bitfold::Wants* wants() {{ return bitfold::wants<{kind}>(); }}',)
     if body.token_cols is not None:
         return [*wants]

@@ -65,7 +65,7 @@ def tile(body: Body) -> list[str]:
     blocks = [
         "  for (int64_t k0 = 0, at = 0; k0 < call.k; k0 += kBlock) {",
         "    const int64_t end = std::min<int64_t>(k0 + kBlock, call.k);",
-        *_opened(body),
+        *opened(body),
         "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
     ]
     plain = ["  {", "    for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {"]
@@ -168,10 +168,10 @@ def _of_integers(body: Body, i: int) -> list[str]:
     ]
 
 
-def _opened(body: Body) -> list[str]:
+def opened(body: Body) -> list[str]:
     """The scales of a block of each row; what zero points add, times x's sums, goes to `rest`."""
     lines = [
-        "    alignas(64) float s[R][kScales];",
+        "    alignas(64) float s[R][kScales + kRead];",
         "    for (int r = 0; r < R; ++r) {",
         f"      const int64_t group = k0 / {body.cols};",
         "      const int64_t count = std::min<int64_t>(kScales, call.groups - group);",
@@ -185,7 +185,7 @@ def _opened(body: Body) -> list[str]:
         tokens = f" * call.x_scales[{row} + j * {sums} / {body.token_cols}]"
     return [
         *lines,
-        "      alignas(64) float z[kScales];",
+        "      alignas(64) float z[kScales + kRead];",
         "      many_scales(call, w, base[r], group, count, s[r], z);",
         f"      const int64_t first = k0 / {sums}, last = (k0 + count * {cols}) / {sums};",
         "      for (int m = 0; m < M; ++m) {",

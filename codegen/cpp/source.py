@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from ..spec import GemmSpec
 from .body import Body
+from .digits import by_digits, digits
 from .ends import finish, scales
 from .panels import entry, panels
 from .products import CHUNK, tile
@@ -54,6 +55,7 @@ def source(spec: GemmSpec) -> str:
             if body.cols is None
             else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
         ),
+        "constexpr int kRead = 8;  // scales that are turned into float32 together",
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",
         "  float r[1];",
@@ -64,6 +66,7 @@ def source(spec: GemmSpec) -> str:
         *scales(body),
         *tile(body),
         *finish(body),
+        *by_digits(body),
         *panels(body),
         *rows(body),
         "}  // namespace",
@@ -80,6 +83,7 @@ def source(spec: GemmSpec) -> str:
 def rows(body: Body) -> list[str]:
     """How the rows of a call are cut into tiles."""
     many = body.spec.weights
+    alone = "  if (call.digits != nullptr) return by_digits<R>(call, row);"
     return [
         "template <int R, int M>",
         "inline void block(const Call& call, int64_t row, int64_t m0) {",
@@ -97,6 +101,7 @@ def rows(body: Body) -> list[str]:
         "",
         "template <int R>",
         "inline void few(const Call& call, int64_t row) {",
+        *([] if digits(body) is None else [alone]),
         "  int64_t m = 0;",
         f"  for (; m + 4 <= call.m; m += 4) each_row<{ROWS[4]}, 4, R>(call, row, m);",
         f"  for (; m + 2 <= call.m; m += 2) each_row<{ROWS[2]}, 2, R>(call, row, m);",

@@ -48,9 +48,8 @@ def decode(element: Element, takes: Sequence[Take]) -> Decode:
         return Decode(text, "of_integers<part>(codes)", made.factor, made.middle)
     program, result = codes_of(takes, 0)
     codes = expression(program, result)
-    unit = _unit(element)
-    if element.bits <= 4 and unit is not None:
-        whole = [round(v / unit) if math.isfinite(v) else 0 for v in _padded(element, 16)]
+    if (found := multiples(element)) is not None:
+        unit, whole = found
         table = f"alignas(16) constexpr int8_t kTable[16] = {{{', '.join(map(str, whole))}}};"
         return Decode(f"look_up(kTable, {codes})", "of_integers<part>(codes)", unit, 0.0, table)
     if isinstance(element, Float) and element.exponent <= HALF_EXPONENT and _as_half(element):
@@ -94,10 +93,18 @@ def expression(program: Program, result: int) -> str:
     return f"{name}({first}, {operand(second)})"
 
 
+def multiples(element: Element) -> tuple[float, list[int]] | None:
+    """(unit, how many of it each code means), of an element whose codes go through a table of 16 bytes."""
+    unit = _unit(element) if element.bits <= 4 and not isinstance(element, Integer) else None
+    if unit is None:
+        return None
+    return unit, [round(v / unit) if math.isfinite(v) else 0 for v in _padded(element, 16)]
+
+
 def _unit(element: Element) -> float | None:
-    """What all of an element's values are int8 multiples of."""
+    """What all of an element's values are int8 multiples of: the largest such power of two."""
     values = [v for v in element.values() if math.isfinite(v)]
-    for power in range(-8, 9):
+    for power in range(8, -9, -1):
         unit = 2.0**power
         if all(v / unit == round(v / unit) and -128 <= v / unit <= 127 for v in values):
             return unit

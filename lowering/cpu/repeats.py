@@ -30,15 +30,14 @@ from torch.fx.node import map_arg
 
 from ..shared_regions import alike, described
 from ..target import Compiled
-from .shared_memory import memory, writes_shared
+from .run_pieces import Run, Step, placed
+from .shared_memory import memory, writes_shared, written
 
 # Fewer nodes than this are not worth a call from Python, which takes as long as a small kernel.
 LEAST = 16
 FEWEST = 3
 
 Compile = Callable[[GraphModule, list[Any]], Compiled]
-_Step = tuple[Compiled, tuple[int, ...], tuple[int, ...]]
-"""What runs, where its arguments lie among the values so far, and the places of its results."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
         return None
     places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
     compiled: dict[object, Compiled] = {}
-    steps = []
+    steps: list[Step] = []
     for piece in pieces:
         key = alike(piece.graph, kernels=True) if len(piece.nodes) == found.period else id(piece)
         if key not in compiled:
@@ -77,8 +76,9 @@ def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
         given = tuple(places[node] for node in piece.inputs)
         for node in piece.outputs:
             places[node] = len(places)
-        steps.append((compiled[key], given, tuple(places[node] for node in piece.outputs)))
-    return _Run(steps, _placed(gm.graph.output_node().args[0], places))
+        steps.append(Step(compiled[key], given, tuple(places[node] for node in piece.outputs)))
+    changed = [places[node] for node in written(body, gm.graph.find_nodes(op="placeholder"), shared)]
+    return Run(steps, placed(gm.graph.output_node().args[0], places), changed)
 
 
 def repeat(body: Sequence[Node]) -> Repeat | None:
@@ -154,51 +154,3 @@ def _piece(gm: GraphModule, nodes: list[Node]) -> _Piece:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     return _Piece(nodes, graph, list(inputs), outputs)
-
-
-class _Place:
-    """Where a result lies among the values of a run."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-
-class _Run:
-    """Calls pieces one after the other; a value is let go after the last piece that reads it."""
-
-    def __init__(
-        self, steps: Sequence[tuple[Compiled, tuple[int, ...], tuple[int, ...]]], result: Any
-    ) -> None:
-        kept = {place.index for place in _places(result)}
-        self.result, self.steps = result, []
-        for run, given, made in reversed(steps):
-            self.steps.append((run, given, tuple(i for i in {*given, *made} if i not in kept)))
-            kept.update(given)
-        self.steps.reverse()
-
-    def __call__(self, *args: Any) -> Any:
-        values = list(args)
-        for run, given, gone in self.steps:
-            values += run(*[values[i] for i in given])
-            for i in gone:
-                values[i] = None
-        return _filled(self.result, values)
-
-
-def _placed(result: Any, places: dict[Node, int]) -> Any:
-    """What a graph returns, with places for nodes."""
-    if isinstance(result, Node):
-        return _Place(places[result])
-    return tuple(_placed(item, places) for item in result) if isinstance(result, list | tuple) else result
-
-
-def _places(result: Any) -> list[_Place]:
-    if isinstance(result, _Place):
-        return [result]
-    return [place for item in result for place in _places(item)] if isinstance(result, list | tuple) else []
-
-
-def _filled(result: Any, values: Sequence[Any]) -> Any:
-    if isinstance(result, _Place):
-        return values[result.index]
-    return tuple(_filled(item, values) for item in result) if isinstance(result, list | tuple) else result

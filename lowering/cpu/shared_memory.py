@@ -41,6 +41,12 @@ def writes_shared(nodes: Iterable[Node], inputs: Iterable[Node], memory: dict[No
     return len(shared) != len(set(shared))
 
 
+def written(nodes: Iterable[Node], inputs: Iterable[Node], memory: dict[Node, object]) -> list[Node]:
+    """Those of `inputs` whose memory `nodes` write to."""
+    found = {memory[given] for node in nodes for given in _written(node)}
+    return [given for given in inputs if memory[given] in found]
+
+
 def _base(node: Node) -> Node | None:
     """The argument that a node's result may be a view of."""
     if node.target is operator.getitem:

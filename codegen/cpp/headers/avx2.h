@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "pairs16.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 8;  // of a vector of floats; a vector of bytes has 32

@@ -158,7 +158,17 @@ inline Sums load_sums(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_sums(float* p, Sums v) { _mm256_storeu_ps(p, v); }
 inline Sums scaled(Sums v, float s, Sums onto) { return _mm256_fmadd_ps(v, _mm256_set1_ps(s), onto); }
 
+#ifdef __AVX512VNNI__
+template <int n> inline Ints up(Ints v) { return _mm256_slli_epi32(v, n); }
+#endif
+
 inline float of_half(uint16_t h) { return _cvtsh_ss(h); }
 inline uint16_t to_half(float f) { return static_cast<uint16_t>(_cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT)); }
 
 }  // namespace bitfold
+
+#ifdef __AVX512VNNI__
+#include "pairs32.h"
+#else
+#include "pairs16.h"
+#endif

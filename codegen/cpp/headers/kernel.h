@@ -21,6 +21,7 @@ struct Wants {
   const int8_t* order;           // number i of 32 is number order[i] of x's; null: as they lie
   int32_t width, depth, size;    // a panel: rows side by side, numbers of each together, bytes of a number
   int32_t rows;                  // of the weight, that a task of many rows of x takes
+  int32_t digits, base;          // numbers of one row of x to a block of digits (digits.h), 0 for none; see there
 };
 
 // One call: y [m, n] from x [m, k]. `x` is made ready once: rows of `padded` numbers, zeros behind the k-th, in
@@ -28,6 +29,7 @@ struct Wants {
 struct Call {
   int64_t m, n, k, padded;
   int64_t stride, scale_row, scale_group, groups;  // groups: of a row, that have a scale of their own
+  int64_t scale_count;                             // of a weight
   const void* x;
   const float* x_sums;    // [m, ..]: sums over as many numbers as `sum_cols` says, for what is added to values
   const float* x_scales;  // [m] or [m, blocks]: of activations that are quantized
@@ -38,6 +40,11 @@ struct Call {
   const void* panels;
   const float* sum_panels;
   int64_t across;
+  // One row of x in digits (digits.h); null where x is read as numbers.
+  const int8_t* digits;
+  const int32_t* middles;
+  const float* steps;
+  float x_unit;
 };
 
 }  // namespace bitfold

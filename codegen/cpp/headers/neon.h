@@ -140,6 +140,8 @@ inline Sums load_sums(const float* p) { return loadf(p); }
 inline void store_sums(float* p, Sums v) { storef(p, v); }
 inline Sums scaled(Sums v, float s, Sums onto) { return madd(v, same(s), onto); }
 
+template <int n> inline Ints up(Ints v) { return {vshlq_n_s32(v.a, n), vshlq_n_s32(v.b, n)}; }
+
 inline float of_half(uint16_t h) {
   float16_t f;
   __builtin_memcpy(&f, &h, 2);
@@ -153,3 +155,5 @@ inline uint16_t to_half(float f) {
 }
 
 }  // namespace bitfold
+
+#include "pairs32.h"

@@ -188,8 +188,13 @@ template <int bits> struct Deep {
     return onto;
   }
 };
+// Modulo 2**32: what is joined from digits may pass it on the way.
 inline Ints add(Ints a, Ints b) {
-  for (int i = 0; i < 8; ++i) a.v[i] += b.v[i];
+  for (int i = 0; i < 8; ++i) a.v[i] = static_cast<int32_t>(uint32_t(a.v[i]) + uint32_t(b.v[i]));
+  return a;
+}
+template <int n> inline Ints up(Ints a) {
+  for (auto& i : a.v) i = static_cast<int32_t>(uint32_t(i) << n);
   return a;
 }
 inline Sums load_sums(const float* p) { return loadf(p); }
@@ -197,3 +202,5 @@ inline void store_sums(float* p, Sums v) { storef(p, v); }
 inline Sums scaled(Sums v, float s, Sums onto) { return madd(v, same(s), onto); }
 
 }  // namespace bitfold
+
+#include "pairs32.h"

@@ -28,7 +28,7 @@ inline void placed(float* r, int64_t count, const int8_t* order) {
   }
 }
 
-// Row `row`, and its sums [m, ..].
+// Row `row` as it is given, and its sums [m, ..].
 template <class From, class To> void ready(const Rows& rows, int64_t row, To* r, float* sums) {
   const int64_t cols = rows.sum_cols < 0 ? rows.k : rows.sum_cols, groups = rows.sums();
   for (int64_t i = 0; i < rows.k; ++i) r[i] = static_cast<To>(From::get(rows.x, row * rows.k + i));
@@ -46,8 +46,6 @@ template <class From, class To> void ready(const Rows& rows, int64_t row, To* r,
       sums[row * groups + g] = static_cast<float>(all);
     }
   }
-  if constexpr (std::is_same_v<To, float>)
-    if (rows.order != nullptr) placed(r, rows.padded, rows.order);
 }
 
 // Rows one behind the other, `padded` numbers each, as a panel: `depth` numbers of each row in turn.
@@ -67,6 +65,8 @@ void turned(const Rows& rows, const Wants& wants, int64_t first, int64_t last, O
     std::fill(own.begin() + count * rows.padded, own.end(), To(0));
     for (int64_t i = 0; i < count; ++i)
       ready<From>(rows, panel * wants.width + i, own.data() + i * rows.padded, sums);
+    if constexpr (std::is_same_v<To, float>)
+      if (rows.order != nullptr) placed(own.data(), count * rows.padded, rows.order);
     Out* to = panels + panel * wants.width * rows.padded;
     // A depth that the compiler does not know is a call of memcpy for each number.
     if (wants.depth == 1) woven<1>(own.data(), rows.padded, wants.width, to);

@@ -15,6 +15,7 @@
 
 #include "kernel.h"
 #include VECTORS
+#include "digits.h"
 #include "numbers.h"
 #include "ready.h"
 
@@ -57,6 +58,7 @@ struct Scratch {
   std::vector<float> numbers, sums, turned, scales;
   std::vector<int8_t> codes;
   std::vector<int16_t> panels;
+  Digits digits;
   // A long prompt's copy is not kept for the tokens after it.
   void trim() {
     constexpr size_t most = 16 << 20;
@@ -136,6 +138,7 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   if (call.m == 0) return {y};
   call.n = f.n, call.k = f.k, call.padded = f.padded;
   call.stride = f.stride, call.scale_row = f.scale_row, call.scale_group = f.scale_group, call.groups = f.groups;
+  call.scale_count = f.scale_count;
 
   thread_local Scratch scratch;
   scratch.trim();
@@ -144,14 +147,19 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   call.x_sums = scratch.sums.data();
   float* sums = scratch.sums.data();
   bool turn = call.m >= kMany && f.many != nullptr;
+  const bool as_it_lies = kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0;
+  const bool alone = call.m == 1 && f.wants()->digits > 0;
   if (turn) {
     // `many` below.
   } else if (f.codes) {
     scratch.codes.resize(call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
     call.x = scratch.codes.data();
-  } else if (kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0 && rows.order == nullptr) {
+  } else if (as_it_lies && rows.order == nullptr && !alone) {
     call.x = rows.x;
+  } else if (alone && as_it_lies && in_digits(static_cast<const float*>(rows.x), f.padded, *f.wants(), scratch.digits,
+                                              call)) {
+    // Nothing else reads x.
   } else {
     scratch.numbers.resize(call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) {
@@ -161,6 +169,9 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
       if (kind == ScalarType::Half) ready<f16>(rows, m, to, sums);
     }
     call.x = scratch.numbers.data();
+    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
+      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
+        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
     // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
     // sign, where no value is: then values are multiplied, decoded whole.
     const auto finite = [](float sum) { return std::isfinite(sum); };

@@ -1,0 +1,229 @@
+"""Small integers times one row of float x, in sums of integers: x is three digits of 8 bits.
+
+In: a `Body` whose weights are integers of up to 7 bits, or small multiples of one unit. Out: lines of C++.
+
+    x of a block, 64 numbers    ->   24-bit integers and a power of two (`headers/digits.h`), as three int8
+    for each block:  codes, unsigned, times each digit, summed in 16 bits (`vpmaddubsw`, `vpaddw`)
+                     the three sums joined in 32 bits, exactly, less what codes are too high; then a float
+
+A float for each weight costs AVX2 four instructions for 8 weights; this, 27 for 64 of int4, the block's end
+included. All sums of a block are exact: it is x alone that is rounded, to 2**-23 of a block's largest number.
+
+    |error| <= 2**-23 sum over blocks (max |x|) (sum |w|), and blocks are added up in float32
+
+A row whose blocks hold numbers of very different sizes, or no finite ones, goes the way of floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...formats import Integer
+from ..byte_lanes import codes_of
+from ..slices import Walk, renumbered
+from .body import Body
+from .products import CHUNK, opened, units
+from .values import expression, multiples
+
+MOST = 127 << 16 | 127 << 8 | 127  # of |x|, as an integer that three digits hold
+LARGEST = 128  # numbers to a block: x is rounded to its largest
+LANES16, LANES32 = 16, 8  # sums of a vector of 32 bytes
+
+
+@dataclass(frozen=True)
+class Digits:
+    """block: numbers of x that share a power of two; base: how much more than the multiple of `unit` a code
+    is; high: the largest code; table: what codes become by a look-up first, if anything."""
+
+    block: int
+    base: int
+    high: int
+    unit: float
+    table: tuple[int, ...] = ()
+
+
+@lru_cache(maxsize=512)
+def digits(body: Body) -> Digits | None:
+    """How a kernel multiplies digits, or None where it does not."""
+    element, walk = body.spec.weight.element, body.walk
+    if body.by_integers or element.bits == 8 or walk.length % CHUNK:
+        return None
+    table: tuple[int, ...] = ()
+    if isinstance(element, Integer):
+        base, high = 1 << (element.bits - 1), (1 << element.bits) - 1
+        unit = body.unit
+    else:
+        found = multiples(element)
+        if found is None:
+            return None
+        unit, whole = found
+        base = -min(whole)
+        table = tuple(v + base for v in whole)
+        high = max(table)
+    reach = max(base, high - base)
+    # What a sum of n products for each digit holds at most, in 16 bits and joined in 32.
+    most = min(
+        LARGEST // CHUNK,
+        (2**15 - 1) // (CHUNK // LANES16 * high * 128),
+        (2**31 - 1) // (CHUNK // LANES32 * reach * MOST),
+    )
+    sizes = {len(slices) * walk.length for _, slices in body.stretches()}
+    if len(sizes) != 1 or most == 0:
+        return None
+    chunks = sizes.pop() // CHUNK
+    return Digits(CHUNK * max(n for n in range(1, most + 1) if chunks % n == 0), base, high, unit, table)
+
+
+def by_digits(body: Body) -> list[str]:
+    """`by_digits<R>`: R rows of the weight times one row of x; nothing where digits are not multiplied."""
+    made = digits(body)
+    if made is None:
+        return []
+    many = body.spec.weights
+    whole = ["    float s, z;", "    scales(w, scales_of(call, row + r), s, z);"] if body.whole_rows else []
+    return [
+        *_row(body, made),
+        "template <int R>",
+        "inline void by_digits(const Call& call, int64_t row) {",
+        f"  float sums[{many}][R][1];",
+        f"  for (int i = 0; i < {many}; ++i) {{",
+        "    const Weight& w = call.weights[i];",
+        "    Sums total[R];",
+        "    float rest[R], across[R];",
+        "    for (int r = 0; r < R; ++r) total[r] = of_digits(call, w, row + r, rest[r]);",
+        "    added_up<R>(total, across);",
+        "    for (int r = 0; r < R; ++r) {",
+        *(f"  {line}" for line in whole),
+        f"      const float unit = {_ratio(body, made)}{' * s' if whole else ''};",
+        "      sums[i][r][0] = across[r] * call.x_unit * unit + rest[r];",
+        "    }",
+        "  }",
+        "  finish<R, 1>(call, row, 0, sums);",
+        "}",
+        "",
+    ]
+
+
+def _ratio(body: Body, made: Digits) -> str:
+    """A unit of integers in units of what scales are made for."""
+    held = " / kHeld" if body.held else ""
+    return f"({made.unit / body.decode.factor!r}f{held})"
+
+
+def _row(body: Body, made: Digits) -> list[str]:
+    table = ", ".join(map(str, [*made.table, *[0] * (16 - len(made.table))]))
+    blocks = body.walk.codes // made.block
+    lines = [
+        f"constexpr int kDigits = {made.block};",
+        *([f"alignas(16) constexpr int8_t kSmall[16] = {{{table}}};"] if made.table else []),
+        "// A row of the weight times x in digits, but for x's and the codes' units.",
+        "inline Sums of_digits(const Call& call, const Weight& w, int64_t row, float& added) {",
+        "  constexpr int R = 1, M = 1;",
+        "  constexpr int64_t m0 = 0;",
+        "  const int64_t stride = call.stride, base[R] = {scales_of(call, row)};",
+        "  const uint8_t* const codes_of_row = w.codes + row * stride;",
+        "  const int8_t* x = call.digits;",
+        "  const int32_t* middles = call.middles;",
+        "  const float* steps = call.steps;",
+        "  Sums total = no_sums();",
+        "  float rest[R][M] = {};",
+        "  constexpr int r = 0;",
+    ]
+    if body.cols is None:
+        lines += ["  {", "    const float* f = steps;"]
+        lines += ["    for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {"]
+    else:
+        lines += [
+            "  for (int64_t k0 = 0, at = 0; k0 < call.k; k0 += kBlock) {",
+            "    const int64_t end = std::min<int64_t>(k0 + kBlock, call.k);",
+            *opened(body),
+            "    alignas(64) float both[kBlock / kDigits + kFloats];",
+            "    const int64_t blocks = std::min<int64_t>(kBlock, call.padded - k0) / kDigits;",
+            *_both(body, made),
+            "    steps += blocks;",
+            "    const float* f = both;",
+            "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
+        ]
+    # Of their own here: what lives as long as the row, the compiler keeps in memory.
+    unrolled = ["#pragma GCC unroll 4"] if body.walk.codes <= 128 else []
+    lines[-1:] = ["    Sums near[2] = {no_sums(), no_sums()};", *unrolled, lines[-1]]
+    lines += [*units(body), *_loaded(body)]
+    for block in range(blocks):
+        lines += ["      {"]
+        for i in range(made.block // CHUNK):
+            lines += [
+                f"        {line}" for line in _chunk(body, made, block * made.block + i * CHUNK, i == 0)
+            ]
+        lines += [
+            f"        const Ints all = joined(p0, p1, p2, middles + {block * LANES32});",
+            f"        near[{block % 2}] = scaled(all, f[{block}], near[{block % 2}]);",
+            "      }",
+        ]
+    return [
+        *lines,
+        f"      x += 3 * kCodes, middles += {blocks * LANES32}, f += {blocks};",
+        "    }",
+        "    total = scaled(near[1], 1.0f, scaled(near[0], 1.0f, total));",
+        "  }",
+        "  added = rest[0][0];",
+        "  return total;",
+        "}",
+        "",
+    ]
+
+
+def _both(body: Body, made: Digits) -> list[str]:
+    """Scales of the weight times steps of x, for each block; in vectors without an end of their own."""
+    if body.cols == made.block:
+        return [
+            "    for (int64_t i = 0; i < blocks; i += kFloats)",
+            "      storef(both + i, mul(loadf(s[0] + i), loadf(steps + i)));",
+        ]
+    return [f"    for (int64_t i = 0; i < blocks; ++i) both[i] = s[0][i * kDigits / {body.cols}] * steps[i];"]
+
+
+def _loaded(body: Body) -> list[str]:
+    """A run's bytes as they are loaded; a signed integer's top bit the other way round, so that codes rise
+    with the integers: once for all the codes of a byte."""
+    return [
+        f"      const Bytes {_name(load, v)} = {_flipped(body, load, f'load32(u[0] + {start + v})')};"
+        for load, start in enumerate(body.walk.loads)
+        for v in range(0, body.walk.length, CHUNK)
+    ]
+
+
+def _flipped(body: Body, load: int, loaded: str) -> str:
+    element, walk = body.spec.weight.element, body.walk
+    flip = _top_bits(walk, load, element.bits) if isinstance(element, Integer) and element.signed else 0
+    return f"xor_({loaded}, all(0x{flip:02X}))" if flip else loaded
+
+
+def _top_bits(walk: Walk, load: int, bits: int) -> int:
+    found = 0
+    for takes in walk.slices:
+        for take in takes:
+            if take.load == load and take.low + take.width == bits:
+                found |= 1 << (take.bit + take.width - 1)
+    return found
+
+
+def _name(load: int, v: int) -> str:
+    return f"l{load}_{v}"
+
+
+def _chunk(body: Body, made: Digits, first: int, opens: bool) -> list[str]:
+    """The products of codes first .. first + 31 of a run."""
+    i, v = divmod(first, body.walk.length)
+    ((takes,), read) = renumbered(body.walk.slices[i : i + 1])
+    codes = expression(*codes_of(takes, 0))
+    for at in reversed(range(len(read))):  # b1 before b0: no name is in another
+        codes = codes.replace(f"b{at}", _name(read[at], v))
+    if made.table:
+        codes = f"look_up(kSmall, {codes})"
+    lines = [f"const Bytes c{first} = {codes};"]
+    for digit in range(3):
+        onto = "" if opens else f", p{digit}"
+        kept = "Pairs " if opens else ""
+        lines.append(f"{kept}p{digit} = pairs(c{first}, x + {3 * first + CHUNK * digit}{onto});")
+    return lines
