@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError, Format, FormatError, format
-from .constants import constant, expression
+from .constants import constant_nodes
 from .core import Miss, report, state
 from .provenance import origin
 from .recipes import Recipe
@@ -91,8 +91,9 @@ def operands(node: Node) -> Operands | None:
 
 def sites(gm: GraphModule) -> Iterator[tuple[Node, Site]]:
     """Every joint, as rules see it."""
+    known = constant_nodes(gm)
     for node in gm.graph.nodes:
-        kind = _kind(gm, node)
+        kind = _kind(node, known)
         if kind is not None:
             layer = state(gm).path(origin(node).module_path) or node.name
             yield node, Site((layer, node.name), kind, 0, 0, 0)
@@ -127,8 +128,8 @@ def write_joints(gm: GraphModule, planned: list[tuple[Node, Operands | Miss, Rul
     return sum(isinstance(wanted, Operands) for _, wanted, _ in planned)
 
 
-def _kind(gm: GraphModule, node: Node) -> str | None:
-    """The kind of a joint: all of its operands are activations of floating point, none a constant."""
+def _kind(node: Node, known: set[Node]) -> str | None:
+    """The kind of a joint: all of its operands are activations of floating point, none `known` ahead."""
     if node.op != "call_function" or node.target not in TARGETS:
         return None
     kind, places = TARGETS[node.target]
@@ -138,7 +139,7 @@ def _kind(gm: GraphModule, node: Node) -> str | None:
             return None
         if not value.meta["val"].dtype.is_floating_point or value.meta["val"].ndim == 0:
             return None
-        if expression(gm, value) is not None or constant(gm, value) is not None:
+        if value in known:
             return None
     if node.target is aten.mean.dim and not _over_image(node):
         return None
