@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError, nearest
-from ..files.skeleton import kind
+from ..files.skeleton import device_for, kind
 from ..folded import Folded
 from ..parameters import parameter_names
 from .buffers import compute_buffers, computed_buffers
@@ -43,10 +43,7 @@ class Placement:
 
     @property
     def device(self) -> torch.device:
-        if self.given_device is not None:
-            return self.given_device
-        devices = [parameter.device for parameter in self.model.parameters() if not parameter.is_meta]
-        return devices[0] if devices else torch.device("cpu")
+        return device_for(self.model, self.given_device)
 
     def check(self) -> None:
         if any(isinstance(module, Folded) for module in self.model.modules()):

@@ -29,7 +29,7 @@ from .graph_data import load as load_graph
 from .graph_values import enum_value
 from .paths import FileError
 from .save import join
-from .skeleton import kind, parameters_in, place_in, submodule_in, tensors_in
+from .skeleton import device_for, kind, parameters_in, place_in, submodule_in, tensors_in
 from .tensor_file import TensorFile
 
 
@@ -70,10 +70,7 @@ class ModulePlan:
 
     @property
     def device(self) -> torch.device:
-        if self.given_device is not None:
-            return self.given_device
-        devices = [parameter.device for parameter in self.model.parameters() if not parameter.is_meta]
-        return devices[0] if devices else torch.device("cpu")
+        return device_for(self.model, self.given_device)
 
     def check(self) -> None:
         for path, entry in self.entries.items():

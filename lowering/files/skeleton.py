@@ -35,6 +35,14 @@ def submodule_in(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def device_for(model: nn.Module, given: torch.device | None) -> torch.device:
+    """Where tensors of a file go: as told, else where the model's own are, else the CPU."""
+    if given is not None:
+        return given
+    devices = [parameter.device for parameter in model.parameters() if not parameter.is_meta]
+    return devices[0] if devices else torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an unquantized tensor goes. `dtype`: None on meta, where the file's is as good."""

@@ -8,13 +8,12 @@ y and what programs leave for each other hold NaN before.
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import gluon_machine as machine
 import pytest
 import torch
 from torch import Tensor
@@ -31,19 +30,6 @@ SNAPSHOT = Path(__file__).with_name("snapshots") / "pipelined_int4.txt"
 SHOWN = "linear 28672x4096 bf16 int4[g128,halves256] bias", "tma m128 n128 g2 w4 x4 j2 c2 p1 lane streamk"
 INT4 = GemmSpec(format("int4[g128,halves256]"), 28672, 4096)
 PLAN = Pipelined(256, 128)
-
-
-def _machine() -> ModuleType:
-    path = Path(__file__).with_name("gluon_machine.py")
-    found = importlib.util.spec_from_file_location("gluon_machine", path)
-    assert found is not None and found.loader is not None
-    made = importlib.util.module_from_spec(found)
-    sys.modules["gluon_machine"] = made  # dataclasses look their module up
-    found.loader.exec_module(made)
-    return made
-
-
-machine = _machine()
 
 
 # --- schedules ------------------------------------------------------------------------------------------

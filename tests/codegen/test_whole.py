@@ -5,13 +5,11 @@ linear 72x576 bf16 int4[g64,halves256]  ->  every number of the weight, and none
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
+import gluon_machine as machine
 import pytest
 import torch
 
@@ -20,18 +18,6 @@ from bitfold.codegen.triton.values import needs_table
 from bitfold.codegen.triton.whole import BLOCK_N, whole_source
 from bitfold.formats import Quantized
 
-
-def _machine() -> ModuleType:
-    path = Path(__file__).with_name("gluon_machine.py")
-    found = importlib.util.spec_from_file_location("gluon_machine_of_whole", path)
-    assert found is not None and found.loader is not None
-    made = importlib.util.module_from_spec(found)
-    sys.modules["gluon_machine_of_whole"] = made
-    found.loader.exec_module(made)
-    return made
-
-
-machine = _machine()
 CASES = [
     ("linear 72x576 bf16 int4[g64]", "asm"),
     ("linear 128x512 bf16 int4[g128]", "asm"),

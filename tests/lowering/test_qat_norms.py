@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from qat_cases import classify
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -64,16 +65,7 @@ def made() -> Net:
 
 
 def train(model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.Adam(bf.parameter_groups(model, lr, lr / 10))
-    losses = []
-    for _ in range(steps):
-        loss = F.cross_entropy(model(X), WANTED)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bf.advance(model)
-        losses.append(loss.item())
-    return losses
+    return classify(model, X, WANTED, steps, lr)
 
 
 def prepared(how: bf.Qat, recipe: bf.Recipe = RECIPE, model: nn.Module | None = None) -> nn.Module:

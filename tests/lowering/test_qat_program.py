@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from qat_cases import classify
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -52,16 +53,7 @@ def made(dropout: float = 0.2) -> Net:
 
 
 def train(model: nn.Module, steps: int, lr: float = 1e-2) -> list[float]:
-    optimizer = torch.optim.Adam(bf.parameter_groups(model, lr, lr / 10))
-    losses = []
-    for _ in range(steps):
-        loss = F.cross_entropy(model(X), WANTED)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        bf.advance(model)
-        losses.append(loss.item())
-    return losses
+    return classify(model, X, WANTED, steps, lr)
 
 
 def prepared(how: bf.Qat, recipe: bf.Recipe = RECIPE, model: nn.Module | None = None) -> nn.Module:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from search_cases import unequal
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -24,20 +25,8 @@ FORMATS = ("int8[g32]", "int4[g32]", "int3[g32]", "int2[g32]")
 
 
 @pytest.fixture
-def model() -> nn.Sequential:
-    """The second layer is a small correction whose rounding hardly matters; the last matters much."""
-    torch.manual_seed(0)
-
-    class Unequal(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.relu(self.first(x))
-            return self.last(y + 0.01 * self.second(y)) * 4
-
-    return Unequal().eval()  # type: ignore[return-value]
+def model() -> nn.Module:
+    return unequal()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from search_cases import unequal
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -20,23 +21,6 @@ from bitfold.lowering.search.trace import trace_sensitivity
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
 
 FORMATS = ("int8[g32]", "int4[g32]", "int2[g32]")
-
-
-class Unequal(nn.Module):
-    """The second layer is a small correction; the last decides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.first(x))
-        return self.last(y + 0.01 * self.second(y)) * 4
-
-
-def model() -> Unequal:
-    torch.manual_seed(0)
-    return Unequal().eval()
 
 
 def data() -> list[Tensor]:
@@ -81,16 +65,16 @@ def test_budgets_of_time() -> None:
 
 
 def test_a_recipe_for_a_time_says_its_time_and_is_saved(tmp_path: Path) -> None:
-    table = sensitivity(model(), data(), FORMATS)
+    table = sensitivity(unequal(), data(), FORMATS)
     seconds = {
         (one.layer, one.format): {"int8": 3e-3, "int4": 2e-3, "int2": 1e-3}[one.format.split("[")[0]]
         for one in table.choices
     }
     times = Times(seconds, 1e-3, "a table")
-    recipe = bf.search(model(), data(), budget="7 ms", table=table, times=times)
+    recipe = bf.search(unequal(), data(), budget="7 ms", table=table, times=times)
     # 6 ms are left for three layers: the one that matters most has the finest, the least one the coarsest.
     assert "7 ms (a table)" in recipe.about
-    quantized = bf.quantize(model(), recipe, target="reference")
+    quantized = bf.quantize(unequal(), recipe, target="reference")
     texts = {
         path: getattr(quantized, path).folded_weights[0].canonical for path in ("first", "second", "last")
     }
@@ -128,8 +112,8 @@ def test_a_gpus_times_follow_from_bytes_for_one_row() -> None:
 
 
 def test_a_trace_ranks_layers_as_measuring_does() -> None:
-    exact = sensitivity(model(), data(), FORMATS)
-    found = trace_sensitivity(model(), data(), FORMATS, draws=16)
+    exact = sensitivity(unequal(), data(), FORMATS)
+    found = trace_sensitivity(unequal(), data(), FORMATS, draws=16)
     assert found.numel == exact.numel
     bits = {(c.layer, c.format): c.bits for c in exact.choices}
     assert {(c.layer, c.format): c.bits for c in found.choices} == bits
@@ -141,11 +125,11 @@ def test_a_trace_ranks_layers_as_measuring_does() -> None:
 
 
 def test_search_by_trace() -> None:
-    before = model()
+    before = unequal()
     recipe = bf.search(before, data(), budget="4 bits", formats=FORMATS, by="trace")
     texts = {rule.match: rule.weight for rule in recipe.rules}
     assert texts.get("second", texts["*"]) == "int2[g32]"
     assert all(parameter.requires_grad for parameter in before.parameters())
     assert all(parameter.grad is None for parameter in before.parameters())
     with pytest.raises(bf.BitfoldError, match="can only be measured"):
-        bf.search(model(), data(), budget="4 bits", by="trace", loss=lambda a, b: (a - b).abs().mean())
+        bf.search(unequal(), data(), budget="4 bits", by="trace", loss=lambda a, b: (a - b).abs().mean())

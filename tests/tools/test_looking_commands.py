@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import Net
 
 from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline
@@ -40,16 +40,6 @@ def build():
     return Net(), torch.randn(4, 64)
 """
 X = (torch.randn(4, 64, generator=torch.Generator().manual_seed(1)),)
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
 
 
 @pytest.fixture
@@ -174,7 +164,7 @@ def test_the_profile_says_where_every_operator_is_from(found, tmp_path) -> None:
     told = ours[0]["args"]["bitfold"]
     assert told["pass"] == "finish" and told["target"] == "cpu, C++"
     assert told["kernel"] == "linear 96x64 f32 int8 bias -> relu(y0)"
-    assert told["source"].startswith("test_looking_commands.py:") and "self.up(x)" in told["source"]
+    assert told["source"].startswith("small_models.py:") and "self.up(x)" in told["source"]
     spans = [(e["name"], e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "module"]
     assert [name for name, _, _ in spans] == ["up", "down"] and spans[0][2] <= spans[1][1]
     for event, (_, began, ended) in zip(ours, spans, strict=True):

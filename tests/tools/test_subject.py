@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_models import Net
+from torch import Tensor
 
 from bitfold.formats.errors import BitfoldError
 from bitfold.lowering import Pipeline, quantize
@@ -26,16 +27,6 @@ from bitfold.tools.viz.subject import Subject, subject
 
 X = (torch.randn(4, 64, generator=torch.Generator().manual_seed(1)),)
 LOWERED = ["captured", "annotate", "fold", "fuse", "lower", "finish"]
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(64, 96), nn.Linear(96, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.relu(self.up(x)))
 
 
 class Broken(Net):
