@@ -55,3 +55,14 @@ def test_a_compiled_step_with_kernels_is_the_one_without(gradient: str) -> None:
     for ours, theirs in zip(*found, strict=True):
         # bfloat16 gradients through two layers, each rounded to 8 bits of mantissa.
         assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-8
+
+
+@pytest.mark.parametrize(
+    "text", [*FORMATS, "int8[noclip]", "int4[g32,signed]", "uint8[g64,f16,zero:min]", "nvfp4", "mxfp8[rceil]"]
+)
+def test_codes_made_on_a_card_are_those_of_a_processor(text: str) -> None:
+    torch.manual_seed(0)
+    fmt, x = format(text), torch.randn(256, 512)
+    here, there = fmt.quantize(x), fmt.quantize(x.cuda())
+    assert torch.equal(here.codes, there.codes.cpu())
+    assert torch.equal(fmt.dequantize(here), fmt.dequantize(there).cpu())
