@@ -128,15 +128,17 @@ def code_lines(element: Element, scale: Scale | None, x: str, s: str, code: str)
     return [*lines, *_table(element, code)]
 
 
-def integer_lines(
-    element: Integer, scale: Scale | None, x: str, s: str, name: str, *, poisoned: bool
+def rounded_lines(
+    element: Integer | Float, scale: Scale | None, x: str, s: str, name: str, *, poisoned: bool
 ) -> list[str]:
     """name: what the codes of x stand for (times the scale), float32, without making codes of them.
     poisoned: where x is NaN the scale is too, so that it need not be looked at."""
+    lines = _unscaled(element, scale, x, s)
+    if isinstance(element, Float):
+        return [*lines, *_rounded_float(element, name, poisoned)]
     unit = f" * {2.0**-element.fraction!r}" if element.fraction else ""
-    lines = _integer(element, scale, s)
-    rounded = [line for line in lines if not (poisoned and line in _NOT_A_NUMBER)]
-    return [*_unscaled(element, scale, x, s), *rounded, f"{name} = y{unit}"]
+    rounded = [line for line in _integer(element, scale, s) if not (poisoned and line in _NOT_A_NUMBER)]
+    return [*lines, *rounded, f"{name} = y{unit}"]
 
 
 def _unscaled(element: Element, scale: Scale | None, x: str, s: str) -> list[str]:
@@ -185,17 +187,11 @@ _NOT_A_NUMBER = ("no = y != y", "y = tl.where(no, 0.0, y)")
 def _float(element: Float, code: str) -> list[str]:
     """`Float.encode` in the same integers."""
     m, top = element.mantissa_bits, element.bits - 1
-    smallest = (127 + 1 - element.bias) << 23
     magic = (127 + 1 - element.bias + 23 - m) << 23
     shift = 23 - m
-    high = int.from_bytes(struct.pack("<f", element.high), "little")
-    added = math.ldexp(1.0, 23 + 1 - element.bias - m)
     lines = [
-        "raw = y.to(tl.int32, bitcast=True)",
-        f"size = tl.minimum(raw & 0x7FFFFFFF, {high})",
-        f"below = tl.minimum(size, {smallest}).to(tl.float32, bitcast=True) + {added!r}",
-        f"above = tl.maximum(size, {smallest})",
-        f"above = (above + ((above >> {shift}) & 1) + {(1 << (shift - 1)) - 1}) >> {shift}",
+        *_halves(element),
+        f"above = above >> {shift}",
         f"{code} = below.to(tl.int32, bitcast=True) - {magic} + above - {(127 + 1 - element.bias) << m}",
         f"{code} = {code} | ((raw >> {31 - top}) & {1 << top})",
     ]
@@ -203,6 +199,42 @@ def _float(element: Float, code: str) -> list[str]:
         lines.append(f"{code} = tl.where({code} == {1 << top}, 0, {code})")
     if element.bits == 8:
         lines.append(f"{code} = tl.where(y != y, {element._nan_code}, {code})")
+    return lines
+
+
+def _halves(element: Float) -> list[str]:
+    """below: what y has up to the smallest normal number, on a float32 whose last bit is the last of a
+    subnormal; above: the bits of its magnitude from there on, with half a last bit added for the cut."""
+    m = element.mantissa_bits
+    smallest, shift = (127 + 1 - element.bias) << 23, 23 - m
+    high = int.from_bytes(struct.pack("<f", element.high), "little")
+    return [
+        "raw = y.to(tl.int32, bitcast=True)",
+        f"size = tl.minimum(raw & 0x7FFFFFFF, {high})",
+        f"below = tl.minimum(size, {smallest}).to(tl.float32, bitcast=True) + {_last_bit(element)!r}",
+        f"above = tl.maximum(size, {smallest})",
+        f"above = above + ((above >> {shift}) & 1) + {(1 << (shift - 1)) - 1}",
+    ]
+
+
+def _last_bit(element: Float) -> float:
+    return math.ldexp(1.0, 23 + 1 - element.bias - element.mantissa_bits)
+
+
+def _rounded_float(element: Float, name: str, poisoned: bool) -> list[str]:
+    smallest = math.ldexp(1.0, 1 - element.bias)
+    cut = -(1 << (23 - element.mantissa_bits))
+    lines = [
+        *_halves(element),
+        f"below = (below - {_last_bit(element)!r}) - {smallest!r}",  # 0 from the smallest normal number on
+        f"{name} = (above & {cut}).to(tl.float32, bitcast=True) + below",
+        f"bits = {name}.to(tl.int32, bitcast=True) | (raw & -2147483648)",
+    ]
+    if element.ending == "fnuz":  # it has no -0
+        lines.append("bits = tl.where(bits == -2147483648, 0, bits)")
+    lines.append(f"{name} = bits.to(tl.float32, bitcast=True)")
+    if element.bits == 8 and not poisoned:
+        lines.append(f"{name} = tl.where(y != y, float('nan'), {name})")
     return lines
 
 

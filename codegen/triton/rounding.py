@@ -11,11 +11,10 @@ Bits are those of `format.fake_quantize` and of `formats/train_quantize.py`; sum
 
 from __future__ import annotations
 
-from ...formats import Format, Integer, format
+from ...formats import Float, Format, Integer, format
 from ..rounding import RoundingSpec
-from .encode import code_lines, integer_lines, magnitude_lines, read_lines, scale_lines, zero_lines
+from .encode import magnitude_lines, read_lines, rounded_lines, scale_lines, zero_lines
 from .lines import TL, Lines
-from .values import value_lines
 
 INTEGERS = ("count",)
 
@@ -47,7 +46,8 @@ def source(spec: RoundingSpec, plain: bool = False) -> str:
             "v = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)",
         )
         _scale(out, spec, fmt)
-        out.add(*_rounded(spec, fmt))
+        assert isinstance(fmt.element, Integer | Float)
+        out.add(*rounded_lines(fmt.element, fmt.scale, "v", "s", "e", poisoned=not spec.given))
         out.add(*_step(fmt))
         out.add("value = (e - s_z[:, None]) * step[:, None]" if spec.zero else "value = e * step[:, None]")
         if spec.direction == "forward":
@@ -55,13 +55,6 @@ def source(spec: RoundingSpec, plain: bool = False) -> str:
         else:
             _gradients(out, spec, fmt)
     return "\n".join(out.text) + "\n"
-
-
-def _rounded(spec: RoundingSpec, fmt: Format) -> list[str]:
-    """e: what the codes stand for, in units of the scale."""
-    if isinstance(fmt.element, Integer):
-        return integer_lines(fmt.element, fmt.scale, "v", "s", "e", poisoned=not spec.given)
-    return [*code_lines(fmt.element, fmt.scale, "v", "s", "code"), *value_lines(fmt.element, "code", "e")]
 
 
 def _in_lane(spec: RoundingSpec, plain: bool) -> list[str]:
