@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
 from .integer import Integer
+from .round_groups import faster
 from .text import format
 
 
@@ -71,6 +73,8 @@ def _train_quantize(
     clock: Tensor | None,
     warmup: int,
 ) -> Tensor:
+    if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
+        how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
