@@ -12,9 +12,9 @@ from search_cases import Unequal
 from torch import Tensor, nn
 
 import bitfold as bf
+from bitfold.codegen.device import device
 from bitfold.lowering.folded import Folded
 from bitfold.lowering.search.sensitivity import sensitivity
-from bitfold.codegen.device import device
 from bitfold.lowering.search.times import measured, modeled
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
