@@ -74,14 +74,17 @@ def _gradients(
     roundings: dict[str, Rounding],
     draw: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Of the error on one of the batches."""
+    """Of the error on one of the batches, by the weights that this batch reaches."""
     index = int(torch.randint(len(chain.hidden), (), generator=draw))
     with torch.enable_grad():
         leaves = {name: rounding.values() for name, rounding in roundings.items()}
         args, kwargs = chain.arguments(place, index)
         result = _call(block, _as_read(leaves, roundings), args, kwargs)
         error = (result - targets[index]).float().square().mean()
-        return dict(zip(leaves, torch.autograd.grad(error, list(leaves.values())), strict=True))
+        if not error.requires_grad:
+            return {}
+        found = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
+        return {name: one for name, one in zip(leaves, found, strict=True) if one is not None}
 
 
 def _loss(
