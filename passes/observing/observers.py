@@ -37,8 +37,8 @@ class Observer(nn.Module):
         if x.numel():
             if not finite(x):
                 raise BitfoldError(
-                    f"{self.at} has NaN or infinity in it, of which there is no range; look at the batch, or "
-                    "leave it out by a rule of the recipe"
+                    f"NaN or infinity comes to {self.at}, and has no range; look at the batch, or let a rule "
+                    "of the recipe skip the layer"
                 )
             self.note(x.detach())
             self.seen += 1

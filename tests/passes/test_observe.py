@@ -231,7 +231,7 @@ def test_infinity_that_comes_up_inside_the_model_is_no_range(scope: str, kind: s
     model, wanted = Reciprocal(), Rule(weight="int8", input="int8[tensor]", observer=kind)
     batches = [torch.rand(4, 8) + 1, torch.rand(4, 8) + 1]
     batches[1][2, 3] = 0
-    with pytest.raises(BitfoldError, match=r"calibration batch 1: the input of layer inner.1 has NaN or inf"):
+    with pytest.raises(BitfoldError, match=r"batch 1: NaN or infinity comes to the input of layer inner.1,"):
         bf.quantize(model, Recipe("s", (wanted,)), scope=scope, calibration=batches, target="reference")
     assert type(model.inner[1]) is nn.Linear
 
@@ -250,5 +250,5 @@ def test_a_mask_of_attention_is_no_bad_data() -> None:
         q = bf.quantize(Added(), STATIC, scope=scope, calibration=[(x, mask)], target="reference")
         assert bool(q(x, mask).isfinite().all())
         for bad in (-mask, mask - 1, 0 * mask, torch.full_like(mask, -torch.inf)):
-            with pytest.raises(BitfoldError, match=r"calibration batch 0.* NaN or infinity in"):
+            with pytest.raises(BitfoldError, match=r"calibration batch 0.* NaN or infinity in "):
                 bf.quantize(Added(), STATIC, scope=scope, calibration=[(x, bad)], target="reference")
