@@ -11,6 +11,7 @@ llama.cpp knows Llama 3's positions by a tensor, `rope_freqs.weight`: what each 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,6 +29,24 @@ _FIELDS = {
     "attention.head_count_kv": "num_key_value_heads",
     "vocab_size": "vocab_size",
 }
+
+_BIASES = {
+    "llama": ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"),
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "qwen3": (),
+}
+"""Layers of an architecture in which llama.cpp adds a bias, if the file has one."""
+
+
+def check_tensors(names: Iterable[str], kind: str) -> None:
+    """Raises BitfoldError for a bias that llama.cpp has no place for."""
+    for name in names:
+        layer, _, what = name.rpartition(".")
+        if what == "bias" and layer.rpartition(".")[2] not in _BIASES[kind]:
+            raise BitfoldError(
+                f"llama.cpp's {kind} has no bias at {layer}; leave add=true out of correct_bias, or keep the "
+                "model with bf.save"
+            )
 
 
 def check_config(config: Any, kind: str, source: GGUF | None) -> None:

@@ -21,7 +21,7 @@ from ..files.paths import FileError, place_of
 from ..files.save import join
 from ..folded import Folded
 from .gguf_blocks import write_blocks
-from .gguf_fields import check_config, computed_tensors, write_fields
+from .gguf_fields import check_config, check_tensors, computed_tensors, write_fields
 from .gguf_read import GGUF, ROTATED_IN_PAIRS, Names, gguf_package, in_their_order, open_gguf
 from .layers import folded_layer
 
@@ -41,6 +41,7 @@ def write_gguf(model: nn.Module, path: object, *, like: object = None) -> None:
         raise BitfoldError(f"{source.path} holds a model of architecture {source.architecture}, not {kind}")
     check_config(config, kind, source)
     tensors = _tensors(model, Names.of(kind, int(config.num_hidden_layers)), kind, config)
+    check_tensors(tensors, kind)
     beside = place.with_name(f"{place.name[:40]}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(str(beside), kind)
     try:
