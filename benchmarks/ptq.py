@@ -9,11 +9,11 @@ won back.
     python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]" --first       to try the script
 
 An algorithm has a few variants (its settings); which one is shown is decided on the validation text, format
-by format, by the divergence there (--first takes the first one unseen). `best` is decided among all variants
+by format, by the perplexity there (--first takes the first one unseen). `best` is decided among all variants
 of all algorithms. Calibration data are windows spread over the whole training text (text_windows.py); if the
-texts are not those of the model, the table says so. Everything is computed in float32 on the reference target,
-from the bfloat16 weights of the file: what is measured is the rounding. With --processes the variants are
-spread over processes that share the device, and their minutes are what they took beside each other.
+texts are not those of the model, the table says so. Everything is computed in float32 on the reference
+target, from the bfloat16 weights of the file: what is measured is the rounding. With --processes the variants
+are spread over processes that share the device, and their minutes are what they took beside each other.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ FORMATS = (
     *("int4[g64] x int8", "int8_dynamic", "fp8_dynamic"),
 )
 _FIRST = "follow{share=0.5}"
+_TUNED = f"{_FIRST},clip,gptq,descend,refit"
 # The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "clip": ("clip",),
@@ -53,12 +54,16 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth",),
     "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
-    "gptq, tuned": ("clip,gptq,descend,refit", f"{_FIRST},clip,gptq,descend,refit"),
-    "learned": ("clip,gptq,learn", f"{_FIRST},clip,gptq,learn{{steps=600}}"),
+    "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
+    "learned": ("clip,gptq,learn", f"{_TUNED},learn{{rate=0.002}}"),
+    "whole model": (
+        f"{_TUNED},tune{{steps=500,rate=0.002}}",
+        f"{_TUNED},tune{{steps=500,scales=0.001,vectors=0.001}}",
+    ),
 }
 BEST = "best"
-# By which variants are chosen: it has no sampling noise of the text's own, unlike its perplexity.
-JUDGE = "validation_divergence"
+# By which variants are chosen: what the table is about. (The divergence there is in the record too.)
+JUDGE = "validation"
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ def results(
 
 def _weight(job: Job) -> int:
     """What takes longer is larger."""
-    return len(job.variant or "") + 1000 * ("learn" in (job.variant or ""))
+    variant = job.variant or ""
+    return len(variant) + 1000 * ("learn" in variant) + 2000 * ("tune{" in variant)
 
 
 def _start(arguments: argparse.Namespace) -> None:
@@ -197,14 +203,16 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         now = time.perf_counter() - began
         print(
             f"{now:5.0f} s  {job.format:18} {job.variant or 'rounding':60} {found['validation']:.4f} "
-            f"{found[JUDGE]:.5f}",
+            f"{found['validation_divergence']:.5f}",
             flush=True,
         )
         done = [text for text in texts if sum(j.format == text for j in jobs) == len(made[text])]
         if job.format in done and arguments.out:
             record["rows"] = [row for text in done for row in rows(text, made[text], tried, base)]
             record["validation"] = {
-                text: {str(v): [one["validation"], one[JUDGE]] for v, one in made[text].items()}
+                text: {
+                    str(v): [one["validation"], one["validation_divergence"]] for v, one in made[text].items()
+                }
                 for text in done
             }
             _write(Path(arguments.out), record)

@@ -39,7 +39,8 @@ from .signal_to_noise import Ratio
 @dataclass(frozen=True)
 class LayerLoss:
     """One folded layer. Ratios in dB; infinite where nothing differs; NaN for `alone` if it was not asked
-    for, and for `cumulative` where a router sent the layer other tokens than in the float model."""
+    for, for `cumulative` where a router sent the layer other tokens than in the float model, and for all
+    three of a layer that no batch reaches."""
 
     path: str
     format: str
@@ -110,7 +111,7 @@ def diagnose(
             for done, layer in enumerate(layers if alone else ()):
                 if progress is not None:
                     progress(f"{layer.path} alone", done, len(layers))
-                with replaced(model, layer.path, layer.folded):
+                with instead(layer.module, layer.folded):
                     layer.alone.add(end, first_output(model, batch))
     if not count:
         raise BitfoldError("there are no batches to compare the models on; give at least one")
@@ -120,7 +121,7 @@ def diagnose(
             ", ".join(weight.canonical for weight in layer.folded.folded_weights),
             layer.isolated.db,
             layer.cumulative.db,
-            layer.alone.db if alone else math.nan,
+            layer.alone.db if alone and layer.isolated.seen else math.nan,
         )
         for layer in layers
     ]
@@ -164,16 +165,16 @@ def buffers_kept(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replaced(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
-    """The model with another module at `path`."""
-    prefix, _, name = path.rpartition(".")
-    parent = model.get_submodule(prefix)
-    held = parent._modules[name]
-    parent._modules[name] = module
+def instead(module: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Whoever calls `module`, by whatever name, calls `other`'s forward; the hooks are the module's own."""
+    held = vars(module).get("forward")
+    module.forward = other.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        parent._modules[name] = held
+        del module.forward
+        if held is not None:
+            module.forward = held
 
 
 def decibel(value: float) -> str:
@@ -217,7 +218,8 @@ def _compare(
     def keep(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             exact = _numbers(result)
-            kept[layer.path].append(exact)
+            # Copies: what comes next may write into the result (a relu in place).
+            kept[layer.path].append([one.clone() for one in exact])
             layer.isolated.compare(exact, _numbers(layer.folded(*args, **kwargs)))
 
         return hook

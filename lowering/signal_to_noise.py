@@ -20,14 +20,16 @@ from torch import Tensor
 
 @dataclass
 class Ratio:
-    """Sums of squares so far. incomparable: what was to be compared had no likes."""
+    """Sums of squares so far. incomparable: what was to be compared had no likes; seen: something was."""
 
     signal: float = 0.0
     noise: float = 0.0
     incomparable: bool = False
+    seen: bool = False
 
     def add(self, reference: Tensor, value: Tensor) -> None:
         """Two tensors of one shape."""
+        self.seen = True
         exact = reference.detach().to(torch.float64)
         signal = float(exact.square().sum())
         noise = float((value.detach().to(torch.float64) - exact).square().sum())
@@ -49,8 +51,8 @@ class Ratio:
     @property
     def db(self) -> float:
         """Infinite where nothing differs, -infinite where there is noise alone, NaN for what cannot be
-        compared and for values that are no numbers."""
-        if self.incomparable:
+        compared or was not, and for values that are no numbers."""
+        if self.incomparable or not self.seen:
             return math.nan
         if self.noise == 0.0:
             return math.inf

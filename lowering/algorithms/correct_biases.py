@@ -11,7 +11,8 @@ afterwards, so their rounding is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,18 +49,9 @@ def correct_biases(
             found.misses.append(MissRecord(site.path, site.path, "", step.name, picked.reason))
         elif picked is not None:
             chosen[site.module] = _Error(site, *picked)
-    with as_decided(model, changes, found), hooked(model, {}, {m: one.after for m, one in chosen.items()}):
-        # Before the hooks that round a layer's input: the float layer is given what really comes.
-        handles = [
-            m.register_forward_pre_hook(one.before, prepend=True, with_kwargs=True)
-            for m, one in chosen.items()
-        ]
-        try:
-            for batch in batches:
-                batch.run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with watched(chosen), as_decided(model, changes, found), hooked(model, {}):
+        for batch in batches:
+            batch.run(model)
     corrected: dict[str, Tensor] = {}
     for module, one in chosen.items():
         path = f"{one.site.path}.bias".lstrip(".")
@@ -108,9 +100,11 @@ class _Error:
         self.mean: Tensor | None = None
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """What comes in behind the user's hooks, before the one that rounds it."""
         self.given.append((args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
+        """The layer's own result, before the user's hooks change it."""
         rounded = module._parameters["weight"]
         module._parameters["weight"] = self.weight  # type: ignore[assignment]
         try:
@@ -119,10 +113,27 @@ class _Error:
         finally:
             module._parameters["weight"] = rounded
         apart = (exact - result).detach().float().movedim(self.channels, -1).flatten(0, -2)
+        if not len(apart):  # an expert that no token was sent to
+            return
         self.count += len(apart)
         if self.mean is None:
             self.mean = torch.zeros(apart.shape[-1], device=apart.device)
         self.mean.lerp_(apart.mean(0), len(apart) / self.count)
+
+
+@contextmanager
+def watched(errors: Mapping[nn.Module, _Error]) -> Iterator[None]:
+    """Each module's error noted while it runs. Hooks that are put on later (those that round inputs) come
+    behind; the user's own come before what goes in is noted, and after what comes out is."""
+    handles = []
+    for module, one in errors.items():
+        handles.append(module.register_forward_pre_hook(one.before, with_kwargs=True))
+        handles.append(module.register_forward_hook(one.after, with_kwargs=True, prepend=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _add_bias(gm: GraphModule, node: Node, like: Tensor) -> None:

@@ -47,6 +47,7 @@ from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
+from .tune_model import tune_model
 from .used_once import used_more_than_once
 
 
@@ -72,10 +73,11 @@ def solve_sites(
         return {}
     if not batches:
         raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
-    if algorithm.correct is not None and algorithm.changes_weights and results is not None:
+    if algorithm.wants_floats and algorithm.changes_weights and results is not None:
+        name = (algorithm.correct or algorithm.tune).name  # type: ignore[union-attr]
         raise BitfoldError(
-            "correct_bias compares with float weights that other passes have changed, which resume does not "
-            "keep; leave one of the two out"
+            f"{name} compares with float weights that other passes have changed, which resume does not keep; "
+            "leave one of the two out"
         )
     for site in sites:
         if algorithm.balance and any(note.output and note.observer for _, note in annotated(site.gm)):
@@ -88,6 +90,8 @@ def solve_sites(
             with hooked(model, {}):
                 changes = rotate_model(algorithm.rotate, model, batches[0], sites, swaps)
         changes |= _walk(model, found, sites, solver, batches)
+    if algorithm.tune is not None:
+        changes |= tune_model(algorithm.tune, model, found, batches, changes, progress)
     if algorithm.correct is not None:
         changes |= correct_biases(algorithm.correct, model, found, batches, changes)
     return changes
@@ -161,7 +165,7 @@ class _Solver:
             draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
                 assert note.weight is not None
-                if self.algorithm.correct is not None and self.algorithm.changes_weights:
+                if self.algorithm.wants_floats and self.algorithm.changes_weights:
                     w = draft.weight
                     node.meta[FLOAT] = torch.ops.bitfold.hadamard(w, True) if turned(node) else w
                 node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
