@@ -52,13 +52,14 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq",),
     "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "rotate": ("rotate,clip,gptq",),
+    "rotate": ("rotate,clip,gptq", f"rotate,{_TUNED},learn,tune{{steps=500,rate=0.001}}"),
     "gptq": ("gptq",),
     "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
-    "learned": ("clip,gptq,learn", f"{_TUNED},learn{{rate=0.002}}"),
+    "learned": (f"{_TUNED},learn", "clip,gptq,learn", f"{_TUNED},learn{{steps=600}}"),
     "whole model": (
-        f"{_TUNED},tune{{steps=500,rate=0.002}}",
-        f"{_TUNED},tune{{steps=500,scales=0.001,vectors=0.001}}",
+        f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",
+        f"{_TUNED},tune{{steps=1000,rate=0.001}}",
+        f"{_TUNED},learn,tune{{steps=1000,rate=0.002}}",
     ),
 }
 BEST = "best"

@@ -168,7 +168,7 @@ def buffers_kept(*models: nn.Module) -> Iterator[None]:
 def instead(module: nn.Module, other: nn.Module) -> Iterator[None]:
     """Whoever calls `module`, by whatever name, calls `other`'s forward; the hooks are the module's own."""
     held = vars(module).get("forward")
-    module.forward = other.forward  # type: ignore[method-assign]
+    module.forward = other.forward
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ In: text such as "awq,clip,gptq{actorder=true}", or a pipeline of such passes. O
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...formats import BitfoldError
@@ -115,7 +116,25 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
             raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
         else:
             balance.append(step)
+    _check_order([step for step in solve if isinstance(step, Solver)])
     return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct, tune)
+
+
+def _check_order(steps: Sequence[Solver]) -> None:
+    """Weights first, then scales, then codes: each would throw away what is decided later."""
+    ranks = ("weights", "scales", "codes")
+    last: Solver | None = None
+    for step in steps:
+        if step.wants_codes and (last is None or last.decides != "codes"):
+            raise BitfoldError(f"{step.name} wants codes that are decided; put gptq before it")
+        if not step.decides:
+            continue
+        if last is not None and ranks.index(step.decides) < ranks.index(last.decides):
+            raise BitfoldError(
+                f"{step.name} decides {step.decides} and would throw away the {last.decides} of {last.name}; "
+                f"put it before {last.name}"
+            )
+        last = step
 
 
 _KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias, Tune)

@@ -12,8 +12,9 @@ Where a divided vector is rounded to its dtype, the columns are multiplied by th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.inputs import Inputs
 from ...passes.anchors import TARGETS
 from ...passes.note import Note, annotated
+from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
-from ..module_scope import Site
+from ..module_scope import Site, positional
 from ..swaps import Swaps
 from ..turned import turned
 from .blocks import Chain
 from .calibration import hooked
+from .described import described_module
 
 # Relative to the result's norm, over a chain of four products: float32 rounds 2^-24 at each of some thousand
 # sums, and bfloat16 2^-9 at each tensor.
@@ -58,6 +61,8 @@ class Balance:
             self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), found.reason))
             return
         found = [group for group in found if self._alone(group, block, path)]
+        if any(step.needs_inputs for step in self.steps):
+            found = [group for group in found if self._seen(group, block, path)]
         work = _Work(block, path, sites, swaps)
         found = [group for group in found if self._free(group, work)]
         before = chain.run(place, 0)
@@ -88,6 +93,18 @@ class Balance:
                 return False
         return True
 
+    def _seen(self, group: Group, block: nn.Module, path: str) -> bool:
+        """Whether what its first reader multiplies is what the reader's module is given."""
+        name = group.readers[0]
+        module = block.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.Linear) and is_stock(module):
+            return True
+        reason = (
+            f"{path}.{name} is of no plain linear, so what it multiplies is not known and it is not balanced"
+        )
+        self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
+        return False
+
     def _free(self, group: Group, work: _Work) -> bool:
         """Whether none of its parameters has codes of its own already, which no factor changes."""
         for name in (*(one.path for one in group.producers), *group.readers):
@@ -98,9 +115,10 @@ class Balance:
         return True
 
     def _groups(self, chain: Chain, place: int) -> list[Group] | Miss:
-        """The block's groups; blocks of one kind and shape are captured once."""
+        """The block's groups; blocks that hold the same but for their numbers are captured once."""
         block = chain.blocks[place]
-        key = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+        modules = tuple((name, described_module(module)) for name, module in block.named_modules())
+        key = (modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
         if key not in self.known:
             args, kwargs = chain.arguments(place)
             try:
@@ -179,10 +197,13 @@ def _inputs(chain: Chain, place: int, found: Sequence[Group]) -> dict[str, Input
         name = group.readers[0]
         module = block.get_submodule(name.rpartition(".")[0])
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: object, name: str = name) -> None:
+        def note(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Any], name: str = name
+        ) -> None:
+            given = positional(module, args, kwargs)[0]
             if name not in seen:
-                seen[name] = Inputs(args[0].shape[-1], args[0].device)
-            seen[name].add(args[0])
+                seen[name] = Inputs(given.shape[-1], given.device)
+            seen[name].add(given)
 
         hooks[module] = note
     with hooked(block, hooks):

@@ -9,7 +9,6 @@ and without gradients, and is then as it was.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes.scopes.program import traceable
+from ..module_scope import positional
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def observe_modules(
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-        observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
+        observers[module](*positional(module, args, kwargs))
 
     count = 0
     with hooked(model, dict.fromkeys(observers, observe)):

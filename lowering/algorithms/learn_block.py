@@ -21,7 +21,7 @@ from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.learn import Learn
 from ..module_scope import Site
 from .blocks import Chain, first_tensor
-from .learnable import Learnt, as_read, called, roundings
+from .learnable import Descent, Learnt, as_read, called, roundings
 
 
 def learn_block(
@@ -34,14 +34,12 @@ def learn_block(
         return
     least = _loss(block, chain, place, targets, learnt, first=True)
     draw = torch.Generator().manual_seed(0)
+    descent = Descent(learnt, (step.rate, step.scales))
     for number in range(step.steps):
-        left = 1 - number / step.steps
-        slopes = _slopes(block, chain, place, targets, learnt, draw)
-        for name, found in slopes.items():
-            rounding = learnt[name][1]
-            for moved, slope, rate in zip(rounding.movable(), found, (step.rate, step.scales), strict=False):
-                moved -= left * rate * slope.sign()
-            rounding.bound()
+        index = int(torch.randint(len(chain.hidden), (), generator=draw))
+        values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
+        gradients = _gradients(block, chain, place, index, targets[index], values, learnt)
+        descent.step(1 - number / step.steps, gradients, values)
         if (number + 1) % max(step.steps // 10, 1) == 0 or number + 1 == step.steps:
             loss = _loss(block, chain, place, targets, learnt)
             if loss < least:
@@ -52,30 +50,24 @@ def learn_block(
         node.meta[DRAFT] = rounding.draft()
 
 
-def _slopes(
+def _gradients(
     block: nn.Module,
     chain: Chain,
     place: int,
-    targets: Sequence[Tensor],
+    index: int,
+    target: Tensor,
+    values: dict[str, Tensor],
     learnt: Learnt,
-    draw: torch.Generator,
-) -> dict[str, list[Tensor]]:
-    """Of the error on one of the batches, by what moves."""
-    index = int(torch.randint(len(chain.hidden), (), generator=draw))
-    leaves = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
+) -> dict[str, Tensor | None]:
+    """Of the error on a batch, by the rounded weights; None for one that the batch does not reach."""
     with torch.enable_grad():
         args, kwargs = chain.arguments(place, index)
-        result = first_tensor(called(block, as_read(leaves, learnt), args, kwargs))
-        error = (result - targets[index]).float().square().mean()
+        result = first_tensor(called(block, as_read(values, learnt), args, kwargs))
+        error = (result - target).float().square().mean()
         if not error.requires_grad:
             return {}
-        # An expert that the batch sends no token to has no gradient, and stays.
-        gradients = torch.autograd.grad(error, list(leaves.values()), allow_unused=True)
-    return {
-        name: learnt[name][1].slopes(gradient, value.detach())
-        for (name, value), gradient in zip(leaves.items(), gradients, strict=True)
-        if gradient is not None
-    }
+        gradients = torch.autograd.grad(error, list(values.values()), allow_unused=True)
+    return dict(zip(values, gradients, strict=True))
 
 
 def _loss(

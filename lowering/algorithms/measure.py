@@ -22,7 +22,7 @@ from ...passes.algorithms.inputs import INPUTS, Inputs
 from ...passes.anchors import TARGETS
 from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
-from ..module_scope import Site
+from ..module_scope import Site, positional
 from ..turned import turned
 
 
@@ -107,10 +107,11 @@ def gatherer(site: Site, pairs: Pairs | None = None) -> Callable[..., None]:
     simple, add = _simple(site), _add if pairs is None else pairs.add
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = positional(module, args, kwargs)
         if simple:
-            add(site.path, nodes[0], args[0] if args else next(iter(kwargs.values())))
+            add(site.path, nodes[0], given[0])
         elif nodes:
-            Gatherer(site.gm, nodes, site.path, add).run(*args, *kwargs.values())
+            Gatherer(site.gm, nodes, site.path, add).run(*given)
 
     return hook
 

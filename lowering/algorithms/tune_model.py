@@ -28,7 +28,7 @@ from ..parameters import parameter_names
 from ..search.sensitivity import divergence
 from ..swaps import Swaps
 from .calibration import Batch, hooked
-from .learnable import Learnt, as_read, called, roundings
+from .learnable import Descent, Learnt, as_read, called, roundings
 
 _ASIDE = 8
 
@@ -77,11 +77,8 @@ class _Work:
         return found
 
     def run(self, taught: Sequence[Batch], aside: Sequence[Batch], progress: Step | None) -> None:
-        groups = self._groups()
-        rates = [group["lr"] for group in groups]
-        if not groups:
-            return
-        adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        more = [(value, self.step.vectors * float(value.abs().mean())) for value, _ in self.vectors.values()]
+        descent = Descent(self.learnt, (self.step.rate, self.step.scales), more)
         least = self._loss(aside, first=True)
         order: list[int] = []
         draw = torch.Generator().manual_seed(0)
@@ -89,44 +86,29 @@ class _Work:
             if progress is not None:
                 progress(f"tune, step {number}", number, self.step.steps)
             order = order or torch.randperm(len(taught), generator=draw).tolist()
-            self._slopes(taught[order.pop()])
-            for group, rate in zip(adam.param_groups, rates, strict=True):
-                group["lr"] = rate * (1 - number / self.step.steps)
-            adam.step()
-            for _, rounding in self.learnt.values():
-                rounding.bound()
+            values = {name: rounding.values().requires_grad_() for name, (_, rounding) in self.learnt.items()}
+            gradients = self._gradients(taught[order.pop()], values)
+            descent.step(1 - number / self.step.steps, gradients, values)
             if (number + 1) % max(self.step.steps // 10, 1) == 0 or number + 1 == self.step.steps:
                 loss = self._loss(aside)
                 if loss < least:
                     least = loss
                     self._keep()
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """The leaves, each kind with its rate."""
-        shifts = [rounding.shift for _, rounding in self.learnt.values()]
-        stretches = [r.stretch for _, r in self.learnt.values() if r.stretch is not None]
-        kinds = [(shifts, self.step.rate), (stretches, self.step.scales)]
-        for value, _ in self.vectors.values():
-            kinds.append(([value], self.step.vectors * float(value.abs().mean())))
-        return [{"params": leaves, "lr": rate} for leaves, rate in kinds if leaves and rate]
-
-    def _slopes(self, batch: Batch) -> None:
-        """Gradients of the loss on a batch, at the leaves."""
+    def _gradients(self, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        """Of the loss on a batch, by rounded weights; those of vectors are left at them."""
         with self.swaps.lifted():
             exact = first_output(self.model, batch)
-        values = {name: rounding.values().requires_grad_() for name, (_, rounding) in self.learnt.items()}
         vectors = {name: value.detach().requires_grad_() for name, (value, _) in self.vectors.items()}
         leaves = [*values.values(), *vectors.values()]
         with torch.enable_grad():
             loss = self._apart(exact, self._result(batch, values, vectors))
+            if not loss.requires_grad:
+                return {}
             gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
-        for (name, (_, rounding)), gradient in zip(self.learnt.items(), gradients, strict=False):
-            if gradient is not None:
-                slopes = rounding.slopes(gradient, values[name].detach())
-                for leaf, slope in zip(rounding.movable(), slopes, strict=True):
-                    leaf.grad = slope
         for (value, _), gradient in zip(self.vectors.values(), gradients[len(values) :], strict=True):
             value.grad = gradient
+        return dict(zip(values, gradients, strict=False))
 
     def _result(self, batch: Batch, values: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> Tensor:
         """What the rounded model gives."""

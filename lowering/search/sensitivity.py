@@ -15,7 +15,8 @@ first order, what its cross-entropy rises by, with far less noise. `loss=` gives
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
 from ..algorithms.calibration import Batch, Batches, hooked
-from ..diagnose import first_output
+from ..diagnose import buffers_kept, first_output
 from ..given_model import module_of
 from ..module_scope import Plan, Site, Step, plan
 from ..swaps import Swaps
@@ -76,7 +77,9 @@ class Sensitivity:
         common = max(counts, key=counts.__getitem__)
         rules = [Rule(weight=common, on_misfit="report")]
         rules += [
-            Rule(match=choice.layer, weight=choice.format) for choice in chosen if choice.format != common
+            Rule(match=exactly(choice.layer), weight=choice.format)
+            for choice in chosen
+            if choice.format != common
         ]
         bits = sum(choice.bits for choice in chosen) / sum(self.numel[choice.layer] for choice in chosen)
         loss = sum(choice.loss for choice in chosen)
@@ -95,21 +98,24 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure every linear in every format that fits it. The model is as it was afterwards.
 
-    Runs the model once for each of them on all of `data`. Raises BitfoldError for no data, and for data that
-    the model does not take.
+    Runs the model once for each of them on all of `data`; a layer that no data reaches has its finest format
+    alone. Raises BitfoldError for no data, and for data that the model does not take.
     """
     model = module_of(model, "bf.search")
     batches = list(Batches(data, None))
     if not batches:
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
-    with hooked(model, {}):
-        exact = [first_output(model, batch) for batch in batches]
+    reached: set[nn.Module] = set()
+    plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
+    seen = {site.module: lambda module, *_: reached.add(module) for _, found in plans for site in found.sites}
+    with hooked(model, {}), buffers_kept(model):
+        with hooked(model, seen):
+            exact = [run(model, batch) for batch in batches]
         spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)
         if spoilt is not None:
             raise BitfoldError(f"the float model's output for {spoilt.name} has NaN in it; leave it out")
         measured = loss or divergence
-        choices, numel = [], {}
-        plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
+        choices, numel, unseen = [], {}, set()
         total, done = sum(len(found.sites) for _, found in plans), 0
         for text, found in plans:
             for site in found.sites:
@@ -118,7 +124,11 @@ def sensitivity(
                 done += 1
                 bits, count = round_site(site)
                 numel[site.path] = count
-                brought = _brought(model, site, batches, exact, measured)
+                brought = 0.0
+                if site.module in reached:
+                    brought = _brought(model, site, batches, exact, measured)
+                else:
+                    unseen.add(site.path)
                 if math.isfinite(brought):  # a format that overflows is no choice
                     choices.append(Choice(site.path, text, bits, brought))
     if not numel:
@@ -126,7 +136,29 @@ def sensitivity(
     lost = sorted(set(numel) - {choice.layer for choice in choices})
     if lost:
         raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {lost[0]} is not finite")
-    return Sensitivity(tuple(choices), numel)
+    return Sensitivity(tuple(finest(choices, unseen)), numel)
+
+
+def finest(choices: Iterable[Choice], layers: Container[str]) -> Iterator[Choice]:
+    """Of layers that no data reaches, whose losses nothing is known of, the choice of the most bits alone."""
+    found = list(choices)
+    most: dict[str, float] = {}
+    for choice in found:
+        most[choice.layer] = max(choice.bits, most.get(choice.layer, 0.0))
+    for choice in found:
+        if choice.layer not in layers or choice.bits == most[choice.layer]:
+            yield choice
+
+
+def exactly(path: str) -> str:
+    """A rule's `match` for this one path, whatever letters it has."""
+    return path if not set(path) & set("*?[]") and not path.startswith("re:") else "re:" + re.escape(path)
+
+
+def run(model: nn.Module, batch: Batch) -> Tensor:
+    """The output, each run from the same state as the one before."""
+    with buffers_kept(model):
+        return first_output(model, batch)
 
 
 def divergence(exact: Tensor, found: Tensor) -> Tensor:
@@ -163,7 +195,7 @@ def _brought(
     with Swaps() as swaps:
         swaps.put(site)
         for batch, before in zip(batches, exact, strict=True):
-            total += float(loss(before, first_output(model, batch)))
+            total += float(loss(before, run(model, batch)))
     for node, _ in annotated(site.gm):
         node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
     return total / len(batches)

@@ -78,12 +78,17 @@ def measured(
     for text in dict.fromkeys(str(format(one)) for one in formats):
         recipe = _uniform(text)
         paths = [site.path for site in plan(model, recipe, stored={}).sites]
+        if not paths:  # it fits no layer
+            continue
         made = quantize(copy.deepcopy(model), recipe, target=target)
         clock = _Clock({path: made.get_submodule(path) for path in paths})
         totals = clock.run(made, batch, repeats)
-        found = {path: statistics.median(seconds) for path, seconds in clock.seconds.items() if seconds}
+        # A layer that the batch does not reach takes no time.
+        found = {path: statistics.median(seconds or [0.0]) for path, seconds in clock.seconds.items()}
         layers |= {(path, text): seconds for path, seconds in found.items()}
         rests.append(statistics.median(totals) - sum(found.values()))
+    if not rests:
+        raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
     return Times(layers, max(statistics.median(rests), 0.0), f"measured, {_sizes(batch)}")
 
 

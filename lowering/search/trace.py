@@ -27,10 +27,10 @@ from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
 from ..algorithms.calibration import Batches, hooked
-from ..diagnose import first_output
+from ..diagnose import buffers_kept, first_output
 from ..given_model import module_of
 from ..module_scope import Site, Step, plan
-from .sensitivity import Choice, Sensitivity
+from .sensitivity import Choice, Sensitivity, finest
 
 
 def trace_sensitivity(
@@ -52,15 +52,16 @@ def trace_sensitivity(
     plans = {text: plan(model, _uniform(text), stored={}).sites for text in texts}
     modules = {site.path: site.module for sites in plans.values() for site in sites}
     weights = {path: _weight(module) for path, module in modules.items()}
-    traces = dict.fromkeys(weights, 0.0)
+    traces, reached = dict.fromkeys(weights, 0.0), set[str]()
     generator = torch.Generator().manual_seed(seed)
-    with hooked(model, {}), _trainable(weights.values()):
+    with hooked(model, {}), buffers_kept(model), _trainable(weights.values()):
         for done, batch in enumerate(batches):
             for _ in range(draws):
                 if progress is not None:
                     progress("estimate traces", done, len(batches))
                 for path, value in _squares(model, batch, weights, generator).items():
                     traces[path] += value / (len(batches) * draws)
+                    reached.add(path)
     choices, numel = [], {}
     for text, sites in plans.items():
         for site in sites:
@@ -69,21 +70,24 @@ def trace_sensitivity(
             choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
     if not numel:
         raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
-    return Sensitivity(tuple(choices), numel)
+    return Sensitivity(tuple(finest(choices, set(weights) - reached)), numel)
 
 
 def _squares(
     model: nn.Module, batch: Any, weights: dict[str, nn.Parameter], generator: torch.Generator
 ) -> dict[str, float]:
-    """One draw: trace(H) of the mean over rows, for each layer."""
-    with torch.enable_grad():
+    """One draw: trace(H) of the mean over rows, for each layer that the batch reaches."""
+    with torch.enable_grad(), buffers_kept(model):
         rows = first_output(model, batch).float().flatten(0, -2).log_softmax(-1)
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
-    squares = (0.0 if g is None else float(g.float().square().sum()) for g in gradients)
-    return {path: value / len(rows) for path, value in zip(weights, squares, strict=True)}
+    return {
+        path: float(gradient.float().square().sum()) / len(rows)
+        for path, gradient in zip(weights, gradients, strict=True)
+        if gradient is not None
+    }
 
 
 def _moved(site: Site, text: str) -> tuple[float, float, int]:

@@ -16,9 +16,10 @@ takes a sixth of the squared error off at int3[g32] and a tenth at int4[g64], ov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Clip(Solver):
 
     name: ClassVar[str] = "clip"
     wants_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "scales"
 
     steps: int = 40
     least: float = 0.4
@@ -50,7 +52,7 @@ class Clip(Solver):
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not 0 < self.least < self.most or self.norm <= 0:
+        if not (self.steps >= 2 and 0 < self.least < self.most < math.inf and self.norm > 0):
             raise BitfoldError(
                 "clip tries 2 or more shares from least to most, by a positive norm, not "
                 f"steps={self.steps}, least={self.least}, most={self.most}, norm={self.norm}"

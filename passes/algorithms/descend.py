@@ -13,8 +13,9 @@ Nair and Suggala, "CDQuant", arXiv 2406.17542.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -32,12 +33,13 @@ class Descend(Solver):
 
     name: ClassVar[str] = "descend"
     needs_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
 
     sweeps: int = 2
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.sweeps < 1 or self.damping < 0:
+        if self.sweeps < 1 or not 0 <= self.damping < math.inf:
             raise BitfoldError(f"descend makes 1 or more sweeps, with damping of 0 or more, not {self}")
 
     def solve(self, task: Task) -> Draft:

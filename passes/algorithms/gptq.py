@@ -43,6 +43,7 @@ class GPTQ(Solver):
 
     name: ClassVar[str] = "gptq"
     needs_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
 
     actorder: bool = True
     damping: float = 0.01

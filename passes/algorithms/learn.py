@@ -7,10 +7,10 @@ nearest to the float block's.
 
 Rounding as something to learn is AdaRound's (Nagel et al., arXiv 2004.10568), a whole block's output as the
 aim BRECQ's (Li et al., arXiv 2102.05426). How it is learned is AutoRound's (Cheng et al., "Optimize Weight
-Rounding via Signed Gradient Descent", arXiv 2309.05516): each weight moves by the sign of its gradient, in
-steps of a share of the format's spacing that falls to zero; rounding passes the gradient straight through.
-Scales move too, by the sign of theirs. It starts from what the solvers before it have decided
-(`rounding.py`), and the best weights that were seen are kept.
+Rounding via Signed Gradient Descent", arXiv 2309.05516) but for the optimizer, which is Adam: each weight
+moves in steps of a share of the format's spacing that falls to zero, and rounding passes the gradient
+straight through. Scales move too. It starts from what the solvers before it have decided (`rounding.py`), and
+the best weights that were seen are kept.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Learn(Pass):
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
 
     steps: int = 200
-    rate: float = 0.005
+    rate: float = 0.002
     scales: float = 0.0005
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 In: a format and a draft. Out: values that gradients are taken of, moves along them, and the best draft.
 
     r = Rounding(f, draft);  v = r.values();  r.slopes(gradient of a loss by v, v)    by `shift` and `stretch`
-    r.shift -= 0.005 * slope.sign();  r.keep();  r.draft()
+    r.shift -= 0.002 * slope;  r.keep();  r.draft()
 
 Two things move. `shift`, in spacings of the format: the number that is rounded is the weight plus that many,
 never more than one and a half; rounding passes the gradient straight through. `stretch`: the logarithm of

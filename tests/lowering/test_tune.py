@@ -126,7 +126,7 @@ def test_resumed_it_is_the_same(model: Model, tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-def test_it_is_last_and_alone(model: Model) -> None:
+def test_it_is_last_and_alone(model: Model, tmp_path: Path) -> None:
     for text, said in (
         ("tune,gptq", "put it after gptq"),
         ("gptq,tune,correct_bias", "both have the last word"),
@@ -137,4 +137,4 @@ def test_it_is_last_and_alone(model: Model) -> None:
     with pytest.raises(bf.BitfoldError, match="rates from 0 to 1"):
         bf.quantize(model, "int3[g32]", algorithm="gptq,tune{rate=1.5}", calibration=batches())
     with pytest.raises(bf.BitfoldError, match="resume does not keep"):
-        bf.quantize(model, "int3[g32]", algorithm="follow,gptq,tune", calibration=batches(), resume="unused")
+        bf.quantize(model, "int3[g32]", algorithm="follow,gptq,tune", calibration=batches(), resume=tmp_path)
