@@ -78,10 +78,10 @@ def torchao(model: nn.Module) -> nn.Module:
 UNQUANTIZED, AGAIN = "unquantized", "unquantized again"
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
     UNQUANTIZED: lambda model: model,
-    "int4[g32]": ours("int4[g32]", "", "straight"),
+    "int4[g32]": ours("int4[g32]", "", "straight"),  # on a GPU by a kernel of its own
+    "int4[g32] fused": ours("int4[g32]", "", "straight+fused"),
     "int4[g32] kept": ours("int4[g32]", "", "straight+keep"),
     "int4[g32] lsq": ours("int4[g32]", "", "lsq"),
-    "int4[g32] kernel": ours("int4[g32]", "", "straight+kernel"),
     "int4[g32] lsq kernel": ours("int4[g32]", "", "lsq+kernel"),
     "int4[g32] x int8": ours("int4[g32]", "int8", "straight"),
     "mxfp4 x mxfp8": ours("mxfp4", "mxfp8", "straight"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
 from .integer import Integer
+from .round_groups import faster
 from .text import format
 
 
@@ -71,6 +73,8 @@ def _train_quantize(
     clock: Tensor | None,
     warmup: int,
 ) -> Tensor:
+    if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
+        how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
@@ -80,7 +84,7 @@ def _train_quantize(
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *held))
     if not tracked:
         value = rounded(x)
-    elif how.kind == "straight" and not noisy:
+    elif how.kind == "straight" and not noisy and not how.kernel:
         # Nothing is kept for backward. x - x.detach() is 0 with gradient 1, so the value stays as it is.
         with torch.no_grad():
             value = rounded(x)
@@ -133,20 +137,23 @@ _TAGS = ("recompute", "ac_graph_id")
 
 
 class _Rounding(torch.autograd.Function):
-    """(x, learned numbers) -> x rounded; keeps x and the scales, and computes everything else again."""
+    """(x, learned numbers) -> x rounded; keeps x and the scales, and computes everything else again. What
+    comes straight through keeps nothing."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, fmt: Format, how: Gradient, noisy: bool, scales: Any, *held: Tensor
     ) -> Tensor:
         ctx.about = (fmt, how, len(held))
-        ctx.save_for_backward(x, *scales, *held)
+        ctx.save_for_backward(*(() if how.kind == "straight" else (x, *scales, *held)))
         return _rounded(fmt, how, x, scales, noisy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         fmt, how, count = ctx.about
+        if how.kind == "straight":
+            return (gradient, *(None,) * (4 + count))
         x, *rest = ctx.saved_tensors
         scales, held = tuple(rest[: len(rest) - count]), rest[len(rest) - count :]
         if how.kernel and how.kind in ("clip", "lsq", "pact") and (held or not how.learns):
