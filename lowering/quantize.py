@@ -30,7 +30,6 @@ from .algorithms.algorithm import Algorithm, algorithm_of
 from .algorithms.calibration import Batch, Batches, observe_modules, record_arguments
 from .algorithms.results import Results, fingerprint
 from .algorithms.solve_sites import solve_sites
-from .diagnose import buffers_kept
 from .fold_sites import fold_sites
 from .folded import Folded
 from .given_model import module_of
@@ -182,9 +181,7 @@ def calibrate_sites(model: nn.Module, found: Plan, batches: Iterable[Batch], pro
         if site.calibrated:
             Pipeline([Observe()]).run(site.gm, record=False)
             observed[site.module] = site.gm
-    with buffers_kept(model):
-        count = observe_modules(model, batches, observed, progress)
-    if count == 0:
+    if observe_modules(model, batches, observed, progress) == 0:
         raise BitfoldError("calibration has no batches; give at least one")
     for site in found.sites:
         if any(getattr(module, "spoilt", False) for module in site.gm.modules()):

@@ -11,8 +11,7 @@ afterwards, so their rounding is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +48,10 @@ def correct_biases(
             found.misses.append(MissRecord(site.path, site.path, "", step.name, picked.reason))
         elif picked is not None:
             chosen[site.module] = _Error(site, *picked)
-    with watched(chosen), as_decided(model, changes, found), hooked(model, {}):
+    before = {module: one.before for module, one in chosen.items()}
+    after = {module: one.after for module, one in chosen.items()}
+    # In this order: the hooks that round a layer's input come behind those that note what it is given.
+    with hooked(model, before, after), as_decided(model, changes, found):
         for batch in batches:
             batch.run(model)
     corrected: dict[str, Tensor] = {}
@@ -100,11 +102,9 @@ class _Error:
         self.mean: Tensor | None = None
 
     def before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """What comes in behind the user's hooks, before the one that rounds it."""
         self.given.append((args, kwargs))
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, result: Tensor) -> None:
-        """The layer's own result, before the user's hooks change it."""
         rounded = module._parameters["weight"]
         module._parameters["weight"] = self.weight  # type: ignore[assignment]
         try:
@@ -113,27 +113,12 @@ class _Error:
         finally:
             module._parameters["weight"] = rounded
         apart = (exact - result).detach().float().movedim(self.channels, -1).flatten(0, -2)
-        if not len(apart):  # an expert that no token was sent to
+        if not len(apart):  # an expert that got no token
             return
         self.count += len(apart)
         if self.mean is None:
             self.mean = torch.zeros(apart.shape[-1], device=apart.device)
         self.mean.lerp_(apart.mean(0), len(apart) / self.count)
-
-
-@contextmanager
-def watched(errors: Mapping[nn.Module, _Error]) -> Iterator[None]:
-    """Each module's error noted while it runs. Hooks that are put on later (those that round inputs) come
-    behind; the user's own come before what goes in is noted, and after what comes out is."""
-    handles = []
-    for module, one in errors.items():
-        handles.append(module.register_forward_pre_hook(one.before, with_kwargs=True))
-        handles.append(module.register_forward_hook(one.after, with_kwargs=True, prepend=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_bias(gm: GraphModule, node: Node, like: Tensor) -> None:

@@ -35,7 +35,6 @@ from ...passes.algorithms.draft import DRAFT, Draft, draft_of
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
-from ..diagnose import buffers_kept
 from ..module_scope import Plan, Site, Step, positional
 from ..parameters import parameter_names
 from ..swaps import Swaps
@@ -88,13 +87,13 @@ def solve_sites(
                 f"layer {site.path} has an output of calibrated range, which {algorithm.balance[0].name} "
                 "would change afterwards; leave the format of outputs to the layers that read them"
             )
-    with buffers_kept(model), without_cache(model), Swaps() as swaps:
+    with without_cache(model), Swaps() as swaps:
         if algorithm.rotate is not None:
             with hooked(model, {}):
                 changes = rotate_model(algorithm.rotate, model, batches[0], sites, swaps)
         changes |= _walk(model, found, sites, solver, batches)
     found.misses += solver.misses
-    with buffers_kept(model), without_cache(model):
+    with without_cache(model):
         if algorithm.tune is not None:
             changes |= tune_model(algorithm.tune, model, found, batches, changes, progress)
         if algorithm.correct is not None:

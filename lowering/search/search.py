@@ -35,11 +35,11 @@ from ...passes.algorithms.draft import DRAFT
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ..algorithms.calibration import Batches, hooked
-from ..diagnose import buffers_kept
+from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import Step, plan
 from ..swaps import Swaps
-from .sensitivity import Choice, Loss, Sensitivity, divergence, round_site, run, sensitivity
+from .sensitivity import Choice, Loss, Sensitivity, divergence, round_site, sensitivity
 from .times import Times, measured, modeled
 from .trace import trace_sensitivity
 
@@ -230,14 +230,14 @@ def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], m
 def _measured(model: nn.Module, recipe: Recipe, data: Sequence[Any], loss: Loss) -> float:
     """The loss of the whole recipe, weights rounded to the nearest."""
     batches = list(Batches(data, None))
-    with hooked(model, {}), buffers_kept(model):
-        exact = [run(model, batch) for batch in batches]
+    with hooked(model, {}):
+        exact = [first_output(model, batch) for batch in batches]
         with Swaps() as swaps:
             for site in plan(model, recipe, stored={}).sites:
                 round_site(site)
                 swaps.put(site)
                 for node, _ in annotated(site.gm):
                     node.meta.pop(DRAFT, None)
-            outputs = [run(model, batch) for batch in batches]
+            outputs = [first_output(model, batch) for batch in batches]
     total = sum(float(loss(before, after)) for before, after in zip(exact, outputs, strict=True))
     return total / len(batches)

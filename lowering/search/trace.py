@@ -27,10 +27,10 @@ from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
 from ..algorithms.calibration import Batches, hooked
-from ..diagnose import buffers_kept, first_output
+from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import Site, Step, plan
-from .sensitivity import Choice, Sensitivity, finest
+from .sensitivity import Choice, Reached, Sensitivity, none_fits
 
 
 def trace_sensitivity(
@@ -50,44 +50,41 @@ def trace_sensitivity(
         raise BitfoldError("a trace is estimated on one batch and one draw at least")
     texts = list(dict.fromkeys(str(format(one)) for one in formats))
     plans = {text: plan(model, _uniform(text), stored={}).sites for text in texts}
+    reached = Reached(site for sites in plans.values() for site in sites)
     modules = {site.path: site.module for sites in plans.values() for site in sites}
     weights = {path: _weight(module) for path, module in modules.items()}
-    traces, reached = dict.fromkeys(weights, 0.0), set[str]()
+    traces = dict.fromkeys(weights, 0.0)
     generator = torch.Generator().manual_seed(seed)
-    with hooked(model, {}), buffers_kept(model), _trainable(weights.values()):
+    with hooked(model, reached.hooks), _trainable(weights.values()):
         for done, batch in enumerate(batches):
             for _ in range(draws):
                 if progress is not None:
                     progress("estimate traces", done, len(batches))
                 for path, value in _squares(model, batch, weights, generator).items():
                     traces[path] += value / (len(batches) * draws)
-                    reached.add(path)
     choices, numel = [], {}
     for text, sites in plans.items():
-        for site in sites:
+        for site in reached.of(sites):
             bits, moved, count = _moved(site, text)
             numel[site.path] = count
             choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
     if not numel:
-        raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
-    return Sensitivity(tuple(finest(choices, set(weights) - reached)), numel)
+        raise BitfoldError(none_fits(model, formats))
+    return Sensitivity(tuple(choices), numel, reached.warn_of_others())
 
 
 def _squares(
     model: nn.Module, batch: Any, weights: dict[str, nn.Parameter], generator: torch.Generator
 ) -> dict[str, float]:
-    """One draw: trace(H) of the mean over rows, for each layer that the batch reaches."""
-    with torch.enable_grad(), buffers_kept(model):
+    """One draw: trace(H) of the mean over rows, for each layer."""
+    with torch.enable_grad():
         rows = first_output(model, batch).float().flatten(0, -2).log_softmax(-1)
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
-    return {
-        path: float(gradient.float().square().sum()) / len(rows)
-        for path, gradient in zip(weights, gradients, strict=True)
-        if gradient is not None
-    }
+    squares = (0.0 if g is None else float(g.float().square().sum()) for g in gradients)
+    return {path: value / len(rows) for path, value in zip(weights, squares, strict=True)}
 
 
 def _moved(site: Site, text: str) -> tuple[float, float, int]:

@@ -100,3 +100,32 @@ def test_mistakes(model: Model) -> None:
         bf.quantize(nn.Sequential(nn.Linear(32, 8)), "int4[g32]", algorithm="learn", calibration=batches())
     with pytest.raises(bf.BitfoldError, match="1 or more steps"):
         Learn(steps=0)
+
+
+class Routed(Block):
+    """Rows that begin with a positive number go through another layer, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sent = x[..., 0] > 0
+        y = x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+        return y.index_put((sent,), self.other(x[sent])) if bool(sent.any()) else y
+
+
+def test_a_layer_that_a_batch_does_not_reach_learns_from_the_others() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    model.blocks = nn.ModuleList(Routed() for _ in range(2))
+    data = batches()
+    with torch.no_grad():
+        data += [torch.cat([-x[..., :1].abs(), x[..., 1:]], -1) for x in data[:4]]
+        exact = [model(x) for x in data]
+        found = []
+        for algorithm in (None, "learn{steps=60}"):
+            q = copy.deepcopy(model)
+            bf.quantize(q, "int3[g32]", algorithm=algorithm, calibration=data, target="reference")
+            found.append(sum(float((q(x) - y).square().mean()) for x, y in zip(data, exact, strict=True)))
+    assert found[1] < 0.8 * found[0]
