@@ -221,11 +221,6 @@ class _Tracer:
         return bound.args
 
 
-def positional(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call in the order of the module's signature, which is that of its graph's inputs."""
-    return args if not kwargs else inspect.signature(module.forward).bind(*args, **kwargs).args
-
-
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
     """The user's hooks run around the folded forward as before, so the graph must not hold them too."""

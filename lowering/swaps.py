@@ -21,7 +21,7 @@ from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
 from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
-from .module_scope import Plan, Site, positional
+from .module_scope import Plan, Site
 from .steps_back import back_from
 from .turned import turned
 
@@ -98,14 +98,18 @@ class Swaps:
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _rounding(self, text: str, through: bool) -> Callable[..., Any]:
+        def rounded(given: Tensor) -> Tensor:
+            x = torch.ops.bitfold.hadamard(given) if through else given
+            # The operator, not the format's method: it lets the gradient straight through.
+            x = torch.ops.bitfold.fake_quantize(x, text)
+            return torch.ops.bitfold.hadamard(x, True) if through else x
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._lifted:
                 return None
-            x, *rest = positional(module, args, kwargs)
-            x = torch.ops.bitfold.hadamard(x) if through else x
-            # The operator, not the format's method: it lets the gradient straight through.
-            x = torch.ops.bitfold.fake_quantize(x, text)
-            return (torch.ops.bitfold.hadamard(x, True) if through else x, *rest), {}
+            if args:
+                return (rounded(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "input": rounded(kwargs["input"])}  # what stock layers call it
 
         return hook
 

@@ -9,6 +9,7 @@ and without gradients, and is then as it was.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes.scopes.program import traceable
-from ..module_scope import positional
 from .buffers import Buffers
 
 
@@ -150,7 +150,7 @@ def observe_modules(
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-        observers[module](*positional(module, args, kwargs))
+        observers[module](*in_order(module, args, kwargs))
 
     count = 0
     with hooked(model, dict.fromkeys(observers, observe)):
@@ -160,6 +160,11 @@ def observe_modules(
             batch.run(model)
             count += 1
     return count
+
+
+def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in the order of the signature, which is how a module's graph takes them."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).args if kwargs else args
 
 
 @contextmanager

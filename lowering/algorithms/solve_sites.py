@@ -35,14 +35,14 @@ from ...passes.algorithms.draft import DRAFT, Draft, draft_of
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
-from ..module_scope import Plan, Site, Step, positional
+from ..module_scope import Plan, Site, Step
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turned
 from .algorithm import Algorithm
 from .balance_block import Balance
 from .blocks import Chain, record, without_cache
-from .calibration import Batch, hooked
+from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
 from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
@@ -337,7 +337,7 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[S
             again.add(module)
             return
         seen.add(module)
-        given = next(iter(positional(module, args, kwargs)), None)
+        given = next(iter(in_order(module, args, kwargs)), None)
         if groups and groups[-1][0] is given:
             groups[-1][1].append(by_module[module])
         else:
