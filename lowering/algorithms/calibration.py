@@ -152,7 +152,7 @@ def observe_modules(
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
         with named(running):
-            observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
+            observers[module](*in_order(module, args, kwargs))
 
     count, running = 0, ""
     with hooked(model, dict.fromkeys(observers, observe)):
@@ -163,6 +163,11 @@ def observe_modules(
             batch.run(model)
             count += 1
     return count
+
+
+def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in the order of the signature, which is how a module's graph takes them."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).args if kwargs else args
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,14 +132,8 @@ def test_a_batch_without_rows_for_a_layer_says_nothing_of_it() -> None:
     model, x = Expert().eval(), torch.randn(64, 32)
     some, none = x[x[:, 0] > 0], x[x[:, 0] <= 0]
     biases = []
-    asked = {"algorithm": "correct_bias", "target": "reference"}
+    asked: dict[str, Any] = {"algorithm": "correct_bias", "target": "reference"}
     for batches in ([some], [some, none], [none, some]):
-        q = bf.quantize(
-            copy.deepcopy(model),
-            "int3[g32]",
-            algorithm="correct_bias",
-            calibration=batches,
-            target="reference",
-        )
+        q = bf.quantize(copy.deepcopy(model), "int3[g32]", calibration=batches, **asked)
         biases.append(q.fc.bias.detach())
     assert torch.equal(biases[0], biases[1]) and torch.equal(biases[0], biases[2])
