@@ -7,8 +7,11 @@ the reason why the model is no such chain.
     call)
 
 The blocks are the elements of the largest ModuleList whose elements each run once, in order, the first tensor
-that one returns being the first that the next is given. Everything else that a block is called with (masks,
-rotary angles) is remembered by reference: models hand the same objects to all blocks.
+that one returns being the first that the next is given, untouched. Other tensors that earlier blocks returned
+(a residual, a bias of positions) are followed too: a block is given what they really return. Everything else
+that a block is called with (masks, rotary angles) is remembered by reference: models hand the same objects to
+all blocks. A block that writes to one of these would change what its next run starts from, and is no link of
+a chain; nor is one that fills a cache of keys and values.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import Miss
@@ -27,17 +31,38 @@ from .calibration import Batch, hooked
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Handed:
+    """In the place of an argument: the tensor that `block` returned as this leaf of its result."""
+
+    block: int
+    leaf: int
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the next block is given of those before it: the hidden value, and others that later calls take."""
+
+    hidden: Tensor
+    handed: dict[Handed, Tensor]
+
+
 @dataclass
 class Chain:
-    """`hidden`: for each batch, what goes into the block that is next. `calls`: batch by batch, block by
-    block, the arguments, the hidden value among them replaced by None; `exact`: the hidden values of the
-    float model, if wanted."""
+    """`given`: for each batch, what goes into the block that is next. `calls`: batch by batch, block by
+    block, the arguments, the hidden value among them replaced by None; `exact`: as `given` in the float
+    model, if wanted."""
 
     paths: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
-    hidden: list[Tensor] = field(default_factory=list)
+    given: list[Given] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
-    exact: list[Tensor] = field(default_factory=list)
+    exact: list[Given] = field(default_factory=list)
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The hidden value of each batch."""
+        return [one.hidden for one in self.given]
 
     def run(self, block: int, batch: int) -> Tensor:
         """The block's result for the batch, from the hidden value as it is now."""
@@ -46,13 +71,27 @@ class Chain:
 
     def run_exact(self, block: int, batch: int) -> Tensor:
         """The block's result in the float model, if its weights are the float ones now."""
-        args, kwargs = _filled(self.calls[batch][block], self.exact[batch].clone())
+        args, kwargs = self._arguments(block, batch, self.exact[batch])
         return first_tensor(self.blocks[block](*args, **kwargs))
+
+    def behind(self, block: int, batch: int, given: Given) -> Given:
+        """What the next block is given, if this one is given that."""
+        args, kwargs = self._arguments(block, batch, given)
+        result = self.blocks[block](*args, **kwargs)
+        here = {Handed(block, leaf): one for leaf, one in enumerate(pytree.tree_leaves(result))}
+        leaves = pytree.tree_leaves(self.calls[batch][block + 1 :])
+        later = {one for one in leaves if isinstance(one, Handed)}
+        handed = {key: one for key, one in (given.handed | here).items() if key in later}
+        return Given(first_tensor(result), handed)
 
     def arguments(self, block: int, batch: int = 0) -> Call:
         """What the block is called with."""
+        return self._arguments(block, batch, self.given[batch])
+
+    def _arguments(self, block: int, batch: int, given: Given) -> Call:
+        call: Call = pytree.tree_map_only(Handed, given.handed.__getitem__, self.calls[batch][block])
         # A copy: a block that adds to what it is given would change what the next run of it starts from.
-        return _filled(self.calls[batch][block], self.hidden[batch].clone())
+        return _filled(call, given.hidden.clone())
 
 
 def record(model: nn.Module, batches: Sequence[Batch]) -> Chain | Miss:
@@ -90,37 +129,76 @@ def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
 
 def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> str:
     """Note one batch; the reason why the blocks are no chain, or "" if they are."""
-    calls: list[Call] = []
-    order: list[int] = []
-    handed: list[Tensor] = []
-    start: list[Tensor] = []
-    index = {block: i for i, block in enumerate(chain.blocks)}
-    broken: list[str] = []
+    seen = _Seen(chain)
+    before, after = dict.fromkeys(chain.blocks, seen.before), dict.fromkeys(chain.blocks, seen.after)
+    with hooked(model, before, after, outside=True):
+        batch.run(model)
+    if seen.broken:
+        return seen.broken[0]
+    if seen.order != list(range(len(chain.blocks))):
+        return "its blocks do not each run once, in order"
+    chain.given.append(Given(seen.start[0], {}))
+    chain.calls.append(seen.calls)
+    return ""
 
-    def before(block: nn.Module, args: Any, kwargs: Any) -> None:
+
+class _Seen:
+    """One batch's calls of blocks, while they come."""
+
+    def __init__(self, chain: Chain) -> None:
+        self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
+        self.index = {block: i for i, block in enumerate(chain.blocks)}
+        self.order: list[int] = []
+        self.start: list[Tensor] = []
+        self.calls: list[Call] = []
+        self.broken: list[str] = []
+        # By identity; the tensors are held, so that no other one is at their place, with their versions.
+        self.handed: dict[int, tuple[Tensor, int, Handed]] = {}
+        self.next: Tensor | None = None
+        self.others: list[tuple[Tensor, int]] = []
+
+    def before(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        path = self.paths[block]
         value, call = _emptied(args, kwargs)
         if value is None:
-            broken.append(f"block {chain.paths[index[block]]} is given no tensor")
+            self.broken.append(f"block {path} is given no tensor")
             return
-        if not order:
-            start.append(value.detach().clone())
-        elif handed and handed[-1] is not value:
-            broken.append(f"block {chain.paths[index[block]]} is not given what the one before it returned")
-        order.append(index[block])
-        calls.append(call)
+        if not self.order:
+            self.start.append(value.detach().clone())
+        elif self.next is not value:
+            self.broken.append(f"block {path} is not given what the one before it returned")
+        if any(hasattr(one, "get_seq_length") for one in (*args, *kwargs.values())):
+            self.broken.append(
+                f"block {path} is given a cache of keys and values, which each of its runs would add to; let "
+                "the model run without (use_cache=False)"
+            )
+        others = [one for one in pytree.tree_leaves(call) if isinstance(one, Tensor)]
+        if any(self._changed(one) for one in (value, *others)):
+            self.broken.append(f"block {path} is given what was changed in place since a block returned it")
+        self.others = [(one, _version(one)) for one in others]
+        self.order.append(self.index[block])
+        self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
 
-    def after(block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        handed[:] = [first_tensor(result)]
+    def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if any(_version(one) != version for one, version in self.others):
+            self.broken.append(f"block {self.paths[block]} writes to an argument that others are given too")
+        self.next = first_tensor(result)
+        for leaf, one in enumerate(pytree.tree_leaves(result)):
+            if isinstance(one, Tensor):
+                self.handed[id(one)] = one, _version(one), Handed(self.index[block], leaf)
 
-    with hooked(model, dict.fromkeys(chain.blocks, before), dict.fromkeys(chain.blocks, after)):
-        batch.run(model)
-    if broken:
-        return broken[0]
-    if order != list(range(len(chain.blocks))):
-        return "its blocks do not each run once, in order"
-    chain.hidden.append(start[0])
-    chain.calls.append(calls)
-    return ""
+    def _changed(self, tensor: Tensor) -> bool:
+        known = self.handed.get(id(tensor))
+        return known is not None and known[1] != _version(tensor)
+
+    def _named(self, tensor: Tensor) -> Tensor | Handed:
+        known = self.handed.get(id(tensor))
+        return tensor if known is None else known[2]
+
+
+def _version(tensor: Tensor) -> int:
+    """Goes up with every write, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
@@ -143,14 +221,16 @@ def _filled(call: Call, value: Tensor) -> Call:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """transformers' models do not fill a cache of keys and values meanwhile: a block run twice would add
-    twice."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
+    """transformers' models, also those within others, do not fill a cache of keys and values meanwhile: a
+    block run twice would add twice."""
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None))
+    }
+    filling: list[Any] = [one for one in configs.values() if getattr(one, "use_cache", False) is True]
+    for config in filling:
+        config.use_cache = False
     try:
         yield
     finally:
-        config.use_cache = True  # type: ignore[union-attr]
+        for config in filling:
+            config.use_cache = True
