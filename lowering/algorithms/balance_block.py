@@ -35,6 +35,7 @@ from ..swaps import Swaps
 from ..turned import turned
 from .blocks import Chain
 from .calibration import hooked, in_order
+from .described import described_module
 from .measure import Gatherer
 
 # Relative to the result's norm, over a chain of four products: float32 rounds 2^-24 at each of some thousand
@@ -111,9 +112,10 @@ class Balance:
         return False
 
     def _groups(self, chain: Chain, place: int) -> list[Group] | Miss:
-        """The block's groups; blocks of one kind and shape are captured once."""
+        """The block's groups; blocks that hold the same but for their numbers are captured once."""
         block = chain.blocks[place]
-        key = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+        modules = tuple((name, described_module(module)) for name, module in block.named_modules())
+        key = (modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
         if key not in self.known:
             args, kwargs = chain.arguments(place)
             try:

@@ -16,7 +16,8 @@ a chain; nor is one that fills a cache of keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,8 +153,7 @@ class _Seen:
         self.start: list[Tensor] = []
         self.calls: list[Call] = []
         self.broken: list[str] = []
-        # By identity; the tensors are held, so that no other one is at their place, with their versions.
-        self.handed: dict[int, tuple[Tensor, int, Handed]] = {}
+        self.handed: dict[int, tuple[weakref.ref[Tensor], int, Handed]] = {}  # by identity, with versions
         self.next: Tensor | None = None
         self.others: list[tuple[Tensor, int]] = []
 
@@ -169,31 +169,38 @@ class _Seen:
             self.broken.append(f"block {path} is not given what the one before it returned")
         if any(hasattr(one, "get_seq_length") for one in (*args, *kwargs.values())):
             self.broken.append(
-                f"block {path} is given a cache of keys and values, which each of its runs would add to; let "
-                "the model run without (use_cache=False)"
+                f"block {path} is given a cache, which each run of it would add to (use_cache=False)"
             )
         others = [one for one in pytree.tree_leaves(call) if isinstance(one, Tensor)]
         if any(self._changed(one) for one in (value, *others)):
-            self.broken.append(f"block {path} is given what was changed in place since a block returned it")
+            self.broken.append(
+                f"block {path} is not given what the one before it returned: it was changed in place since"
+            )
         self.others = [(one, _version(one)) for one in others]
         self.order.append(self.index[block])
         self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         if any(_version(one) != version for one, version in self.others):
-            self.broken.append(f"block {self.paths[block]} writes to an argument that others are given too")
+            self.broken.append(
+                f"block {self.paths[block]} writes to what it is given beside the first tensor"
+            )
         self.next = first_tensor(result)
         for leaf, one in enumerate(pytree.tree_leaves(result)):
             if isinstance(one, Tensor):
-                self.handed[id(one)] = one, _version(one), Handed(self.index[block], leaf)
+                known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
+                self.handed[id(one)] = known
 
     def _changed(self, tensor: Tensor) -> bool:
-        known = self.handed.get(id(tensor))
-        return known is not None and known[1] != _version(tensor)
+        ref, version, _ = self.handed.get(id(tensor), _NOTHING)
+        return ref() is tensor and version != _version(tensor)
 
     def _named(self, tensor: Tensor) -> Tensor | Handed:
-        known = self.handed.get(id(tensor))
-        return tensor if known is None else known[2]
+        ref, _, name = self.handed.get(id(tensor), _NOTHING)
+        return name if ref() is tensor else tensor
+
+
+_NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
 
 
 def _version(tensor: Tensor) -> int:

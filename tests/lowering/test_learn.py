@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.passes.algorithms.draft import Draft
-from bitfold.passes.algorithms.learn import Learn, Rounding
+from bitfold.passes.algorithms.learn import Learn
 
 
 class Block(nn.Module):
@@ -63,18 +62,6 @@ def test_learning_lowers_what_rounding_loses(model: Model, text: str) -> None:
 
 def test_learning_goes_on_from_gptq(model: Model) -> None:
     assert loss(model, "clip,gptq,learn{steps=100}") < 0.95 * loss(model, "clip,gptq")
-
-
-def test_a_rounding_starts_where_it_was_decided() -> None:
-    torch.manual_seed(0)
-    f, w = bf.format("int4[g32]"), torch.randn(8, 32)
-    params = f.choose(w)
-    decided = f.fake_quantize(w + 0.4 * torch.randn_like(w) * f.scale.decode(params[0]), params)  # type: ignore[union-attr]
-    start = Rounding(f, Draft(w, params, decided))
-    assert torch.equal(start.values().detach(), decided)
-    assert torch.equal(start.draft().rounded(f), decided)
-    start.move(torch.ones(8, 32), 5.0)
-    assert (start.place >= w - start.gap * (1 + 1e-6)).all()
 
 
 def test_an_interrupted_run_is_taken_up(model: Model, tmp_path: Path) -> None:
