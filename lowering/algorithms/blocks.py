@@ -1,23 +1,17 @@
 """A model as a chain of blocks: what lets an algorithm hold one block's activations at a time.
 
-In: a model and calibration batches. Out: its blocks in order and, for every batch, what goes into each; or
-the reason why the model is no such chain.
+In: what each block was called with (`record_blocks.py`). Out: any block's result for any batch, given what
+the blocks before it give now.
 
-    record(llama, batches)  ->  Chain(model.layers.0 .. 31, hidden [32 batches], the other arguments of each
-    call)
+    chain.run(5, batch)     block 5, behind blocks 0 to 4 as they were when `given` was last moved on
 
-The blocks are the elements of the largest ModuleList whose elements each run once, in order, the first tensor
-that one returns being the first that the next is given, untouched. Other tensors that earlier blocks returned
-(a residual, a bias of positions) are followed too: a block is given what they really return. Everything else
-that a block is called with (masks, rotary angles) is remembered by reference: models hand the same objects to
-all blocks. A block that writes to one of these would change what its next run starts from, and is no link of
-a chain; nor is one that fills a cache of keys and values.
+Everything that a block is called with but what earlier blocks return (masks, rotary angles) is remembered by
+reference: models hand the same objects to all blocks.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
-from ...passes import Miss
-from .calibration import Batch, hooked
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -95,127 +87,12 @@ class Chain:
         return _filled(call, given.hidden.clone())
 
 
-def record(model: nn.Module, batches: Sequence[Batch]) -> Chain | Miss:
-    """Run the float model once on every batch. The caller has it in eval mode, without gradients."""
-    found = _largest_list(model)
-    if found is None:
-        return Miss("it has no ModuleList of blocks")
-    chain = Chain(tuple(path for path, _ in found), tuple(block for _, block in found))
-    for batch in batches:
-        why = _record_batch(model, batch, chain)
-        if why:
-            return Miss(why)
-    return chain
-
-
 def first_tensor(result: Any) -> Tensor:
     """What a block hands on: its result, or the first part of it."""
     value = result[0] if isinstance(result, tuple | list) and result else result
     if not isinstance(value, Tensor):
         raise BitfoldError(f"a block returned a {type(value).__name__}, not a tensor")
     return value
-
-
-def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
-    ]
-    if not lists:
-        return None
-    path, blocks = max(lists, key=lambda one: sum(p.numel() for p in one[1].parameters()))
-    return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
-
-
-def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> str:
-    """Note one batch; the reason why the blocks are no chain, or "" if they are."""
-    seen = _Seen(chain)
-    before, after = dict.fromkeys(chain.blocks, seen.before), dict.fromkeys(chain.blocks, seen.after)
-    with hooked(model, before, after, outside=True):
-        batch.run(model)
-    if seen.broken:
-        return seen.broken[0]
-    if seen.order != list(range(len(chain.blocks))):
-        return "its blocks do not each run once, in order"
-    chain.given.append(Given(seen.start[0], {}))
-    chain.calls.append(seen.calls)
-    return ""
-
-
-class _Seen:
-    """One batch's calls of blocks, while they come."""
-
-    def __init__(self, chain: Chain) -> None:
-        self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
-        self.index = {block: i for i, block in enumerate(chain.blocks)}
-        self.order: list[int] = []
-        self.start: list[Tensor] = []
-        self.calls: list[Call] = []
-        self.broken: list[str] = []
-        self.handed: dict[int, tuple[weakref.ref[Tensor], int, Handed]] = {}  # by identity, with versions
-        self.next: Tensor | None = None
-        self.others: list[tuple[Tensor, int]] = []
-
-    def before(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        path = self.paths[block]
-        value, call = _emptied(args, kwargs)
-        if value is None:
-            self.broken.append(f"block {path} is given no tensor")
-            return
-        if not self.order:
-            self.start.append(value.detach().clone())
-        elif self.next is not value:
-            self.broken.append(f"block {path} is not given what the one before it returned")
-        if any(hasattr(one, "get_seq_length") for one in (*args, *kwargs.values())):
-            self.broken.append(
-                f"block {path} is given a cache, which each run of it would add to (use_cache=False)"
-            )
-        others = [one for one in pytree.tree_leaves(call) if isinstance(one, Tensor)]
-        if any(self._changed(one) for one in (value, *others)):
-            self.broken.append(
-                f"block {path} is not given what the one before it returned: it was changed in place since"
-            )
-        self.others = [(one, _version(one)) for one in others]
-        self.order.append(self.index[block])
-        self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
-
-    def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if any(_version(one) != version for one, version in self.others):
-            self.broken.append(
-                f"block {self.paths[block]} writes to what it is given beside the first tensor"
-            )
-        self.next = first_tensor(result)
-        for leaf, one in enumerate(pytree.tree_leaves(result)):
-            if isinstance(one, Tensor):
-                known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
-                self.handed[id(one)] = known
-
-    def _changed(self, tensor: Tensor) -> bool:
-        ref, version, _ = self.handed.get(id(tensor), _NOTHING)
-        return ref() is tensor and version != _version(tensor)
-
-    def _named(self, tensor: Tensor) -> Tensor | Handed:
-        ref, _, name = self.handed.get(id(tensor), _NOTHING)
-        return name if ref() is tensor else tensor
-
-
-_NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
-
-
-def _version(tensor: Tensor) -> int:
-    """Goes up with every write, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
-    """The first tensor of a call, and the call without it."""
-    if args and isinstance(args[0], Tensor):
-        return args[0], ((None, *args[1:]), dict(kwargs))
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            return value, (args, {**kwargs, name: None, "": name})
-    return None, (args, kwargs)
 
 
 def _filled(call: Call, value: Tensor) -> Call:

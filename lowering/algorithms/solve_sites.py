@@ -41,11 +41,12 @@ from ..swaps import Swaps
 from ..turned import turned
 from .algorithm import Algorithm
 from .balance_block import Balance
-from .blocks import Chain, record, without_cache
+from .blocks import Chain, without_cache
 from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
 from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
+from .record_blocks import record
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
 from .tune_model import tune_model
