@@ -54,15 +54,12 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq",),
     "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "rotate": ("rotate,clip,gptq", f"rotate,{_TUNED},learn,tune{{steps=500,rate=0.001}}"),
+    "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
     "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
-    "learned": (f"{_TUNED},learn", "clip,gptq,learn", f"{_TUNED},learn{{steps=600}}"),
-    "whole model": (
-        f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",
-        f"{_TUNED},tune{{steps=1000,rate=0.001}}",
-        f"{_TUNED},learn,tune{{steps=1000,rate=0.002}}",
-    ),
+    "rotate, tuned": (f"rotate,{_TUNED}",),
+    "learned": (f"{_TUNED},learn", f"rotate,{_TUNED},learn"),
+    "whole model": (f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",),
 }
 BEST = "best"
 # By which variants are chosen: what the table is about. (The divergence there is in the record too.)
