@@ -54,9 +54,10 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq",),
     "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "rotate": ("rotate,clip,gptq", f"rotate,{_TUNED}"),
+    "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
     "gptq, tuned": (_TUNED, "follow,clip,gptq,descend,refit", "clip,gptq,descend,refit"),
+    "rotate, tuned": (f"rotate,{_TUNED}",),
     "learned": (f"{_TUNED},learn{{steps=100}}",),
     "whole model": (f"{_TUNED},tune{{rate=0.002}}",),
 }

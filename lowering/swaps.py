@@ -99,7 +99,7 @@ class Swaps:
 
     def _rounding(self, text: str, through: bool) -> Callable[..., Any]:
         def rounded(given: Tensor) -> Tensor:
-            x = torch.ops.bitfold.hadamard(given) if through else given
+            x: Tensor = torch.ops.bitfold.hadamard(given) if through else given
             # The operator, not the format's method: it lets the gradient straight through.
             x = torch.ops.bitfold.fake_quantize(x, text)
             back: Tensor = torch.ops.bitfold.hadamard(x, True) if through else x
