@@ -7,16 +7,17 @@ In: a prepared model or program. Out: its clocks one step on, its ranges moved; 
 
 All of it is numbers in buffers, which `state_dict` holds: a run that is resumed goes on where it was, and a
 compiled step is never compiled again. Within a step the ranges stand still, so that accumulated gradients and
-recomputed activations see the same ones.
+recomputed activations see the same ones. Processes that train one model see the extremes of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
@@ -39,6 +40,8 @@ def advance(model: nn.Module) -> None:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
     with torch.no_grad():
+        for group, modules in _groups(model, found):
+            _share(modules, group)
         for module, how in found:
             clock = module._buffers.get(CLOCK)
             if clock is None:
@@ -46,6 +49,41 @@ def advance(model: nn.Module) -> None:
             if how.observe:
                 _move(module, how, clock < how.observe)
             clock += 1
+
+
+def _groups(model: nn.Module, found: Iterable[tuple[nn.Module, Qat]]) -> Iterator[tuple[Any, list[nn.Module]]]:
+    """Processes that see other data of the same step, with the modules whose ranges they all move: those of
+    DistributedDataParallel, and those that a parameter is sharded over."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    following = [module for module, how in found if how.observe and _counted(module) < how.observe]
+    wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+    for wrapper in wrapped:
+        inside = set(wrapper.modules())
+        yield wrapper.process_group, [module for module in following if module in inside]
+    sharded: dict[Any, list[nn.Module]] = {}
+    for module in following:
+        meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
+        for group in (group for mesh in meshes for group in mesh.get_all_groups()):
+            sharded.setdefault(group, []).append(module)
+    yield from sharded.items()
+
+
+def _counted(module: nn.Module) -> float:
+    clock = module._buffers.get(CLOCK)
+    return torch.inf if clock is None else float(clock)
+
+
+def _share(modules: Iterable[nn.Module], group: Any) -> None:
+    """The extremes that all processes of a group have seen in this step, in each of them."""
+    seen = [(m._buffers[name], name) for m in modules for name in m._buffers if "_seen_" in name]
+    signed = [(held, 1.0 if name.endswith("low") else -1.0) for held, name in seen if held is not None]
+    if not signed:
+        return
+    least = torch.stack([sign * held.reshape(()) for held, sign in signed])
+    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
+    for (held, sign), value in zip(signed, least, strict=True):
+        held.fill_(sign * value)
 
 
 def parameter_groups(
