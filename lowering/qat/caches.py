@@ -27,7 +27,7 @@ from ...passes.provenance import inherit, origin
 from ...passes.recipes import Recipe
 from ...passes.rules import CACHE, Rule
 from ...passes.rules import Site as RuleSite
-from ...passes.training.quantizers import TRAIN_QUANTIZE
+from ...passes.training.quantizers import TRAIN_QUANTIZE, clock
 from ..kv_cache.quantize import QuantizeCache
 from ..kv_cache.sites import ATTENTION, Site, sites, unrepeated
 
@@ -42,7 +42,8 @@ def has_attention(gm: GraphModule) -> bool:
 
 @dataclass(frozen=True)
 class TrainCache(Pass):
-    """recipe: as `annotate` takes it, of which rules of op `cache` count; gradient: of the rounding."""
+    """recipe: as `annotate` takes it, of which rules of op `cache` count; gradient: of the rounding; warmup:
+    steps that train in floats."""
 
     name: ClassVar[str] = "train_cache"
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = None
@@ -50,6 +51,7 @@ class TrainCache(Pass):
 
     recipe: str
     gradient: Gradient
+    warmup: int = 0
 
     def apply(self, gm: GraphModule) -> int:
         """Number of keys and values that are rounded."""
@@ -102,7 +104,8 @@ class TrainCache(Pass):
 
     def _round(self, gm: GraphModule, value: Node, on: Edge, fmt: Format, attention: Node) -> int:
         gradient = self.gradient if not self.gradient.learns else Gradient("straight")
-        args: Any = (value, on.format, str(gradient), [], False, None, 0)
+        counts = clock(gm, value.meta["val"].device) if self.warmup else None
+        args: Any = (value, on.format, str(gradient), [], False, counts, self.warmup)
         with gm.graph.inserting_after(value):
             new = gm.graph.create_node(
                 "call_function", TRAIN_QUANTIZE, args, name=f"{value.name}_{on.which}_rounded"

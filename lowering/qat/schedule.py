@@ -90,4 +90,5 @@ def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
         # The first range is the first data's; a step without data moves nothing.
         moved = torch.where(held.isfinite(), held + how.rate * (new - held), new)
         held.copy_(torch.where(following & new.isfinite(), moved, held))
-        seen.fill_(torch.inf if end == "low" else -torch.inf)
+        # "high_1", say, where a layer has several inputs.
+        seen.fill_(torch.inf if end.startswith("low") else -torch.inf)

@@ -27,12 +27,12 @@ from ...formats.gradient import Gradient
 from ..anchors import TARGETS
 from ..batch_norm import _ROWS_FIRST, _parameter
 from ..cleanup import erase_dead_nodes
-from ..constants import VIEWS, add_constant, constant, erase_dead_constants, expression
+from ..constants import VIEWS, constant, erase_dead_constants, expression
 from ..core import Miss, Pass, report, state
 from ..edit import arguments, call
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
-from .quantizers import CLOCK, TRAIN_QUANTIZE, first_scales
+from .quantizers import TRAIN_QUANTIZE, clock, first_scales
 
 aten = torch.ops.aten
 FOLD_NORM = torch.ops.bitfold.fold_norm.default
@@ -69,16 +69,16 @@ class TrainBatchNorm(Pass):
     def _fold(self, gm: GraphModule, node: Node, rounding: Node) -> None:
         conv, gamma, beta, mean, var, _, momentum, eps, _ = arguments(node)
         bias = conv.args[2] if len(conv.args) > 2 else None
-        clock, freeze = (_clock(gm), self.freeze) if self.freeze >= 0 else (None, 0)
+        counts, freeze = (clock(gm, _device(gm)), self.freeze) if self.freeze >= 0 else (None, 0)
         # What the fold reads goes before the rounding that reads the fold.
-        for read in (gamma, beta, mean, var, bias, clock):
+        for read in (gamma, beta, mean, var, bias, counts):
             first = next(iter(gm.graph.nodes))
             if isinstance(read, Node) and read is not first:
                 first.prepend(read)
         norm = (bias, gamma, beta, mean, var)
         rows = rounding.args[0]
         made = call(
-            gm, FOLD_NORM, (rows, *norm, eps, False, clock, freeze), before=rounding, origin_from=node
+            gm, FOLD_NORM, (rows, *norm, eps, False, counts, freeze), before=rounding, origin_from=node
         )
         new, shift, g = (
             call(gm, operator.getitem, (made, i), before=rounding, origin_from=node) for i in range(3)
@@ -86,7 +86,7 @@ class TrainBatchNorm(Pass):
         rounding.update_arg(0, new)
         _learn_again(gm, rounding, made, self.clip)
         conv.args = (*conv.args[:2], shift, *conv.args[3:])
-        args: Any = (conv, g, *norm, momentum, eps, False, clock, freeze)
+        args: Any = (conv, g, *norm, momentum, eps, False, counts, freeze)
         after = call(gm, UNFOLD_NORM, args, before=node, origin_from=node)
         node.replace_all_uses_with(after)
         gm.graph.erase_node(node)
@@ -120,15 +120,8 @@ def _rounding(gm: GraphModule, node: Node) -> Node | Miss:
     return weight
 
 
-def _clock(gm: GraphModule) -> Node:
-    known: Node | None = next(
-        (node for node in gm.graph.find_nodes(op="get_attr") if node.target == CLOCK), None
-    )
-    if known is not None:
-        return known
-    first = next(iter(gm.graph.nodes))
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-    return add_constant(gm, CLOCK, torch.zeros((), dtype=torch.int64, device=device), like=first)
+def _device(gm: GraphModule) -> torch.device:
+    return next((p.device for p in gm.parameters()), torch.device("cpu"))
 
 
 def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> None:

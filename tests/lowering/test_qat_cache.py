@@ -96,6 +96,16 @@ def test_without_a_cache_keys_and_values_train_rounded(cache: str, alone: bool) 
         assert torch.equal(bf.convert(gm, target="reference")(x), expected)
 
 
+def test_keys_and_values_train_in_floats_during_warmup() -> None:
+    x, model = torch.randn(B, 6, 64), made(False)
+    floats = model(x)
+    for what in (recipe("kv_int4"), Recipe.parse("kv_int4")):
+        gm = program(model, what, x, options=bf.Qat(warmup=1)).train()
+        assert torch.equal(gm(x), floats)
+        bf.advance(gm)
+        assert not torch.equal(gm(x), floats)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_becomes_codes_of_the_numbers_that_were_trained_on(cache: str) -> None:
     gm = program(made(True), recipe(cache), torch.randn(B, 3, 64), torch.arange(3)).eval()
