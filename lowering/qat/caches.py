@@ -77,7 +77,7 @@ class TrainCache(Pass):
     ) -> int:
         layer = origin(node).module_path
         writes = None if site is None else (site.k.write, site.v.write)
-        values = [unrepeated(node.args[i])[0] for i in (1, 2)] if writes is None else [w.value for w in writes]
+        values: Any = node.args[1:3] if writes is None else [write.value for write in writes]
         rules = [
             self._rule(value, (layer, layer) if paths is None else paths, i) for i, value in enumerate(values)
         ]

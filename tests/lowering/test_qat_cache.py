@@ -97,7 +97,7 @@ def test_without_a_cache_keys_and_values_train_rounded(cache: str, alone: bool) 
 
 
 class Latent(nn.Module):
-    """Keys are the values; other readers of the same numbers (the query, who calls it) read them as they are."""
+    """Keys are the values; other readers of those numbers (the query, who calls) read them as they are."""
 
     def __init__(self, repeats: str) -> None:
         super().__init__()
