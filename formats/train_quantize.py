@@ -56,9 +56,10 @@ def train_quantize(
     clock: Tensor | None = None,
     warmup: int = 0,
 ) -> Tensor:
-    """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
+    """See the file; contiguous. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
+    x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
     # What is random would be something else the second time.
     with contextlib.nullcontext() if noisy or how.keep else recomputed():
         return _train_quantize(x, fmt, how, held, noisy, clock if training and warmup > 0 else None, warmup)

@@ -114,6 +114,7 @@ def prepare_qat(
                 found.misses += misses
             for site in found.sites:
                 made.graph(site)
+            found.misses += made.misses
         for site in found.sites:
             made.write(site)
         _call_every_layer(model)
@@ -215,6 +216,7 @@ class _Made:
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
         self.norms: dict[str, Norm] = {}
+        self.misses: list[MissRecord] = []
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
@@ -222,6 +224,8 @@ class _Made:
         norm = self.norms.get(site.path)
         if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
             del self.norms[site.path]
+            reason = "what the convolution gives is rounded before batch norm reads it"
+            self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         own |= {f"{PREFIX}.{name}" for name in NAMES}

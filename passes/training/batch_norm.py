@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...formats import format, learned
+from ...formats import BitfoldError, format, learned
 from ...formats.gradient import Gradient
 from ..anchors import TARGETS
 from ..batch_norm import _ROWS_FIRST, _parameter
 from ..cleanup import erase_dead_nodes
 from ..constants import VIEWS, constant, erase_dead_constants, expression
 from ..core import Miss, Pass, report, state
+from ..edges import edge
 from ..edit import arguments, call
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
@@ -41,7 +42,7 @@ UNFOLD_NORM = torch.ops.bitfold.unfold_norm.default
 
 @dataclass(frozen=True)
 class TrainBatchNorm(Pass):
-    """freeze: the step from which the running statistics stand still; -1: never; clip: as in
+    """freeze: the step from which the running statistics stand still; -1: never; clip, resumed: as in
     `train_quantizers`."""
 
     name: ClassVar[str] = "train_batch_norm"
@@ -50,12 +51,18 @@ class TrainBatchNorm(Pass):
 
     freeze: int = -1
     clip: bool = False
+    resumed: bool = False
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of batch norms folded; what stays is reported."""
+        """Number of batch norms folded; what stays is reported. Raises BitfoldError, with nothing written,
+        for learned scales that have nothing to begin from."""
+        norms = gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+        roundings = {node: _rounding(gm, node) for node in norms}
+        for node, found in roundings.items():
+            if isinstance(found, Node) and not self.resumed:
+                _check_start(gm, node, found)
         folded = 0
-        for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-            found = _rounding(gm, node)
+        for node, found in roundings.items():
             if not isinstance(found, Node):
                 report(gm, node, found, asked=self.name)
                 continue
@@ -118,6 +125,21 @@ def _rounding(gm: GraphModule, node: Node) -> Node | Miss:
     if chain is None or not isinstance(chain.parameter, nn.Parameter):
         return Miss("the weight before it is no parameter")
     return weight
+
+
+def _check_start(gm: GraphModule, node: Node, rounding: Node) -> None:
+    """Raises BitfoldError if learned scales would begin at those of channels that gamma has erased: a scale
+    of zeros is none for what gamma lets through later."""
+    gamma = arguments(node)[1]
+    if not isinstance(gamma, Node) or not Gradient.parse(str(rounding.args[2])).learns:
+        return
+    numbers, on = find_attribute(gm, str(gamma.target)), edge(rounding)
+    if not numbers.is_meta and bool((numbers == 0).any()):
+        raise BitfoldError(
+            f"the batch norm behind layer {on.layer if on else ''} has zeros in its weight, and a channel of "
+            "zeros gives a learned scale nothing to begin from; make them small numbers, or take "
+            "weight='straight', or fold_norm=False"
+        )
 
 
 def _device(gm: GraphModule) -> torch.device:

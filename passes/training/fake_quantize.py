@@ -163,7 +163,8 @@ def _fake_quantize(
 ) -> Node:
     layer = on.layer.replace(".", "_").removesuffix(f"{on.which}")
     name = f"{layer.rstrip('_')}_{on.which}{ROUNDED}".lstrip("_")
-    value = _contiguous(gm, value, before)
+    if on.which != "output":  # which stands right behind its layer; `quantize` and `train_quantize` see to it
+        value = _contiguous(gm, value, before)
     args: tuple[Argument, ...] = (value, on.format, *([params] if params else []))
     with gm.graph.inserting_before(before):
         node = gm.graph.create_node("call_function", FAKE_QUANTIZE, args, name=name)
@@ -199,7 +200,8 @@ def _mask_weights(gm: GraphModule) -> int:
         if source is None:
             continue
         numbers = source.apply(source.parameter)
-        mask = format(on.format).sparsity.mask(numbers).to(numbers.dtype)
+        # Truth values, which no `.to(dtype)` of the model turns into another dtype than the weight's.
+        mask = format(on.format).sparsity.mask(numbers)
         held = add_constant(gm, f"{source.path.removesuffix('.weight')}_mask", mask, like=node)
         node.update_arg(0, call(gm, aten.mul.Tensor, (rows, held), before=node, origin_from=node))
         made += 1

@@ -319,8 +319,11 @@ def test_a_sparse_format_keeps_its_mask_in_training() -> None:
     bf.prepare_qat(model, recipe)
     for _ in range(3):
         step(model, x, torch.optim.SGD(model.parameters(), lr=1.0))
-    expected = model.eval()(x).detach()
-    assert torch.equal(bf.convert(model, target="reference")(x), expected)
+    half, y = copy.deepcopy(model).to(torch.bfloat16), x.bfloat16()
+    step(half, y, torch.optim.SGD(half.parameters(), lr=1.0))
+    for one, given in ((model, x), (half, y)):
+        expected = one.eval()(given).detach()
+        assert torch.equal(bf.convert(one, target="reference")(given), expected)
 
 
 def test_a_weight_that_is_read_past_its_forward_is_left_and_reported() -> None:
