@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from ...formats import BitfoldError
 from ...passes.training.quantizers import CLOCK
 from ..given_model import module_of
+from .agree import SEEN, agree
 from .options import Qat
 from .prepared import Prepared, check_norms
 
@@ -32,13 +33,18 @@ LEARNED = ("step", "low", "end")
 
 
 def advance(model: nn.Module) -> None:
-    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`."""
+    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`.
+
+    Ranges follow the data of all processes where FSDP2 shards the model, or where `model` is the
+    DistributedDataParallel around it; every process then calls this after every step.
+    """
     model = module_of(model, "bf.advance")
     found = list(_prepared(model))
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
     with torch.no_grad():
+        agree(model, [module for module, how in found if how.observe])
         for module, how in found:
             clock = module._buffers.get(CLOCK)
             if clock is None:
@@ -81,7 +87,7 @@ def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
 def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
     """Every range of the module `rate` of the way to what it has seen in this step."""
     for name, seen in list(module._buffers.items()):
-        owner, mark, end = name.rpartition("_seen_")
+        owner, mark, end = name.rpartition(SEEN)
         if not mark or seen is None:
             continue
         held = module._buffers[f"{owner}_{end}"]
