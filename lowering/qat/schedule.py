@@ -23,6 +23,7 @@ from ...formats import BitfoldError
 from ...passes.training.quantizers import CLOCK
 from ..given_model import module_of
 from .agree import SEEN, agree
+from .begin import begin_scales
 from .options import Qat
 from .prepared import Prepared, check_norms
 
@@ -33,7 +34,8 @@ LEARNED = ("step", "low", "end")
 
 
 def advance(model: nn.Module) -> None:
-    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`.
+    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`. Learned
+    scales of weights begin anew in the last step of the warmup.
 
     Ranges follow the data of all processes where FSDP2 shards the model, or where `model` is the
     DistributedDataParallel around it; every process then calls this after every step.
@@ -52,6 +54,7 @@ def advance(model: nn.Module) -> None:
             if how.observe:
                 _move(module, how, clock < how.observe)
             clock += 1
+        begin_scales(found)
 
 
 def parameter_groups(

@@ -240,7 +240,8 @@ def _shard(rank: int, folder: str) -> None:
     # 31 rows: the processes' shares differ in size.
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Linear(16, 31), nn.GELU(), nn.Linear(31, 16))
-    bf.prepare_qat(alone, bf.Recipe("r", (Rule(weight="int4[row]", input="int8"),)), bf.Qat("lsq"))
+    rules = Rule(weight="int4[row]", input="int8"), Rule(match="2", weight="int4[tensor]")
+    bf.prepare_qat(alone, bf.Recipe("r", rules), bf.Qat("lsq", warmup=1))  # then scales begin anew
     together = copy.deepcopy(alone)
     for layer in (together[0], together[2]):
         fully_shard(layer, mesh=mesh)
@@ -251,6 +252,7 @@ def _shard(rank: int, folder: str) -> None:
             model(X).square().mean().backward()  # the same batch in both: their mean is the one's gradient
             optimizer.step()
             optimizer.zero_grad()
+            bf.advance(model)
     state = get_model_state_dict(together, options=StateDictOptions(full_state_dict=True))
     for name, tensor in alone.state_dict().items():
         if rank == 0:
