@@ -1,6 +1,6 @@
 """The kernels that round in training, alone: their time over that of a copy, and bytes a second.
 
-In: nothing; a GPU. Out: a JSON with a row for each format, direction, tile and number of warps, and the best of each.
+In: a GPU. Out: a JSON with a row for each format, direction, tile and warps (0: as the library has it).
 
     python benchmarks/rounding_kernels.py --out benchmarks/results/rounding-nvidia-h200.json
 

@@ -282,3 +282,13 @@ def test_by_an_operator_of_its_own_it_is_the_same(text: str, kind: str) -> None:
         (y * torch.randn_like(y)).sum().backward()
         found.append([y, x.grad, *(part.grad for part in held)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_torch_func_differentiates_what_goes_straight_and_refuses_the_rest() -> None:
+    w = torch.randn(2, 32)
+    found = torch.func.grad(lambda w: (OP(w, "int4[g32]", "straight", []) * 3.0).sum())(w)
+    assert torch.equal(found, torch.full_like(w, 3.0))
+    with pytest.raises(
+        FormatError, match=r"torch\.func differentiates the gradient 'straight' only, not 'clip'"
+    ):
+        torch.func.grad(lambda w: OP(w, "int4[g32]", "clip", []).sum())(w)
