@@ -141,7 +141,7 @@ def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shar
 def norm_pass(how: Qat, *, resumed: bool = False) -> TrainBatchNorm:
     """The pass that these options ask for."""
     freeze = -1 if how.freeze_norm is None else how.freeze_norm
-    return TrainBatchNorm(freeze, how.start == "clip" and not resumed)
+    return TrainBatchNorm(freeze, how.start == "clip" and not resumed, resumed)
 
 
 def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = False) -> bool:

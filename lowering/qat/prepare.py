@@ -48,6 +48,7 @@ from .prepared import (
     unprepare,
     unprepared,
 )
+from .schedule import PROGRAM
 
 
 @torch.inference_mode(False)  # scales that are made in it could never be trained
@@ -75,7 +76,8 @@ def prepare_qat(
 
     A model that is prepared already goes on in the formats of the new recipe (fewer bits, say), with the same
     parameters: its learned scales begin anew, as the same objects where their shapes are the same, so that an
-    optimizer keeps them; its ranges and its step counter go on.
+    optimizer keeps them; its ranges and its step counter go on. A program stays in its formats: the model
+    that it was captured from, whose weights it trained, gives another one.
 
     Returns the model, or the program. Raises BitfoldError, with the model as it was, for anything wrong in
     what was given.
@@ -114,6 +116,7 @@ def prepare_qat(
                 found.misses += misses
             for site in found.sites:
                 made.graph(site)
+            found.misses += made.misses
         for site in found.sites:
             made.write(site)
         _call_every_layer(model)
@@ -138,6 +141,11 @@ def _check_model(model: nn.Module) -> None:
             raise BitfoldError(
                 f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
                 "model as it was before"
+            )
+        if isinstance(module, GraphModule) and PROGRAM in module.meta:
+            raise BitfoldError(
+                f"{path or 'this model'} is a program that trains already, in the formats of its recipe; "
+                "prepare the model that it came from once more, whose parameters it trains"
             )
 
 
@@ -215,6 +223,7 @@ class _Made:
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
         self.norms: dict[str, Norm] = {}
+        self.misses: list[MissRecord] = []
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
@@ -222,6 +231,8 @@ class _Made:
         norm = self.norms.get(site.path)
         if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
             del self.norms[site.path]
+            reason = "what the convolution gives is rounded before batch norm reads it"
+            self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         own |= {f"{PREFIX}.{name}" for name in NAMES}

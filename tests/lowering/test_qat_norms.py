@@ -139,6 +139,47 @@ def test_in_floats_it_is_batch_norm() -> None:
         assert name.endswith("tracked") or torch.allclose(buffer, moved[name], atol=1e-4), name
 
 
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize("how", [bf.Qat(), bf.Qat(freeze_norm=3)], ids=["always", "frozen later"])
+def test_a_channel_that_gamma_switches_off_can_be_switched_on_again(how: bf.Qat, scope: str) -> None:
+    """The last norm of a residual block begins with zeros: int8 rows err by 2**-8 of a number, gradients of
+    gamma, sums of 6 * 36 of them, by no more than that of the largest."""
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).train()
+    nn.init.zeros_(floats[1].weight)
+    recipe, given = bf.Recipe("all", (Rule(op="*", weight="int8"),)), {"example_inputs": (X,)}
+    rounded = bf.prepare_qat(copy.deepcopy(floats), recipe, how, scope=scope, **given).train()
+    wanted = torch.randn(6, 8, 6, 6)
+    for model in (floats, rounded):
+        (model(X) * wanted).sum().backward()
+    ours, theirs = (model.get_parameter("1.weight").grad for model in (rounded, floats))
+    assert theirs.abs().max() > 1 and torch.allclose(ours, theirs, atol=2**-6 * theirs.abs().max())
+    ours, theirs = (model.get_buffer("1.running_var") for model in (rounded, floats))
+    assert torch.allclose(ours, theirs, rtol=2**-6)
+    torch.optim.SGD(rounded.parameters(), 0.1).step()
+    with torch.no_grad():
+        expected = rounded.eval()(X)
+        assert expected.std() > 0.01
+        converted = bf.convert(rounded, target="reference")
+        assert torch.equal(converted(X), expected)
+
+
+def test_learned_scales_begin_at_no_channel_of_zeros() -> None:
+    model = made()
+    nn.init.zeros_(model.blocks[0].bn2.weight)
+    with pytest.raises(bf.BitfoldError, match="has zeros in its weight"):
+        prepared(bf.Qat("lsq"), model=model)
+    assert not any(isinstance(module, Prepared) for module in model.modules())
+    state = prepared(bf.Qat("lsq")).state_dict()  # of a run that had none
+    bf.prepare_qat(model, RECIPE, bf.Qat("lsq"), state=state)
+
+
+def test_one_value_a_channel_is_nothing_to_normalize_by() -> None:
+    model = bf.prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), RECIPE)
+    with pytest.raises(bf.BitfoldError, match="more than one value"):
+        model(torch.randn(1, 3, 3, 3))
+
+
 def test_a_batch_norm_in_evaluation_mode_stands_still_while_the_rest_trains() -> None:
     model = prepared(bf.Qat("straight+stochastic")).train()
     norm = model.blocks[0].bn1
