@@ -189,6 +189,24 @@ def test_gradients_that_are_held_follow_their_scales() -> None:
     torch.optim.AdamW(bf.parameter_groups(model, 1e-3)).step()
 
 
+def test_scales_of_another_dtype_are_named() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq"))
+    cast = {name: one.bfloat16() for name, one in model.named_parameters()}
+    model.load_state_dict(cast, assign=True, strict=False)
+    with pytest.raises(bf.BitfoldError, match=r"0.weight_step is torch.bfloat16"):
+        bf.convert(model)
+    assert isinstance(model[0], Prepared)
+
+
+def test_a_linear_that_was_compiled_alone() -> None:
+    torch._dynamo.reset()
+    model = made()
+    model[0].compile(backend="eager")
+    bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    trained(model)
+    assert converts(model) and model[0]._compiled_call_impl is not None
+
+
 class Odd(nn.Module):
     """A forward of its own, and an attribute."""
 
