@@ -9,11 +9,11 @@ won back.
     python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]" --first       to try the script
 
 An algorithm has a few variants (its settings); which one is shown is decided on the validation text, format
-by format, by the divergence there (--first takes the first one unseen). `best` is decided among all variants
-of all algorithms. Calibration data are windows of the training text. Everything is computed in float32 on
-the reference target, from the bfloat16 weights of the file: what is measured is the rounding. With
---processes the variants are spread over processes that share the device, and their minutes are what they
-took beside each other.
+by format, by the perplexity there (--first takes the first one unseen). `best` is decided among all variants
+of all algorithms. Calibration data are windows spread over the whole training text (text_windows.py); if the
+texts are not those of the model, the table says so. Everything is computed in float32 on the reference
+target, from the bfloat16 weights of the file: what is measured is the rounding. With --processes the variants
+are spread over processes that share the device, and their minutes are what they took beside each other.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ptq_numbers import interval, perplexity, won
 from ptq_table import table
 from small_llama import FOLDER, SmallLlama, load
+from text_windows import same_text, windows
 from torch import Tensor
 
 import bitfold as bf
@@ -45,20 +45,26 @@ FORMATS = (
     *("int4[g64] x int8", "int8_dynamic", "fp8_dynamic"),
 )
 _FIRST = "follow{share=0.5}"
+_TUNED = f"{_FIRST},clip,gptq,descend,refit"
 # The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "clip": ("clip",),
     "hqq": ("hqq",),
     "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "rotate": ("rotate,clip,gptq",),
+    "rotate": ("rotate,clip,gptq", f"rotate,{_TUNED},learn,tune{{steps=500,rate=0.001}}"),
     "gptq": ("gptq",),
-    "gptq, tuned": ("clip,gptq,descend,refit", f"{_FIRST},clip,gptq,descend,refit"),
-    "learned": ("clip,gptq,learn", f"{_FIRST},clip,gptq,learn{{steps=600}}"),
+    "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
+    "learned": (f"{_TUNED},learn", "clip,gptq,learn", f"{_TUNED},learn{{steps=600}}"),
+    "whole model": (
+        f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",
+        f"{_TUNED},tune{{steps=1000,rate=0.001}}",
+        f"{_TUNED},learn,tune{{steps=1000,rate=0.002}}",
+    ),
 }
 BEST = "best"
-# By which variants are chosen: it has no sampling noise of the text's own, unlike its perplexity.
-JUDGE = "validation_divergence"
+# By which variants are chosen: what the table is about. (The divergence there is in the record too.)
+JUDGE = "validation"
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,13 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(arguments.model).to(self.device)
         self.length = self.model.size.max_position_embeddings
+        counts = {"validation": arguments.windows, "test": arguments.windows}
         self.texts = {
-            split: self._windows(arguments.data, split, arguments.windows) for split in ("validation", "test")
+            split: windows(arguments.data, split, count, self.length).to(self.device)
+            for split, count in counts.items()
         }
-        calibration = self._windows(arguments.data, "train", arguments.calibration)
-        self.batches = [(piece,) for piece in calibration.split(8)]
-
-    def _windows(self, folder: str, split: str, count: int) -> Tensor:
-        """`count` windows spread over the split (all if 0), the same ones each time."""
-        ids = np.load(Path(folder) / f"{split}.npy").astype(np.int64)
-        windows = ids[: len(ids) // self.length * self.length].reshape(-1, self.length)
-        order = np.random.default_rng(0).permutation(len(windows))
-        chosen = order[: count or len(order)]
-        return torch.from_numpy(windows[np.sort(chosen)]).to(self.device)
+        calibration = windows(arguments.data, "train", arguments.calibration, self.length).to(self.device)
+        self.batches = [(piece,) for piece in calibration.split(arguments.batch)]
 
     def quantized(self, text: str, algorithm: str | None) -> tuple[SmallLlama, float, int]:
         """The model in a format, the seconds that it took, and the bytes that it took beside the model."""
@@ -165,7 +165,8 @@ def results(
 
 def _weight(job: Job) -> int:
     """What takes longer is larger."""
-    return len(job.variant or "") + 1000 * ("learn" in (job.variant or ""))
+    variant = job.variant or ""
+    return len(variant) + 1000 * ("learn" in variant) + 2000 * ("tune{" in variant)
 
 
 def _start(arguments: argparse.Namespace) -> None:
@@ -190,6 +191,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "where": environment(bench.device),
         "asked": {k: v for k, v in vars(arguments).items() if k not in ("out", "data", "model")},
         "windows": {split: list(ids.shape) for split, ids in bench.texts.items()},
+        "same text": same_text(arguments.data, ("train", "validation", "test"), arguments.model),
         "float": {"test": perplexity(base), "interval": interval(base, base, None)},
         "rows": [],
         "validation": {},  # format -> variant -> perplexity, divergence
@@ -202,14 +204,16 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         now = time.perf_counter() - began
         print(
             f"{now:5.0f} s  {job.format:18} {job.variant or 'rounding':60} {found['validation']:.4f} "
-            f"{found[JUDGE]:.5f}",
+            f"{found['validation_divergence']:.5f}",
             flush=True,
         )
         done = [text for text in texts if sum(j.format == text for j in jobs) == len(made[text])]
         if job.format in done and arguments.out:
             record["rows"] = [row for text in done for row in rows(text, made[text], tried, base)]
             record["validation"] = {
-                text: {str(v): [one["validation"], one[JUDGE]] for v, one in made[text].items()}
+                text: {
+                    str(v): [one["validation"], one["validation_divergence"]] for v, one in made[text].items()
+                }
                 for text in done
             }
             _write(Path(arguments.out), record)
@@ -290,6 +294,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--first", action="store_true", help="only the first variant of each algorithm")
     parser.add_argument("--windows", type=int, default=0, help="of validation and test text; 0: all")
     parser.add_argument("--calibration", type=int, default=512, help="windows of the training text")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a calibration batch")
     parser.add_argument("--processes", type=int, default=1, help="how many share the device")
     return parser.parse_args()
 

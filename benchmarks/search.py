@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ptq_numbers import perplexity
 from small_llama import FOLDER, load
+from text_windows import windows
 from torch import Tensor
 
 import bitfold as bf
@@ -42,13 +42,6 @@ from bitfold.tools.plots import search_front
 
 FORMATS = ("int6[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
 UNIFORM = FORMATS[1:4]
-
-
-def windows(folder: str, split: str, count: int) -> Tensor:
-    ids = np.load(Path(folder) / f"{split}.npy").astype(np.int64)
-    found = ids[: len(ids) // 256 * 256].reshape(-1, 256)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:count])
-    return torch.from_numpy(found[chosen])
 
 
 def judged(model: Any, exact: Any, recipe: Recipe, text: Tensor) -> tuple[float, float]:

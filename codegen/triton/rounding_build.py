@@ -32,7 +32,8 @@ def kernel(spec: RoundingSpec, plain: bool = False) -> Any:
 
 def options(spec: RoundingSpec) -> dict[str, Any]:
     """How it is compiled: a product fused into a sum would round once where the format rounds twice."""
-    return {"num_warps": 8 if spec.wide * spec.rows > 4096 else 4, "enable_fp_fusion": False}
+    warps = 4 if spec.direction == "forward" else 2
+    return {"num_warps": max(warps, spec.wide * spec.rows // 1024), "enable_fp_fusion": False}
 
 
 def rounded(spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], plain: bool = False) -> Tensor:

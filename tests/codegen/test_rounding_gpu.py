@@ -26,7 +26,7 @@ def test_on_a_card_it_is_the_reference(text: str, kind: str) -> None:
     start = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
     flow = torch.randn_like(start)
     found = []
-    for flag in ("", "+kernel"):
+    for flag in ("+fused", "+kernel"):
         x = start.clone().requires_grad_()
         held = []
         if kind == "lsq":
@@ -47,7 +47,7 @@ def test_a_compiled_step_with_kernels_is_the_one_without(gradient: str) -> None:
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda().bfloat16()
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     found = []
-    for flag in ("", "+kernel"):
+    for flag in ("+fused", "+kernel"):
         torch._dynamo.reset()
         one = bf.prepare_qat(copy.deepcopy(model), "int4[g32]", bf.Qat(gradient + flag))
         torch.compile(one, fullgraph=True)(x).float().square().mean().backward()
