@@ -89,7 +89,13 @@ class Prepared(nn.Module):
             body = next(self._modules[name] for name, when in BODIES.items() if when == modes)
             if norm.training:
                 _count(norm)
-        return body(*[self._operand(name) for name in self.operands], *args)
+        operands = [self._operand(name) for name in self.operands]
+        if self.folded_norm and any(isinstance(operand, DTensor) for operand in operands):
+            raise BitfoldError(
+                f"the batch norm that trains within {self.preparation.path} is sharded apart from it; let "
+                "fully_shard take both in one unit"
+            )
+        return body(*operands, *args)
 
     def _operand(self, name: str) -> Any:
         """A tensor of this module; `norm.…`: a tensor or number of the batch norm that is folded into it."""
@@ -98,14 +104,8 @@ class Prepared(nn.Module):
             return getattr(self, owner)
         norm: Any = self.folded_norm[0]
         if name == "norm.momentum" and norm.momentum is None:  # the mean over all batches, as in torch
-            return 1.0 / float(norm.num_batches_tracked)
-        found = getattr(norm, rest)
-        if isinstance(found, DTensor):
-            raise BitfoldError(
-                f"the batch norm that trains within {self.preparation.path} is sharded apart from it; let "
-                "fully_shard take both in one unit"
-            )
-        return found
+            return 1.0 / max(float(norm.num_batches_tracked), 1.0)
+        return getattr(norm, rest)
 
     def get_extra_state(self) -> Any:
         """What the module trains as, as the bytes of a text; beside it the state that the original class has

@@ -8,7 +8,7 @@ one for the schedule, without paths in the module scope, where a layer may move 
     input int8[tensor] clip
     warmup 0, observe 200, rate 0.1, freeze_norm None
 
-How a rounding is computed (`+keep`, `+kernel`, `+fused`) changes no number, and `start` no number but the first.
+How a rounding is computed (`+keep`, `+kernel`, `+fused`) changes no number, and `start` none but the first.
 """
 
 from __future__ import annotations
