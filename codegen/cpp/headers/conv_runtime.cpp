@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -316,6 +317,31 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
 }  // namespace bitfold
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("conv", TORCH_BOX(&bitfold::conv)); }
+
+// The same for C++ that Inductor writes, as many results as the text says: no dispatcher in between.
+extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, int64_t count, const char* text,
+                                              AtenTensorHandle* y0, AtenTensorHandle* y1, AtenTensorHandle* y2,
+                                              AtenTensorHandle* y3, AtenTensorHandle* y4, AtenTensorHandle* y5,
+                                              AtenTensorHandle* y6, AtenTensorHandle* y7) {
+  static_assert(bitfold::kWrites == 8);
+  AtenTensorHandle* const to[] = {y0, y1, y2, y3, y4, y5, y6, y7};
+  try {
+    std::vector<Tensor> given;
+    given.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      AtenTensorHandle again;
+      if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+      given.emplace_back(again);
+    }
+    const std::vector<Tensor> found = bitfold::conv(std::move(given), text);
+    for (size_t i = 0; i < found.size() && to[i] != nullptr; ++i)
+      if (aoti_torch_new_tensor_handle(found[i].get(), to[i]) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    return AOTI_TORCH_SUCCESS;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return AOTI_TORCH_FAILURE;
+  }
+}
 
 extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::build = made; }
 extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) {
