@@ -5,9 +5,9 @@ for inference, compiled when it is first called with tensors of some sizes.
 
     fast = bf.compile(program);  y = fast(x)
 
-`torch.compile(program, backend="bitfold")` gives the same numbers: it traces the program's Python, which takes
-seconds for thirty layers, and looks at guards in each call, which a small model feels. Here the arguments' sizes,
-strides, dtypes and devices are compared, and the program's tensors are read where it holds them.
+`torch.compile(program, backend="bitfold")` gives the same numbers: it traces the program's Python, which
+takes seconds for thirty layers, and looks at guards in each call, which a small model feels. Here sizes,
+strides, dtypes and devices of the arguments are compared, and the program's tensors read where it holds them.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ MOST = 64
 
 
 def compile_program(program: GraphModule, **options: Any) -> CompiledProgram:
-    """Compile a program for inference. options: those of the backend "bitfold" (docs: `Options`), but a recipe.
+    """Compile a program for inference. options: those of the backend "bitfold" (`Options`), but no recipe.
 
     Raises BitfoldError for what is no program of bitfold's.
     """
     if not isinstance(program, Program):
         raise BitfoldError(
-            f"bf.compile takes a program, from bf.quantize(model, .., scope='program') or bf.load(path), not a "
+            "bf.compile takes a program (of bf.quantize(model, .., scope='program'), or bf.load(path)), not a "
             f"{type(program).__name__}; for a model: torch.compile(model, backend='bitfold')"
         )
     if "recipe" in options or "pipeline" in options:
@@ -102,7 +102,7 @@ class CompiledProgram:
 
 
 def _key(flat: tuple[Any, ...]) -> Any:
-    """All that a compiled function is for, in this process: its inputs, and modes that change what is compiled."""
+    """All that a compiled function is for, in this process: its inputs, and what changes what is compiled."""
     kinds = [
         (one.shape, one.stride(), one.dtype, one.device, type(one)) if isinstance(one, Tensor) else one
         for one in flat

@@ -34,6 +34,7 @@ struct ConvFacts {
   int32_t reads, vectors, writes;      // how many
   int32_t norm;                        // the first two vectors are a batch norm's scale and shift
   int32_t read_codes, write_codes;     // a bit for each: whether it is codes
+  int32_t zero, read_zeros, write_zeros;  // whether x's codes have a zero point; a bit for each: whether its codes do
 };
 
 namespace {
@@ -130,6 +131,12 @@ float one(const Tensor& scale, const std::string& text) {
   return static_cast<const float*>(scale.const_data_ptr())[0];
 }
 
+int32_t origin(const Tensor& zero, const std::string& text) {
+  STD_TORCH_CHECK(zero.numel() == 1 && zero.scalar_type() == ScalarType::Char, "the kernel ", text,
+                  " takes one zero point a tensor in int8");
+  return static_cast<const int8_t*>(zero.const_data_ptr())[0];
+}
+
 const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, const ConvFacts& f, const std::string& text) {
   STD_TORCH_CHECK(given.numel() == f.n && given.scalar_type() == ScalarType::Float && given.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " float32 numbers, one a channel");
@@ -189,7 +196,8 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
                     text, "; lower the graph with target cpu");
   }
   const auto bits = [](int32_t of) { return __builtin_popcount(of); };
-  const size_t wanted = 4 + f.bias + f.reads + bits(f.read_codes) + f.vectors + bits(f.write_codes);
+  const size_t wanted = 4 + f.zero + f.bias + f.reads + bits(f.read_codes) + bits(f.read_zeros) + f.vectors +
+                        bits(f.write_codes) + bits(f.write_zeros);
   STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
   if (f.product)
     for (auto& rows : inputs)
@@ -237,13 +245,14 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   thread_local Scratch s;
   const float unit = one(inputs[1], text);
   STD_TORCH_CHECK(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
-  const Tensor &codes = inputs[2], &scales = inputs[3];
+  if (f.zero) c.zero = origin(inputs[2], text);
+  const Tensor &codes = inputs[2 + f.zero], &scales = inputs[3 + f.zero];
   STD_TORCH_CHECK(codes.numel() == f.n * f.row_bytes && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
   STD_TORCH_CHECK(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                   "the kernel ", text, " reads ", f.scales, " scales in float32");
   s.numbers.assign((2 + f.vectors) * (f.n + kLanes), 0.0f);
-  size_t used = 0, next = 4;
+  size_t used = 0, next = 4 + f.zero;
   const float* of_weight = static_cast<const float*>(scales.const_data_ptr());
   for (int64_t i = 0; i < f.n; ++i) s.numbers[i] = unit * of_weight[f.scales == 1 ? 0 : i];
   c.factors = s.numbers.data();
@@ -263,6 +272,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
       s.codes[i].take(read, shape, f.product, false);
       c.reads[i] = s.codes[i].at;
       c.units[i] = one(inputs[next++], text);
+      if (f.read_zeros >> i & 1) c.origins[i] = static_cast<float>(origin(inputs[next++], text));
     } else {
       s.floats[i].take(read, shape, f.product, false);
       c.reads[i] = s.floats[i].at;
@@ -280,6 +290,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     if (!(f.write_codes >> i & 1)) continue;
     const float scale = one(inputs[next++], text);
     c.inverses[i] = scale == 0.0f ? 0.0f : 1.0f / scale;
+    if (f.write_zeros >> i & 1) c.starts[i] = origin(inputs[next++], text);
   }
 
   // Channels are read four, or sixteen, at a time: those of the last pixel may end before.
@@ -306,7 +317,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     c.x = reinterpret_cast<const int8_t*>(s.wide.data());
     c.channels = c.groups * c.apart;
   }
-  s.zeros.assign(2 * c.channels + 64, 0);
+  s.zeros.assign(2 * c.channels + 64, f.widen != nullptr ? 0 : static_cast<int8_t>(c.zero));
   c.zeros = s.zeros.data();
   panels(c, f, static_cast<const uint8_t*>(codes.const_data_ptr()), s);
   spread(c, f);
