@@ -40,8 +40,8 @@ def compile_program(program: GraphModule, **options: Any) -> CompiledProgram:
     """
     if not isinstance(program, Program):
         raise BitfoldError(
-            "bf.compile takes a program (of bf.quantize(model, .., scope='program'), or bf.load(path)), not a "
-            f"{type(program).__name__}; for a model: torch.compile(model, backend='bitfold')"
+            "bf.compile takes a program (of bf.quantize(model, .., scope='program'), or bf.load(path)), not "
+            f"a {type(program).__name__}; for a model: torch.compile(model, backend='bitfold')"
         )
     if "recipe" in options or "pipeline" in options:
         raise BitfoldError("a program is quantized already; bf.compile takes neither recipe nor pipeline")
@@ -64,8 +64,10 @@ class CompiledProgram:
         )
         self._one = self._out == leaf
 
-    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(*args, **kwargs)
         flat = args if self._flat and not kwargs else self._flattened(args, kwargs)
         key = _key(flat)
         run = self._known.get(key)

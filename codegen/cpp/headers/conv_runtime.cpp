@@ -251,17 +251,21 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
   STD_TORCH_CHECK(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                   "the kernel ", text, " reads ", f.scales, " scales in float32");
-  s.numbers.assign((2 + f.vectors) * (f.n + kLanes), 0.0f);
+  s.numbers.resize((2 + f.vectors) * (f.n + kLanes));  // what lies behind the last channel is never kept
   size_t used = 0, next = 4 + f.zero;
   const float* of_weight = static_cast<const float*>(scales.const_data_ptr());
-  for (int64_t i = 0; i < f.n; ++i) s.numbers[i] = unit * of_weight[f.scales == 1 ? 0 : i];
+  float* const factors = s.numbers.data();
+  if (f.scales == 1)
+    std::fill_n(factors, f.n, unit * of_weight[0]);
+  else
+    for (int64_t i = 0; i < f.n; ++i) factors[i] = unit * of_weight[i];
   c.factors = s.numbers.data();
   used += f.n + kLanes;
   c.bias = s.numbers.data() + used;
   if (f.bias)
     padded(s.numbers, used, inputs[next++], f, text);
   else
-    used += f.n + kLanes;
+    std::fill_n(s.numbers.data() + used, f.n, 0.0f), used += f.n + kLanes;
   for (int i = 0; i < f.reads; ++i) {
     const Tensor& read = inputs[next++];
     const bool coded = f.read_codes >> i & 1;
@@ -280,7 +284,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   }
   for (int i = 0; i < f.vectors; ++i) c.vectors[i] = padded(s.numbers, used, inputs[next++], f, text);
   if (f.norm) {
-    float *factors = s.numbers.data(), *bias = factors + f.n + kLanes;
+    float* const bias = factors + f.n + kLanes;
     for (int64_t i = 0; i < f.n; ++i) {
       factors[i] *= c.vectors[0][i];
       bias[i] = bias[i] * c.vectors[0][i] + c.vectors[1][i];
