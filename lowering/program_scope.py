@@ -92,7 +92,7 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
-    whole = steps.rotate or steps.correct
+    whole = steps.rotate or steps.correct or steps.tune
     name = whole.name if whole else steps.on_blocks()
     if name:
         raise BitfoldError(f"{name} works on the modules of a model; use scope='module'")

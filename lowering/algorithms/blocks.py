@@ -7,18 +7,21 @@ the reason why the model is no such chain.
     call)
 
 The blocks are the elements of the largest ModuleList whose elements each run once, in order, the first tensor
-that one returns being the first that the next is given. Everything else that a block is called with (masks,
-rotary angles) is remembered by reference: models hand the same objects to all blocks.
+that one returns being the first that the next is given, unchanged. Everything else that a block is called
+with (masks, rotary angles) is remembered by reference: models hand the same objects to all blocks. So it may
+be neither another block's result nor written to, and no cache of keys and values.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import Miss
@@ -92,25 +95,42 @@ def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> str:
     """Note one batch; the reason why the blocks are no chain, or "" if they are."""
     calls: list[Call] = []
     order: list[int] = []
-    handed: list[Tensor] = []
+    handed: list[tuple[Tensor, int]] = []
     start: list[Tensor] = []
     index = {block: i for i, block in enumerate(chain.blocks)}
     broken: list[str] = []
+    returned: list[weakref.ref[Tensor]] = []
+    given: list[tuple[Tensor, int]] = []
 
     def before(block: nn.Module, args: Any, kwargs: Any) -> None:
         value, call = _emptied(args, kwargs)
+        path = chain.paths[index[block]]
         if value is None:
-            broken.append(f"block {chain.paths[index[block]]} is given no tensor")
+            broken.append(f"block {path} is given no tensor")
             return
         if not order:
             start.append(value.detach().clone())
-        elif handed and handed[-1] is not value:
-            broken.append(f"block {chain.paths[index[block]]} is not given what the one before it returned")
+        elif handed and (handed[-1][0] is not value or handed[-1][1] != _version(value)):
+            broken.append(f"block {path} is not given what the one before it returned")
+        others = pytree.tree_leaves(call, is_leaf=_is_cache)
+        given[:] = [(one, _version(one)) for one in others if isinstance(one, Tensor)]
+        if any(ref() is one for ref in returned for one, _ in given):
+            broken.append(f"block {path} is given more than one result of the blocks before it")
+        if any(_is_cache(one) for one in others):
+            broken.append(
+                f"block {path} is given a cache, which each run of it would add to (use_cache=False)"
+            )
         order.append(index[block])
         calls.append(call)
 
     def after(block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        handed[:] = [first_tensor(result)]
+        first = first_tensor(result)
+        handed[:] = [(first, _version(first))]
+        returned.extend(weakref.ref(one) for one in pytree.tree_leaves(result) if isinstance(one, Tensor))
+        if any(_version(one) != version for one, version in given):
+            broken.append(
+                f"block {chain.paths[index[block]]} writes to what it is given beside the first tensor"
+            )
 
     with hooked(model, dict.fromkeys(chain.blocks, before), dict.fromkeys(chain.blocks, after)):
         batch.run(model)
@@ -121,6 +141,16 @@ def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> str:
     chain.hidden.append(start[0])
     chain.calls.append(calls)
     return ""
+
+
+def _version(value: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count that."""
+    return 0 if value.is_inference() else value._version
+
+
+def _is_cache(value: Any) -> bool:
+    """transformers' caches: objects that blocks hand their keys and values to."""
+    return callable(getattr(value, "update", None)) and hasattr(value, "get_seq_length")
 
 
 def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
@@ -143,14 +173,14 @@ def _filled(call: Call, value: Tensor) -> Call:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """transformers' models do not fill a cache of keys and values meanwhile: a block run twice would add
-    twice."""
-    config = getattr(model, "config", None)
-    if not getattr(config, "use_cache", False):
-        yield
-        return
-    config.use_cache = False  # type: ignore[union-attr]
+    """transformers' models, wherever in the model they are, do not fill a cache of keys and values meanwhile:
+    a block run twice would add twice."""
+    found = {id(config): config for module in model.modules() if (config := vars(module).get("config"))}
+    asking = [config for config in found.values() if getattr(config, "use_cache", False)]
     try:
+        for config in asking:
+            config.use_cache = False
         yield
     finally:
-        config.use_cache = True  # type: ignore[union-attr]
+        for config in asking:
+            config.use_cache = True

@@ -18,18 +18,23 @@ from ...formats import BitfoldError, Format
 
 
 class Observer(nn.Module):
-    """The range of everything that went through. `seen` is the number of batches."""
+    """The range of everything that went through. `seen` is the number of batches; `spoilt`: one of them had
+    NaN or infinity in it."""
 
     is_observer = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = 0
+        self.seen, self.spoilt = 0, False
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself; its range is noted. What is empty is passed on and not counted."""
+        """x itself; its range is noted. What is empty is passed on and not counted; NaN and infinity have no
+        range, and are what `check_observers` will speak of."""
         if x.numel():
-            self.note(x.detach())
+            if all(bool(torch.isfinite(end)) for end in torch.aminmax(x.detach())):
+                self.note(x.detach())
+            else:
+                self.spoilt = True
             self.seen += 1
         return x
 

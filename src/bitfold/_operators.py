@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .formats.round_groups import FASTER
+
 _library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -83,3 +85,4 @@ torch.library.register_autograd(
 # Defined, with their reference, in formats/round_groups.py.
 for _name, _function in (("round_groups", "rounded"), ("round_groups_backward", "gradients")):
     _library.impl(_name, _later("cuda.rounding", _function), "CUDA")
+FASTER["cuda"] = _later("cuda.rounding", "faster")
