@@ -104,7 +104,8 @@ def _heads(name: str, config: Any) -> int | None:
 def _metadata(writer: Any, source: GGUF | None, kind: str, config: Any) -> None:
     """The fields of `source` as they are, or the configuration's."""
     if source is None:
-        return write_fields(writer, config, kind)
+        write_fields(writer, config, kind)
+        return
     for name, field in source.reader.fields.items():
         # The writer says these by itself, and the type of most tensors is another now.
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
