@@ -7,7 +7,7 @@ over the unquantized step's, all in one run, compiled by torch.compile.
     python benchmarks/qat_step.py --width 256 --sequence 32 --steps 2 --rounds 1 --out out/try    on a CPU
 
 A step is forward, backward and SGD, whose update is the same for all. A block is compiled, once for all
-blocks. `--processes` compiles the ways beforehand, several at a time, into torch's cache on disk. All ways are
+blocks. `--processes` compiles the ways beforehand, several at a time, into a cache on disk. All ways are
 made first, then timed in turns, there and back: one after the other, the same kernels took 21.7 ms in one run
 and 24.0 in another, where they came right behind the float step. The unquantized step is among them twice;
 quotients are over the faster.
