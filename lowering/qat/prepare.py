@@ -49,6 +49,7 @@ from .prepared import (
     unprepare,
     unprepared,
 )
+from .schedule import PROGRAM
 from .trained_as import check_trained_as, trained_as
 
 
@@ -77,7 +78,8 @@ def prepare_qat(
 
     A model that is prepared already goes on in the formats of the new recipe (fewer bits, say), with the same
     parameters: its learned scales begin anew, as the same objects where their shapes are the same, so that an
-    optimizer keeps them; its ranges and its step counter go on.
+    optimizer keeps them; its ranges and its step counter go on. A program stays in its formats: the model
+    that it was captured from, whose weights it trained, gives another one.
 
     Returns the model, or the program. Raises BitfoldError, with the model as it was, for anything wrong in
     what was given.
@@ -143,6 +145,11 @@ def _check_model(model: nn.Module) -> None:
             raise BitfoldError(
                 f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
                 "model as it was before"
+            )
+        if isinstance(module, GraphModule) and PROGRAM in module.meta:
+            raise BitfoldError(
+                f"{path or 'this model'} is a program that trains already, in the formats of its recipe; "
+                "prepare the model that it came from once more, whose parameters it trains"
             )
 
 

@@ -43,6 +43,7 @@ from .caches import SettleCache, TrainCache, has_attention
 from .norms import norm_pass
 from .options import Qat
 from .prepare import check_state, of_model, share_learned, train_pass
+from .prepared import Prepared
 from .schedule import PROGRAM
 from .trained_as import as_bytes, check_trained_as, trained_as
 
@@ -112,6 +113,12 @@ def prepare_program(
             "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
         )
     _check_norms(model)
+    rounded = next((path for path, module in model.named_modules() if isinstance(module, Prepared)), None)
+    if rounded is not None:
+        raise BitfoldError(
+            f"layer {rounded or '(the model)'} is prepared already, with scope='module'; prepare it there "
+            "once more, or give a program the model as it was before, with the trained weights"
+        )
     training = model.training
     gm = _captured(model, example, dynamic, training=False)
     if has_attention(gm) or any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...formats import BitfoldError, format, learned
+from ...formats import BitfoldError, format
 from ...formats.gradient import Gradient
 from ..anchors import TARGETS
 from ..batch_norm import _ROWS_FIRST, _parameter
@@ -33,7 +33,7 @@ from ..edges import edge
 from ..edit import arguments, call
 from ..provenance import inherit, origin
 from ..stages import Stage, find_attribute
-from .quantizers import TRAIN_QUANTIZE, clock, first_scales
+from .quantizers import TRAIN_QUANTIZE, clock, learned_start
 
 aten = torch.ops.aten
 FOLD_NORM = torch.ops.bitfold.fold_norm.default
@@ -152,11 +152,8 @@ def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> Non
     gradient = Gradient.parse(str(rounding.args[2]))
     if not held or not gradient.learns:
         return
-    fmt = format(str(rounding.args[1]))
+    start = learned_start(format(str(rounding.args[1])), gradient, folded(gm, made)[0], clip)
     with torch.no_grad():
-        start = learned.learned(fmt, first_scales(fmt, folded(gm, made)[0], clip))
-        if gradient.kind == "pact":
-            start = (start[0] * learned.end(fmt.element),)
         for part, value in zip(held, start, strict=True):
             find_attribute(gm, str(part.target)).copy_(value)
 

@@ -162,6 +162,17 @@ def _unseen(gradient: Gradient) -> Observer:
     return made
 
 
+def learned_start(fmt: Format, gradient: Gradient, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
+    """The learned numbers that a weight begins with, as `gradient` holds them."""
+    with torch.no_grad():
+        return _as_held(fmt, gradient, first_scales(fmt, numbers, clip))
+
+
+def _as_held(fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    step, *low = learned.learned(fmt, start)
+    return (step * learned.end(fmt.element),) if gradient.kind == "pact" else (step, *low)
+
+
 def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
     """The scales that learning begins with: those of the format's rule, or of the least square error."""
     if not clip:
@@ -181,10 +192,8 @@ def _numbers(gm: GraphModule, source: Node) -> Tensor:
 def _learned(
     gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
 ) -> list[Node]:
-    step, *low = learned.learned(fmt, start)
-    if gradient.kind == "pact":
-        return [_hold(gm, node, on, "end", step * learned.end(fmt.element), trains=True)]
-    parts = zip(("step", "low"), (step, *low), strict=False)
+    names = ("end",) if gradient.kind == "pact" else ("step", "low")
+    parts = zip(names, _as_held(fmt, gradient, start), strict=False)
     return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
 
 

@@ -218,6 +218,44 @@ def test_warmup_trains_in_floats_and_eval_rounds() -> None:
         bf.advance(model)
 
 
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize("gradient", ["lsq", "pact"])
+def test_learned_scales_begin_at_the_weights_that_the_warmup_leaves(gradient: str, scope: str) -> None:
+    """They are those of the same model, prepared only then; batch norm, tied weights and zero points too."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Net(), nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(112, 4))
+
+    def prepared(model: nn.Module, warmup: int) -> nn.Module:
+        text = "uint4[g16,zero]" if gradient == "lsq" else "int4[g16]"
+        rules = Rule(op="*", weight=text), Rule(op="conv", weight="int4[row]")
+        given = {"scope": scope} | ({"example_inputs": (TOKENS,)} if scope == "program" else {})
+        how = bf.Qat(gradient, warmup=warmup, start="clip")
+        return bf.prepare_qat(model, bf.Recipe("r", rules), how, **given).train()
+
+    model = prepared(made(), 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    learned = {name: p for name, p in model.named_parameters() if name.endswith(("_step", "_end", "_low"))}
+    first = {name: p.detach().clone() for name, p in learned.items()}
+    assert len(first) >= 4
+    for _ in range(2):
+        assert all(torch.equal(learned[name], numbers) for name, numbers in first.items())
+        step(model, TOKENS, optimizer)
+    fresh = made()
+    names = set(fresh.state_dict())
+    # A program names what is tied once.
+    fresh.load_state_dict({name: t for name, t in model.state_dict().items() if name in names}, strict=False)
+    fresh = prepared(fresh, 0)
+    there = dict(fresh.named_parameters())
+    assert all(torch.equal(p, there[name]) for name, p in learned.items())
+    assert not any(torch.equal(p, first[name]) for name, p in learned.items())
+    assert torch.equal(model.eval()(TOKENS), fresh.eval()(TOKENS))
+    kept = {name: p.detach().clone() for name, p in learned.items()}
+    bf.advance(model)
+    assert all(torch.equal(learned[name], numbers) for name, numbers in kept.items())
+
+
 class Squared(nn.Module):
     """A forward of its own."""
 

@@ -280,6 +280,26 @@ def test_what_a_graph_cannot_do_is_refused_before_it_trains() -> None:
     gm.to("cpu", torch.float32)
 
 
+def test_fewer_bits_are_another_program_of_the_same_model() -> None:
+    model, fewer = made(), bf.Recipe("fewer", (Rule(op="*", weight="int2"),))
+    given = {"scope": "program", "example_inputs": (X,)}
+    gm = prepared(bf.Qat("lsq"), model=model).train()
+    train(gm, 2)
+    for scope in ("module", "program"):
+        with pytest.raises(bf.BitfoldError, match="a program that trains already"):
+            bf.prepare_qat(gm, fewer, scope=scope, example_inputs=(X,))
+    again = bf.prepare_qat(model, fewer, bf.Qat("lsq"), **given).train()
+    own = {id(p) for p in model.parameters()}
+    assert own <= {id(p) for p in gm.parameters()} and own <= {id(p) for p in again.parameters()}
+    train(again, 2)
+    with torch.no_grad():
+        expected = again.eval()(X)
+        assert torch.equal(bf.convert(again, target="reference")(X), expected)
+    bf.prepare_qat(model, RECIPE)
+    with pytest.raises(bf.BitfoldError, match="prepared already, with scope='module'"):
+        bf.prepare_qat(model, fewer, **given)
+
+
 @pytest.mark.parametrize("scope", ["module", "program"])
 def test_a_compiled_step_breaks_nowhere_and_is_compiled_once(scope: str) -> None:
     """Forward and backward, over a schedule in which warmup, ranges and batch norm all change."""
