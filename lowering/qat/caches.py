@@ -30,9 +30,7 @@ from ...passes.rules import Site as RuleSite
 from ...passes.training.quantizers import TRAIN_QUANTIZE, clock
 from ..kv_cache.quantize import QuantizeCache
 from ..kv_cache.sites import ATTENTION, Site, Write, sites, unrepeated
-
-CACHED = "cached"
-"""The operand of an edge whose number goes to a cache."""
+from .trained_as import CACHED
 
 
 def has_attention(gm: GraphModule) -> bool:

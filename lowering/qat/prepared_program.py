@@ -42,12 +42,15 @@ from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
 from .norms import norm_pass
 from .options import Qat
-from .prepare import check_state, share_learned, train_pass
+from .prepare import check_state, of_model, share_learned, train_pass
 from .prepared import Prepared
 from .schedule import PROGRAM
+from .trained_as import as_bytes, check_trained_as, trained_as
 
 CACHES = PROGRAM + "_caches"
 """In the meta of a prepared program: the recipe of its caches, if it has some."""
+TRAINS = PROGRAM + "_trains"
+"""In the meta of a prepared program: its numbers as `trained_as` says them."""
 
 
 class _Training(GraphModule):
@@ -72,6 +75,12 @@ class _Training(GraphModule):
                     "convert the model to that before bf.prepare_qat"
                 )
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def get_extra_state(self) -> Any:
+        return as_bytes(self.meta[TRAINS])
+
+    def set_extra_state(self, state: Any) -> None:
+        check_trained_as(self.meta[TRAINS], state, "")
 
     def __deepcopy__(self, memo: Any) -> GraphModule:
         return _of_class(super().__deepcopy__(memo), _Training, self.training)
@@ -141,10 +150,14 @@ def prepare_program(
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
     gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
+    gm.meta[TRAINS] = trained_as(gm, how)
+    made = _of_class(gm, _Training, False)
     if state is not None:
-        check_state(gm, state)
-        gm.load_state_dict(dict(state))
-    return _of_class(gm, _Training, False).train(training)
+        state = of_model(made, state)
+        check_trained_as(gm.meta[TRAINS], state.get("_extra_state"), "")
+        check_state(made, state)
+        made.load_state_dict(dict(state))
+    return made.train(training)
 
 
 def _check_norms(model: nn.Module) -> None:

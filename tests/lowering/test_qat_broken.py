@@ -134,6 +134,61 @@ def test_prepared_in_inference_mode_it_trains() -> None:
     assert converts(trained(model))
 
 
+def test_a_second_preparation_that_fails_changes_nothing() -> None:
+    model = trained(bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq", warmup=1)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(X).detach()
+    scale = model[0].weight_step
+    for wrong in ({}, made().state_dict()):
+        with pytest.raises(bf.BitfoldError, match="only the model has"):
+            bf.prepare_qat(model, "int2[g16]", bf.Qat("lsq", warmup=1), state=wrong, distill=bf.Distill())
+        after = model.state_dict()
+        assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+        assert model[0].weight_step is scale and torch.equal(model(X), expected)
+        assert not model._forward_hooks and "bitfold_teacher" not in model.__dict__
+    assert converts(model)
+
+
+def test_ranges_that_a_later_recipe_adds_need_data() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat(warmup=1))
+    bf.advance(model)
+    for how in (bf.Qat(), bf.Qat(observe=1)):  # one step is over
+        with pytest.raises(bf.BitfoldError, match=r"layer 0 takes activations of calibrated range"):
+            bf.prepare_qat(model, STATIC, how)
+    inputs = STATIC.but(Rule(match="2", weight="int4"))
+    bf.prepare_qat(model, inputs, bf.Qat(warmup=1), calibration=[X])
+    with pytest.raises(bf.BitfoldError, match=r"layer 2 takes activations of calibrated range"):
+        bf.prepare_qat(model, STATIC, bf.Qat(warmup=1))
+    bf.prepare_qat(model, inputs, bf.Qat(warmup=1))
+    assert converts(model)
+
+
+def test_a_layer_that_a_later_recipe_adds_is_at_the_same_step() -> None:
+    one = bf.Recipe("one", (Rule(match="0", weight="int4"),))
+    model = bf.prepare_qat(made(), one, bf.Qat(warmup=9))
+    for _ in range(3):
+        bf.advance(model)
+    bf.prepare_qat(model, "int4[g16]", bf.Qat(warmup=9))
+    assert int(model[0].clock) == int(model[2].clock) == 3 and model[0].clock is not model[2].clock
+
+
+def test_the_report_is_of_the_last_recipe() -> None:
+    skips = bf.Recipe("skips", (Rule(weight="int4"), Rule(match="2", skip="it is sensitive")))
+    model = bf.prepare_qat(made(), skips)
+    bf.prepare_qat(model, skips)
+    assert len(bf.report(model).misses) == 1
+    bf.prepare_qat(model, "int4[g16]")
+    assert not bf.report(model).misses
+
+
+def test_gradients_that_are_held_follow_their_scales() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq"))
+    model(X).sum().backward()
+    model.to(torch.bfloat16)
+    assert model[0].weight_step.grad.dtype == torch.float32 and model[0].weight.grad.dtype == torch.bfloat16
+    torch.optim.AdamW(bf.parameter_groups(model, 1e-3)).step()
+
+
 class Odd(nn.Module):
     """A forward of its own, and an attribute."""
 

@@ -161,6 +161,12 @@ def test_fsdp2_shards_trains_and_gathers(tmp_path: object) -> None:
         with pytest.raises(bf.BitfoldError, match="sharded"):
             bf.convert(sharded)
         state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+        pair = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4))
+        bf.prepare_qat(pair, bf.Recipe("all", (Rule(op="*", weight="int4"),)))
+        for apart in (*pair, pair):
+            fully_shard(apart, mesh=mesh)
+        with pytest.raises(bf.BitfoldError, match="take both in one unit"):
+            pair(torch.randn(2, 4, 5))
     finally:
         dist.destroy_process_group()
     again = bf.prepare_qat(Net(), "int4[g16]", bf.Qat("lsq"), state=state).eval()
@@ -275,7 +281,10 @@ def test_mistakes_are_one_sentence_and_change_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrong = [
         (lambda: bf.prepare_qat(model, "int8_static"), "calibrat"),
-        (lambda: bf.prepare_qat(model, "int8_static", bf.Qat(activation="lsq", observe=3)), "saw no data"),
+        (
+            lambda: bf.prepare_qat(model, "int8_static", bf.Qat(activation="lsq", observe=3)),
+            "begins at a calibrated one",
+        ),
         (lambda: bf.prepare_qat(model, "int8", bf.Qat("lsqq")), "lsq"),
         (lambda: bf.prepare_qat(model, "int8", "lsq"), "bf.Qat"),
         (lambda: bf.prepare_qat(model, "uint4[g16,zero]", bf.Qat("pact")), "zero point"),

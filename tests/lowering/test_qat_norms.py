@@ -259,6 +259,53 @@ def test_prepared_again_copied_and_resumed() -> None:
             assert torch.equal(bf.convert(one, target="reference")(X), expected)
 
 
+class Watched(nn.Module):
+    """Its forward writes to its buffers, its attributes and a list, and looks at more in training."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.looks, self.conv, self.norm = looks, nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        y = self.conv(x)
+        if self.training and self.looks:
+            self.last = y
+        z = self.norm(y)
+        self.seen.append(z)
+        return z
+
+
+def test_a_forward_is_read_in_both_modes_and_leaves_nothing_behind() -> None:
+    for looks in (False, True):
+        model = bf.prepare_qat(Watched(looks).eval(), RECIPE)
+        assert isinstance(model.norm, Prepared) != looks
+        assert model.steps == 0 and not model.seen and not hasattr(model, "last") and not model.training
+
+
+def test_momentum_and_its_average_over_all_batches_are_those_of_the_module() -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).train()
+    rounded = bf.prepare_qat(copy.deepcopy(floats), RECIPE, bf.Qat(warmup=100))
+    batches = [X, 3 * X, X - 1]
+    for model in (floats, rounded):
+        torch.optim.swa_utils.update_bn(batches, model)
+    for name in ("running_mean", "running_var"):
+        ours, theirs = (getattr(model[1], name) for model in (rounded, floats))
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), name
+    for model in (floats, rounded):
+        assert int(model[1].num_batches_tracked) == 3 and model[1].momentum == 0.1
+        model[1].momentum, model[1].eps = 0.5, 0.1
+        model(2 * X)
+    assert torch.allclose(rounded[1].running_var, floats[1].running_var, rtol=1e-4)
+    rounded.eval()
+    with torch.no_grad():
+        expected = rounded(X)
+        assert torch.equal(bf.convert(rounded, target="reference")(X), expected)
+
+
 def test_a_batch_norm_that_left_the_model_is_noticed() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(prepared(bf.Qat()))
     for call in (bf.advance, bf.convert):
