@@ -29,15 +29,15 @@ from torch.fx.node import map_arg
 
 from ...formats import BitfoldError
 from ...passes.stages import find_attribute
-from ...passes.training.batch_norm import FOLD_NORM, UNFOLD_NORM, freeze_norms
+from ...passes.training.batch_norm import FOLD_NORM, UNFOLD_NORM, switch_norms
 from ...passes.training.mode import TrainMode
 from ..folded import _check_ranks, keeping_dtype
 from .options import Qat
 from .trained_as import as_bytes, check_trained_as
 
 Bodies = tuple[GraphModule, ...]
-BODIES = ("body", "still", "frozen")
-"""In training, in evaluation, and in training with a batch norm in it that is in evaluation."""
+BODIES = {"body": (True, True), "still": (False, False), "frozen": (True, False), "moving": (False, True)}
+"""Which body runs when the module, and the batch norm in it, are in training."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,20 @@ class Prepared(nn.Module):
             args = (*args, *(kwargs[name] for name in names))
         if self.ranks is not None:
             _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
-        body = self.body if self.training else self.still
-        if self.folded_norm and self.training:
-            if self.folded_norm[0].training:
-                _count(self.folded_norm[0])
-            else:
-                body = self._modules["frozen"]  # type: ignore[assignment]
-        return body(*[self._operand(name) for name in self.operands], *args)
+        body: Any = self.body if self.training else self.still
+        if self.folded_norm:
+            norm = self.folded_norm[0]
+            modes = (self.training, norm.training)
+            body = next(self._modules[name] for name, when in BODIES.items() if when == modes)
+            if norm.training:
+                _count(norm)
+        operands = [self._operand(name) for name in self.operands]
+        if self.folded_norm and any(isinstance(operand, DTensor) for operand in operands):
+            raise BitfoldError(
+                f"the batch norm that trains within {self.preparation.path} is sharded apart from it; let "
+                "fully_shard take both in one unit"
+            )
+        return body(*operands, *args)
 
     def _operand(self, name: str) -> Any:
         """A tensor of this module; `norm.…`: a tensor or number of the batch norm that is folded into it."""
@@ -97,14 +104,8 @@ class Prepared(nn.Module):
             return getattr(self, owner)
         norm: Any = self.folded_norm[0]
         if name == "norm.momentum" and norm.momentum is None:  # the mean over all batches, as in torch
-            return 1.0 / float(norm.num_batches_tracked)
-        found = getattr(norm, rest)
-        if isinstance(found, DTensor):
-            raise BitfoldError(
-                f"the batch norm that trains within {self.preparation.path} is sharded apart from it; let "
-                "fully_shard take both in one unit"
-            )
-        return found
+            return 1.0 / max(float(norm.num_batches_tracked), 1.0)
+        return getattr(norm, rest)
 
     def get_extra_state(self) -> Any:
         """What the module trains as, as the bytes of a text; beside it the state that the original class has
@@ -253,10 +254,10 @@ def check_norms(model: nn.Module) -> None:
 def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
     """The bodies, and the attributes that are their leading inputs, in order."""
     made = []
-    for name in BODIES:
+    for trains, moves in BODIES.values():
         body, attributes = _lifted(gm)
-        TrainMode(on=name != "still").apply(body)
-        if name == "frozen" and not freeze_norms(body):
+        TrainMode(on=trains).apply(body)
+        if trains != moves and not switch_norms(body, moves):
             continue
         body.meta.clear()
         body.recompile()

@@ -7,7 +7,7 @@ In: a prepared model or program. Out: its clocks one step on, its ranges moved; 
 
 All of it is numbers in buffers, which `state_dict` holds: a run that is resumed goes on where it was, and a
 compiled step is never compiled again. Within a step the ranges stand still, so that accumulated gradients and
-recomputed activations see the same ones.
+recomputed activations see the same ones. Processes that train one model see the extremes of all of them.
 """
 
 from __future__ import annotations

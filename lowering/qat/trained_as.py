@@ -8,7 +8,7 @@ one for the schedule, without paths in the module scope, where a layer may move 
     input int8[tensor] clip
     warmup 0, observe 200, rate 0.1, freeze_norm None
 
-How a rounding is computed (`+keep`, `+kernel`) changes no number, and `start` no number but the first.
+How a rounding is computed (`+keep`, `+kernel`, `+fused`) changes no number, and `start` none but the first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def trained_as(gm: GraphModule, how: Qat) -> str:
     for node in gm.graph.find_nodes(op="call_function", target=TRAIN_QUANTIZE):
         on = edge(node)
         assert on is not None, f"{node.name} stands on no edge"
-        gradient = replace(Gradient.parse(str(node.args[2])), keep=False, kernel=False)
+        gradient = replace(Gradient.parse(str(node.args[2])), keep=False, kernel=False, fused=False)
         which = "input" if on.which == CACHED else on.which
         layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
         lines.append(" ".join(word for word in (layer, which, on.format, str(gradient)) if word))

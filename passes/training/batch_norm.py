@@ -31,7 +31,7 @@ from ..constants import VIEWS, constant, erase_dead_constants, expression
 from ..core import Miss, Pass, report, state
 from ..edges import edge
 from ..edit import arguments, call
-from ..provenance import inherit
+from ..provenance import inherit, origin
 from ..stages import Stage, find_attribute
 from .quantizers import TRAIN_QUANTIZE, clock, learned_start
 
@@ -172,14 +172,14 @@ def folded(gm: GraphModule, made: Node) -> list[Tensor]:
         return list(FOLD_NORM(*(value(given) for given in made.args[:7])))
 
 
-def freeze_norms(gm: GraphModule) -> int:
-    """Let batch norms that are folded in normalize by their running statistics, as in evaluation, in a graph
-    that trains; how many there are."""
+def switch_norms(gm: GraphModule, training: bool) -> int:
+    """Let batch norms that are folded in normalize by their batch or by their running statistics, whatever
+    the rest of the graph does; how many there are."""
     found = gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM)
     for after in found:
-        after.update_arg(9, False)
+        after.update_arg(9, training)
     for before in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
-        before.update_arg(7, False)
+        before.update_arg(7, training)
     return len(found)
 
 
@@ -191,8 +191,19 @@ class SettleBatchNorm(Pass):
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.fake_quantized,)
     produces: ClassVar[Stage | None] = None
 
+    def check(self, gm: GraphModule) -> None:
+        """Raises BitfoldError for numbers that are none, which would become codes."""
+        for node in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
+            if not all(bool(part.isfinite().all()) for part in folded(gm, node)):
+                layer = state(gm).path(origin(node).module_path)
+                raise BitfoldError(
+                    f"the weight, bias or batch norm of layer {layer} has NaN or infinity in it; training "
+                    "diverged"
+                )
+
     def apply(self, gm: GraphModule) -> int:
-        """Number of batch norms that are gone."""
+        """Number of batch norms that are gone. Raises BitfoldError for numbers that are none."""
+        self.check(gm)
         nodes = gm.graph.find_nodes(op="call_function", target=FOLD_NORM)
         for after in gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM):
             conv: Any = after.args[0]

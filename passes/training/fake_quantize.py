@@ -69,18 +69,13 @@ def mark_edges(gm: GraphModule) -> int:
 
 
 def check_observers(gm: GraphModule) -> None:
-    """Raises BitfoldError if a calibrated edge has no observer, or one that saw nothing, or NaN."""
+    """Raises BitfoldError if a calibrated edge has no observer, or one that saw nothing."""
     for node in gm.graph.nodes:
         on, observer = edge(node), _observer_at(gm, node)
         if on is not None and observer is not None and observer.seen == 0:
             raise BitfoldError(
                 f"the observer at the {on.which} of layer {on.layer} saw no data; "
                 "run calibrate(gm, batches) first"
-            )
-        if on is not None and observer is not None and observer.spoilt:
-            raise BitfoldError(
-                f"NaN or infinity comes to the {on.which} of layer {on.layer} on calibration data; look at "
-                "the data, or let a rule of the recipe skip what makes it"
             )
     _check_joints(gm)
     for node, note in annotated(gm):

@@ -189,6 +189,24 @@ def test_gradients_that_are_held_follow_their_scales() -> None:
     torch.optim.AdamW(bf.parameter_groups(model, 1e-3)).step()
 
 
+def test_scales_of_another_dtype_are_named() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq"))
+    cast = {name: one.bfloat16() for name, one in model.named_parameters()}
+    model.load_state_dict(cast, assign=True, strict=False)
+    with pytest.raises(bf.BitfoldError, match=r"0.weight_step is torch.bfloat16"):
+        bf.convert(model)
+    assert isinstance(model[0], Prepared)
+
+
+def test_a_linear_that_was_compiled_alone() -> None:
+    torch._dynamo.reset()
+    model = made()
+    model[0].compile(backend="eager")
+    bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    trained(model)
+    assert converts(model) and model[0]._compiled_call_impl is not None
+
+
 class Odd(nn.Module):
     """A forward of its own, and an attribute."""
 
@@ -323,6 +341,37 @@ def _shard(rank: int, folder: str) -> None:
             bf.advance(wrapped)
         assert torch.equal(model[0].input_high, 10 * X.max().reshape(1, 1)), kind
     dist.destroy_process_group()
+
+
+def _ranges(rank: int, folder: str) -> None:
+    """Two processes whose data differ by ten times: both end with the ranges of all data."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for sharded in (True, False):
+        model = bf.prepare_qat(made(), STATIC, bf.Qat("lsq", observe=3))
+        if sharded:
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, mesh=mesh)
+        wrapped = model if sharded else nn.parallel.DistributedDataParallel(model)
+        for _ in range(4):
+            wrapped(X * (1.0 + 9.0 * rank)).square().mean().backward()
+            bf.advance(wrapped)
+        assert float(model[0].input_high) == float(10 * X.max())
+        assert float(model[0].input_low) == float(10 * X.min())
+        both = [torch.zeros(2) for _ in range(2)]
+        dist.all_gather(both, torch.stack([model[2].input_low, model[2].input_high]).flatten())
+        assert torch.equal(*both)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_share_their_ranges(tmp_path: object) -> None:
+    import torch.multiprocessing as processes
+
+    processes.spawn(_ranges, (str(tmp_path),), nprocs=2)
 
 
 @pytest.mark.slow

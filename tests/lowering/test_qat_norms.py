@@ -191,6 +191,31 @@ def test_a_batch_norm_in_evaluation_mode_stands_still_while_the_rest_trains() ->
     assert not torch.equal(after["blocks.0.bn2.running_mean"], before["blocks.0.bn2.running_mean"])
 
 
+def test_a_batch_norm_in_training_mode_moves_while_the_rest_evaluates() -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    recipe = bf.Recipe("all", (Rule(op="*", weight="int8"),))
+    rounded = bf.prepare_qat(copy.deepcopy(floats), recipe, bf.Qat("straight+stochastic"))
+    for model in (floats, rounded):
+        model.eval()[1].train()
+    ours, theirs = rounded(5 * X), floats(5 * X)
+    assert torch.allclose(ours.std((0, 2, 3)), theirs.std((0, 2, 3)), rtol=1e-3)
+    assert torch.allclose(rounded[1].running_var, floats[1].running_var, rtol=2**-6)  # int8 rows
+    assert not torch.allclose(rounded[1].running_var, torch.ones(8), rtol=0.1)
+
+
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize(
+    "name", ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+)
+def test_numbers_that_are_none_are_not_converted(name: str, scope: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    made = bf.prepare_qat(model, RECIPE, scope=scope, example_inputs=(X,))
+    dict([*model.named_parameters(), *model.named_buffers()])[name].data[3] = float("nan")
+    with pytest.raises(bf.BitfoldError, match="NaN or infinity"):
+        bf.convert(made)
+
+
 def test_statistics_stand_still_after_the_chosen_step() -> None:
     model = prepared(bf.Qat(freeze_norm=2)).train()
     seen = []

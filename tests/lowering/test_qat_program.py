@@ -157,6 +157,14 @@ def test_a_compiled_program_is_told_its_mode() -> None:
         assert torch.equal(program(X), program(X)) and torch.equal(program(X), gm.eval()(X))
 
 
+def test_a_weight_that_is_no_number_is_not_converted() -> None:
+    gm = prepared(bf.Qat("lsq"))
+    with torch.no_grad():
+        gm.get_parameter("head.weight")[0, 0] = float("inf")
+    with pytest.raises(bf.BitfoldError, match="layer head has NaN or infinity"):
+        bf.convert(gm)
+
+
 class Twice(nn.Module):
     """A linear that is called on small numbers and on large ones, which are added."""
 
