@@ -55,6 +55,33 @@ def test_the_digits(
     assert "| int2, trained | " in capsys.readouterr().out
 
 
+def test_images_of_a_folder(
+    script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files in MNIST's format: bright squares in one of ten places."""
+    draw = torch.Generator().manual_seed(0)
+    for split, count in (("train", 600), ("t10k", 100)):
+        labels = torch.arange(count) % 10
+        images = torch.randint(60, (count, 28, 28), generator=draw)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[5 * (label // 5) : 5 * (label // 5) + 5, 5 * (label % 5) : 5 * (label % 5) + 5] += 150
+        for name, part in (("images-idx3", images), ("labels-idx1", labels)):
+            head = torch.tensor([0x800 + part.ndim, *part.shape]).to(torch.int32)
+            raw = head.numpy().astype(">u4").tobytes() + part.to(torch.uint8).numpy().tobytes()
+            (tmp_path / f"{split}-{name}-ubyte").write_bytes(raw)
+    qat = script("qat")
+    data = qat.mnist(tmp_path)
+    assert data.images.shape == (600, 1, 28, 28) and data.held_labels.tolist()[:3] == [0, 1, 2]
+    assert float(data.images.min()) == -1.0 and len(qat.validation(data).held) == 60
+    run(qat, monkeypatch, "--mnist", tmp_path, "--seeds", "1", "--epochs", "2", "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "qat-mnist.json").read_text())
+    assert all(found["summary"][name]["converted_equal"] for name in qat.RECIPES)
+    assert (tmp_path / "out" / "qat-mnist.png").stat().st_size > 1000
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"\0" * 20)
+    with pytest.raises(SystemExit, match="t10k-labels-idx1-ubyte is no idx file"):
+        qat.mnist(tmp_path)
+
+
 def test_the_language_model(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
