@@ -56,10 +56,10 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth",),
     "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
-    "gptq, tuned": (_TUNED, "follow,clip,gptq,descend,refit", "clip,gptq,descend,refit"),
+    "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
     "rotate, tuned": (f"rotate,{_TUNED}",),
-    "learned": (f"{_TUNED},learn{{steps=100}}",),
-    "whole model": (f"{_TUNED},tune{{rate=0.002}}",),
+    "learned": (f"{_TUNED},learn", f"rotate,{_TUNED},learn"),
+    "whole model": (f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",),
 }
 BEST = "best"
 # By which variants are chosen: what the table is about. (The divergence there is in the record too.)
