@@ -51,8 +51,8 @@ FORMATS = {
     "nvfp4": ("nvfp4", "", (3e-5, 1e-4)),
     "int4[g32] x int8": ("int4[g32]", "int8", (3e-5, 1e-4)),
 }
-BASE_RATES = (3e-4, 1e-3)
-LONGER_RATES = (3e-5, 3e-4)
+BASE_RATES = (1e-4, 3e-4)
+LONGER_RATES = (1e-5, 3e-5)
 ALGORITHMS = ("clip,gptq", "clip,gptq,descend,refit")
 SAVED = "int4[g32]"
 
@@ -263,7 +263,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("out/lm"))
     parser.add_argument("--model", default="", help="a folder (default: the one in the repository)")
     parser.add_argument("--tiny", action="store_true", help="random weights and tokens")
-    parser.add_argument("--base-steps", type=int, default=1500, help="in floats, before all else")
+    parser.add_argument("--base-steps", type=int, default=3000, help="in floats, before all else")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rates", type=_numbers, help="instead of each format's, for what trains rounded")
