@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +54,12 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "hqq": ("hqq",),
     "awq": ("awq,clip",),
     "smooth": ("smooth",),
-    "rotate": ("rotate,clip,gptq", f"rotate,{_TUNED},learn,tune{{steps=500,rate=0.001}}"),
+    "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
-    "gptq, tuned": (_TUNED, "clip,gptq,descend,refit"),
-    "learned": (f"{_TUNED},learn", "clip,gptq,learn", f"{_TUNED},learn{{steps=600}}"),
-    "whole model": (
-        f"{_TUNED},learn,tune{{steps=500,rate=0.001}}",
-        f"{_TUNED},tune{{steps=1000,rate=0.001}}",
-        f"{_TUNED},learn,tune{{steps=1000,rate=0.002}}",
-    ),
+    "gptq, tuned": (_TUNED, "follow,clip,gptq,descend,refit", "clip,gptq,descend,refit"),
+    "rotate, tuned": (f"rotate,{_TUNED}",),
+    "learned": (f"{_TUNED},learn{{steps=100}}",),
+    "whole model": (f"{_TUNED},tune{{rate=0.002}}",),
 }
 BEST = "best"
 # By which variants are chosen: what the table is about. (The divergence there is in the record too.)
@@ -79,6 +78,7 @@ class Bench:
     """The model, its texts, and what has been measured."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.patience = arguments.patience
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(arguments.model).to(self.device)
         self.length = self.model.size.max_position_embeddings
@@ -154,13 +154,28 @@ def results(
     if arguments.processes < 2:
         yield from ((job, bench.run(job)) for job in jobs)
         return
+    # Format by format; in each the longest first, so that none is begun when the others are through.
+    order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
     context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, _start, (arguments,)) as pool:
-        # Format by format; in each the longest first, so that none is begun when the others are through.
-        order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
-        yield from pool.imap_unordered(_work, order)
-        pool.close()
-        pool.join()
+    # Not multiprocessing.Pool, which waits without end for the job of a process that was killed.
+    pool = ProcessPoolExecutor(arguments.processes, context, _start, (arguments,))
+    waiting = {pool.submit(_work, job): job for job in order}
+    while waiting:
+        ended, _ = wait(waiting, timeout=arguments.patience, return_when=FIRST_COMPLETED)
+        if not ended:
+            break
+        for future in ended:
+            job = waiting.pop(future)
+            if future.exception() is not None:
+                print(f"{job.format} {job.variant}: {future.exception()!r}", file=sys.stderr, flush=True)
+                continue
+            yield future.result()
+    for job in waiting.values():
+        print(f"{job.format} {job.variant}: not done after {arguments.patience} s", file=sys.stderr)
+    if waiting:
+        for process in pool._processes.values():
+            process.kill()
+    pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def _weight(job: Job) -> int:
@@ -176,7 +191,12 @@ def _start(arguments: argparse.Namespace) -> None:
 
 
 def _work(job: Job) -> tuple[Job, dict[str, Any]]:
-    found = _bench.run(job)
+    # Where a job that takes too long stands is said, before the one that waits for it gives up.
+    faulthandler.dump_traceback_later(0.9 * _bench.patience, exit=False)
+    try:
+        found = _bench.run(job)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     # Plain numbers: a tensor would be handed over as an open file, and there are as many as jobs.
     return job, found | {"loss": found["loss"].tolist()}
 
@@ -207,8 +227,8 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
             f"{found['validation_divergence']:.5f}",
             flush=True,
         )
-        done = [text for text in texts if sum(j.format == text for j in jobs) == len(made[text])]
-        if job.format in done and arguments.out:
+        done = done_formats(jobs, made)
+        if job.format in done:
             record["rows"] = [row for text in done for row in rows(text, made[text], tried, base)]
             record["validation"] = {
                 text: {
@@ -216,9 +236,17 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
                 }
                 for text in done
             }
-            _write(Path(arguments.out), record)
-    record["rows"] = [row for text in texts for row in rows(text, made[text], tried, base)]
+            if arguments.out:
+                _write(Path(arguments.out), record)
+    lost = [text for text in texts if text not in done_formats(jobs, made)]
+    if lost:
+        print(f"not in the table, since jobs of theirs did not end: {', '.join(lost)}", file=sys.stderr)
     return record
+
+
+def done_formats(jobs: list[Job], made: dict[str, dict[str | None, dict[str, Any]]]) -> list[str]:
+    """The formats of which every job has ended."""
+    return [text for text in made if sum(job.format == text for job in jobs) == len(made[text])]
 
 
 def rows(
@@ -296,6 +324,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=512, help="windows of the training text")
     parser.add_argument("--batch", type=int, default=8, help="windows of a calibration batch")
     parser.add_argument("--processes", type=int, default=1, help="how many share the device")
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds without a result to give up")
     return parser.parse_args()
 
 

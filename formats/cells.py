@@ -66,9 +66,9 @@ def staircase_slope(element: Element, u: Tensor, sharpness: float) -> Tensor:
 
 
 def reach(element: Element) -> tuple[float, float]:
-    """What rounding to nearest takes in: half of a cell beyond the smallest and the largest value. 2**-8 more,
-    since a scale that is stored with 8 bits of mantissa may be that much too small for the number that chose
-    it."""
+    """What rounding to nearest takes in: half of a cell beyond the smallest and the largest value. 2**-8
+    more, since a scale that is stored with 8 bits of mantissa may be that much too small for the number that
+    chose it."""
     first, last = end_cells(element)
     slack = 1.0 + 2.0**-8
     return (element.low - first / 2) * slack, (element.high + last / 2) * slack

@@ -55,9 +55,10 @@ def train_quantize(
     clock: Tensor | None = None,
     warmup: int = 0,
 ) -> Tensor:
-    """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
+    """See the file; contiguous. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
+    x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
     if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
         how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy

@@ -102,7 +102,8 @@ class Swaps:
             x: Tensor = torch.ops.bitfold.hadamard(given) if through else given
             # The operator, not the format's method: it lets the gradient straight through.
             x = torch.ops.bitfold.fake_quantize(x, text)
-            return torch.ops.bitfold.hadamard(x, True) if through else x
+            back: Tensor = torch.ops.bitfold.hadamard(x, True) if through else x
+            return back
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._lifted:

@@ -12,17 +12,18 @@ recomputed activations see the same ones. Processes that train one model see the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
 from ...passes.training.quantizers import CLOCK
 from ..given_model import module_of
+from .agree import SEEN, agree
+from .begin import begin_scales
 from .options import Qat
 from .prepared import Prepared, check_norms
 
@@ -33,15 +34,19 @@ LEARNED = ("step", "low", "end")
 
 
 def advance(model: nn.Module) -> None:
-    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`."""
+    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`. Learned
+    scales of weights begin anew in the last step of the warmup.
+
+    Ranges follow the data of all processes where FSDP2 shards the model, or where `model` is the
+    DistributedDataParallel around it; every process then calls this after every step.
+    """
     model = module_of(model, "bf.advance")
     found = list(_prepared(model))
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
     with torch.no_grad():
-        for group, modules in _groups(model, found):
-            _share(modules, group)
+        agree(model, [module for module, how in found if how.observe])
         for module, how in found:
             clock = module._buffers.get(CLOCK)
             if clock is None:
@@ -49,41 +54,7 @@ def advance(model: nn.Module) -> None:
             if how.observe:
                 _move(module, how, clock < how.observe)
             clock += 1
-
-
-def _groups(model: nn.Module, found: Iterable[tuple[nn.Module, Qat]]) -> Iterator[tuple[Any, list[nn.Module]]]:
-    """Processes that see other data of the same step, with the modules whose ranges they all move: those of
-    DistributedDataParallel, and those that a parameter is sharded over."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    following = [module for module, how in found if how.observe and _counted(module) < how.observe]
-    wrapped = (m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
-    for wrapper in wrapped:
-        inside = set(wrapper.modules())
-        yield wrapper.process_group, [module for module in following if module in inside]
-    sharded: dict[Any, list[nn.Module]] = {}
-    for module in following:
-        meshes = {p.device_mesh for p in module.parameters() if isinstance(p, DTensor)}
-        for group in (group for mesh in meshes for group in mesh.get_all_groups()):
-            sharded.setdefault(group, []).append(module)
-    yield from sharded.items()
-
-
-def _counted(module: nn.Module) -> float:
-    clock = module._buffers.get(CLOCK)
-    return torch.inf if clock is None else float(clock)
-
-
-def _share(modules: Iterable[nn.Module], group: Any) -> None:
-    """The extremes that all processes of a group have seen in this step, in each of them."""
-    seen = [(m._buffers[name], name) for m in modules for name in m._buffers if "_seen_" in name]
-    signed = [(held, 1.0 if name.endswith("low") else -1.0) for held, name in seen if held is not None]
-    if not signed:
-        return
-    least = torch.stack([sign * held.reshape(()) for held, sign in signed])
-    torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group)
-    for (held, sign), value in zip(signed, least, strict=True):
-        held.fill_(sign * value)
+        begin_scales(found)
 
 
 def parameter_groups(
@@ -119,7 +90,7 @@ def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
 def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
     """Every range of the module `rate` of the way to what it has seen in this step."""
     for name, seen in list(module._buffers.items()):
-        owner, mark, end = name.rpartition("_seen_")
+        owner, mark, end = name.rpartition(SEEN)
         if not mark or seen is None:
             continue
         held = module._buffers[f"{owner}_{end}"]
@@ -128,4 +99,5 @@ def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
         # The first range is the first data's; a step without data moves nothing.
         moved = torch.where(held.isfinite(), held + how.rate * (new - held), new)
         held.copy_(torch.where(following & new.isfinite(), moved, held))
-        seen.fill_(torch.inf if end == "low" else -torch.inf)
+        # "high_1", say, where a layer has several inputs.
+        seen.fill_(torch.inf if end.startswith("low") else -torch.inf)

@@ -38,6 +38,10 @@ torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
 )
 
+_library.define("fused_beside(Tensor[] inputs, str specs) -> Tensor[]")
+_library.impl("fused_beside", _later("cpu.beside", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::fused_beside", _later("cpu.beside", "beside_fake"), lib=_library)
+
 _library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
 _library.impl("few_queries", _later("kv_cache.few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
 torch.library.register_fake("bitfold::few_queries", _later("kv_cache.few_queries", "fake"), lib=_library)

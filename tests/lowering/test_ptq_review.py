@@ -84,15 +84,9 @@ def test_a_value_that_is_changed_in_place_between_blocks_is_no_chain() -> None:
         quantized(made(Inside), "learn")
 
 
-class Beside(Block):
+class BesideInPlace(Block):
     """A second residual, which one block hands to the next."""
 
-    def forward(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        rest = rest + x
-        return self.down(self.act(self.up(self.norm(rest)))), rest
-
-
-class BesideInPlace(Beside):
     def forward(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         rest += x
         return self.down(self.act(self.up(self.norm(rest)))), rest
@@ -107,11 +101,10 @@ class Two(Net):
         return self.head(x + rest)
 
 
-@pytest.mark.parametrize("block", [Beside, BesideInPlace])
-def test_a_second_value_from_block_to_block_is_no_chain(block: type[Block]) -> None:
-    with pytest.raises(bf.BitfoldError, match=r"more than one result|writes to what it is given"):
-        quantized(made(Two, block), "gptq,learn{steps=5}")
-    assert same(quantized(made(Two, Beside), "gptq"), quantized(made(Two, BesideInPlace), "gptq"))
+def test_a_block_that_writes_to_its_second_value_is_no_link_of_a_chain() -> None:
+    """One that returns another one is (test_chains.py)."""
+    with pytest.raises(bf.BitfoldError, match=r"writes to what it is given"):
+        quantized(made(Two, BesideInPlace), "gptq,learn{steps=5}")
 
 
 class Wrapped(nn.Module):
@@ -142,29 +135,6 @@ def test_a_model_inside_fills_no_cache_either() -> None:
 # ---- what runs leave behind, and what resume knows ----
 
 
-class Counting(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(x) * (1 + 0.1 * self.calls)
-
-
-def test_buffers_are_as_they_were() -> None:
-    from bitfold.lowering.search.sensitivity import sensitivity
-
-    model = made(Net, Counting)
-    table = sensitivity(model, data(2), ("int8[g32]", "int3[g32]"))
-    assert float(model.blocks[0].calls) == 0
-    # Each layer is measured from the same state, so the finest format hardly moves the output.
-    assert all(one.loss < 0.01 for one in table.choices if one.format == "int8[g32]")
-    assert float(quantized(model, "gptq").blocks[0].calls) == 0
-    static = bf.quantize(copy.deepcopy(model), "int8_static", calibration=data(2))
-    assert float(static.blocks[0].calls) == 0
-
-
 @pytest.mark.parametrize("algorithm", ["gptq,learn{steps=5}", "awq,clip,gptq,learn{steps=5}", "gptq"])
 def test_a_run_that_was_killed_between_files_of_a_block_goes_on_alike(algorithm: str, tmp_path: Path) -> None:
     model = made()
@@ -186,115 +156,6 @@ def test_another_function_or_number_in_a_module_is_another_run(tmp_path: Path) -
         with pytest.raises(bf.BitfoldError, match="of another model"):
             quantized(other, "gptq", resume=tmp_path)
     quantized(copy.deepcopy(model), "gptq", resume=tmp_path)
-
-
-# ---- layers that are called in other ways ----
-
-
-class Expert(nn.Module):
-    """Each token goes to one of two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, 32)
-        first = flat[:, 0] > 1.3  # now and then no token's is
-        out = torch.empty_like(flat)
-        out[first], out[~first] = self.experts[0](flat[first]), self.experts[1](flat[~first])
-        return x + out.reshape(x.shape)
-
-
-def some_empty() -> list[Tensor]:
-    """Batches that send tokens to both experts, and one that sends none to the first."""
-    model, found = made(Net, Expert), data(12)
-    with torch.no_grad():
-        reached = [bool((model.embed(ids)[..., 0] > 1.3).any()) for ids in found]
-    lonely = torch.full((2, 24), int(model.embed.weight[:, 0].argmin()))
-    assert any(reached)
-    return [*(ids for ids, one in zip(found, reached, strict=True) if one), lonely]
-
-
-@pytest.mark.parametrize("turned", [False, True])
-def test_an_expert_without_tokens_in_a_batch(turned: bool) -> None:
-    batches = some_empty()[:: -1 if turned else 1]
-    model = made(Net, Expert)
-    for algorithm in ("correct_bias", "gptq,learn{steps=8}", "gptq,tune{steps=8}"):
-        q = quantized(model, algorithm, "int4[g32]", calibration=batches)
-        assert all(torch.isfinite(q(ids)).all() for ids in batches)
-
-
-def test_a_users_hooks_are_no_rounding_error() -> None:
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    for hook in ("after", "before"):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
-        if hook == "after":
-            model[0].register_forward_hook(lambda module, args, result: result + 5)
-        else:
-            model[0].register_forward_pre_hook(lambda module, args: (args[0] * 2 + 1,))
-        q = bf.quantize(copy.deepcopy(model), "int8", algorithm="correct_bias", calibration=[x])
-        assert float((q(x) - model(x)).norm() / model(x).norm()) < 0.01
-
-
-class ByName(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(input=self.act(self.up(input=self.norm(x))))
-
-
-@pytest.mark.parametrize("algorithm", ["awq", "smooth", "gptq"])
-@pytest.mark.parametrize("recipe", ["int3[g32]", "int8_dynamic"])
-def test_linears_that_are_called_by_keyword(algorithm: str, recipe: str) -> None:
-    one, other = (quantized(made(Net, block), algorithm, recipe) for block in (Block, ByName))
-    assert same(one, other)
-
-
-class Cross(nn.Module):
-    """Weights of its own and two inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k = (nn.Parameter(torch.randn(32, 32) / 6) for _ in range(2))
-
-    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        return F.linear(first, self.q), F.linear(second, self.k)
-
-
-class Crossed(nn.Module):
-    def __init__(self, named: bool) -> None:
-        super().__init__()
-        self.cross, self.named = Cross(), named
-
-    def forward(self, x: Tensor) -> Tensor:
-        loud = 10 * x.roll(1, -1).relu()
-        one, other = self.cross(second=loud, first=x) if self.named else self.cross(x, loud)
-        return one + other
-
-
-def test_keywords_in_another_order_than_the_signatures() -> None:
-    torch.manual_seed(0)
-    model, batches = Crossed(named=False).eval(), [torch.randn(16, 32) for _ in range(4)]
-    twin = Crossed(named=True).eval()
-    twin.load_state_dict(model.state_dict())
-    one, other = (quantized(m, "gptq", calibration=batches) for m in (model, twin))
-    assert same(one, other)
-
-
-class Fused(nn.Module):
-    """A norm and a linear in one module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g, self.w = nn.Parameter(torch.rand(32) + 0.5), nn.Parameter(torch.randn(32, 32) / 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + F.linear(F.rms_norm(x, (32,)) * self.g, self.w)
-
-
-def test_what_is_no_plain_linear_is_not_balanced() -> None:
-    q = quantized(made(Net, Fused), "awq,gptq")
-    assert "is of no plain linear" in str(bf.report(q))
 
 
 def test_blocks_of_one_class_may_differ_in_what_they_hold() -> None:
@@ -320,26 +181,7 @@ def test_a_tied_weight_is_decided_once_and_blocks_are_measured_behind_what_is_st
     assert torch.equal(quantized(alone, "gptq").blocks[0].up.weight, q.blocks[0].up.weight)
 
 
-# ---- ranges, orders, options ----
-
-
-class Reciprocal(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(16, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(1 / x)
-
-
-@pytest.mark.parametrize("observer", ["minmax", "average", "moving", "percentile", "mse", "entropy"])
-@pytest.mark.parametrize("scope", ["module", "program"])
-def test_infinity_inside_a_model_has_no_range(observer: str, scope: str) -> None:
-    x = torch.randn(8, 16)
-    x[0, 0] = 0
-    recipe = bf.Recipe("s", (bf.Rule(weight="int8", input="int8[tensor]", observer=observer),))
-    with pytest.raises(bf.BitfoldError, match=r"NaN or infinity (goes into|comes to the input of) layer"):
-        bf.quantize(Reciprocal(), recipe, calibration=[torch.randn(8, 16), x], scope=scope)  # type: ignore[arg-type]
+# ---- orders, options ----
 
 
 @pytest.mark.parametrize(
