@@ -9,30 +9,32 @@ won back.
     python benchmarks/ptq.py --windows 16 --calibration 8 --format "int4[g64]" --first       to try the script
 
 An algorithm has a few variants (its settings); which one is shown is decided on the validation text, format
-by format, by the divergence there (--first takes the first one unseen). `best` is decided among all variants
-of all algorithms. Calibration data are windows of the training text. Everything is computed in float32 on
-the reference target, from the bfloat16 weights of the file: what is measured is the rounding. With
---processes the variants are spread over processes that share the device, and their minutes are what they
-took beside each other.
+by format, by the perplexity there (--first takes the first one unseen). `best` is decided among all variants
+of all algorithms. Calibration data are windows spread over the whole training text (text_windows.py); if the
+texts are not those of the model, the table says so. Everything is computed in float32 on the reference
+target, from the bfloat16 weights of the file: what is measured is the rounding. With --processes the variants
+are spread over processes that share the device, and their minutes are what they took beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import faulthandler
 import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ptq_numbers import interval, perplexity, won
 from ptq_table import table
 from small_llama import FOLDER, SmallLlama, load
+from text_windows import same_text, windows
 from torch import Tensor
 
 import bitfold as bf
@@ -45,6 +47,7 @@ FORMATS = (
     *("int4[g64] x int8", "int8_dynamic", "fp8_dynamic"),
 )
 _FIRST = "follow{share=0.5}"
+_TUNED = f"{_FIRST},clip,gptq,descend,refit"
 # The first variant of each is what is run with --first.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "clip": ("clip",),
@@ -53,12 +56,14 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
     "smooth": ("smooth",),
     "rotate": ("rotate,clip,gptq",),
     "gptq": ("gptq",),
-    "gptq, tuned": ("clip,gptq,descend,refit", f"{_FIRST},clip,gptq,descend,refit"),
-    "learned": ("clip,gptq,learn", f"{_FIRST},clip,gptq,learn{{steps=600}}"),
+    "gptq, tuned": (_TUNED, "follow,clip,gptq,descend,refit", "clip,gptq,descend,refit"),
+    "rotate, tuned": (f"rotate,{_TUNED}",),
+    "learned": (f"{_TUNED},learn{{steps=100}}",),
+    "whole model": (f"{_TUNED},tune{{rate=0.002}}",),
 }
 BEST = "best"
-# By which variants are chosen: it has no sampling noise of the text's own, unlike its perplexity.
-JUDGE = "validation_divergence"
+# By which variants are chosen: what the table is about. (The divergence there is in the record too.)
+JUDGE = "validation"
 
 
 @dataclass(frozen=True)
@@ -73,22 +78,17 @@ class Bench:
     """The model, its texts, and what has been measured."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
+        self.patience = arguments.patience
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = load(arguments.model).to(self.device)
         self.length = self.model.size.max_position_embeddings
+        counts = {"validation": arguments.windows, "test": arguments.windows}
         self.texts = {
-            split: self._windows(arguments.data, split, arguments.windows) for split in ("validation", "test")
+            split: windows(arguments.data, split, count, self.length).to(self.device)
+            for split, count in counts.items()
         }
-        calibration = self._windows(arguments.data, "train", arguments.calibration)
-        self.batches = [(piece,) for piece in calibration.split(8)]
-
-    def _windows(self, folder: str, split: str, count: int) -> Tensor:
-        """`count` windows spread over the split (all if 0), the same ones each time."""
-        ids = np.load(Path(folder) / f"{split}.npy").astype(np.int64)
-        windows = ids[: len(ids) // self.length * self.length].reshape(-1, self.length)
-        order = np.random.default_rng(0).permutation(len(windows))
-        chosen = order[: count or len(order)]
-        return torch.from_numpy(windows[np.sort(chosen)]).to(self.device)
+        calibration = windows(arguments.data, "train", arguments.calibration, self.length).to(self.device)
+        self.batches = [(piece,) for piece in calibration.split(arguments.batch)]
 
     def quantized(self, text: str, algorithm: str | None) -> tuple[SmallLlama, float, int]:
         """The model in a format, the seconds that it took, and the bytes that it took beside the model."""
@@ -154,18 +154,34 @@ def results(
     if arguments.processes < 2:
         yield from ((job, bench.run(job)) for job in jobs)
         return
+    # Format by format; in each the longest first, so that none is begun when the others are through.
+    order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
     context = torch.multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, _start, (arguments,)) as pool:
-        # Format by format; in each the longest first, so that none is begun when the others are through.
-        order = sorted(jobs, key=lambda job: (arguments.format.index(job.format), -_weight(job)))
-        yield from pool.imap_unordered(_work, order)
-        pool.close()
-        pool.join()
+    # Not multiprocessing.Pool, which waits without end for the job of a process that was killed.
+    pool = ProcessPoolExecutor(arguments.processes, context, _start, (arguments,))
+    waiting = {pool.submit(_work, job): job for job in order}
+    while waiting:
+        ended, _ = wait(waiting, timeout=arguments.patience, return_when=FIRST_COMPLETED)
+        if not ended:
+            break
+        for future in ended:
+            job = waiting.pop(future)
+            if future.exception() is not None:
+                print(f"{job.format} {job.variant}: {future.exception()!r}", file=sys.stderr, flush=True)
+                continue
+            yield future.result()
+    for job in waiting.values():
+        print(f"{job.format} {job.variant}: not done after {arguments.patience} s", file=sys.stderr)
+    if waiting:
+        for process in pool._processes.values():
+            process.kill()
+    pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 def _weight(job: Job) -> int:
     """What takes longer is larger."""
-    return len(job.variant or "") + 1000 * ("learn" in (job.variant or ""))
+    variant = job.variant or ""
+    return len(variant) + 1000 * ("learn" in variant) + 2000 * ("tune{" in variant)
 
 
 def _start(arguments: argparse.Namespace) -> None:
@@ -175,7 +191,12 @@ def _start(arguments: argparse.Namespace) -> None:
 
 
 def _work(job: Job) -> tuple[Job, dict[str, Any]]:
-    found = _bench.run(job)
+    # Where a job that takes too long stands is said, before the one that waits for it gives up.
+    faulthandler.dump_traceback_later(0.9 * _bench.patience, exit=False)
+    try:
+        found = _bench.run(job)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     # Plain numbers: a tensor would be handed over as an open file, and there are as many as jobs.
     return job, found | {"loss": found["loss"].tolist()}
 
@@ -190,6 +211,7 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "where": environment(bench.device),
         "asked": {k: v for k, v in vars(arguments).items() if k not in ("out", "data", "model")},
         "windows": {split: list(ids.shape) for split, ids in bench.texts.items()},
+        "same text": same_text(arguments.data, ("train", "validation", "test"), arguments.model),
         "float": {"test": perplexity(base), "interval": interval(base, base, None)},
         "rows": [],
         "validation": {},  # format -> variant -> perplexity, divergence
@@ -202,19 +224,29 @@ def measure(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         now = time.perf_counter() - began
         print(
             f"{now:5.0f} s  {job.format:18} {job.variant or 'rounding':60} {found['validation']:.4f} "
-            f"{found[JUDGE]:.5f}",
+            f"{found['validation_divergence']:.5f}",
             flush=True,
         )
-        done = [text for text in texts if sum(j.format == text for j in jobs) == len(made[text])]
-        if job.format in done and arguments.out:
+        done = done_formats(jobs, made)
+        if job.format in done:
             record["rows"] = [row for text in done for row in rows(text, made[text], tried, base)]
             record["validation"] = {
-                text: {str(v): [one["validation"], one[JUDGE]] for v, one in made[text].items()}
+                text: {
+                    str(v): [one["validation"], one["validation_divergence"]] for v, one in made[text].items()
+                }
                 for text in done
             }
-            _write(Path(arguments.out), record)
-    record["rows"] = [row for text in texts for row in rows(text, made[text], tried, base)]
+            if arguments.out:
+                _write(Path(arguments.out), record)
+    lost = [text for text in texts if text not in done_formats(jobs, made)]
+    if lost:
+        print(f"not in the table, since jobs of theirs did not end: {', '.join(lost)}", file=sys.stderr)
     return record
+
+
+def done_formats(jobs: list[Job], made: dict[str, dict[str | None, dict[str, Any]]]) -> list[str]:
+    """The formats of which every job has ended."""
+    return [text for text in made if sum(job.format == text for job in jobs) == len(made[text])]
 
 
 def rows(
@@ -290,7 +322,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--first", action="store_true", help="only the first variant of each algorithm")
     parser.add_argument("--windows", type=int, default=0, help="of validation and test text; 0: all")
     parser.add_argument("--calibration", type=int, default=512, help="windows of the training text")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a calibration batch")
     parser.add_argument("--processes", type=int, default=1, help="how many share the device")
+    parser.add_argument("--patience", type=float, default=240.0, help="seconds without a result to give up")
     return parser.parse_args()
 
 

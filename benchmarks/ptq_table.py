@@ -18,8 +18,9 @@ HEAD = "| format | algorithm | bits | test perplexity | change | won back | dive
 def table(record: dict[str, Any]) -> str:
     """Markdown. `won back`: of what rounding adds to the perplexity, where that is 2 % or more in bold."""
     low, high = record["float"]["interval"]
+    other = "" if record.get("same text", True) else " **These texts are not those of the model.**"
     lines = [
-        f"Float: {record['float']['test']:.3f} ({low:.2f} to {high:.2f}).",
+        f"Float: {record['float']['test']:.3f} ({low:.2f} to {high:.2f}).{other}",
         "",
         HEAD,
         "| --- | --- | ---: | --- | ---: | --- | ---: | ---: | ---: |",

@@ -1,223 +1,222 @@
 """Training the small decoder on rounded numbers: perplexity in floats, rounded, by algorithms, and trained.
 
-In: the decoder of small_llama.py and its texts (corpus.py makes them). Out: a JSON with the perplexity of the
-same held-back tokens for each format and seed, with mean, spread and what was won back; loss curves.
+In: the decoder of small_llama.py and its texts (corpus.py makes them). Out: a JSON with the perplexity of
+the same held-back tokens for each format and seed, with mean, spread and what was won back; loss curves.
 
     python benchmarks/qat_lm.py --data out/lm --processes 12      on a GPU: results/qat-lm-<card>.{json,png}
     python benchmarks/qat_lm.py --tiny --steps 3 --out out/try    on a CPU, random tokens: to try the script
     python benchmarks/qat_lm.py --draw results/qat-lm-<card>.json    the curves alone (they need matplotlib)
 
-Rounded and trained models start at the file's. What trains learns to say what the file's model says (the
-divergence from its predictions, `--task` adds the text's own loss), at each of `--rates` with the first seed;
-the rate whose validation text is best is taken for the others. "float" is the better of the file's model and
-one that goes on training in floats in the same way on the text's own loss. Algorithms are those of ptq.py;
-of several the one that validation prefers. The share won back is of the loss, in nats a token.
+The file's model still learns when it is trained on without dropout. So that what is measured is rounding
+and not more training, it is first trained on in floats (`--base-steps`, at the rate that validation
+prefers); that model is the base of all that follows, and the teacher. What trains on rounded numbers starts
+at its weights and learns to say what it says (the divergence from its predictions; `--task` adds the text's
+own loss), at each of its rates with the first seed; the rate whose validation text is best is taken for the
+others. "longer" is the base trained on in floats with the same steps and batches. Algorithms are those of
+ptq.py; of several the one that validation prefers.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
+import json
 import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
+from qat_lm_step import Steps
+from qat_lm_table import FLOAT, curves, summary, table
 from qat_lm_train import Bench, judged, trained
-from qat_report import RESULTS, Curve, card, draw, spread, won_back, write
+from qat_report import RESULTS, card, draw, write
+from safetensors.torch import save_file
+from torch import nn
 
 import bitfold as bf
 from bitfold.passes.rules import Rule
 
+# Weights, activations, and the rates to try: the fewer bits, the farther the weights have to go.
 FORMATS = {
-    "int4[g128]": ("int4[g128]", ""),
-    "int4[g32]": ("int4[g32]", ""),
-    "int3[g32]": ("int3[g32]", ""),
-    "int2[g32]": ("int2[g32]", ""),
-    "mxfp4": ("mxfp4", ""),
-    "nvfp4": ("nvfp4", ""),
-    "int4[g32] x int8": ("int4[g32]", "int8"),
+    "int4[g128]": ("int4[g128]", "", (3e-5, 1e-4)),
+    "int4[g32]": ("int4[g32]", "", (3e-5, 1e-4)),
+    "int3[g32]": ("int3[g32]", "", (1e-4, 3e-4)),
+    "int2[g32]": ("int2[g32]", "", (3e-4, 1e-3)),
+    "mxfp4": ("mxfp4", "", (3e-5, 1e-4)),
+    "nvfp4": ("nvfp4", "", (3e-5, 1e-4)),
+    "int4[g32] x int8": ("int4[g32]", "int8", (3e-5, 1e-4)),
 }
-FLOAT = "float"
-ALGORITHMS = ("clip,gptq,descend,refit", "clip")
+BASE_RATES = (3e-4, 1e-3)
+LONGER_RATES = (3e-5, 3e-4)
+ALGORITHMS = ("clip,gptq", "clip,gptq,descend,refit")
+SAVED = "int4[g32]"
+
+Row = dict[str, Any]
+Emit = Callable[[str, str, Row], None]
 
 
 def recipe(name: str) -> bf.Recipe:
     """Linears but the head: weights in one format, activations in another or as floats."""
-    weight, activation = FORMATS[name]
+    weight, activation, _ = FORMATS[name]
     return bf.Recipe("qat", (Rule(weight=weight, input=activation),))
 
 
-def floats(bench: Bench) -> dict[str, Any]:
-    """The file's model, and the model that goes on training in floats."""
-    found: dict[str, Any] = {"file": judged(bench.model, bench)}
-    runs, curves, rate = _seeds(bench, lambda: copy.deepcopy(bench.model))
-    return found | {"rate": rate, "runs": [run["judged"] for run in runs], "curves": curves}
+def base(bench: Bench, name: str, emit: Emit) -> None:
+    """The file's model, and the model that all others begin with, which is written."""
+    given, tried = bench.given, list[Row]()
+    found: Row = {"file": judged(bench.model, bench)}
+    best, kept = found["file"], bench.model
+    if given.base_steps:
+        steps = Steps(bench.floats(), None, bench)
+        for rate in given.rates or BASE_RATES:
+            row = trained(steps, bench, 1000, rate, given.base_steps)  # a seed of its own
+            if row["judged"]["validation"] < best["validation"]:
+                best, kept = row["judged"], row["model"]
+            tried.append({key: value for key, value in row.items() if key not in ("model", "curve")})
+    beside = given.base.with_suffix(".part")
+    save_file(
+        {key: t.contiguous() for key, t in kept.state_dict().items() if key != "lm_head.weight"}, beside
+    )
+    beside.replace(given.base)
+    emit(FLOAT, "", found | {"tried": tried, "base": best})
 
 
-def training(bench: Bench, name: str) -> dict[str, Any]:
+def longer(bench: Bench, name: str, emit: Emit) -> None:
+    """The base, trained on in floats."""
+    _seeds(bench, bench.floats(), bench.given.rates or LONGER_RATES, lambda row: emit(FLOAT, "", row))
+
+
+def training(bench: Bench, name: str, emit: Emit) -> None:
     """Rounding alone, and training with each seed."""
-    given, what = bench.given, recipe(name)
-    how = bf.Qat(given.gradient, given.activation)
-    plain = bf.quantize(copy.deepcopy(bench.model), what, target="reference")
-    save = given.out / "qat-lm-int4.safetensors" if given.save and name == "int4[g32]" else None
-    runs, curves, rate = _seeds(bench, lambda: bf.prepare_qat(copy.deepcopy(bench.model), what, how), save)
-    return {
-        "gradient": str(how.weight),
-        "rounded": judged(plain, bench),
-        "rate": rate,
-        "runs": [run["judged"] for run in runs],
-        "converted_equal": all(run["equal"] for run in runs),
-        "compiled": all(run["compiled"] for run in runs),
-        "seconds": [run["seconds"] for run in runs],
-        "curves": curves,
-    }
+    given = bench.given
+    how = bf.Qat(given.gradient, given.activation, start=given.start)
+    plain = bf.quantize(bench.floats(), recipe(name), target="reference")
+    emit(name, "", {"gradient": str(how.weight), "rounded": judged(plain, bench)})
+    save = given.out / "qat-lm-int4.safetensors" if given.save and name == SAVED else None
+    model = bf.prepare_qat(bench.floats(), recipe(name), how)
+    _seeds(bench, model, given.rates or FORMATS[name][2], lambda row: emit(name, "", row), save)
 
 
-def algorithms(bench: Bench, name: str) -> dict[str, Any]:
+def algorithms(bench: Bench, name: str, emit: Emit) -> None:
     """Every algorithm after the fact, from windows of the training text."""
     batches = [(piece,) for piece in bench.texts.calibration(bench.given.calibration).split(4)]
-    found = {}
     for text in ALGORITHMS:
-        model = copy.deepcopy(bench.model)
+        if time.time() > bench.given.until:
+            print(f"no time left for {text} on {name}", flush=True)
+            break
+        model = bench.floats()
         bf.quantize(model, recipe(name), algorithm=text, calibration=batches, target="reference")
-        found[text] = judged(model, bench)
-    return {"algorithms": found}
+        emit(name, "algorithms", {text: judged(model, bench)})
+
+
+TASKS = {"base": base, "longer": longer, "training": training, "algorithms": algorithms}
 
 
 def _seeds(
-    bench: Bench, prepare: Any, save: Path | None = None
-) -> tuple[list[dict[str, Any]], list[list[float]], float]:
-    """The first seed at every rate, the others at the best; no run is begun that would end too late."""
-    given, tried, longest = bench.given, dict[float, dict[str, Any]](), 0.0
-    for rate in given.rates:
-        tried[rate] = trained(prepare(), bench, 0, rate, save)
-        longest = max(longest, tried[rate]["seconds"])
-        if time.time() + longest > given.until:
+    bench: Bench,
+    model: nn.Module,
+    rates: tuple[float, ...],
+    emit: Callable[[Row], None],
+    save: Path | None = None,
+) -> None:
+    """The first seed at every rate, the others at the best; no run is begun that would end too late. What is
+    known is told after each."""
+    given, began = bench.given, time.perf_counter()
+    prepared = any(getattr(module, "is_prepared", False) for module in model.modules())
+    steps = Steps(model, bench.model if prepared else None, bench)
+    found: Row = {"compiled": steps.compiled, "captured": steps.captured}
+    found["ready_seconds"] = round(time.perf_counter() - began, 1)
+    tried, others, longest = list[Row](), list[Row](), 0.0
+    plan = [(0, rate) for rate in rates] + [(seed, 0.0) for seed in range(1, given.seeds)]
+    for seed, rate in plan:
+        if longest and time.time() + longest > given.until:
+            print(f"no time left for seed {seed}, rate {rate}", flush=True)
             break
-    best = min(tried, key=lambda rate: float(tried[rate]["judged"]["validation"]))
-    runs = [tried[best]]
-    for seed in range(1, given.seeds):
-        if time.time() + longest > given.until:
-            print(f"no time left for seed {seed}", flush=True)
-            break
-        runs.append(trained(prepare(), bench, seed, best))
-    return runs, [run["curve"] for run in runs], best
+        start, first = time.perf_counter(), min(tried, key=_validation, default=None)
+        row = trained(steps, bench, seed, rate or first["rate"], given.steps)  # type: ignore[index]
+        made = row.pop("model")
+        longest = max(longest, time.perf_counter() - start)
+        (others if seed else tried).append(row)
+        best = min(tried, key=_validation)
+        if save is not None and seed == 0 and best is row and prepared:
+            bf.save(made, save)
+        runs = [best, *others]
+        found |= {"runs": runs, "tried": [{k: v for k, v in one.items() if k != "curve"} for one in tried]}
+        found["converted_equal"] = all(one["equal"] for one in (*tried, *others))
+        emit(found)
 
 
-def task(given: argparse.Namespace, kind: str, name: str) -> dict[str, Any]:
-    """One task, in a process of its own or in this one."""
-    bench = Bench(given)
-    if kind == FLOAT:
-        return floats(bench)
-    return training(bench, name) if kind == "training" else algorithms(bench, name)
+def _validation(row: Row) -> float:
+    return float(row["judged"]["validation"])
 
 
-def measure(given: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """All tasks; the file is written after each, so that an interrupted run has what it had."""
+def work(given: argparse.Namespace, kind: str, name: str, told: Any) -> None:
+    """One task, in a process of its own; what it finds goes into the queue."""
+    TASKS[kind](Bench(given), name, lambda *said: told.put((kind, *said)))
+
+
+def measure(given: argparse.Namespace, path: Path) -> Row:
+    """All tasks; the file is written after each run, so that an interrupted one has what it had."""
     names = given.formats.split(";") if given.formats else list(FORMATS)
-    tasks = [(FLOAT, ""), *(("training", name) for name in names)]
+    tasks = [("longer", ""), *(("training", name) for name in names)]
     tasks += [("algorithms", name) for name in names] if given.algorithms else []
     options = {name: str(value) for name, value in vars(given).items()}
-    found: dict[str, Any] = {"torch": torch.__version__, "card": card(), "options": options}
+    found: Row = {"torch": torch.__version__, "card": card(), "options": options}
     found |= {FLOAT: {}, "formats": {name: {} for name in names}, "failed": {}}
 
-    def done(kind: str, name: str, row: dict[str, Any]) -> None:
-        (found[FLOAT] if kind == FLOAT else found["formats"][name]).update(row)
+    def done(kind: str, name: str, part: str, row: Row) -> None:
+        into = found[FLOAT] if name == FLOAT else found["formats"][name]
+        (into.setdefault(part, {}) if part else into).update(row)
         found["summary"] = summary(found)
         write(path, found)
-        print(kind, name, {key: value for key, value in row.items() if key != "curves"}, flush=True)
+        told = {key: value for key, value in row.items() if key not in ("runs", "tried")}
+        for run in (row.get("tried", [])[-1:], row.get("runs", [])[-1:]):
+            told |= {f"seed {one['seed']}, rate {one['rate']}": one["judged"] for one in run}
+        print(kind, name, told, flush=True)
 
+    given.base.unlink(missing_ok=True)
     if given.processes == 1:
-        for kind, name in tasks:
-            done(kind, name, task(given, kind, name))
+        for kind, name in [("base", ""), *tasks]:
+            TASKS[kind](Bench(given), name, lambda *said, kind=kind: done(kind, *said))
         return found
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.processes, mp_context=fresh) as pool:
-        waiting = {pool.submit(task, given, *one): one for one in tasks}
-        for future in as_completed(waiting):
-            error = future.exception()
-            if error is None:
-                done(*waiting[future], future.result())
-                continue
-            found["failed"][" ".join(waiting[future])] = f"{type(error).__name__}: {error}"
-            write(path, found)
-            print(*waiting[future], "failed:", found["failed"][" ".join(waiting[future])], flush=True)
+    with fresh.Manager() as manager, ProcessPoolExecutor(given.processes, mp_context=fresh) as pool:
+        told = manager.Queue()
+        for some in ([("base", "")], tasks):
+            waiting = {pool.submit(work, given, *one, told): one for one in some}
+            while waiting or not told.empty():
+                try:
+                    done(*told.get(timeout=0.5))
+                except Empty:
+                    _finished(waiting, found, path)
     return found
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Perplexities of the test text: float, and for each format rounded, by the best algorithm, trained."""
-    if not found[FLOAT]:
-        return {}
-    longer = spread([run["test"] for run in found[FLOAT]["runs"]])
-    base = min(found[FLOAT]["file"]["test"], longer[0])
-    rows: dict[str, Any] = {FLOAT: {"file": found[FLOAT]["file"]["test"], "longer": longer, "base": base}}
-    for name, row in found["formats"].items():
-        if "runs" not in row:
-            continue
-        mean, deviation = spread([run["test"] for run in row["runs"]])
-        rounded = row["rounded"]["test"]
-        rows[name] = {
-            "rounded": rounded,
-            "trained": [mean, deviation],
-            "seeds": len(row["runs"]),
-            "recovered": won_back(math.log(base), math.log(rounded), math.log(mean)),
-        }
-        if "algorithms" in row:
-            best = min(row["algorithms"], key=lambda text: row["algorithms"][text]["validation"])
-            solved = row["algorithms"][best]["test"]
-            rows[name] |= {"algorithm": best, "solved": solved}
-            rows[name]["solved_recovered"] = won_back(math.log(base), math.log(rounded), math.log(solved))
-    return rows
-
-
-def table(rows: dict[str, Any]) -> str:
-    """The summary in Markdown."""
-    if not rows:
-        return ""
-    lines = [
-        f"Float {rows[FLOAT]['base']:.3f}.",
-        "",
-        "| format | rounded | best algorithm | won back | trained | won back |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in rows.items():
-        if name == FLOAT:
-            continue
-        solved = f"{row['solved']:.3f} (`{row['algorithm']}`)" if "solved" in row else ""
-        mean, deviation = row["trained"]
-        shares = [_percent(row.get("solved_recovered")), _percent(row["recovered"])]
-        lines.append(
-            f"| {name} | {row['rounded']:.3f} | {solved} | {shares[0]} | {mean:.3f} ± {deviation:.3f} | "
-            f"{shares[1]} |"
-        )
-    return "\n".join(lines)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}%"
-
-
-def curves(found: dict[str, Any]) -> list[Curve]:
-    """What was learned from, with the first seed, for each format."""
-    return [Curve(name, 0, row["curves"][0]) for name, row in found["formats"].items() if row.get("curves")]
+def _finished(waiting: dict[Future[None], tuple[str, str]], found: Row, path: Path) -> None:
+    """Let go of tasks that are done, and note those that failed."""
+    for future in [one for one in waiting if one.done()]:
+        kind, name = waiting.pop(future)
+        error = future.exception()
+        if error is not None:
+            found["failed"][f"{kind} {name}".strip()] = f"{type(error).__name__}: {error}"
+            write(path, found)
+            print(kind, name, "failed:", error, flush=True)
 
 
 def main() -> None:
     given = _arguments()
     if given.draw is not None:
-        import json
-
         _draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png"))
         return
     given.until = time.time() + given.seconds
+    given.out.mkdir(parents=True, exist_ok=True)
+    given.base = given.out / "qat-lm-base.safetensors"
     path = given.out / f"qat-lm-{card()}.json"
     found = measure(given, path)
     if not curves(found):
@@ -229,8 +228,8 @@ def main() -> None:
         print(f"{error}; draw later: python benchmarks/qat_lm.py --draw {path}")
 
 
-def _draw(found: dict[str, Any], path: Path) -> None:
-    draw(curves(found), path, "step", "training loss (nats a token)", every=20)
+def _draw(found: Row, path: Path) -> None:
+    draw(curves(found), path, "step", "divergence from the float model (nats a token)", every=20)
 
 
 def _arguments() -> argparse.Namespace:
@@ -240,10 +239,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("out/lm"))
     parser.add_argument("--model", default="", help="a folder (default: the one in the repository)")
     parser.add_argument("--tiny", action="store_true", help="random weights and tokens")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--base-steps", type=int, default=1500, help="in floats, before all else")
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument(
-        "--rates", type=lambda text: [float(one) for one in text.split(",")], default=[1e-4, 5e-4]
+        "--rates", type=lambda text: [float(one) for one in text.split(",")], help="instead of each format's"
     )
     parser.add_argument("--scale-rate", type=float, default=0.1, help="of learned scales, times the rate")
     parser.add_argument("--task", type=float, default=0.0, help="weight of the text's own loss")
@@ -252,11 +252,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=128, help="windows for the algorithms")
     parser.add_argument("--gradient", default="lsq")
     parser.add_argument("--activation", default="clip")
+    parser.add_argument("--start", default="clip", help="of learned scales: rule or clip")
     parser.add_argument("--no-algorithms", dest="algorithms", action="store_false")
     parser.add_argument("--formats", default="", help="some of the formats, with ; between them")
     parser.add_argument("--processes", type=int, default=1, help="at a time, on one card")
     parser.add_argument("--seconds", type=float, default=1e6, help="no run is begun that would end later")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--save", action="store_true", help="write the int4[g32] model, for qat_targets.py")
     parser.add_argument("--draw", type=Path, help="only the curves of this JSON")

@@ -87,6 +87,7 @@ def compare(path: Path, size: Size, target: str, given: argparse.Namespace) -> d
     there, here = skeleton(size, dtype, device), skeleton(size, dtype, device)
     bf.load(path, into=there, target=target)
     bf.load(path, into=here, target="reference")
+    there, here = there.to(dtype), here.to(dtype)  # the file's norms and embedding are what it was trained in
     ids = prompts(size, given.prompts, size.max_position_embeddings - given.steps, device)
     apart = float((there(ids).double() - here(ids).double()).abs().max())
     allowed = 2 * moved(here, ids, dtype)

@@ -3,7 +3,7 @@
 In: the committed model and token ids (corpus.py). Out: a JSON, a plot of the front beside it, and a table.
 
     python benchmarks/search.py --data out/lm --out benchmarks/results/search-cpu.json
-    python benchmarks/search.py --data out/lm --seconds --out ...       and predicted times against measured
+    python benchmarks/search.py --seconds --wide --out ...           predicted times against measured
 
 Every layer is rounded alone in every format on windows of the training text (or its loss estimated by
 traces), and recipes are judged on the validation text: for each format, the recipe of the size that this
@@ -19,16 +19,17 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ptq_numbers import perplexity
-from small_llama import FOLDER, load
+from small_llama import FOLDER, Size, SmallLlama, load
+from text_windows import windows
 from torch import Tensor
 
 import bitfold as bf
@@ -42,13 +43,15 @@ from bitfold.tools.plots import search_front
 
 FORMATS = ("int6[g64]", "int4[g32]", "int4[g128]", "int3[g32]", "int2[g32]")
 UNIFORM = FORMATS[1:4]
-
-
-def windows(folder: str, split: str, count: int) -> Tensor:
-    ids = np.load(Path(folder) / f"{split}.npy").astype(np.int64)
-    found = ids[: len(ids) // 256 * 256].reshape(-1, 256)
-    chosen = np.sort(np.random.default_rng(0).permutation(len(found))[:count])
-    return torch.from_numpy(found[chosen])
+# 67 million weights in linears: more than caches hold, so that a format's bytes are its time.
+WIDE = Size(
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+)
+TIMED = ("int8[g64]", "int4[g64]", "int2[g64]")
 
 
 def judged(model: Any, exact: Any, recipe: Recipe, text: Tensor) -> tuple[float, float]:
@@ -120,36 +123,46 @@ def _kept(given: argparse.Namespace, name: str, make: Callable[[], Sensitivity])
 
 
 def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None:
-    """Recipes for times, predicted and measured, on the CPU target."""
-    batch = windows(given.data, "validation", 1)
-    formats = ("int8[g128]", "int4[g32]", "int4[g128]")
+    """Recipes for times, predicted and measured, on the CPU target. They are run in turns, a call of each
+    after the other, so that what the machine does meanwhile is the same for all."""
+    model, batch = _timed_model(given, model)
+    record["asked"] = {"model": type(model).__name__, "tokens": list(batch.shape)}
     began = time.perf_counter()
-    times = measured(model, [batch], formats, repeats=15)
-    table = trace_sensitivity(model, [(batch,)], formats, draws=2)
+    times = measured(model, [batch], TIMED, repeats=15)
+    table = trace_sensitivity(model, [(batch,)], TIMED, draws=1)
     record["seconds"]["times"] = round(time.perf_counter() - began, 1)
-    ends = [
-        times.rest + sum(pick(times.of(c.layer, c.format) for c in table.of(layer)) for layer in table.numel)
-        for pick in (min, max)
-    ]
+    spans = [[times.of(c.layer, c.format) for c in table.of(layer)] for layer in table.numel]
+    ends = [times.rest + sum(map(pick, spans)) for pick in (min, max)]
+    made = []
     for share in (0.1, 0.5, 0.9):
         budget = ends[0] + share * (ends[1] - ends[0])
         chosen = fastest(table, times, budget)
-        recipe = table.recipe(chosen, "timed")
-        q = bf.quantize(copy.deepcopy(model), recipe)
-        found = []
-        with torch.inference_mode():
-            for _ in range(20):
+        counts = dict(Counter(choice.format for choice in chosen))
+        row = {"budget": budget, "predicted": times.total(chosen), "layers": counts}
+        made.append((row, bf.quantize(copy.deepcopy(model), table.recipe(chosen, "timed")), []))
+    with torch.inference_mode():
+        for _ in range(24):
+            for _, q, found in made:
                 start = time.perf_counter()
                 q(batch)
                 found.append(time.perf_counter() - start)
-        row = {"budget": budget, "predicted": times.total(chosen), "measured": statistics.median(found[4:])}
+    for row, _, found in made:
+        row["measured"] = statistics.median(found[4:])
         record["times"].append(row)
         off = row["predicted"] / row["measured"] - 1
         print(
-            f"{1e3 * budget:.2f} ms: predicted {1e3 * row['predicted']:.2f}, "
-            f"measured {1e3 * row['measured']:.2f} ({off:+.1%})",
+            f"{1e3 * row['budget']:.2f} ms: predicted {1e3 * row['predicted']:.2f}, "
+            f"measured {1e3 * row['measured']:.2f} ({off:+.1%})  {row['layers']}",
             flush=True,
         )
+
+
+def _timed_model(given: argparse.Namespace, model: Any) -> tuple[Any, Tensor]:
+    """The model whose layers are timed, and a batch of it."""
+    if not given.wide:
+        return model, windows(given.data, "validation", 1)[:, : given.tokens]
+    torch.manual_seed(0)
+    return SmallLlama(WIDE).eval(), torch.randint(WIDE.vocab_size, (1, given.tokens))
 
 
 def main() -> int:
@@ -161,10 +174,12 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=16, help="of training text, to measure layers on")
     parser.add_argument("--judge", type=int, default=128, help="of validation text")
     parser.add_argument("--seconds", action="store_true", help="predicted times against measured ones, alone")
+    parser.add_argument("--wide", action="store_true", help="time a wider model, of random weights, instead")
+    parser.add_argument("--tokens", type=int, default=16, help="of the batch that is timed")
     parser.add_argument("--keep", help="a folder for tables, so that an interrupted run goes on")
     parser.add_argument("--out", help="a JSON file")
     given = parser.parse_args()
-    model = load(given.model)
+    model = None if given.wide else load(given.model)
     record: dict[str, Any] = {
         "where": environment(torch.device("cpu")),
         "seconds": {},

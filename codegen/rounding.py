@@ -45,8 +45,8 @@ class RoundingSpec:
 
     @property
     def rows(self) -> int:
-        """Groups of a program: tiles of about 4096 numbers."""
-        return max(1, 4096 // self.wide)
+        """Groups of a program: tiles of about 2048 numbers."""
+        return max(1, 2048 // self.wide)
 
     @property
     def zero(self) -> bool:

@@ -27,20 +27,7 @@ def encode(
     element: Element, scale: Scale, granularity: Granularity, x: Tensor, params: Sequence[Tensor]
 ) -> Tensor:
     """uint8 codes, one a byte, in x's shape."""
-    blocks = granularity.split(x if scale.native else x.to(torch.float32))
-    scales = granularity.spread(params[0])
-    if scale.zero == "none":
-        tensor_scale = params[1] if scale.two_level else None
-        return element.encode(_divided(element, scale, blocks, scales, tensor_scale)).reshape(x.shape)
-    assert isinstance(element, Integer)
-    steps = scales.to(blocks.dtype)
-    zeros = granularity.spread(params[1]).to(blocks.dtype)
-    if scale.zero == "int":
-        codes = torch.round(blocks * _reciprocal(steps)) + zeros
-    else:
-        lowest = zeros - steps * middle(element) if scale.zero == "float" else zeros
-        codes = (blocks - lowest) / torch.where(steps == 0, 1.0, steps).to(blocks.dtype)
-    return element.encode(codes).reshape(x.shape)
+    return element.encode(_in_units(element, scale, granularity, x, params)).reshape(x.shape)
 
 
 def decode(
@@ -52,20 +39,54 @@ def decode(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Values of unpacked codes, in their shape."""
-    working = dtype if scale.native else torch.float32
-    values = granularity.split(element.decode(codes, working))
+    blocks = granularity.split(element.decode(codes, dtype if scale.native else torch.float32))
+    return _scaled(element, scale, granularity, blocks, params).reshape(codes.shape).to(dtype)
+
+
+def rounded(
+    element: Element, scale: Scale, granularity: Granularity, x: Tensor, params: Sequence[Tensor]
+) -> Tensor:
+    """decode(encode(x)) in x's dtype, bit for bit, without codes where the element can."""
+    units = _in_units(element, scale, granularity, x, params)
+    blocks = element.rounded(units, x.dtype if scale.native else torch.float32)
+    return _scaled(element, scale, granularity, blocks, params).reshape(x.shape).to(x.dtype)
+
+
+def _in_units(
+    element: Element, scale: Scale, granularity: Granularity, x: Tensor, params: Sequence[Tensor]
+) -> Tensor:
+    """What is encoded: x over the scale, in the shape that `split` gives."""
+    blocks = granularity.split(x if scale.native else x.to(torch.float32))
+    scales = granularity.spread(params[0])
+    if scale.zero == "none":
+        tensor_scale = params[1] if scale.two_level else None
+        return _divided(element, scale, blocks, scales, tensor_scale)
+    assert isinstance(element, Integer)
+    steps = scales.to(blocks.dtype)
+    zeros = granularity.spread(params[1]).to(blocks.dtype)
+    if scale.zero == "int":
+        return torch.round(blocks * _reciprocal(steps)) + zeros
+    lowest = zeros - steps * middle(element) if scale.zero == "float" else zeros
+    return (blocks - lowest) / torch.where(steps == 0, 1.0, steps).to(blocks.dtype)
+
+
+def _scaled(
+    element: Element, scale: Scale, granularity: Granularity, blocks: Tensor, params: Sequence[Tensor]
+) -> Tensor:
+    """The values of an element's values, in the working dtype and the shape that `split` gives."""
+    working = blocks.dtype
     scales = granularity.spread(scale.decode(params[0])).to(working)
     if scale.zero == "none":
         if scale.two_level:
             scales = scales * _level(granularity, params[1])
-        return (values * scales).reshape(codes.shape).to(dtype)
+        return blocks * scales
     assert isinstance(element, Integer)
     zeros = granularity.spread(params[1]).to(working)
     if scale.zero == "int":
-        return ((values - zeros) * scales).reshape(codes.shape).to(dtype)
+        return (blocks - zeros) * scales
     if scale.zero == "float":
-        values = values - middle(element)
-    return (values * scales + zeros).reshape(codes.shape).to(dtype)
+        blocks = blocks - middle(element)
+    return blocks * scales + zeros
 
 
 def _divided(

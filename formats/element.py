@@ -41,6 +41,10 @@ class Element(ABC):
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 codes -> values in `dtype`."""
 
+    def rounded(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """decode(encode(x)), bit for bit; an element that can do without the codes has its own."""
+        return self.decode(self.encode(x), dtype)
+
     @property
     def reach(self) -> float:
         """The largest magnitude that both signs can have: 7 for int4, 448 for float8_e4m3fn."""

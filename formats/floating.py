@@ -138,6 +138,18 @@ class Float(Element):
             value = self._special(wide, value)
         return value.to(dtype)
 
+    def rounded(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """decode(encode(x)). Below 8 bits without codes: to a multiple of the last bit's value where x is."""
+        if self.bits == 8 or self.mantissa_bits == 0:  # without a mantissa the exponent decides what is even
+            return self.decode(self.encode(x), dtype)
+        raw = x.to(torch.float32).view(torch.int32)
+        magnitude = (raw & 0x7FFFFFFF).clamp(max=_float32_bits(self.high))
+        # The exponent of x, or that of the smallest normal; less the mantissa's bits it is a unit's.
+        unit = (magnitude & 0x7F800000).clamp(min=(128 - self.bias) << 23) - (self.mantissa_bits << 23)
+        inverse = ((254 << 23) - unit).view(torch.float32)
+        value = torch.round(magnitude.view(torch.float32) * inverse) * unit.view(torch.float32)
+        return (value.view(torch.int32) | (raw & -0x80000000)).view(torch.float32).to(dtype)
+
     @property
     def _nan_code(self) -> int:
         """The code of NaN, for 8 bits."""

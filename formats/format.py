@@ -165,7 +165,7 @@ class Format:
         self._check_numbers(x)
         kept, indices = self.sparsity.compress(x)
         params = self._params(kept, params)
-        values = by_rows(lambda x, p: self._decode(self._encode(x, p), p, x.dtype), kept, params, self._rows)
+        values = by_rows(self._rounded, kept, params, self._rows)
         return self.sparsity.expand(values, indices)
 
     def _params(self, kept: Tensor, params: Sequence[Tensor] | None) -> Sequence[Tensor]:
@@ -185,6 +185,11 @@ class Format:
         if self.scale is None:
             return self.element.decode(codes).to(dtype)
         return affine.decode(self.element, self.scale, self._granularity, codes, params, dtype)
+
+    def _rounded(self, kept: Tensor, params: Sequence[Tensor]) -> Tensor:
+        if self.scale is None:
+            return self.element.rounded(kept).to(kept.dtype)
+        return affine.rounded(self.element, self.scale, self._granularity, kept, params)
 
     def pack(self, codes: Tensor) -> Tensor:
         """Unpacked codes, one a byte -> bytes as this format's layout has them."""

@@ -5,7 +5,8 @@ In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can
     Gradient.parse("lsq+stochastic")  ->  Gradient("lsq", stochastic=True)
 
     straight   dv/dx = 1
-    clip       dv/dx = 1 where x lies in the range of the codes, half a step beyond included, else 0
+    clip       dv/dx = 1 where x lies in the range of the codes, half a step beyond included (all that rounds
+               to them without being cut off), else 0
     lsq        the same without the half step, and a learned step: LSQ (arXiv 1902.08153), with a learned
                smallest value for formats that have a zero point: LSQ+ (2004.09576)
     pact       the same, and a learned end of the range: PACT (1805.06085), for both signs
@@ -14,8 +15,9 @@ In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can
 `stochastic` rounds up with the probability that makes the mean exact (Gupta et al., 1502.02551), in training
 only. `item`: LSQ's factor counts the numbers of one item of the batch, as the paper has it for activations.
 `keep`: a compiled step keeps the rounded numbers for its backward pass, where it would round once more.
-`kernel`: by an operator of its own, for which a GPU has one kernel a direction (`round_groups.py`); without
-it the rounding is plain torch, which a compiler fuses into what stands around.
+`kernel`: by an operator of its own, for which a GPU has one kernel a direction (`round_groups.py`); `fused`:
+in plain torch, which a compiler fuses into what stands around. Neither: by a kernel where one is known to be
+faster (`straight`, on a GPU), else fused.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from .errors import FormatError, nearest
 
 KINDS = ("straight", "clip", "lsq", "pact", "smooth")
 LEARNING = ("lsq", "pact")
-FLAGS = ("stochastic", "item", "keep", "kernel")
+FLAGS = ("stochastic", "item", "keep", "kernel", "fused")
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """kind, item, keep, kernel: see the file; sharpness: k of `smooth`; stochastic: how training rounds."""
+    """kind and flags: see the file; sharpness: k of `smooth`; stochastic: how training rounds."""
 
     kind: str = "straight"
     sharpness: float = 5.0
@@ -39,12 +41,15 @@ class Gradient:
     item: bool = False
     keep: bool = False
     kernel: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise FormatError(
                 f"a gradient is one of {', '.join(KINDS)}, not {self.kind!r}{nearest(self.kind, KINDS)}"
             )
+        if self.kernel and self.fused:
+            raise FormatError("a rounding is done by a kernel of its own or fused, not both")
         if not 0 < self.sharpness <= 100:
             raise FormatError(
                 f"the sharpness of a staircase is above 0 and at most 100, not {self.sharpness}"
@@ -71,7 +76,7 @@ class Gradient:
         for flag in flags:
             if flag not in FLAGS:
                 raise FormatError(
-                    f"{text!r}: {flag!r} says nothing; a gradient may be +stochastic, +keep or +kernel"
+                    f"{text!r}: {flag!r} says nothing; a gradient may be +stochastic, +keep, +kernel, +fused"
                 )
         if colon and kind != "smooth":
             raise FormatError(f"{text!r}: only smooth takes a number")

@@ -13,6 +13,7 @@ cublas rounding (rceil), BitNet b1.58 (absmean), GGUF (signed, narrow).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -140,10 +141,10 @@ def from_range(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tup
         return _float_zero(element, scale, low, high)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scale.rule == "noclip":
-        return (_stored(scale, torch.maximum(low / element.low, high / element.high)),)
+        return (_stored(scale, torch.maximum(_over(low, element.low), _over(high, element.high))),)
     if scale.rule == "signed":
         extreme = torch.where(-low >= high, low, high)
-        return (_stored(scale, extreme / element.low),)
+        return (_stored(scale, _over(extreme, element.low)),)
     return _from_amax(element, scale, high)  # unsigned: [0, max]
 
 
@@ -159,10 +160,19 @@ def _from_amax(element: Element, scale: Scale, amax: Tensor) -> tuple[Tensor, ..
     if scale.two_level:
         return _two_levels(element, scale, amax)
     if scale.rule == "narrow":
-        return (_stored(scale, amax / element.reach),)
+        return (_stored(scale, _over(amax, element.reach)),)
     if scale.rule == "pow2":
-        return (_stored(scale, _next_power(amax / element.reach)),)
-    return (_stored(scale, amax / element.steps),)
+        return (_stored(scale, _next_power(_over(amax, element.reach))),)
+    return (_stored(scale, _over(amax, element.steps)),)
+
+
+def _over(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded to nearest on every device: with a number for a divisor, a GPU's operator multiplies by
+    its reciprocal, and every other quotient comes out in the last bit off."""
+    if math.frexp(abs(by))[0] == 0.5:
+        return x / by
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide / wide.new_full((), by)).to(x.dtype)
 
 
 def _stored(scale: Scale, value: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ def _stored(scale: Scale, value: Tensor) -> Tensor:
 
 def _integer_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
     assert isinstance(element, Integer)
-    scales = _stored(scale, (high - low) / float(element.last - element.first))
+    scales = _stored(scale, _over(high - low, element.last - element.first))
     used = scales.to(low.dtype)
     zeros = (element.first - torch.round(low / used)).clamp(element.first, element.last)
     return scales, zeros.to(torch.int32).to(torch.int8 if element.signed else torch.uint8)  # a NaN is 0
@@ -181,7 +191,7 @@ def _integer_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> 
 
 def _float_zero(element: Element, scale: Scale, low: Tensor, high: Tensor) -> tuple[Tensor, ...]:
     assert isinstance(element, Integer)
-    return _with_zero(element, scale, (high - low) / float(element.last - element.first), low)
+    return _with_zero(element, scale, _over(high - low, element.last - element.first), low)
 
 
 def _with_zero(element: Integer, scale: Scale, step: Tensor, smallest: Tensor) -> tuple[Tensor, ...]:
@@ -202,20 +212,20 @@ def _two_levels(element: Element, scale: Scale, amax: Tensor) -> tuple[Tensor, .
     """NVFP4: one float32 a tensor brings the largest block scale to 448, the top of e4m3."""
     ndim = max(amax.ndim, 1)
     top = amax.amax() if amax.numel() else amax.new_zeros(())
-    tensor_scale = (top / (LARGEST["e4m3"] * element.reach)).reshape((1,) * ndim)
+    tensor_scale = _over(top, LARGEST["e4m3"] * element.reach).reshape((1,) * ndim)
     return block_scales(element, scale, amax, tensor_scale), tensor_scale
 
 
 def block_scales(element: Element, scale: Scale, amax: Tensor, tensor_scale: Tensor) -> Tensor:
     """e4m3 block scales under a given tensor scale; a tensor scale of 0 (all zeros) gives the smallest."""
-    quotient = amax / element.reach / torch.where(tensor_scale == 0, 1.0, tensor_scale)
+    quotient = _over(amax, element.reach) / torch.where(tensor_scale == 0, 1.0, tensor_scale)
     return scale.store(quotient)
 
 
 def _power_of_two(element: Element, rule: str, amax: Tensor) -> Tensor:
     """The E8M0 byte of each block, by integer arithmetic on the float32 exponent: exact everywhere."""
     if rule == "rceil":
-        exponent = _ceil_log2(amax / element.reach)
+        exponent = _ceil_log2(_over(amax, element.reach))
     else:
         raw = amax.view(torch.int32)
         if rule == "even":

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import learned, ops
-from .cells import dithered, staircase_slope
+from .cells import dithered, reach, staircase_slope
+from .errors import FormatError
 from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
-from .integer import Integer
+from .round_groups import faster
 from .text import format
 
 
@@ -54,42 +55,41 @@ def train_quantize(
     clock: Tensor | None = None,
     warmup: int = 0,
 ) -> Tensor:
-    """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
+    """See the file; contiguous. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
-    # What is random would be something else the second time.
-    with contextlib.nullcontext() if noisy or how.keep else recomputed():
-        return _train_quantize(x, fmt, how, held, noisy, clock if training and warmup > 0 else None, warmup)
-
-
-def _train_quantize(
-    x: Tensor,
-    fmt: Format,
-    how: Gradient,
-    held: Sequence[Tensor],
-    noisy: bool,
-    clock: Tensor | None,
-    warmup: int,
-) -> Tensor:
+    x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
+    if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
+        how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
         if scales is None:
             scales = () if alone else fmt.choose(x)  # a kernel finds them in the same pass
-    rounded = partial(_rounded, fmt, how, scales=scales, noisy=noisy)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *held))
-    if not tracked:
-        value = rounded(x)
-    elif how.kind == "straight" and not noisy:
-        # Nothing is kept for backward. x - x.detach() is 0 with gradient 1, so the value stays as it is.
-        with torch.no_grad():
-            value = rounded(x)
-        value = value + (x - x.detach())
-    else:
-        value = _Rounding.apply(x, fmt, how, noisy, scales, *held)  # type: ignore[no-untyped-call]
-    if clock is None:
-        return value
-    return torch.where(clock >= warmup, value, x)
+    # What is random would be something else the second time.
+    with contextlib.nullcontext() if noisy or how.keep else recomputed():
+        if not tracked:
+            value = _rounded(fmt, how, x, scales, noisy)
+        elif torch._C._are_functorch_transforms_active():
+            value = _straight(x, fmt, how, scales, noisy)
+        else:
+            value = _Rounding.apply(x, fmt, how, noisy, scales, *held)  # type: ignore[no-untyped-call]
+        if clock is None or not training or warmup <= 0:
+            return value
+        return torch.where(clock >= warmup, value, x)
+
+
+def _straight(x: Tensor, fmt: Format, how: Gradient, scales: tuple[Tensor, ...], noisy: bool) -> Tensor:
+    """Under torch.func, which takes no autograd function within an operator: x - x.detach() is 0 with
+    gradient 1, so the value stays as it is."""
+    if how.kind != "straight":
+        raise FormatError(
+            f"torch.func differentiates the gradient 'straight' only, not {str(how)!r}; take loss.backward()"
+        )
+    with torch.no_grad():
+        value = _rounded(fmt, how, x, scales, noisy)
+    return value + (x - x.detach())
 
 
 def _seen(x: Tensor, held: Sequence[Tensor], how: Gradient) -> Sequence[Tensor]:
@@ -114,8 +114,8 @@ def _rounded(fmt: Format, how: Gradient, x: Tensor, scales: tuple[Tensor, ...], 
 @contextlib.contextmanager
 def recomputed() -> Iterator[None]:
     """In a graph that AOTAutograd traces: what is computed here is computed again in backward, not kept. What
-    it takes (a weight, say) is there anyway, and rounded copies of all weights would be as large as they are.
-    torch's own partition keeps whatever a matmul of the backward pass reads."""
+    it takes (a weight, and its scales, few beside it) is there anyway, and rounded copies of all weights
+    would be as large as they are. torch's own partition keeps what a matmul of the backward pass reads."""
     meta = traceback.get_current_meta()
     before = {key: meta[key] for key in _TAGS if key in meta}
     if not traceback.has_preserved_node_meta() or before:  # a checkpoint of the user's own decides
@@ -133,20 +133,24 @@ _TAGS = ("recompute", "ac_graph_id")
 
 
 class _Rounding(torch.autograd.Function):
-    """(x, learned numbers) -> x rounded; keeps x and the scales, and computes everything else again."""
+    """(x, learned numbers) -> x rounded; keeps x and the scales, and computes everything else again. What
+    comes straight through keeps nothing."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, fmt: Format, how: Gradient, noisy: bool, scales: Any, *held: Tensor
     ) -> Tensor:
         ctx.about = (fmt, how, len(held))
-        ctx.save_for_backward(x, *scales, *held)
+        # Nothing is kept where the gradient goes straight through.
+        ctx.save_for_backward(*(() if how.kind == "straight" else (x, *scales, *held)))
         return _rounded(fmt, how, x, scales, noisy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         fmt, how, count = ctx.about
+        if how.kind == "straight":
+            return gradient, *(None,) * (4 + count)
         x, *rest = ctx.saved_tensors
         scales, held = tuple(rest[: len(rest) - count]), rest[len(rest) - count :]
         if how.kernel and how.kind in ("clip", "lsq", "pact") and (held or not how.learns):
@@ -168,17 +172,16 @@ def backward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The gradients of x and of what is held, from that of the rounded x."""
     none = (None,) * len(held)
-    if how.kind == "straight":
-        return gradient, none
     u, step, low = learned.units(fmt, x, scales)
     flow = learned.grain_of(fmt).split(gradient.to(torch.float32))
     element = fmt.element
     if how.kind == "smooth":
         slope = staircase_slope(element, u, how.sharpness)
         return (flow * slope).reshape(x.shape).to(x.dtype), none
-    half = 0.5 * 2.0**-element.fraction if how.kind == "clip" and isinstance(element, Integer) else 0.0
-    below, above = u < element.low - half, u > element.high + half
-    if how.kind != "clip":  # the papers' own: at the ends the range is what counts
+    if how.kind == "clip":
+        least, most = reach(element)
+        below, above = u < least, u > most
+    else:  # the papers' own: at the ends the range is what counts
         below, above = u <= element.low, u >= element.high
     inside = ~(below | above)
     for_x = torch.where(inside, flow, 0.0).reshape(x.shape).to(x.dtype)

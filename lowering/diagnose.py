@@ -39,13 +39,15 @@ from .signal_to_noise import Ratio
 @dataclass(frozen=True)
 class LayerLoss:
     """One folded layer. Ratios in dB; infinite where nothing differs; NaN for `alone` if it was not asked
-    for, and for `cumulative` where a router sent the layer other tokens than in the float model."""
+    for, for `cumulative` where a router sent the layer other tokens than in the float model, and for all
+    three where no batch has `reached` the layer."""
 
     path: str
     format: str
     isolated: float
     cumulative: float
     alone: float = math.nan
+    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class Diagnosis:
 
     def worst(self, count: int | None = None) -> tuple[LayerLoss, ...]:
         """Layers by what they do to the model's output, or else by their own rounding; the worst first."""
-        order = sorted(self.layers, key=lambda one: one.isolated if math.isnan(one.alone) else one.alone)
-        return tuple(order[:count])
+        return tuple(sorted(self.layers, key=_rank)[:count])
 
     def __str__(self) -> str:
         head = ("layer", "format", "isolated", "cumulative", "alone")
         rows = [
             (one.path, one.format, *map(decibel, (one.isolated, one.cumulative, one.alone)))
+            if one.reached
+            else (one.path, one.format, "not reached", "", "")
             for one in self.worst()
         ]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -72,6 +75,12 @@ class Diagnosis:
             for row in (head, *rows)
         ]
         return "\n".join([*lines, f"the model's output: {decibel(self.output)}"])
+
+
+def _rank(layer: LayerLoss) -> tuple[bool, float]:
+    """The worst layer first: one that gives no numbers. Of one that was not reached nothing is known."""
+    value = layer.isolated if math.isnan(layer.alone) else layer.alone
+    return not layer.reached, -math.inf if math.isnan(value) else value
 
 
 @dataclass
@@ -101,7 +110,7 @@ def diagnose(
     model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
     layers = _paired(model, quantized)
     output, count = Ratio(), 0
-    with hooked(model, {}), hooked(quantized, {}), buffers_kept(model, quantized):
+    with hooked(model, {}), hooked(quantized, {}):
         for batch in Batches(batches, None):
             count += 1
             if progress is not None:
@@ -110,7 +119,7 @@ def diagnose(
             for done, layer in enumerate(layers if alone else ()):
                 if progress is not None:
                     progress(f"{layer.path} alone", done, len(layers))
-                with replaced(model, layer.path, layer.folded):
+                with replaced(model, layer.module, layer.folded):
                     layer.alone.add(end, first_output(model, batch))
     if not count:
         raise BitfoldError("there are no batches to compare the models on; give at least one")
@@ -120,7 +129,8 @@ def diagnose(
             ", ".join(weight.canonical for weight in layer.folded.folded_weights),
             layer.isolated.db,
             layer.cumulative.db,
-            layer.alone.db if alone else math.nan,
+            layer.alone.db if alone and layer.isolated.compared else math.nan,
+            layer.isolated.compared,
         )
         for layer in layers
     ]
@@ -144,36 +154,26 @@ def _numbers(result: Any) -> list[Tensor]:
 
 
 @contextmanager
-def buffers_kept(*models: nn.Module) -> Iterator[None]:
-    """What models write to while they run (counters, caches) is put back. Codes, which nothing writes to, are
-    not copied."""
-    modules = (one for model in models for one in model.modules() if not isinstance(one, Folded))
-    before = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
+def replaced(model: nn.Module, module: nn.Module, by: nn.Module) -> Iterator[None]:
+    """The model with another module in the place of one: under each of its names, and where it is called by
+    none of them (out of a plain list)."""
+    places = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is module
     ]
+    own = {name: value for name, value in vars(module).items() if name == "forward"}
     try:
+        for parent, name in places:
+            parent._modules[name] = by
+        vars(module)["forward"] = by.forward
         yield
     finally:
-        for module, name, buffer, value in before:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-@contextmanager
-def replaced(model: nn.Module, path: str, module: nn.Module) -> Iterator[None]:
-    """The model with another module at `path`."""
-    prefix, _, name = path.rpartition(".")
-    parent = model.get_submodule(prefix)
-    held = parent._modules[name]
-    parent._modules[name] = module
-    try:
-        yield
-    finally:
-        parent._modules[name] = held
+        del vars(module)["forward"]
+        vars(module).update(own)
+        for parent, name in places:
+            parent._modules[name] = module
 
 
 def decibel(value: float) -> str:
@@ -217,8 +217,9 @@ def _compare(
     def keep(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             exact = _numbers(result)
-            kept[layer.path].append(exact)
-            layer.isolated.compare(exact, _numbers(layer.folded(*args, **kwargs)))
+            layer.isolated.compare(exact, _numbers(layer.folded.forward(*args, **kwargs)))
+            # A copy: what comes next may write to it (ReLU(inplace=True)).
+            kept[layer.path].append([one.clone() for one in exact])
 
         return hook
 

@@ -20,10 +20,12 @@ from torch import Tensor
 
 @dataclass
 class Ratio:
-    """Sums of squares so far. incomparable: what was to be compared had no likes."""
+    """Sums of squares so far. compared: whether there was anything; incomparable: what was to be compared had
+    no likes."""
 
     signal: float = 0.0
     noise: float = 0.0
+    compared: bool = False
     incomparable: bool = False
 
     def add(self, reference: Tensor, value: Tensor) -> None:
@@ -35,12 +37,14 @@ class Ratio:
         if not (math.isfinite(signal) and math.isfinite(noise)):
             signal = float(finite(reference).square().sum())
             noise = float(difference(reference, value).square().sum())
+        self.compared = True
         self.signal += signal
         self.noise += noise
 
     def compare(self, references: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Each with its like. Tensors of other shapes are not the same tokens (a router sent other ones), and
         then there is no ratio."""
+        self.compared = True
         self.incomparable |= [one.shape for one in references] != [one.shape for one in values]
         if not self.incomparable:
             for reference, value in zip(references, values, strict=True):
@@ -49,8 +53,8 @@ class Ratio:
     @property
     def db(self) -> float:
         """Infinite where nothing differs, -infinite where there is noise alone, NaN for what cannot be
-        compared and for values that are no numbers."""
-        if self.incomparable:
+        compared, for nothing at all, and for values that are no numbers."""
+        if self.incomparable or not self.compared:
             return math.nan
         if self.noise == 0.0:
             return math.inf

@@ -74,7 +74,7 @@ class Swaps:
                 self._weight(site, node, note, rows)
             if note.input and not note.observer and is_stock(site.module):
                 hook = self._rounding(note.input, turned(node))
-                self._handles.append(site.module.register_forward_pre_hook(hook))
+                self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _weight(self, site: Site, node: Node, note: Note, rows: Tensor) -> None:
         operand = node.args[TARGETS[node.target][2]]
@@ -98,13 +98,19 @@ class Swaps:
         owner._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _rounding(self, text: str, through: bool) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            if not args or self._lifted:
-                return None
-            x = torch.ops.bitfold.hadamard(args[0]) if through else args[0]
+        def rounded(given: Tensor) -> Tensor:
+            x: Tensor = torch.ops.bitfold.hadamard(given) if through else given
             # The operator, not the format's method: it lets the gradient straight through.
             x = torch.ops.bitfold.fake_quantize(x, text)
-            return (torch.ops.bitfold.hadamard(x, True) if through else x, *args[1:])
+            back: Tensor = torch.ops.bitfold.hadamard(x, True) if through else x
+            return back
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._lifted:
+                return None
+            if args:
+                return (rounded(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "input": rounded(kwargs["input"])}  # what stock layers call it
 
         return hook
 

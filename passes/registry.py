@@ -47,6 +47,7 @@ _BUILT_IN = {
     "hqq": "algorithms.hqq",
     "descend": "algorithms.descend",
     "learn": "algorithms.learn",
+    "tune": "algorithms.tune",
     "awq": "algorithms.awq",
     "smooth": "algorithms.smooth",
     "rotate": "algorithms.rotate",

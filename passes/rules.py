@@ -159,6 +159,11 @@ def _choose(what: str, given: list[str], allowed: tuple[str, ...]) -> None:
             )
 
 
+def exactly(path: str) -> str:
+    """The `match` that this path alone meets, whatever signs are in its names."""
+    return "re:" + re.escape(path) if path.startswith("re:") or set(path) & set("*?[") else path
+
+
 @lru_cache(maxsize=1024)
 def _pattern(text: str) -> Callable[[str], bool]:
     """A test of one path. `re:` introduces a regular expression, anything else is a glob."""

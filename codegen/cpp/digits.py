@@ -25,6 +25,8 @@ from ..slices import Walk, renumbered
 from .body import Body
 from .products import CHUNK, opened, units
 from .values import expression, multiples
+from .words import Words, words
+from .words import row as row_of_words
 
 MOST = 127 << 16 | 127 << 8 | 127  # of |x|, as an integer that three digits hold
 LARGEST = 128  # numbers to a block: x is rounded to its largest
@@ -75,15 +77,20 @@ def digits(body: Body) -> Digits | None:
     return Digits(CHUNK * max(n for n in range(1, most + 1) if chunks % n == 0), base, high, unit, table)
 
 
+def alone(body: Body) -> Digits | Words | None:
+    """How one row of x is multiplied as integers, or None where it is as floats."""
+    return digits(body) or words(body)
+
+
 def by_digits(body: Body) -> list[str]:
     """`by_digits<R>`: R rows of the weight times one row of x; nothing where digits are not multiplied."""
-    made = digits(body)
+    made = alone(body)
     if made is None:
         return []
     many = body.spec.weights
     whole = ["    float s, z;", "    scales(w, scales_of(call, row + r), s, z);"] if body.whole_rows else []
     return [
-        *_row(body, made),
+        *(row_of_words(body, made) if isinstance(made, Words) else _row(body, made)),
         "template <int R>",
         "inline void by_digits(const Call& call, int64_t row) {",
         f"  float sums[{many}][R][1];",
@@ -96,7 +103,7 @@ def by_digits(body: Body) -> list[str]:
         "    for (int r = 0; r < R; ++r) {",
         *(f"  {line}" for line in whole),
         f"      const float unit = {_ratio(body, made)}{' * s' if whole else ''};",
-        "      sums[i][r][0] = across[r] * call.x_unit * unit + rest[r];",
+        "      sums[i][r][0] = across[r] * unit * call.x_unit + rest[r];",
         "    }",
         "  }",
         "  finish<R, 1>(call, row, 0, sums);",
@@ -105,7 +112,7 @@ def by_digits(body: Body) -> list[str]:
     ]
 
 
-def _ratio(body: Body, made: Digits) -> str:
+def _ratio(body: Body, made: Digits | Words) -> str:
     """A unit of integers in units of what scales are made for."""
     held = " / kHeld" if body.held else ""
     return f"({made.unit / body.decode.factor!r}f{held})"

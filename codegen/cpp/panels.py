@@ -16,9 +16,10 @@ import math
 
 from ...formats import Integer
 from .body import Body
-from .digits import digits
+from .digits import alone
 from .products import each_float, loads, registers, units
 from .values import raw
+from .words import Words
 
 _WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
 DEEP = 256  # codes: sixteen rows of x take 16 KiB
@@ -210,8 +211,9 @@ def _exact(body: Body) -> list[str]:
 def entry(body: Body) -> list[str]:
     """The functions that the runtime calls."""
     bits = body.spec.weight.element.bits if body.by_integers else 0
-    made = digits(body)
-    in_digits = "0, 0" if made is None else f"{made.block}, {made.base}"
+    made = alone(body)
+    words = str(isinstance(made, Words)).lower()
+    in_digits = "0, 0, false" if made is None else f"{made.block}, {made.base}, {words}"
     kind = f"{str(body.held).lower()}, {bits}, {in_digits}"
     wants = (f'extern "C" const bitfold::Wants* wants() {{ return bitfold::wants<{kind}>(); }}',)
     if body.token_cols is not None:

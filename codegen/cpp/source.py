@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from ..spec import GemmSpec
 from .body import Body
-from .digits import by_digits, digits
+from .digits import alone, by_digits
 from .ends import finish, scales
 from .panels import entry, panels
 from .products import CHUNK, tile
@@ -83,7 +83,7 @@ def source(spec: GemmSpec) -> str:
 def rows(body: Body) -> list[str]:
     """How the rows of a call are cut into tiles."""
     many = body.spec.weights
-    alone = "  if (call.digits != nullptr) return by_digits<R>(call, row);"
+    integers = "  if (call.digits != nullptr) return by_digits<R>(call, row);"
     return [
         "template <int R, int M>",
         "inline void block(const Call& call, int64_t row, int64_t m0) {",
@@ -101,7 +101,7 @@ def rows(body: Body) -> list[str]:
         "",
         "template <int R>",
         "inline void few(const Call& call, int64_t row) {",
-        *([] if digits(body) is None else [alone]),
+        *([] if alone(body) is None else [integers]),
         "  int64_t m = 0;",
         f"  for (; m + 4 <= call.m; m += 4) each_row<{ROWS[4]}, 4, R>(call, row, m);",
         f"  for (; m + 2 <= call.m; m += 2) each_row<{ROWS[2]}, 2, R>(call, row, m);",

@@ -118,65 +118,80 @@ def _folded(function: str, values: list[str]) -> str:
 
 def code_lines(element: Element, scale: Scale | None, x: str, s: str, code: str) -> list[str]:
     """code: int32 codes of x [rows, numbers] under the scale `s` of `scale_lines`, one a row."""
-    if scale is None:
-        lines = [f"y = {x}"]
-    elif scale.dtype == "e8m0":
-        lines = [
-            f"d = tl.where({s}_e == 254, 0x00400000, (254 - {s}_e) << 23)",
-            f"d = tl.where({s}_e == 255, float('nan'), d.to(tl.float32, bitcast=True))",
-            f"y = {x} * d[:, None]",
-        ]
-    elif isinstance(element, Integer):
-        one = f"tl.full({s}_f.shape, 1.0, tl.float32)"
-        lines = [
-            f"d = tl.where({s}_f == 0.0, 0.0, tl.div_rn({one}, {s}_f))",
-            f"y = {x} * d[:, None]",
-        ]
-    else:
-        lines = [
-            f"d = tl.where({s}_f == 0.0, 1.0, {s}_f)",
-            f"y = tl.div_rn({x}, tl.broadcast_to(d[:, None], {x}.shape))",
-        ]
+    lines = _unscaled(element, scale, x, s)
     if isinstance(element, Integer):
-        zero = f"{s}_z[:, None]" if scale is not None and scale.zero == "int" else ""
-        return [*lines, *_integer(element, zero, code)]
+        mask = (1 << element.bits) - 1
+        return [*lines, *_integer(element, scale, s), f"{code} = y.to(tl.int32) & {mask}"]
     if isinstance(element, Float):
         return [*lines, *_float(element, code)]
     assert isinstance(element, Codebook)
     return [*lines, *_table(element, code)]
 
 
-def _integer(element: Integer, zero: str, code: str) -> list[str]:
-    """Clamped before it is rounded: the bounds are integers, so the order makes no difference, and between
-    the product and the sum stands something that cannot be fused. NaN becomes 0."""
+def rounded_lines(
+    element: Integer | Float, scale: Scale | None, x: str, s: str, name: str, *, poisoned: bool
+) -> list[str]:
+    """name: what the codes of x stand for (times the scale), float32, without making codes of them.
+    poisoned: where x is NaN the scale is too, so that it need not be looked at."""
+    lines = _unscaled(element, scale, x, s)
+    if isinstance(element, Float):
+        return [*lines, *_rounded_float(element, name, poisoned)]
+    unit = f" * {2.0**-element.fraction!r}" if element.fraction else ""
+    rounded = [line for line in _integer(element, scale, s) if not (poisoned and line in _NOT_A_NUMBER)]
+    return [*lines, *rounded, f"{name} = y{unit}"]
+
+
+def _unscaled(element: Element, scale: Scale | None, x: str, s: str) -> list[str]:
+    """y: x in units of the scale."""
+    if scale is None:
+        return [f"y = {x}"]
+    if scale.dtype == "e8m0":
+        return [
+            f"d = tl.where({s}_e == 254, 0x00400000, (254 - {s}_e) << 23)",
+            f"d = tl.where({s}_e == 255, float('nan'), d.to(tl.float32, bitcast=True))",
+            f"y = {x} * d[:, None]",
+        ]
+    if isinstance(element, Integer):
+        one = f"tl.full({s}_f.shape, 1.0, tl.float32)"
+        return [
+            f"d = tl.where({s}_f == 0.0, 0.0, tl.div_rn({one}, {s}_f))",
+            f"y = {x} * d[:, None]",
+        ]
+    return [
+        f"d = tl.where({s}_f == 0.0, 1.0, {s}_f)",
+        f"y = tl.div_rn({x}, tl.broadcast_to(d[:, None], {x}.shape))",
+    ]
+
+
+def _integer(element: Integer, scale: Scale | None, s: str) -> list[str]:
+    """y rounded to the numbers that codes are. Clamped before it is rounded: the bounds are integers, so the
+    order makes no difference, and between the product and the sum stands something that cannot be fused. NaN
+    becomes 0."""
+    zero = f"{s}_z[:, None]" if scale is not None and scale.zero == "int" else ""
     first, last = float(element.first), float(element.last)
     wide = 1048576.0 if zero else None
     lines = [f"y = y * {float(1 << element.fraction)!r}"] if element.fraction else []
     lines += [
-        "no = y != y",
+        _NOT_A_NUMBER[0],
         f"y = tl.minimum(tl.maximum(y, {-wide if wide else first!r}), {wide or last!r})",
         f"y = (y + {MAGIC!r}) - {MAGIC!r}",
     ]
     if zero:
         lines.append(f"y = tl.minimum(tl.maximum(y + {zero}, {first!r}), {last!r})")
-    mask = (1 << element.bits) - 1
-    return [*lines, f"{code} = tl.where(no, 0, y.to(tl.int32)) & {mask}"]
+    return [*lines, _NOT_A_NUMBER[1]]
+
+
+_NOT_A_NUMBER = ("no = y != y", "y = tl.where(no, 0.0, y)")
 
 
 def _float(element: Float, code: str) -> list[str]:
     """`Float.encode` in the same integers."""
     m, top = element.mantissa_bits, element.bits - 1
-    smallest = (127 + 1 - element.bias) << 23
     magic = (127 + 1 - element.bias + 23 - m) << 23
     shift = 23 - m
-    high = int.from_bytes(struct.pack("<f", element.high), "little")
-    added = math.ldexp(1.0, 23 + 1 - element.bias - m)
     lines = [
-        "raw = y.to(tl.int32, bitcast=True)",
-        f"size = tl.minimum(raw & 0x7FFFFFFF, {high})",
-        f"below = tl.minimum(size, {smallest}).to(tl.float32, bitcast=True) + {added!r}",
-        f"above = tl.maximum(size, {smallest})",
-        f"above = (above + ((above >> {shift}) & 1) + {(1 << (shift - 1)) - 1}) >> {shift}",
+        *_halves(element),
+        f"above = above >> {shift}",
         f"{code} = below.to(tl.int32, bitcast=True) - {magic} + above - {(127 + 1 - element.bias) << m}",
         f"{code} = {code} | ((raw >> {31 - top}) & {1 << top})",
     ]
@@ -184,6 +199,42 @@ def _float(element: Float, code: str) -> list[str]:
         lines.append(f"{code} = tl.where({code} == {1 << top}, 0, {code})")
     if element.bits == 8:
         lines.append(f"{code} = tl.where(y != y, {element._nan_code}, {code})")
+    return lines
+
+
+def _halves(element: Float) -> list[str]:
+    """below: what y has up to the smallest normal number, on a float32 whose last bit is the last of a
+    subnormal; above: the bits of its magnitude from there on, with half a last bit added for the cut."""
+    m = element.mantissa_bits
+    smallest, shift = (127 + 1 - element.bias) << 23, 23 - m
+    high = int.from_bytes(struct.pack("<f", element.high), "little")
+    return [
+        "raw = y.to(tl.int32, bitcast=True)",
+        f"size = tl.minimum(raw & 0x7FFFFFFF, {high})",
+        f"below = tl.minimum(size, {smallest}).to(tl.float32, bitcast=True) + {_last_bit(element)!r}",
+        f"above = tl.maximum(size, {smallest})",
+        f"above = above + ((above >> {shift}) & 1) + {(1 << (shift - 1)) - 1}",
+    ]
+
+
+def _last_bit(element: Float) -> float:
+    return math.ldexp(1.0, 23 + 1 - element.bias - element.mantissa_bits)
+
+
+def _rounded_float(element: Float, name: str, poisoned: bool) -> list[str]:
+    smallest = math.ldexp(1.0, 1 - element.bias)
+    cut = -(1 << (23 - element.mantissa_bits))
+    lines = [
+        *_halves(element),
+        f"below = (below - {_last_bit(element)!r}) - {smallest!r}",  # 0 from the smallest normal number on
+        f"{name} = (above & {cut}).to(tl.float32, bitcast=True) + below",
+        f"bits = {name}.to(tl.int32, bitcast=True) | (raw & -2147483648)",
+    ]
+    if element.ending == "fnuz":  # it has no -0
+        lines.append("bits = tl.where(bits == -2147483648, 0, bits)")
+    lines.append(f"{name} = bits.to(tl.float32, bitcast=True)")
+    if element.bits == 8 and not poisoned:
+        lines.append(f"{name} = tl.where(y != y, float('nan'), {name})")
     return lines
 
 

@@ -11,11 +11,11 @@ Bits are those of `format.fake_quantize` and of `formats/train_quantize.py`; sum
 
 from __future__ import annotations
 
-from ...formats import Format, Integer, format
+from ...formats import Float, Format, Integer, format
+from ...formats.cells import reach
 from ..rounding import RoundingSpec
-from .encode import code_lines, magnitude_lines, read_lines, scale_lines, zero_lines
+from .encode import magnitude_lines, read_lines, rounded_lines, scale_lines, zero_lines
 from .lines import TL, Lines
-from .values import value_lines
 
 INTEGERS = ("count",)
 
@@ -33,8 +33,8 @@ def names(spec: RoundingSpec) -> list[str]:
     return [*found, "count"]
 
 
-def source(spec: RoundingSpec) -> str:
-    """The kernel's module as text."""
+def source(spec: RoundingSpec, plain: bool = False) -> str:
+    """The kernel's module as text. `plain`: for the interpreter, whose casts to bfloat16 cut bits off."""
     out, fmt = Lines(), format(spec.format)
     out.add(f'"""Rounding: {spec}"""', "import triton", "import triton.language as tl", "")
     out.add('@triton.jit(do_not_specialize=["count"])')
@@ -47,26 +47,26 @@ def source(spec: RoundingSpec) -> str:
             "v = tl.load(x + at, mask=keep, other=0.0).to(tl.float32)",
         )
         _scale(out, spec, fmt)
-        out.add(*code_lines(fmt.element, fmt.scale, "v", "s", "code"))
-        out.add(*value_lines(fmt.element, "code", "e"))
+        assert isinstance(fmt.element, Integer | Float)
+        out.add(*rounded_lines(fmt.element, fmt.scale, "v", "s", "e", poisoned=not spec.given))
         out.add(*_step(fmt))
         out.add("value = (e - s_z[:, None]) * step[:, None]" if spec.zero else "value = e * step[:, None]")
         if spec.direction == "forward":
-            out.add(*_in_lane(spec), "tl.store(rounded + at, value, mask=keep)")
+            out.add(*_in_lane(spec, plain), "tl.store(rounded + at, value, mask=keep)")
         else:
             _gradients(out, spec, fmt)
     return "\n".join(out.text) + "\n"
 
 
-def _in_lane(spec: RoundingSpec) -> list[str]:
-    """value in the dtype of x. bfloat16 as the integer of its bits, rounded by hand: the interpreter's cast
-    cuts bits off."""
-    if spec.lane != "bf16":
+def _in_lane(spec: RoundingSpec, plain: bool) -> list[str]:
+    """value in the dtype of x; for the interpreter bfloat16 by hand, as bits into the same memory."""
+    if spec.lane != "bf16" or not plain:
         return [f"value = value.to({TL[spec.lane]})"]
     return [
         "bits = value.to(tl.int32, bitcast=True)",
         "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
-        "value = tl.where(value != value, 0x7FC0, bits).to(tl.int16)",
+        "bits = tl.where(value != value, 0x7FC0, bits).to(tl.int16)",
+        "value = bits.to(tl.bfloat16, bitcast=True)",
     ]
 
 
@@ -114,8 +114,8 @@ def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
     else:
         out.add("u = tl.div_rn(v, safe)")
     if spec.direction == "clip":
-        half = 0.5 * 2.0**-element.fraction if isinstance(element, Integer) else 0.0
-        out.add(f"below = u < {low - half!r}", f"above = u > {high + half!r}")
+        least, most = reach(element)
+        out.add(f"below = u < {least!r}", f"above = u > {most!r}")
     else:
         out.add(f"below = u <= {low!r}", f"above = u >= {high!r}")
     out.add(
@@ -128,7 +128,8 @@ def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
     if spec.direction == "lsq":
         out.add(
             f"by = tl.where(outside, value - {'least' if spec.zero else '0.0'}, value - v)",
-            "by = tl.div_rn(by, safe)",
+            "one = tl.full(step.shape, 1.0, tl.float32)",
+            "by = by * tl.div_rn(one, tl.where(step == 0.0, 1.0, step))[:, None]",
         )
     if spec.learns:
         out.add("tl.store(for_step + r, tl.sum(tl.where(keep, g * by, 0.0), 1), mask=r < count)")

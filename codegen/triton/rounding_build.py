@@ -25,39 +25,40 @@ from .rounding import names, source
 
 
 @lru_cache(maxsize=256)
-def kernel(spec: RoundingSpec) -> Any:
-    """The jitted function."""
-    return module(source(spec)).kernel
+def kernel(spec: RoundingSpec, plain: bool = False) -> Any:
+    """The jitted function; `plain` for the interpreter."""
+    return module(source(spec, plain)).kernel
 
 
 def options(spec: RoundingSpec) -> dict[str, Any]:
     """How it is compiled: a product fused into a sum would round once where the format rounds twice."""
-    return {"num_warps": 8 if spec.wide * spec.rows > 4096 else 4, "enable_fp_fusion": False}
+    warps = 4 if spec.direction == "forward" else 2
+    return {"num_warps": max(warps, spec.wide * spec.rows // 1024), "enable_fp_fusion": False}
 
 
-def rounded(spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor]) -> Tensor:
+def rounded(spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], plain: bool = False) -> Tensor:
     """x [..., K] rounded."""
     y = torch.empty_like(x)
-    _launch(spec, x, [x, *_flat(scales), y.view(torch.int16) if spec.lane == "bf16" else y])
+    _launch(spec, x, [x, *_flat(scales), y], plain)
     return y
 
 
 def gradients(
-    spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], gradient: Tensor
+    spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], gradient: Tensor, plain: bool = False
 ) -> tuple[Tensor, ...]:
     """(for x, [for step, [for low]])."""
     count = x.numel() // spec.group
     for_x = torch.empty_like(x)
     learned = [name for name in names(spec) if name in ("for_step", "for_low")]
     sums = [torch.empty(count, dtype=torch.float32, device=x.device) for _ in learned]
-    _launch(spec, x, [x, *_flat(scales), gradient, for_x, *sums])
+    _launch(spec, x, [x, *_flat(scales), gradient, for_x, *sums], plain)
     return for_x, *sums
 
 
-def _launch(spec: RoundingSpec, x: Tensor, given: Sequence[Tensor]) -> None:
+def _launch(spec: RoundingSpec, x: Tensor, given: Sequence[Tensor], plain: bool) -> None:
     count = x.numel() // spec.group
     if count:
-        kernel(spec)[(-(-count // spec.rows),)](*given, count, **options(spec))
+        kernel(spec, plain)[(-(-count // spec.rows),)](*given, count, **options(spec))
 
 
 def _flat(scales: Sequence[Tensor]) -> list[Tensor]:
@@ -76,7 +77,6 @@ def inspect_rounding(spec: RoundingSpec, arch: int = 90) -> Compiled:
     assert scale is not None
     numbers = POINTERS[spec.lane]
     kinds = {"count": "i32", "scales": POINTERS[scale.dtype], "for_step": "*fp32", "for_low": "*fp32"}
-    kinds["rounded"] = POINTERS["i16"] if spec.lane == "bf16" else numbers
     kinds["zeros"] = "*i8" if format(spec.format).element.low < 0 else "*u8"
     types = {name: kinds.get(name, numbers) for name in function.arg_names}
     aligned = {

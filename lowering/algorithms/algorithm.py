@@ -7,6 +7,7 @@ In: text such as "awq,clip,gptq{actorder=true}", or a pipeline of such passes. O
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...formats import BitfoldError
@@ -16,6 +17,7 @@ from ...passes.algorithms.correct_bias import CorrectBias
 from ...passes.algorithms.learn import Learn
 from ...passes.algorithms.rotate import Rotate
 from ...passes.algorithms.solve import Solver
+from ...passes.algorithms.tune import Tune
 from ...passes.registry import pass_names
 
 
@@ -29,11 +31,12 @@ class Algorithm:
     learn: Learn | None = None
     rotate: Rotate | None = None
     correct: CorrectBias | None = None
+    tune: Tune | None = None
 
     @property
     def needs_data(self) -> bool:
         """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
-        return bool(self.balance or self.learn or self.rotate or self.correct) or any(
+        return bool(self.balance or self.learn or self.rotate or self.correct or self.tune) or any(
             isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
             for step in self.solve.passes
         )
@@ -42,6 +45,11 @@ class Algorithm:
     def wants_exact(self) -> bool:
         """Whether it compares what goes into layers with what goes into them in the float model."""
         return any(isinstance(step, Solver) and step.wants_exact for step in self.solve.passes)
+
+    @property
+    def wants_floats(self) -> bool:
+        """Whether it looks at float weights again when all codes are decided."""
+        return self.correct is not None or self.tune is not None
 
     @property
     def changes_weights(self) -> bool:
@@ -62,7 +70,7 @@ class Algorithm:
 
     def _steps(self) -> tuple[Pass, ...]:
         first = (self.rotate,) if self.rotate else ()
-        last = tuple(step for step in (self.learn, self.correct) if step is not None)
+        last = tuple(step for step in (self.learn, self.tune, self.correct) if step is not None)
         return (*first, *self.balance, *self.solve.passes, *last)
 
 
@@ -78,12 +86,19 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
     learn: Learn | None = None
     rotate: Rotate | None = None
     correct: CorrectBias | None = None
+    tune: Tune | None = None
     for step in steps.passes:
-        if correct is not None:
+        last = correct or tune
+        if last is not None and isinstance(step, Tune | CorrectBias):
             raise BitfoldError(
-                f"correct_bias looks at what all others have decided; put it after {step.name}"
+                f"{last.name} and {step.name} both have the last word, on each layer and on the whole model; "
+                "leave one out"
             )
-        if isinstance(step, CorrectBias):
+        if last is not None:
+            raise BitfoldError(f"{last.name} looks at what all others have decided; put it after {step.name}")
+        if isinstance(step, Tune):
+            tune = step
+        elif isinstance(step, CorrectBias):
             correct = step
         elif learn is not None:
             raise BitfoldError(f"learn goes on from what the others have decided; put it after {step.name}")
@@ -101,10 +116,28 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
             raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
         else:
             balance.append(step)
-    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct)
+    _check_order([step for step in solve if isinstance(step, Solver)])
+    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct, tune)
 
 
-_KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias)
+def _check_order(steps: Sequence[Solver]) -> None:
+    """Weights first, then scales, then codes: each would throw away what is decided later."""
+    ranks = ("weights", "scales", "codes")
+    last: Solver | None = None
+    for step in steps:
+        if step.wants_codes and (last is None or last.decides != "codes"):
+            raise BitfoldError(f"{step.name} wants codes that are decided; put gptq before it")
+        if not step.decides:
+            continue
+        if last is not None and ranks.index(step.decides) < ranks.index(last.decides):
+            raise BitfoldError(
+                f"{step.name} decides {step.decides} and would throw away the {last.decides} of {last.name}; "
+                f"put it before {last.name}"
+            )
+        last = step
+
+
+_KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias, Tune)
 
 
 def _known() -> str:

@@ -12,8 +12,10 @@ Where a divided vector is rounded to its dtype, the columns are multiplied by th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +28,15 @@ from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.inputs import Inputs
 from ...passes.anchors import TARGETS
 from ...passes.note import Note, annotated
+from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
 from ..swaps import Swaps
 from ..turned import turned
 from .blocks import Chain
-from .calibration import hooked
+from .calibration import hooked, in_order
+from .described import described_module
+from .measure import Gatherer
 
 # Relative to the result's norm, over a chain of four products: float32 rounds 2^-24 at each of some thousand
 # sums, and bfloat16 2^-9 at each tensor.
@@ -57,12 +62,18 @@ class Balance:
         if isinstance(found, Miss):
             self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), found.reason))
             return
+        if not found:
+            reason = (
+                "nothing in it can be balanced: no channels that linears read are made by a plain vector or "
+                "the rows of a linear"
+            )
+            self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
         found = [group for group in found if self._alone(group, block, path)]
         work = _Work(block, path, sites, swaps)
-        found = [group for group in found if self._free(group, work)]
+        found = [group for group in found if self._free(group, work) and self._seen(group, work)]
         before = chain.run(place, 0)
         for step in self.steps:
-            inputs = _inputs(chain, place, found) if step.needs_inputs else {}
+            inputs = _inputs(chain, place, found, work) if step.needs_inputs else {}
             for group in found:
                 factors = step.factors(work.weights(group, inputs.get(group.readers[0])))
                 if factors is not None:
@@ -97,10 +108,20 @@ class Balance:
                 return False
         return True
 
+    def _seen(self, group: Group, work: _Work) -> bool:
+        """Whether it can be measured what goes into its readers, if a step wants to know."""
+        name = group.readers[0]
+        if work.watched(name) or not any(step.needs_inputs for step in self.steps):
+            return True
+        reason = f"{work.path}.{name} is multiplied inside a module of its own forward, which takes no codes"
+        self.misses.append(MissRecord(work.path, work.path, "", str(self.steps[0].name), reason))
+        return False
+
     def _groups(self, chain: Chain, place: int) -> list[Group] | Miss:
-        """The block's groups; blocks of one kind and shape are captured once."""
+        """The block's groups; blocks that hold the same but for their numbers are captured once."""
         block = chain.blocks[place]
-        key = (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+        modules = tuple((name, described_module(module)) for name, module in block.named_modules())
+        key = (modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
         if key not in self.known:
             args, kwargs = chain.arguments(place)
             try:
@@ -132,6 +153,27 @@ class _Work:
             readers.append((self.value(name), fmt))
         rows = [self.value(one.path) for one in group.producers if one.kind == "rows"]
         return Weights(group, readers, rows, inputs)
+
+    def watched(self, name: str) -> bool:
+        """Whether it can be seen what the reader of this parameter is given: a linear, or one in a graph."""
+        return name in self.anchors or is_stock(self._owner(name))
+
+    def watch(self, name: str, add: Callable[[str, Tensor], None]) -> tuple[nn.Module, Callable[..., None]]:
+        """The module that reads a parameter, and a hook that notes what the linear in it is given."""
+        owner = self._owner(name)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given = in_order(module, args, kwargs)
+            if is_stock(module):
+                add(name, given[0])
+                return
+            site, node, _ = self.anchors[name]
+            Gatherer(site.gm, [node], site.path, lambda path, anchor, x: add(name, x), module).run(*given)
+
+        return owner, hook
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.block.get_submodule(name.rpartition(".")[0])
 
     def value(self, name: str) -> Tensor:
         """The parameter as it is now, float32."""
@@ -170,22 +212,20 @@ class _Work:
         self.swaps.replace(owner, own, value.to(held.dtype))
 
 
-def _inputs(chain: Chain, place: int, found: Sequence[Group]) -> dict[str, Inputs]:
+def _inputs(chain: Chain, place: int, found: Sequence[Group], work: _Work) -> dict[str, Inputs]:
     """Statistics of what each group reads, by its first reader's path."""
     block = chain.blocks[place]
     seen: dict[str, Inputs] = {}
-    hooks = {}
-    for group in found:
-        name = group.readers[0]
-        module = block.get_submodule(name.rpartition(".")[0])
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: object, name: str = name) -> None:
-            if name not in seen:
-                seen[name] = Inputs(args[0].shape[-1], args[0].device)
-            seen[name].add(args[0])
+    def add(name: str, x: Tensor) -> None:
+        if name not in seen:
+            seen[name] = Inputs(x.shape[-1], x.device)
+        seen[name].add(x)
 
-        hooks[module] = note
-    with hooked(block, hooks):
+    with contextlib.ExitStack() as hooks:
+        for group in found:
+            module, hook = work.watch(group.readers[0], add)
+            hooks.enter_context(hooked(block, {module: hook}))
         for batch in range(len(chain.hidden)):
             chain.run(place, batch)
     return seen

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
+from ...passes.observing.calibrate import named, usable
 from ...passes.scopes.program import traceable
+from .buffers import Buffers
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Batch:
                 raise BitfoldError(f"{self.name} is empty: {_place(path)} has shape {list(value.shape)}")
             if not value.is_floating_point():
                 continue
-            if not bool(torch.isfinite(value).all()):
+            if not usable(value):
                 raise BitfoldError(
                     f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
                 )
@@ -149,16 +151,23 @@ def observe_modules(
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-        observers[module](*inspect.signature(module.forward).bind(*args, **kwargs).args)
+        with named(running):
+            observers[module](*in_order(module, args, kwargs))
 
-    count = 0
+    count, running = 0, ""
     with hooked(model, dict.fromkeys(observers, observe)):
         for batch in batches:
             if progress is not None:
                 progress(f"calibrate on batch {count}", count, 0)
+            running = batch.name
             batch.run(model)
             count += 1
     return count
+
+
+def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The arguments of a call in the order of the signature, which is how a module's graph takes them."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).args if kwargs else args
 
 
 @contextmanager
@@ -166,13 +175,32 @@ def hooked(
     model: nn.Module,
     before: Mapping[nn.Module, Callable[..., Any]],
     after: Mapping[nn.Module, Callable[..., Any]] | None = None,
+    *,
+    outside: bool = False,
 ) -> Iterator[None]:
-    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was."""
+    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was.
+
+    Every call of the model meanwhile starts from the buffers that it has now. The hooks see what the forwards
+    themselves are given and return, or, if `outside`, what the modules are called with and hand on: the
+    user's own hooks, which go on working, lie between the two.
+    """
     training = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in before.items()]
-    handles += [
-        module.register_forward_hook(hook, with_kwargs=True) for module, hook in (after or {}).items()
+    handles = [
+        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outside)
+        for module, hook in before.items()
     ]
+    handles += [
+        module.register_forward_hook(hook, with_kwargs=True, prepend=not outside)
+        for module, hook in (after or {}).items()
+    ]
+    buffers = Buffers(model)
+
+    def back(*_: object) -> None:
+        if not torch.compiler.is_compiling():  # a capture must not have it in its graph
+            buffers.back()
+
+    if len(buffers):
+        handles.append(model.register_forward_pre_hook(back, prepend=True))
     try:
         model.eval()
         with torch.no_grad():
@@ -180,6 +208,7 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+        buffers.back()
         for module, mode in training.items():
             module.training = mode
 

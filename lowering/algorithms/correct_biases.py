@@ -48,18 +48,12 @@ def correct_biases(
             found.misses.append(MissRecord(site.path, site.path, "", step.name, picked.reason))
         elif picked is not None:
             chosen[site.module] = _Error(site, *picked)
-    with as_decided(model, changes, found), hooked(model, {}, {m: one.after for m, one in chosen.items()}):
-        # Before the hooks that round a layer's input: the float layer is given what really comes.
-        handles = [
-            m.register_forward_pre_hook(one.before, prepend=True, with_kwargs=True)
-            for m, one in chosen.items()
-        ]
-        try:
-            for batch in batches:
-                batch.run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+    before = {module: one.before for module, one in chosen.items()}
+    after = {module: one.after for module, one in chosen.items()}
+    # In this order: the hooks that round a layer's input come behind those that note what it is given.
+    with hooked(model, before, after), as_decided(model, changes, found):
+        for batch in batches:
+            batch.run(model)
     corrected: dict[str, Tensor] = {}
     for module, one in chosen.items():
         path = f"{one.site.path}.bias".lstrip(".")
@@ -119,6 +113,8 @@ class _Error:
         finally:
             module._parameters["weight"] = rounded
         apart = (exact - result).detach().float().movedim(self.channels, -1).flatten(0, -2)
+        if not len(apart):  # an expert that got no token
+            return
         self.count += len(apart)
         if self.mean is None:
             self.mean = torch.zeros(apart.shape[-1], device=apart.device)

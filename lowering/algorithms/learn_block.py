@@ -16,98 +16,94 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.fx import Node
 
-from ...formats import format
-from ...passes import expression
-from ...passes.algorithms.draft import DRAFT, Draft
-from ...passes.algorithms.learn import Learn, Rounding
-from ...passes.anchors import TARGETS
-from ...passes.note import annotated
+from ...formats import BitfoldError
+from ...passes.algorithms.draft import DRAFT
+from ...passes.algorithms.learn import Learn
 from ..module_scope import Site
-from ..turned import turned
 from .blocks import Chain, first_tensor
+from .learnable import Descent, Learnt, as_read, called, roundings
 
 
 def learn_block(
     step: Learn, chain: Chain, place: int, targets: Sequence[Tensor], sites: Sequence[Site]
 ) -> None:
     """Learn, and put the new drafts on the sites' anchors. Embeddings, convolutions and experts are left."""
-    block, path = chain.blocks[place], chain.paths[place]
-    found: dict[str, tuple[Node, Rounding]] = {}
-    for site in sites:
-        for node, note in annotated(site.gm):
-            operand = node.args[TARGETS[node.target][2]]
-            held = expression(site.gm, operand) if isinstance(operand, Node) else None
-            draft = node.meta.get(DRAFT)
-            if held is None or held.text or note.anchor != "linear" or not isinstance(draft, Draft):
-                continue
-            assert note.weight is not None
-            name = held.path.removeprefix(path).strip(".")
-            found[name] = node, Rounding(format(note.weight), draft, turned(node))
-    if not found:
+    block = chain.blocks[place]
+    learnt = roundings(sites, chain.paths[place])
+    if not learnt:
         return
-    roundings = {name: rounding for name, (_, rounding) in found.items()}
-    least = _loss(block, chain, place, targets, roundings)
+    least = _loss(block, chain, place, targets, learnt, first=True)
+    _check_gradients(block, chain, place, targets, learnt)
     draw = torch.Generator().manual_seed(0)
+    descent = Descent(learnt, (step.rate, step.scales))
     for number in range(step.steps):
-        rate = step.rate * (1 - number / step.steps)
-        gradients = _gradients(block, chain, place, targets, roundings, draw)
-        for name, gradient in gradients.items():
-            roundings[name].move(gradient, rate)
+        index = int(torch.randint(len(chain.hidden), (), generator=draw))
+        values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
+        gradients = _gradients(block, chain, place, index, targets[index], values, learnt)
+        descent.step(1 - number / step.steps, gradients, values)
         if (number + 1) % max(step.steps // 10, 1) == 0 or number + 1 == step.steps:
-            loss = _loss(block, chain, place, targets, roundings)
+            loss = _loss(block, chain, place, targets, learnt)
             if loss < least:
                 least = loss
-                for rounding in roundings.values():
-                    rounding.best = rounding.place
-    for node, rounding in found.values():
+                for _, rounding in learnt.values():
+                    rounding.keep()
+    for node, rounding in learnt.values():
         node.meta[DRAFT] = rounding.draft()
+
+
+def _check_gradients(
+    block: nn.Module, chain: Chain, place: int, targets: Sequence[Tensor], learnt: Learnt
+) -> None:
+    """BitfoldError if no batch has a gradient of any weight: there is nothing to learn from."""
+    values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
+    for index, target in enumerate(targets):
+        if _gradients(block, chain, place, index, target, values, learnt):
+            return
+    raise BitfoldError(
+        f"learn has no gradient in {chain.paths[place]}: its forward computes under torch.no_grad(), or none "
+        "of its weights reaches its result; leave learn out"
+    )
 
 
 def _gradients(
     block: nn.Module,
     chain: Chain,
     place: int,
-    targets: Sequence[Tensor],
-    roundings: dict[str, Rounding],
-    draw: torch.Generator,
-) -> dict[str, Tensor]:
-    """Of the error on one of the batches."""
-    index = int(torch.randint(len(chain.hidden), (), generator=draw))
+    index: int,
+    target: Tensor,
+    values: dict[str, Tensor],
+    learnt: Learnt,
+) -> dict[str, Tensor | None]:
+    """Of the error on a batch, by the rounded weights; None for one that the batch does not reach."""
     with torch.enable_grad():
-        leaves = {name: rounding.values() for name, rounding in roundings.items()}
         args, kwargs = chain.arguments(place, index)
-        result = _call(block, _as_read(leaves, roundings), args, kwargs)
-        error = (result - targets[index]).float().square().mean()
-        return dict(zip(leaves, torch.autograd.grad(error, list(leaves.values())), strict=True))
+        result = first_tensor(called(block, as_read(values, learnt), args, kwargs))
+        error = (result - target).float().square().mean()
+        if not error.requires_grad:
+            return {}
+        gradients = torch.autograd.grad(error, list(values.values()), allow_unused=True)
+    return dict(zip(values, gradients, strict=True))
 
 
 def _loss(
-    block: nn.Module, chain: Chain, place: int, targets: Sequence[Tensor], roundings: dict[str, Rounding]
+    block: nn.Module,
+    chain: Chain,
+    place: int,
+    targets: Sequence[Tensor],
+    learnt: Learnt,
+    *,
+    first: bool = False,
 ) -> float:
-    """The mean squared error over all data."""
-    with torch.no_grad():
-        weights = _as_read({name: rounding.values() for name, rounding in roundings.items()}, roundings)
-        total = 0.0
-        for index, target in enumerate(targets):
-            args, kwargs = chain.arguments(place, index)
-            total += float((_call(block, weights, args, kwargs) - target).float().square().sum())
-    return total
-
-
-def _as_read(values: dict[str, Tensor], roundings: dict[str, Rounding]) -> dict[str, Tensor]:
-    """The weights for modules that run no transform of their inputs yet."""
-    return {
-        name: torch.ops.bitfold.hadamard(value, True) if roundings[name].turned else value
-        for name, value in values.items()
+    """The squared error over all data, of what was given (`first`) or is now."""
+    values = {
+        name: rounding.best.rounded(rounding.format) if first else rounding.values()
+        for name, (_, rounding) in learnt.items()
     }
-
-
-def _call(
-    block: nn.Module, weights: dict[str, Tensor], args: tuple[object, ...], kwargs: dict[str, object]
-) -> Tensor:
-    """The block with these weights, in its own dtype."""
-    held = {name: value.to(block.get_parameter(name).dtype) for name, value in weights.items()}
-    return first_tensor(functional_call(block, held, args, kwargs))
+    weights = as_read(values, learnt)
+    total = 0.0
+    for index, target in enumerate(targets):
+        args, kwargs = chain.arguments(place, index)
+        result = first_tensor(called(block, weights, args, kwargs))
+        total += float((result - target).float().square().sum())
+    return total

@@ -24,6 +24,7 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ..module_scope import Site
 from ..turned import turned
+from .calibration import in_order
 
 
 class Pairs:
@@ -107,16 +108,18 @@ def gatherer(site: Site, pairs: Pairs | None = None) -> Callable[..., None]:
     simple, add = _simple(site), _add if pairs is None else pairs.add
 
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = in_order(module, args, kwargs)
         if simple:
-            add(site.path, nodes[0], args[0] if args else next(iter(kwargs.values())))
+            add(site.path, nodes[0], given[0])
         elif nodes:
-            Gatherer(site.gm, nodes, site.path, add).run(*args, *kwargs.values())
+            Gatherer(site.gm, nodes, site.path, add, module).run(*given)
 
     return hook
 
 
 class Gatherer(Interpreter):
-    """Runs a graph and looks at what these anchors are given."""
+    """Runs a graph and looks at what these anchors are given; with the parameters of `module`, the one that
+    was captured, as they are now (balanced, say), if that is given."""
 
     def __init__(
         self,
@@ -124,9 +127,14 @@ class Gatherer(Interpreter):
         nodes: Sequence[Node],
         path: str,
         add: Callable[[str, Node, Tensor], None] | None = None,
+        module: nn.Module | None = None,
     ) -> None:
         super().__init__(gm)
         self.nodes, self.path, self.add = frozenset(nodes), path, add or _add
+        self.now = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.now[target] if target in self.now else super().fetch_attr(target)
 
     def run_node(self, n: Node) -> Any:
         if n in self.nodes:

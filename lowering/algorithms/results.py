@@ -35,6 +35,7 @@ from ..files.paths import FileError
 from ..files.tensor_file import TensorFile, described, open_file, write
 from ..module_scope import Site
 from .calibration import Batch
+from .described import described_module
 
 
 class Results:
@@ -63,40 +64,53 @@ class Results:
                 f"{path} is of another model, recipe, algorithm, data or version; give an empty folder"
             )
 
+    def holds(self, site: Site) -> bool:
+        """Whether `restore` would find codes."""
+        return self._found(site) is not None
+
     def restore(self, site: Site) -> bool:
         """Put the codes that an earlier run found on the site's anchors; False if there are none."""
         weights = [(node, note) for node, note in annotated(site.gm) if note.weight]
         if all(isinstance(node.meta.get(DRAFT), Quantized) for node, _ in weights):
             return True
+        found = self._found(site)
+        if found is None:
+            return False
+        for (node, _), codes in zip(annotated(site.gm), found, strict=True):
+            if codes is not None:
+                parts = [part.to(node.meta["val"].device) for part in codes.parts]
+                node.meta[DRAFT] = Quantized.from_parts(codes.format, parts, codes.k)
+        return True
+
+    def _found(self, site: Site) -> list[Quantized | None] | None:
+        """What the site's file has for each of its anchors; None if there is none, or of other weights."""
         path = self._path(site)
         if not path.exists():
-            return False
+            return None
         file = open_file(path)
         self._check(path, file.header)
         try:
             if file.header["layer"] != site.path:
                 raise ValueError(f"it is of {file.header['layer']}")
             if file.header["drafts"] != drafts_of(site):
-                return False
+                return None
             here = list(annotated(site.gm))
             found = [_codes_in(file, index) for index in range(len(here))]
             for (_, note), codes in zip(here, found, strict=True):
                 if codes is not None and str(codes.format) != note.weight:
                     raise ValueError(f"it has {codes.format} where the recipe says {note.weight}")
+            if file.header["sum"] != _sum(found):
+                raise ValueError("its codes are not those that were written")
         except (KeyError, IndexError, TypeError, ValueError, BitfoldError) as error:
             raise FileError(f"{path} is damaged ({error}); remove it") from error
-        for (node, _), codes in zip(here, found, strict=True):
-            if codes is not None:
-                parts = [part.to(node.meta["val"].device) for part in codes.parts]
-                node.meta[DRAFT] = Quantized.from_parts(codes.format, parts, codes.k)
-        return True
+        return found
 
     def keep(self, site: Site, drafts: list[str]) -> None:
         """Write the site's codes. `drafts`: what `drafts_of` said of it before it was solved."""
         tensors: dict[str, Tensor] = {}
         formats, ks = [], []
-        for index, (node, _) in enumerate(annotated(site.gm)):
-            codes = node.meta.get(DRAFT)
+        decided = [node.meta.get(DRAFT) for node, _ in annotated(site.gm)]
+        for index, codes in enumerate(decided):
             if not isinstance(codes, Quantized):
                 formats.append("")
                 ks.append(0)
@@ -107,7 +121,12 @@ class Results:
             tensors |= dict(zip(names, codes.parts, strict=True))
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         header = {"version": 1, "kind": "result", "tensors": described(shapes), "formats": formats, "k": ks}
-        header |= {"fingerprint": self.fingerprint, "layer": site.path, "drafts": drafts}
+        header |= {
+            "fingerprint": self.fingerprint,
+            "layer": site.path,
+            "drafts": drafts,
+            "sum": _sum(decided),
+        }
         write(self._path(site), tensors, header, shapes)
 
     def _path(self, site: Site) -> Path:
@@ -130,18 +149,12 @@ def fingerprint(model: nn.Module, texts: Iterable[str], batches: Iterable[Batch]
     for text in texts:
         found.update(text.encode() + b"\0")
     for path, module in model.named_modules(remove_duplicate=False):
-        values = {
-            name: value
-            for name, value in vars(module).items()
-            if name != "training" and isinstance(value, bool | int | float | str | tuple | torch.dtype)
-        }
-        kind = f"{type(module).__module__}.{type(module).__qualname__}"
-        found.update(_without_places(f"{path} {kind} {module.extra_repr()} {values}"))
+        found.update(f"{path} {described_module(module)}".encode() + b"\0")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 found.update(f"{path}.{name}".encode())
                 _update(found, tensor)
-    found.update(_without_places(str(getattr(model, "config", ""))))
+    found.update(_without_places(str(getattr(model, "config", ""))).encode() + b"\0")
     for batch in batches:
         leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
         found.update(str(spec).encode())
@@ -149,7 +162,7 @@ def fingerprint(model: nn.Module, texts: Iterable[str], batches: Iterable[Batch]
             if isinstance(leaf, Tensor):
                 _update(found, leaf)
             else:
-                found.update(_without_places(repr(leaf)))
+                found.update(_without_places(repr(leaf)).encode() + b"\0")
     return found.hexdigest()
 
 
@@ -162,9 +175,18 @@ def _codes_in(file: TensorFile, index: int) -> Quantized | None:
     return Quantized.from_parts(fmt, parts, int(file.header["k"][index]))
 
 
-def _without_places(text: str) -> bytes:
+def _without_places(text: str) -> str:
     """Where an object lies in memory is another place in every run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).encode() + b"\0"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _sum(codes: Iterable[Any]) -> str:
+    """A hash of the codes and scales of a layer's weights."""
+    found = hashlib.sha256()
+    for one in codes:
+        for part in one.parts if isinstance(one, Quantized) else ():
+            _update(found, part)
+    return found.hexdigest()
 
 
 def _hash(tensor: Tensor) -> str:

@@ -29,24 +29,27 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ...formats import BitfoldError, format
-from ...passes import Miss, MissRecord
+from ...formats import BitfoldError, Quantized, format
+from ...passes import Miss, MissRecord, expression
 from ...passes.algorithms.draft import DRAFT, Draft, draft_of
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ..module_scope import Plan, Site, Step
+from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turned
 from .algorithm import Algorithm
 from .balance_block import Balance
-from .blocks import Chain, record, without_cache
-from .calibration import Batch, hooked
+from .blocks import Chain, without_cache
+from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
 from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
+from .record_blocks import record
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
+from .tune_model import tune_model
 from .used_once import used_more_than_once
 
 
@@ -64,7 +67,8 @@ def solve_sites(
     Raises BitfoldError, before long work begins, for batches that
     do not go through the model, give NaN, or miss a layer."""
     sites = [site for site in found.sites if any(note.weight for _, note in annotated(site.gm))]
-    solver = _Solver(algorithm, results, progress, len(sites))
+    tied = frozenset(key for key, paths in parameter_names(model).items() if len(paths) > 1)
+    solver = _Solver(algorithm, results, progress, len(sites), tied=tied)
     changes: dict[str, Tensor] = {}
     if not algorithm.needs_data:
         for site in sites:
@@ -72,10 +76,11 @@ def solve_sites(
         return {}
     if not batches:
         raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
-    if algorithm.correct is not None and algorithm.changes_weights and results is not None:
+    if algorithm.wants_floats and algorithm.changes_weights and results is not None:
+        name = (algorithm.correct or algorithm.tune).name  # type: ignore[union-attr]
         raise BitfoldError(
-            "correct_bias compares with float weights that other passes have changed, which resume does not "
-            "keep; leave one of the two out"
+            f"{name} compares with float weights that other passes have changed, which resume does not keep; "
+            "leave one of the two out"
         )
     for site in sites:
         if algorithm.balance and any(note.output and note.observer for _, note in annotated(site.gm)):
@@ -88,8 +93,12 @@ def solve_sites(
             with hooked(model, {}):
                 changes = rotate_model(algorithm.rotate, model, batches[0], sites, swaps)
         changes |= _walk(model, found, sites, solver, batches)
-    if algorithm.correct is not None:
-        changes |= correct_biases(algorithm.correct, model, found, batches, changes)
+    found.misses += solver.misses
+    with without_cache(model):
+        if algorithm.tune is not None:
+            changes |= tune_model(algorithm.tune, model, found, batches, changes, progress)
+        if algorithm.correct is not None:
+            changes |= correct_biases(algorithm.correct, model, found, batches, changes)
     return changes
 
 
@@ -109,11 +118,12 @@ def _walk(
         found.misses.append(MissRecord("", "", "", str(algorithm), reason))
     else:
         if algorithm.learn is not None or algorithm.wants_exact:
-            chain.exact = list(chain.hidden)
+            chain.exact = list(chain.given)
         with hooked(model, {}):
             for place, path in enumerate(chain.paths):
                 inside = [site for site in sites if _within(site.path, path)]
-                _solve_block(chain, place, inside, solver, balance)
+                with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
+                    _solve_block(chain, place, inside, solver, balance)
     for site in rest:
         solver.solve(site)
         solver.settle(site)
@@ -131,16 +141,29 @@ class _Solver:
     total: int
     done: int = 0
     drafts: dict[str, list[str]] = field(default_factory=dict)  # of the sites that are being solved
+    anew: bool = False  # what an earlier run has found of this block is not taken
+    tied: frozenset[int] = frozenset()  # parameters that several modules have
+    settled: dict[tuple[int, str, str], tuple[str, Quantized]] = field(default_factory=dict)
+    misses: list[MissRecord] = field(default_factory=list)
 
     def known(self, sites: Sequence[Site]) -> bool:
         """Whether an earlier run has found the codes of all of these; they are put on the anchors then."""
-        return self.results is not None and all(map(self.results.restore, sites))
+        return self.results is not None and not self.anew and all(map(self.results.restore, sites))
+
+    def begin(self, sites: Sequence[Site]) -> None:
+        """A block: what `learn` decides together is taken up together, or decided anew."""
+        self.anew = False
+        self.anew = self.algorithm.learn is not None and not (
+            self.results is not None and all(map(self.results.holds, sites))
+        )
 
     def solve(self, site: Site) -> None:
         if self.progress is not None:
             self.progress(f"{self.algorithm} {site.path}", self.done, self.total)
         self.done += 1
-        if self.results is not None and self.results.restore(site):
+        if self.known([site]) or self._shared(site):
+            for node, key in _tied_weights(site, self.tied):
+                self.settled.setdefault(key, (site.path, node.meta[DRAFT]))
             return
         if self.results is not None:
             self.drafts[site.path] = drafts_of(site)
@@ -154,17 +177,33 @@ class _Solver:
         if self.algorithm.learn is None:
             self.settle(site)
 
+    def _shared(self, site: Site) -> bool:
+        """Whether its weight is another layer's too, which has been decided; it takes those codes."""
+        keys = list(_tied_weights(site, self.tied))
+        if not keys or any(DRAFT in node.meta or key not in self.settled for node, key in keys):
+            return False
+        for node, key in keys:
+            path, codes = self.settled[key]
+            node.meta[DRAFT] = codes
+            reason = f"its weight is that of {path} too, where {self.algorithm} has decided its codes"
+            self.misses.append(MissRecord(site.path, site.path, "", str(self.algorithm), reason))
+        return True
+
     def settle(self, site: Site) -> None:
         """Codes of what was decided; nothing more is done to them."""
         decided = False
+        unchanged = dict(_tied_weights(site, self.tied))
         for node, note in annotated(site.gm):
             draft = node.meta.get(DRAFT)
             if isinstance(draft, Draft):
                 assert note.weight is not None
-                if self.algorithm.correct is not None and self.algorithm.changes_weights:
+                if self.algorithm.wants_floats and self.algorithm.changes_weights:
                     w = draft.weight
                     node.meta[FLOAT] = torch.ops.bitfold.hadamard(w, True) if turned(node) else w
-                node.meta[DRAFT], decided = draft.quantized(format(note.weight)), True
+                codes = draft.quantized(format(note.weight))
+                if node in unchanged:
+                    codes = self.settled.setdefault(unchanged[node], (site.path, codes))[1]
+                node.meta[DRAFT], decided = codes, True
         if self.results is not None and decided:
             self.results.keep(site, self.drafts.pop(site.path))
 
@@ -187,6 +226,15 @@ def _recorded(
         for batch in batches:
             batch.run(model)
     return chain, list(sites)
+
+
+def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tuple[int, str, str]]]:
+    """Anchors whose weight is a parameter of several modules: which it is, how it is read, in what format."""
+    for node, note in annotated(site.gm):
+        operand = node.args[TARGETS[node.target][2]]
+        chain = expression(site.gm, operand) if isinstance(operand, Node) and note.weight else None
+        if chain is not None and id(chain.parameter) in tied:
+            yield node, (id(chain.parameter), chain.text, str(note.weight))
 
 
 @contextmanager
@@ -247,7 +295,8 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
     pairs = Pairs() if solver.algorithm.wants_exact else None
-    targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
+    exact = [chain.behind(place, batch, given) for batch, given in enumerate(chain.exact)]
+    targets = [one.hidden for one in exact]
     with Swaps() as swaps:
 
         def run() -> None:
@@ -259,6 +308,7 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
 
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
+        solver.begin(sites)
         for group, repeated in _order(chain, place, sites):
             if not solver.known(group):
                 measure(group, run, repeated=repeated, pairs=pairs)
@@ -270,9 +320,9 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
             for site in sites:
                 solver.settle(site)
                 swaps.put(site)
-        for batch in range(len(chain.hidden)):
-            chain.hidden[batch] = chain.run(place, batch)
-    chain.exact = targets
+        for batch, given in enumerate(chain.given):
+            chain.given[batch] = chain.behind(place, batch, given)
+    chain.exact = exact
 
 
 def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:
@@ -290,7 +340,7 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[S
             again.add(module)
             return
         seen.add(module)
-        given = args[0] if args else next(iter(kwargs.values()), None)
+        given = next(iter(in_order(module, args, kwargs)), None)
         if groups and groups[-1][0] is given:
             groups[-1][1].append(by_module[module])
         else:

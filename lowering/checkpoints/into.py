@@ -12,7 +12,6 @@ while the layers are captured. Whatever fails before folding leaves the skeleton
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +24,7 @@ from ...passes.note import annotated
 from ...passes.observing.observe import Observe
 from ...passes.observing.observers import Given, Observer
 from ...passes.recipes import Recipe
-from ...passes.rules import STORED, Rule
+from ...passes.rules import STORED, Rule, exactly
 from ..files.skeleton import submodule_in
 from ..fold_sites import fold_sites
 from ..install import resolve_target
@@ -79,7 +78,7 @@ def _recipe(place: Placement) -> Recipe:
             lookup = isinstance(submodule_in(place.model, module), nn.Embedding)
             rules.append(
                 Rule(
-                    "re:" + re.escape(module),
+                    exactly(module),
                     op="linear|head|conv|embedding",
                     weight=STORED,
                     input="" if lookup else stored.input,

@@ -35,6 +35,9 @@ SHIMS = _Shims(
             "AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle*, int64_t, const char*, "
             "AtenTensorHandle*)"
         ],
+        torch.ops.bitfold.fused_beside.default: [
+            "AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle*, int64_t, const char*, ...)"
+        ],
         torch.ops.bitfold.few_queries.default: [
             "AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, "
             "AtenTensorHandle*, double, AtenTensorHandle*)"

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ...passes.shared_memory import memory, writes_shared, written
 from ..shared_regions import alike, described
 from ..target import Compiled
 from .run_pieces import Run, Step, placed
-from .shared_memory import memory, writes_shared, written
 
 # Fewer nodes than this are not worth a call from Python, which takes as long as a small kernel.
 LEAST = 16

@@ -40,6 +40,7 @@ from ..kv_cache.few_queries import FEW_QUERIES, few_queries
 from ..splice import splice
 from ..target import KEPT, Compiled
 from . import static as cpu_conv
+from .beside import beside
 from .cache import lower_caches
 from .conv_chain import chain
 from .cpp_wrapper import options_for
@@ -157,7 +158,7 @@ class CpuTarget(InductorTarget):
 
             know(parsed(str(call.args[1])) for call in calls)
         cpu_conv.know(gm)
-        return found
+        return found if torch.is_grad_enabled() else found + beside(gm)
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
         """Where nothing is differentiated, a layer that occurs many times is compiled once, and a chain of

@@ -44,6 +44,11 @@ def gradients(
     return [found[0], *(one.reshape(part.shape).to(part.dtype) for one, part in zip(sums, held, strict=True))]
 
 
+def faster(x: Tensor, text: str) -> bool:
+    """Whether there is a kernel: measured, one is as fast as a copy of x (`benchmarks/qat_step.py`)."""
+    return _spec(x, text, "forward", False) is not None
+
+
 def _spec(x: Tensor, text: str, direction: str, given: bool) -> RoundingSpec | None:
     lane = next((name for name, dtype in TYPES.items() if dtype == x.dtype), None)
     if lane is None or x.ndim == 0:

@@ -15,6 +15,7 @@ first order, what its cross-entropy rises by, with far less noise. `loss=` gives
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import DRAFT, draft_of
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
-from ...passes.rules import Rule
+from ...passes.rules import Rule, exactly
 from ..algorithms.calibration import Batch, Batches, hooked
 from ..diagnose import first_output
 from ..given_model import module_of
@@ -50,10 +51,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Every choice that was measured. `numel`: numbers in each layer's weight."""
+    """Every choice that was measured. `numel`: numbers in each layer's weight; `unreached`: the layers that
+    the data do not reach, of which nothing is known: a recipe leaves them as they are."""
 
     choices: tuple[Choice, ...]
     numel: dict[str, int]
+    unreached: tuple[str, ...] = ()
 
     def of(self, layer: str) -> tuple[Choice, ...]:
         """The choices that one layer has."""
@@ -76,11 +79,15 @@ class Sensitivity:
         common = max(counts, key=counts.__getitem__)
         rules = [Rule(weight=common, on_misfit="report")]
         rules += [
-            Rule(match=choice.layer, weight=choice.format) for choice in chosen if choice.format != common
+            Rule(match=exactly(choice.layer), weight=choice.format)
+            for choice in chosen
+            if choice.format != common
         ]
+        rules += [Rule(match=exactly(layer), skip="the data do not reach it") for layer in self.unreached]
         bits = sum(choice.bits for choice in chosen) / sum(self.numel[choice.layer] for choice in chosen)
         loss = sum(choice.loss for choice in chosen)
         about = f"{bits:.3f} bits a weight with scales; losses by layer add up to {loss:.3g}{more}"
+        about += f"; not reached and left alone: {', '.join(self.unreached)}" if self.unreached else ""
         return Recipe(name, tuple(rules), about)
 
 
@@ -96,37 +103,70 @@ def sensitivity(
     """Measure every linear in every format that fits it. The model is as it was afterwards.
 
     Runs the model once for each of them on all of `data`. Raises BitfoldError for no data, and for data that
-    the model does not take.
+    the model does not take; warns of layers that the data do not reach.
     """
     model = module_of(model, "bf.search")
     batches = list(Batches(data, None))
     if not batches:
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
+    plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
+    reached = Reached(site for _, found in plans for site in found.sites)
     with hooked(model, {}):
-        exact = [first_output(model, batch) for batch in batches]
+        with hooked(model, reached.hooks):
+            exact = [first_output(model, batch) for batch in batches]
         spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)
         if spoilt is not None:
             raise BitfoldError(f"the float model's output for {spoilt.name} has NaN in it; leave it out")
+        unreached = reached.warn_of_others()
         measured = loss or divergence
         choices, numel = [], {}
-        plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
-        total, done = sum(len(found.sites) for _, found in plans), 0
-        for text, found in plans:
-            for site in found.sites:
-                if progress is not None:
-                    progress(f"{site.path} in {text}", done, total)
-                done += 1
-                bits, count = round_site(site)
-                numel[site.path] = count
-                brought = _brought(model, site, batches, exact, measured)
-                if math.isfinite(brought):  # a format that overflows is no choice
-                    choices.append(Choice(site.path, text, bits, brought))
+        sites = [(text, site) for text, found in plans for site in reached.of(found.sites)]
+        for done, (text, site) in enumerate(sites):
+            if progress is not None:
+                progress(f"{site.path} in {text}", done, len(sites))
+            bits, count = round_site(site)
+            numel[site.path] = count
+            brought = _brought(model, site, batches, exact, measured)
+            if math.isfinite(brought):  # a format that overflows is no choice
+                choices.append(Choice(site.path, text, bits, brought))
     if not numel:
-        raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
+        raise BitfoldError(none_fits(model, formats))
     lost = sorted(set(numel) - {choice.layer for choice in choices})
     if lost:
         raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {lost[0]} is not finite")
-    return Sensitivity(tuple(choices), numel)
+    return Sensitivity(tuple(choices), numel, unreached)
+
+
+def none_fits(model: nn.Module, formats: Sequence[str]) -> str:
+    """Why there is nothing to choose from."""
+    return f"none of {', '.join(formats)} fits a linear of this {type(model).__name__} that the data reach"
+
+
+class Reached:
+    """Which of some layers run while `hooks` are on a model."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self.paths = {site.module: site.path for site in sites}
+        self.seen: set[nn.Module] = set()
+        self.hooks = dict.fromkeys(self.paths, self._note)
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.seen.add(module)
+
+    def of(self, sites: Iterable[Site]) -> list[Site]:
+        """Those that have run."""
+        return [site for site in sites if site.module in self.seen]
+
+    def warn_of_others(self) -> tuple[str, ...]:
+        """The paths of the others. A layer that never runs would cost nothing in the smallest format."""
+        others = tuple(path for module, path in self.paths.items() if module not in self.seen)
+        if others:
+            warnings.warn(
+                f"no batch reaches layer {', '.join(others)}, so nothing is known of what its rounding "
+                "costs, and the recipe leaves it alone; give batches that reach it",
+                stacklevel=3,
+            )
+        return others
 
 
 def divergence(exact: Tensor, found: Tensor) -> Tensor:

@@ -56,6 +56,14 @@ class Times:
             raise BitfoldError(f"there is no time of layer {layer!r} in {fmt}; measure it with this format")
         return found
 
+    @property
+    def least(self) -> float:
+        """Seconds of the whole model with each layer in its fastest format."""
+        fastest: dict[str, float] = {}
+        for (layer, _), seconds in self.layers.items():
+            fastest[layer] = min(seconds, fastest.get(layer, math.inf))
+        return self.rest + sum(fastest.values())
+
     def total(self, chosen: Iterable[Choice]) -> float:
         """Seconds of the whole model."""
         return self.rest + sum(self.of(choice.layer, choice.format) for choice in chosen)
@@ -70,21 +78,23 @@ def measured(
     repeats: int = 9,
     target: str | None = None,
 ) -> Times:
-    """Times of the model's first batch on the device that it is on; the model is as it was. Holds a copy of
-    the model at a time. Raises BitfoldError for no data."""
+    """Times of the model's first batch on the device that it is on; the model is as it was. A layer that this
+    batch does not reach takes none. Holds a copy of the model at a time. Raises BitfoldError for no data."""
     batch = _first(data)
     layers: dict[tuple[str, str], float] = {}
     rests = []
     for text in dict.fromkeys(str(format(one)) for one in formats):
         recipe = _uniform(text)
         paths = [site.path for site in plan(model, recipe, stored={}).sites]
+        if not paths:  # a format that fits no layer
+            continue
         made = quantize(copy.deepcopy(model), recipe, target=target)
         clock = _Clock({path: made.get_submodule(path) for path in paths})
         totals = clock.run(made, batch, repeats)
-        found = {path: statistics.median(seconds) for path, seconds in clock.seconds.items() if seconds}
+        found = {path: statistics.median(seconds or [0.0]) for path, seconds in clock.seconds.items()}
         layers |= {(path, text): seconds for path, seconds in found.items()}
         rests.append(statistics.median(totals) - sum(found.values()))
-    return Times(layers, max(statistics.median(rests), 0.0), f"measured, {_sizes(batch)}")
+    return Times(layers, max(statistics.median(rests or [0.0]), 0.0), f"measured, {_sizes(batch)}")
 
 
 @torch.no_grad()
@@ -100,16 +110,14 @@ def modeled(
         given = next(one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
         rows.setdefault(module, []).append(given.numel() // given.shape[-1])
 
-    layers: dict[tuple[str, str], float] = {}
-    for text in dict.fromkeys(str(format(one)) for one in formats):
-        sites = plan(model, _uniform(text), stored={}).sites
-        if not rows:
-            with hooked(model, {site.module: note for site in sites}):
-                batch.run(model)
-        for site in sites:
-            seconds = sum(_modeled(site, text, m, card) for m in rows.get(site.module, []))
-            if seconds:
-                layers[site.path, text] = seconds
+    texts = dict.fromkeys(str(format(one)) for one in formats)
+    sites = [(text, site) for text in texts for site in plan(model, _uniform(text), stored={}).sites]
+    with hooked(model, {site.module: note for _, site in sites}):
+        batch.run(model)
+    layers = {
+        (site.path, text): sum(_modeled(site, text, m, card) for m in rows.get(site.module, []) if m)
+        for text, site in sites
+    }
     return Times(layers, 0.0, f"linears by the cost model of {card.name}, {_sizes(batch)}")
 
 

@@ -30,7 +30,7 @@ from ..algorithms.calibration import Batches, hooked
 from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import Site, Step, plan
-from .sensitivity import Choice, Sensitivity
+from .sensitivity import Choice, Reached, Sensitivity, none_fits
 
 
 def trace_sensitivity(
@@ -50,11 +50,12 @@ def trace_sensitivity(
         raise BitfoldError("a trace is estimated on one batch and one draw at least")
     texts = list(dict.fromkeys(str(format(one)) for one in formats))
     plans = {text: plan(model, _uniform(text), stored={}).sites for text in texts}
+    reached = Reached(site for sites in plans.values() for site in sites)
     modules = {site.path: site.module for sites in plans.values() for site in sites}
     weights = {path: _weight(module) for path, module in modules.items()}
     traces = dict.fromkeys(weights, 0.0)
     generator = torch.Generator().manual_seed(seed)
-    with hooked(model, {}), _trainable(weights.values()):
+    with hooked(model, reached.hooks), _trainable(weights.values()):
         for done, batch in enumerate(batches):
             for _ in range(draws):
                 if progress is not None:
@@ -63,13 +64,13 @@ def trace_sensitivity(
                     traces[path] += value / (len(batches) * draws)
     choices, numel = [], {}
     for text, sites in plans.items():
-        for site in sites:
+        for site in reached.of(sites):
             bits, moved, count = _moved(site, text)
             numel[site.path] = count
             choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
     if not numel:
-        raise BitfoldError(f"none of {', '.join(formats)} fits a linear of this {type(model).__name__}")
-    return Sensitivity(tuple(choices), numel)
+        raise BitfoldError(none_fits(model, formats))
+    return Sensitivity(tuple(choices), numel, reached.warn_of_others())
 
 
 def _squares(
@@ -81,6 +82,11 @@ def _squares(
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()
+        if not total.requires_grad:
+            raise BitfoldError(
+                f"{type(model).__name__} computes under torch.no_grad(), so there are no traces of second "
+                "derivatives; search with by='measured'"
+            )
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     squares = (0.0 if g is None else float(g.float().square().sum()) for g in gradients)
     return {path: value / len(rows) for path, value in zip(weights, squares, strict=True)}

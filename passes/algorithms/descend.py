@@ -13,13 +13,15 @@ Nair and Suggala, "CDQuant", arXiv 2406.17542.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ...formats import BitfoldError
 from ...formats.fit import Columns
+from .columns import column_device
 from .draft import Draft
 from .refit import damped
 from .solve import Solver, Task
@@ -31,12 +33,13 @@ class Descend(Solver):
 
     name: ClassVar[str] = "descend"
     needs_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
 
     sweeps: int = 2
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.sweeps < 1 or self.damping < 0:
+        if self.sweeps < 1 or not 0 <= self.damping < math.inf:
             raise BitfoldError(f"descend makes 1 or more sweeps, with damping of 0 or more, not {self}")
 
     def solve(self, task: Task) -> Draft:
@@ -45,17 +48,17 @@ class Descend(Solver):
             raise BitfoldError(
                 f"layer {task.layer}: descend rounds matrices, not a weight of {list(w.shape)}"
             )
-        params = task.draft.chosen(f)
-        columns = Columns(f, params, w.shape[0])
-        h = damped(task.moment, self.damping)
+        params, there = task.draft.chosen(f), column_device(w)
+        columns = Columns(f, [part.to(there) for part in params], w.shape[0])
+        h, weight = damped(task.moment, self.damping).to(there), w.to(there)
         active = (h.diagonal() > 0).tolist()
-        values = task.draft.rounded(f).clone()
+        values = task.draft.rounded(f).to(there, copy=True)
         # (D H)_j is kept up to date a block of columns at a time: one product a block instead of one a
         # column.
         for _ in range(self.sweeps):
             for start in range(0, w.shape[1], 128):
-                _sweep(values, w, h, columns, slice(start, min(start + 128, w.shape[1])), active)
-        return Draft(w, params, values)
+                _sweep(values, weight, h, columns, slice(start, min(start + 128, w.shape[1])), active)
+        return Draft(w, params, values.to(w.device))
 
 
 def _sweep(values: Tensor, w: Tensor, h: Tensor, columns: Columns, part: slice, active: list[bool]) -> None:

@@ -13,8 +13,9 @@ arXiv 2504.02692), who take it in column by column, and of Qronos (Zhang et al.,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -32,12 +33,13 @@ class Follow(Solver):
     name: ClassVar[str] = "follow"
     needs_inputs: ClassVar[bool] = True
     wants_exact: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "weights"
 
     share: float = 1.0
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.damping <= 0:
+        if not (0 < self.share <= 1 and 0 < self.damping < math.inf):
             raise BitfoldError(f"follow takes a share in (0, 1] and damping above 0, not {self}")
 
     def solve(self, task: Task) -> Draft:
@@ -46,6 +48,8 @@ class Follow(Solver):
         if draft.params is not None:
             raise BitfoldError(f"layer {task.layer}: follow changes what is rounded; put it first")
         if inputs.cross is None:  # measured in the float model: nothing before it is rounded
+            return draft
+        if not bool(inputs.moment.any()):  # nothing but zeros came in, on which all weights agree
             return draft
         apart = (inputs.cross - inputs.moment).double()
         h = damped(inputs.moment.double(), self.damping)

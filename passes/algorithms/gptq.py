@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...formats import BitfoldError, Format
 from ...formats.fit import Columns
+from .columns import column_device
 from .draft import Draft
 from .solve import Solver, Task
 
@@ -42,6 +43,7 @@ class GPTQ(Solver):
 
     name: ClassVar[str] = "gptq"
     needs_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
 
     actorder: bool = True
     damping: float = 0.01
@@ -67,9 +69,10 @@ class GPTQ(Solver):
         factor = inverse_factor(task.moment[order][:, order], self.damping)
         if self.groups == "sequential" and task.draft.params is None and _by_groups(f):
             return self._sequential(f, w, factor)
-        params = task.draft.chosen(f)
-        columns = Columns(f, params, w.shape[0])
-        return Draft(w, params, compensate(w, factor, order, columns.round, self.block))
+        params, there = task.draft.chosen(f), column_device(w)
+        columns = Columns(f, [part.to(there) for part in params], w.shape[0])
+        values = compensate(w.to(there), factor.to(there), order.to(there), columns.round, self.block)
+        return Draft(w, params, values.to(w.device))
 
     def _sequential(self, f: Format, w: Tensor, factor: Tensor) -> Draft:
         """Scales of a group from the weight as it is when the group's first column comes."""

@@ -17,7 +17,7 @@ Each block keeps the parameters of its least error.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class HQQ(Solver):
     """norm: p; beta and growth: of the shrinkage, in steps of the block's scale; rounds: at most."""
 
     name: ClassVar[str] = "hqq"
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "scales"
 
     norm: float = 0.7
     beta: float = 10.0
@@ -40,7 +41,7 @@ class HQQ(Solver):
     rounds: int = 20
 
     def __post_init__(self) -> None:
-        if not 0 < self.norm <= 1 or self.beta <= 0 or self.growth < 1 or self.rounds < 1:
+        if not (0 < self.norm <= 1 and self.beta > 0 and self.growth >= 1 and self.rounds >= 1):
             raise BitfoldError(f"hqq takes 0 < norm <= 1, beta > 0, growth >= 1 and rounds >= 1, not {self}")
 
     def solve(self, task: Task) -> Draft:

@@ -13,8 +13,9 @@ scales are stored, the error is no less.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +32,14 @@ class Refit(Solver):
 
     name: ClassVar[str] = "refit"
     needs_inputs: ClassVar[bool] = True
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
+    wants_codes: ClassVar[bool] = True
 
     damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise BitfoldError(f"refit takes damping of 0 or more, not {self}")
 
     def solve(self, task: Task) -> Draft:
         f, draft = task.format, task.draft

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -51,12 +51,15 @@ class Task:
 @dataclass(frozen=True)
 class Solver(Pass):
     """needs_inputs: the solver cannot do without statistics; wants_inputs: it is better with them;
-    wants_exact: with the float model's activations beside those behind rounded weights."""
+    wants_exact: with the float model's activations beside those behind rounded weights; decides: what it
+    chooses, which one that comes later must not throw away; wants_codes: they are decided before it."""
 
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
     needs_inputs: ClassVar[bool] = False
     wants_inputs: ClassVar[bool] = False
     wants_exact: ClassVar[bool] = False
+    decides: ClassVar[Literal["weights", "scales", "codes", ""]] = ""
+    wants_codes: ClassVar[bool] = False
 
     def apply(self, gm: GraphModule) -> int:
         """Number of weights decided about; the others keep plain rounding, and a miss says why."""

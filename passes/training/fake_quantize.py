@@ -35,6 +35,8 @@ aten = torch.ops.aten
 FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
 ROUNDED = "_rounded"
 """How the name of a fake-quantize node ends: `fc_weight_rounded`."""
+RANGE = "bitfold_range"
+"""In the meta of a fake-quantize node that was an observer: the range that it saw."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _settle(gm: GraphModule, node: Node) -> int:
         for name, part in zip(names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
-    new.meta[EDGE] = on
+    new.meta[EDGE], new.meta[RANGE] = on, observer.range()
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     gm.delete_submodule(str(node.target))
@@ -161,7 +163,8 @@ def _fake_quantize(
 ) -> Node:
     layer = on.layer.replace(".", "_").removesuffix(f"{on.which}")
     name = f"{layer.rstrip('_')}_{on.which}{ROUNDED}".lstrip("_")
-    value = _contiguous(gm, value, before)
+    if on.which != "output":  # which stands right behind its layer; `quantize` and `train_quantize` see to it
+        value = _contiguous(gm, value, before)
     args: tuple[Argument, ...] = (value, on.format, *([params] if params else []))
     with gm.graph.inserting_before(before):
         node = gm.graph.create_node("call_function", FAKE_QUANTIZE, args, name=name)
@@ -197,7 +200,8 @@ def _mask_weights(gm: GraphModule) -> int:
         if source is None:
             continue
         numbers = source.apply(source.parameter)
-        mask = format(on.format).sparsity.mask(numbers).to(numbers.dtype)
+        # Truth values, which no `.to(dtype)` of the model turns into another dtype than the weight's.
+        mask = format(on.format).sparsity.mask(numbers)
         held = add_constant(gm, f"{source.path.removesuffix('.weight')}_mask", mask, like=node)
         node.update_arg(0, call(gm, aten.mul.Tensor, (rows, held), before=node, origin_from=node))
         made += 1

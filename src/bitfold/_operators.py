@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .formats.round_groups import FASTER
+
 _library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -35,6 +37,10 @@ torch.library.register_fake("bitfold::fused", _later("fused", "fake"), lib=_libr
 torch.library.register_autograd(
     "bitfold::fused", _later("fused", "backward"), setup_context=_later("fused", "keep"), lib=_library
 )
+
+_library.define("fused_beside(Tensor[] inputs, str specs) -> Tensor[]")
+_library.impl("fused_beside", _later("cpu.beside", "build_for_cpu"), "CompositeExplicitAutograd")
+torch.library.register_fake("bitfold::fused_beside", _later("cpu.beside", "beside_fake"), lib=_library)
 
 _library.define("few_queries(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor")
 _library.impl("few_queries", _later("kv_cache.few_queries", "build_for_cpu"), "CompositeExplicitAutograd")
@@ -79,3 +85,4 @@ torch.library.register_autograd(
 # Defined, with their reference, in formats/round_groups.py.
 for _name, _function in (("round_groups", "rounded"), ("round_groups_backward", "gradients")):
     _library.impl(_name, _later("cuda.rounding", _function), "CUDA")
+FASTER["cuda"] = _later("cuda.rounding", "faster")

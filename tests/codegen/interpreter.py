@@ -102,8 +102,8 @@ def rounding(spec: Any, x: Any, scales: list[torch.Tensor], gradient: Any = None
     from bitfold.codegen.triton.rounding_build import gradients, rounded
 
     if gradient is None:
-        return {"made": (rounded(spec, x, scales),)}
-    return {"made": gradients(spec, x, scales, gradient)}
+        return {"made": (rounded(spec, x, scales, plain=True),)}
+    return {"made": gradients(spec, x, scales, gradient, plain=True)}
 
 
 JOBS = {"product": product, "finish": finish, "attend": attend, "write": write, "rounding": rounding}

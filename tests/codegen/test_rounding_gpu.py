@@ -26,7 +26,7 @@ def test_on_a_card_it_is_the_reference(text: str, kind: str) -> None:
     start = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
     flow = torch.randn_like(start)
     found = []
-    for flag in ("", "+kernel"):
+    for flag in ("+fused", "+kernel"):
         x = start.clone().requires_grad_()
         held = []
         if kind == "lsq":
@@ -47,7 +47,7 @@ def test_a_compiled_step_with_kernels_is_the_one_without(gradient: str) -> None:
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda().bfloat16()
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     found = []
-    for flag in ("", "+kernel"):
+    for flag in ("+fused", "+kernel"):
         torch._dynamo.reset()
         one = bf.prepare_qat(copy.deepcopy(model), "int4[g32]", bf.Qat(gradient + flag))
         torch.compile(one, fullgraph=True)(x).float().square().mean().backward()
@@ -55,3 +55,14 @@ def test_a_compiled_step_with_kernels_is_the_one_without(gradient: str) -> None:
     for ours, theirs in zip(*found, strict=True):
         # bfloat16 gradients through two layers, each rounded to 8 bits of mantissa.
         assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-8
+
+
+@pytest.mark.parametrize(
+    "text", [*FORMATS, "int8[noclip]", "int4[g32,signed]", "uint8[g64,f16,zero:min]", "nvfp4", "mxfp8[rceil]"]
+)
+def test_codes_made_on_a_card_are_those_of_a_processor(text: str) -> None:
+    torch.manual_seed(0)
+    fmt, x = format(text), torch.randn(256, 512)
+    here, there = fmt.quantize(x), fmt.quantize(x.cuda())
+    assert torch.equal(here.codes, there.codes.cpu())
+    assert torch.equal(fmt.dequantize(here), fmt.dequantize(there).cpu())

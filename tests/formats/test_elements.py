@@ -94,6 +94,21 @@ def test_rounds_to_the_nearest_value(name: str) -> None:
     np.testing.assert_array_equal(got, nearest_by_brute_force(e, x.numpy()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALL)
+def test_rounding_without_codes_is_rounding_with_them(name: str, dtype: torch.dtype) -> None:
+    e = element(name)
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16).to(torch.float32)
+    x = torch.cat([probes(e), every]).to(dtype)  # infinities and NaN among them
+    for result in (torch.float32, dtype):
+        wanted, got = e.decode(e.encode(x), result), e.rounded(x, result)
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got.isnan(), wanted.isnan())
+        whole = {torch.float32: torch.int32}.get(result, torch.int16)
+        bits = [torch.where(t.isnan(), 0.0, t).view(whole) for t in (wanted, got)]
+        assert torch.equal(*bits)  # -0 too
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_low_and_high_are_the_extreme_values(name: str) -> None:
     e = element(name)

@@ -1,14 +1,16 @@
 """Gradients of the rounding that trains, against closed forms written here; values against `quantize`."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bitfold.formats import FormatError, describe, format, learned
+from bitfold.formats import FormatError, describe, format, learned, round_groups
 from bitfold.formats.cells import neighbours, staircase_slope
 from bitfold.formats.gradient import KINDS, Gradient
 from bitfold.formats.train_quantize import params
@@ -234,6 +236,30 @@ def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
         Gradient.parse(text)
 
 
+@pytest.mark.parametrize(
+    "kind,seen",
+    [("straight", 1), ("straight+fused", 0), ("straight+kernel", 1), ("clip", 0), ("clip+kernel", 1)],
+)
+def test_an_operator_of_its_own_is_taken_where_a_device_says_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, kind: str, seen: int
+) -> None:
+    monkeypatch.setitem(round_groups.FASTER, "cpu", lambda x, text: text == "int4[g16]")
+    calls = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(function is torch.ops.bitfold.round_groups.default)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(6, 32, requires_grad=True)
+    with Watch():
+        y = torch.ops.bitfold.train_quantize(x, "int4[g16]", kind, [], True)
+    assert sum(calls) == seen
+    assert torch.equal(y, format("int4[g16]").fake_quantize(x.detach()))
+    y.sum().backward()
+    assert "clip" in kind or torch.equal(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize("kind", ["straight", "clip", "lsq", "pact", "smooth:3"])
 @pytest.mark.parametrize("text", ["int4[g16]", "uint4[g16,zero]", "int8", "mxfp4", "nvfp4", "int8[tensor]"])
 def test_by_an_operator_of_its_own_it_is_the_same(text: str, kind: str) -> None:
@@ -256,3 +282,25 @@ def test_by_an_operator_of_its_own_it_is_the_same(text: str, kind: str) -> None:
         (y * torch.randn_like(y)).sum().backward()
         found.append([y, x.grad, *(part.grad for part in held)])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "text", ["int2[g32]", "int3[g32,bf16]", "int4[g32,bf16]", "float8_e4m3fn[tensor,bf16]"]
+)
+@pytest.mark.parametrize("gradient", ["clip", "smooth:5"])
+def test_what_chose_its_own_scale_is_never_without_a_gradient(text: str, gradient: str) -> None:
+    w = torch.randn(512, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    OP(w, text, gradient, [], True).sum().backward()
+    assert int((w.grad == 0).sum()) == 0
+    if gradient == "clip":
+        assert torch.equal(w.grad, torch.ones_like(w))
+
+
+def test_torch_func_differentiates_what_goes_straight_and_refuses_the_rest() -> None:
+    w = torch.randn(2, 32)
+    found = torch.func.grad(lambda w: (OP(w, "int4[g32]", "straight", []) * 3.0).sum())(w)
+    assert torch.equal(found, torch.full_like(w, 3.0))
+    with pytest.raises(
+        FormatError, match=r"torch\.func differentiates the gradient 'straight' only, not 'clip'"
+    ):
+        torch.func.grad(lambda w: OP(w, "int4[g32]", "clip", []).sum())(w)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,36 @@ def test_where_it_may_stand() -> None:
     with pytest.raises(bf.BitfoldError, match="give calibration"):
         bf.quantize(model, RECIPE, algorithm="correct_bias", target="reference")
     assert type(model.fc) is nn.Linear
+
+
+def test_what_hooks_of_the_users_do_is_no_error() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    model[0].register_forward_hook(lambda module, args, result: result + 5)
+    model[2].register_forward_pre_hook(lambda module, args: (2 * args[0] + 1,))
+    x = torch.randn(64, 32)
+    exact, q = model(x), copy.deepcopy(model)
+    bf.quantize(q, "int8", algorithm="correct_bias", calibration=[x], target="reference")
+    assert (q(x) - exact).norm() < 0.02 * exact.norm()
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(len(x), 16).index_add(0, (x[:, 0] > 0).nonzero()[:, 0], self.fc(x[x[:, 0] > 0]))
+
+
+def test_a_batch_without_rows_for_a_layer_says_nothing_of_it() -> None:
+    """In whatever order they come."""
+    torch.manual_seed(0)
+    model, x = Expert().eval(), torch.randn(64, 32)
+    some, none = x[x[:, 0] > 0], x[x[:, 0] <= 0]
+    biases = []
+    asked: dict[str, Any] = {"algorithm": "correct_bias", "target": "reference"}
+    for batches in ([some], [some, none], [none, some]):
+        q = bf.quantize(copy.deepcopy(model), "int3[g32]", calibration=batches, **asked)
+        biases.append(q.fc.bias.detach())
+    assert torch.equal(biases[0], biases[1]) and torch.equal(biases[0], biases[2])

@@ -166,3 +166,70 @@ def test_a_model_that_is_one_layer_is_said() -> None:
     layer = nn.Linear(32, 32)
     with pytest.raises(bf.BitfoldError, match="one layer and no model"):
         bf.diagnose(layer, bf.quantize(copy.deepcopy(layer), "int4[g32]"), [torch.randn(4, 32)])
+
+
+def test_what_is_written_to_a_layers_result_is_not_its_noise() -> None:
+    torch.manual_seed(0)
+    layers, x = (nn.Linear(32, 64), nn.Linear(64, 8)), torch.randn(16, 32)
+    found = []
+    for inplace in (False, True):
+        model = nn.Sequential(layers[0], nn.ReLU(inplace), layers[1]).eval()
+        found.append(bf.diagnose(model, quantized(model, bf.Rule(weight="int8")), [x]))
+    assert found[0].layers == found[1].layers
+
+
+def test_hooks_of_the_users_are_no_noise(model: nn.Sequential) -> None:
+    x = torch.randn(16, 32)
+    plain = bf.diagnose(model, quantized(model, bf.Rule(weight="int8")), [x]).layers[0]
+    model[0].register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    model[0].register_forward_hook(lambda module, args, result: result / 2)
+    hooked = bf.diagnose(model, quantized(model, bf.Rule(weight="int8")), [x]).layers[0]
+    assert hooked.isolated == pytest.approx(plain.isolated, abs=3.0)  # the bias is there half as much
+
+
+class Reused(nn.Module):
+    """A layer of two names, one that is called out of a list, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.idle = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.again, self.list = self.first, [self.hidden]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.again(torch.tanh(self.first(x))))
+        return torch.tanh(self.list[0](x))
+
+
+@pytest.mark.parametrize("only", ["first", "hidden"])
+def test_alone_is_the_layer_wherever_it_is_called(only: str) -> None:
+    torch.manual_seed(0)
+    model, x = Reused().eval(), torch.randn(64, 32)
+    q = quantized(model, bf.Rule(match=only, weight="int4[g32]"), bf.Rule(match="idle", weight="int2[g32]"))
+    if only == "hidden":
+        assert q.list[0] is q.hidden
+    found = bf.diagnose(model, q, [x])
+    by_name = {one.path: one for one in found.layers}
+    assert by_name[only].alone == pytest.approx(found.output)
+    assert math.isnan(by_name["idle"].alone) and math.isnan(by_name["idle"].isolated)
+    assert found.worst()[-1].path == "idle" and "not reached" in str(found)
+    assert "forward" not in vars(model.first) and model.again is model.first
+
+
+class Counter(nn.Module):
+    """Every call doubles what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 8)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale.mul_(2)
+        return self.fc(x) * self.scale
+
+
+def test_every_run_starts_from_the_same_buffers() -> None:
+    torch.manual_seed(0)
+    model, batches = Counter().eval(), [torch.randn(16, 32), torch.randn(16, 32)]
+    found = bf.diagnose(model, quantized(model, bf.Rule(weight="int4[g32]")), batches)
+    assert found.layers[0].alone == pytest.approx(found.output) and found.output > 10

@@ -83,7 +83,7 @@ def test_the_first_layer_has_nothing_to_make_up_for() -> None:
 def test_where_it_may_stand() -> None:
     torch.manual_seed(0)
     model = Model().eval()
-    with pytest.raises(bf.BitfoldError, match="put it first"):
+    with pytest.raises(bf.BitfoldError, match="put it before clip"):
         bf.quantize(model, "int4[g32]", algorithm="clip,follow", calibration=batches(1), target="reference")
     with pytest.raises(bf.BitfoldError, match="chain of blocks"):
         plain = nn.Sequential(nn.Linear(32, 32))

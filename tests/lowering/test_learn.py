@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.passes.algorithms.draft import Draft
-from bitfold.passes.algorithms.learn import Learn, Rounding
+from bitfold.passes.algorithms.learn import Learn
 
 
 class Block(nn.Module):
@@ -65,18 +64,6 @@ def test_learning_goes_on_from_gptq(model: Model) -> None:
     assert loss(model, "clip,gptq,learn{steps=100}") < 0.95 * loss(model, "clip,gptq")
 
 
-def test_a_rounding_starts_where_it_was_decided() -> None:
-    torch.manual_seed(0)
-    f, w = bf.format("int4[g32]"), torch.randn(8, 32)
-    params = f.choose(w)
-    decided = f.fake_quantize(w + 0.4 * torch.randn_like(w) * f.scale.decode(params[0]), params)  # type: ignore[union-attr]
-    start = Rounding(f, Draft(w, params, decided))
-    assert torch.equal(start.values().detach(), decided)
-    assert torch.equal(start.draft().rounded(f), decided)
-    start.move(torch.ones(8, 32), 5.0)
-    assert (start.place >= w - start.gap * (1 + 1e-6)).all()
-
-
 def test_an_interrupted_run_is_taken_up(model: Model, tmp_path: Path) -> None:
     asked = {"algorithm": "gptq,learn{steps=5}", "calibration": batches(), "target": "reference"}
     whole = bf.quantize(copy.deepcopy(model), "int4[g32]", **asked)
@@ -113,3 +100,32 @@ def test_mistakes(model: Model) -> None:
         bf.quantize(nn.Sequential(nn.Linear(32, 8)), "int4[g32]", algorithm="learn", calibration=batches())
     with pytest.raises(bf.BitfoldError, match="1 or more steps"):
         Learn(steps=0)
+
+
+class Routed(Block):
+    """Rows that begin with a positive number go through another layer, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sent = x[..., 0] > 0
+        y = x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+        return y.index_put((sent,), self.other(x[sent])) if bool(sent.any()) else y
+
+
+def test_a_layer_that_a_batch_does_not_reach_learns_from_the_others() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    model.blocks = nn.ModuleList(Routed() for _ in range(2))
+    data = batches()
+    with torch.no_grad():
+        data += [torch.cat([-x[..., :1].abs(), x[..., 1:]], -1) for x in data[:4]]
+        exact = [model(x) for x in data]
+        found = []
+        for algorithm in (None, "learn{steps=60}"):
+            q = copy.deepcopy(model)
+            bf.quantize(q, "int3[g32]", algorithm=algorithm, calibration=data, target="reference")
+            found.append(sum(float((q(x) - y).square().mean()) for x, y in zip(data, exact, strict=True)))
+    assert found[1] < 0.8 * found[0]

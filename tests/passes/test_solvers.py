@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ import bitfold as bf
 from bitfold.formats import Quantized
 from bitfold.passes import Pipeline, annotated
 from bitfold.passes.algorithms.clip import Clip
+from bitfold.passes.algorithms.columns import column_device
 from bitfold.passes.algorithms.descend import Descend
 from bitfold.passes.algorithms.draft import DRAFT, Draft
 from bitfold.passes.algorithms.gptq import GPTQ, compensate, inverse_factor
@@ -184,7 +187,8 @@ def test_clip_cuts_where_the_inputs_are_small() -> None:
     x[:, :4] *= 0.01
     one = task("int3[g32]", x=x)
     one.weight[:, 0] *= 8  # large numbers on a channel that says nothing
-    assert error(one, Clip().solve(one)) < 0.5 * error(one, Clip(weighted=False).solve(one))
+    seeing, blind = (Clip(weighted=weighted, signed=False).solve(one) for weighted in (True, False))
+    assert error(one, seeing) < 0.5 * error(one, blind)
 
 
 def test_clip_moves_powers_of_two() -> None:
@@ -321,3 +325,39 @@ def test_codes_may_be_given_instead_of_a_draft() -> None:
     assert isinstance(codes, Quantized)
     Pipeline.parse("fold").run(gm)
     assert torch.allclose(gm(torch.ones(4, 64)), codes.dequantize().sum(1) + layer.bias)
+
+
+def test_clip_turns_blocks_to_the_longer_side() -> None:
+    """int3 reaches from -4 to 3: a block of one large positive number has it exact under a scale below 0."""
+    w = torch.tensor([[4.0, 1.0, -1.0, 2.0, 0.0, 3.0, -2.0, 1.0]])
+    f = bf.format("int3[g8]")
+    kept, turned = (Clip(weighted=False, signed=one).search(f, w) for one in (False, True))
+    assert kept[0].item() > 0 and (f.fake_quantize(w, kept) != w).any()
+    assert turned[0].item() < 0
+    lost, kept_loss = ((f.fake_quantize(w, params) - w).square().sum() for params in (turned, kept))
+    assert lost < 0.2 * kept_loss
+
+
+@pytest.mark.parametrize("text", ["int8[g32]", "uint4[g32,zero:int]", "nvfp4", "mxfp4", "nf4[g32]"])
+def test_clip_leaves_signs_where_no_side_is_longer(text: str) -> None:
+    torch.manual_seed(0)
+    w, f = torch.randn(8, 64), bf.format(text)
+    found, unsigned = (Clip(weighted=False, signed=one).search(f, w) for one in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(found, unsigned, strict=True))
+
+
+def test_scales_below_zero_survive_what_comes_after_clip() -> None:
+    one = task("int3[g32]")
+    draft = Clip().solve(one)
+    assert draft.params is not None and (draft.params[0] < 0).any()
+    for step in (GPTQ(), Descend(), Refit()):
+        draft = step.solve(dataclasses.replace(one, draft=draft))
+    codes = draft.quantized(one.format)
+    assert torch.equal(codes.dequantize(), draft.rounded(one.format))
+    assert error(one, draft) < error(one, Clip().solve(one))
+
+
+def test_small_matrices_are_rounded_on_the_cpu() -> None:
+    """Shapes alone decide; `meta` stands for any device that is no CPU."""
+    assert column_device(torch.empty(512, 4096, device="meta")) == torch.device("cpu")
+    assert column_device(torch.empty(14336, 4096, device="meta")) == torch.device("meta")

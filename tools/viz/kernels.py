@@ -28,8 +28,10 @@ from ...codegen.attention_schedule import choose_attention
 from ...codegen.choose import alone
 from ...codegen.conv import ConvSpec
 from ...codegen.pipelined import Pipelined
+from ...lowering.cpu.beside import BETWEEN
 
 FUSED = torch.ops.bitfold.fused.default
+BESIDE = torch.ops.bitfold.fused_beside.default
 CONV = torch.ops.bitfold.conv.default
 ATTEND = (torch.ops.bitfold.attend.default, torch.ops.bitfold.attend_few.default)
 
@@ -74,6 +76,8 @@ def kernel_of(
             return _on_cpu(text, "gemm")
         spec = GemmSpec.parse(text)
         return _gemm_on_gpu(spec, max(1, prod(read) // spec.k), gpu, compiled)
+    if node.target is BESIDE:
+        return _on_cpu(text, "gemm")
     if node.target is CONV:
         return _on_cpu(text, "conv")
     if node.target in ATTEND:
@@ -106,7 +110,9 @@ def _cpp(text: str, kind: str) -> str:
 
     if kind == "conv":
         return conv(ConvSpec.parse(text))
-    return attention(AttentionSpec.parse(text)) if kind == "attention" else gemm(GemmSpec.parse(text))
+    if kind == "attention":
+        return attention(AttentionSpec.parse(text))
+    return "\n".join(dict.fromkeys(gemm(GemmSpec.parse(one)) for one in text.split(BETWEEN)))
 
 
 @lru_cache(maxsize=1024)

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "pairs16.h"
+#include "words.h"
 
 namespace bitfold {
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "words.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 16;  // of a vector of floats; a vector of bytes has 32

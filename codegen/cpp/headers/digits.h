@@ -1,8 +1,9 @@
-// One row of x as integers of 24 bits, a block of numbers at a time, in three digits of 8 bits each.
+// One row of x as integers, a block of numbers at a time: of 24 bits in three digits of 8, or of 30 in two words.
 //
 //   x[i] of a block  =  unit * steps[block] * (d0 + 256 d1 + 65536 d2)  +- half a step
+//   x[i] of a block  =  unit * steps[block] * (32768 high + low)        +- half a step
 //
-// unit and steps are powers of two; the largest number of a block takes 22 or 23 bits and a sign.
+// unit and steps are powers of two; the largest number of a block takes 22 or 23 bits and a sign, or 28 or 29.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,12 +15,13 @@
 
 namespace bitfold {
 
-// What a call with digits reads: for 32 numbers, 32 of each digit; for a block, a step and eight sums of its
-// integers, by fours, times how much codes are too high.
+// What a call with digits reads: for 32 numbers, 32 of each digit, or their high words and the low ones; for a block, a
+// step, and for digits eight sums of its integers, by fours, times how much codes are too high.
 struct Digits {
   std::vector<int8_t> digits;
   std::vector<int32_t> middles;
   std::vector<float> steps;
+  std::vector<int> exponents;
 };
 
 constexpr int32_t kMostDigits = 127 << 16 | 127 << 8 | 127;
@@ -44,45 +46,58 @@ inline void cut(const int32_t* v, int8_t* to, int32_t* sums) {
   for (int j = 0; j < 8; ++j) sums[j] += v[4 * j] + v[4 * j + 1] + v[4 * j + 2] + v[4 * j + 3];
 }
 
+// The words of 32 integers, high ones first.
+inline void cut(const int32_t* v, int16_t* to) {
+  for (int i = 0; i < 32; ++i) {
+    const int32_t high = (v[i] + (1 << 14)) >> 15;
+    to[i] = static_cast<int16_t>(high), to[32 + i] = static_cast<int16_t>(v[i] - (high << 15));
+  }
+}
+
 // Whether x, `padded` numbers of float32, was made into digits; else numbers are not finite, or too many of a block
 // are so much smaller than its largest that their digits would say little of them.
 inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits& to, Call& call) {
-  const int block = wants.digits;
-  const int64_t blocks = padded / block;
-  to.digits.resize(3 * padded), to.middles.assign(8 * blocks, 0), to.steps.resize(blocks + 16);
-  constexpr int least = -104;  // below, a step would be no normal number
+  const bool words = wants.words != 0;
+  const int64_t block = wants.digits, blocks = (padded + block - 1) / block, bytes = words ? 4 : 3;
+  const int shift = words ? 28 : 22, least = shift - 126;  // below, a step would be no normal number
+  to.digits.resize(bytes * padded), to.steps.resize(blocks + 16), to.exponents.resize(blocks);
+  to.middles.assign(words ? 0 : 8 * blocks, 0);
   int highest = least;
-  std::vector<int> exponents(blocks);
   for (int64_t b = 0; b < blocks; ++b) {
     const float* from = x + b * block;
+    const int64_t count = std::min(block, padded - b * block);
     int32_t top = 0;  // of magnitudes, as the integers that their bits are
-    for (int i = 0; i < block; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       int32_t bits;
       std::memcpy(&bits, from + i, 4);
       top = std::max(top, bits & 0x7fffffff);
     }
     if (top >= 0x7f800000) return false;
     // The largest number as 1 .. 2 times 2**exponent; as an integer one bit less if it were rounded past the digits.
-    int e = std::max((top >> 23) - 127, least) + ((top & 0x7fffff) > 0x7e0000);
-    exponents[b] = e;
+    int e = std::max((top >> 23) - 127, least) + (!words && (top & 0x7fffff) > 0x7e0000);
+    to.exponents[b] = e;
     highest = std::max(highest, e);
-    const float inverse = power(22 - e);
+    const float inverse = power(shift - e);
     int32_t small = 0;
     alignas(64) int32_t v[32];
-    for (int at = 0; at < block; at += 32) {
+    for (int64_t at = 0; at < count; at += 32) {
       for (int i = 0; i < 32; ++i) {
         v[i] = static_cast<int32_t>(std::nearbyint(from[at + i] * inverse));
         small += (std::abs(v[i]) < 64) & (from[at + i] != 0.0f);
       }
-      cut(v, to.digits.data() + 3 * (b * block + at), to.middles.data() + 8 * b);
+      int8_t* const cuts = to.digits.data() + bytes * (b * block + at);
+      if (words)
+        cut(v, reinterpret_cast<int16_t*>(cuts));
+      else
+        cut(v, cuts, to.middles.data() + 8 * b);
     }
-    if (4 * small > block) return false;
-    for (int j = 0; j < 8; ++j) to.middles[8 * b + j] *= -wants.base;
+    if (4 * small > count) return false;
+    for (int j = 0; j < 8 && !words; ++j) to.middles[8 * b + j] *= -wants.base;
   }
   if (highest == least) return false;  // nothing but zeros, or numbers that are next to none
-  for (int64_t b = 0; b < blocks; ++b) to.steps[b] = power(std::max(exponents[b] - highest, -126));
+  for (int64_t b = 0; b < blocks; ++b) to.steps[b] = power(std::max(to.exponents[b] - highest, -126));
   call.digits = to.digits.data(), call.middles = to.middles.data(), call.steps = to.steps.data();
-  call.x_unit = power(std::max(highest - 22, -126));
+  call.x_unit = power(std::max(highest - shift, -126));
   return true;
 }
 

@@ -140,6 +140,20 @@ inline Sums load_sums(const float* p) { return loadf(p); }
 inline void store_sums(float* p, Sums v) { storef(p, v); }
 inline Sums scaled(Sums v, float s, Sums onto) { return madd(v, same(s), onto); }
 
+// Signed bytes times numbers of 16 bits, in words.py: which products share a sum is all the same.
+struct Words {
+  int16x8_t a, b;
+};
+inline Words words(const uint8_t* p) {
+  const int8x16_t v = vreinterpretq_s8_u8(vld1q_u8(p));
+  return {vmovl_s8(vget_low_s8(v)), vmovl_high_s8(v)};
+}
+inline Ints products(Words w, const int16_t* x, Ints onto) {
+  const int16x8_t x0 = vld1q_s16(x), x1 = vld1q_s16(x + 8);
+  return {vmlal_high_s16(vmlal_s16(onto.a, vget_low_s16(w.a), vget_low_s16(x0)), w.a, x0),
+          vmlal_high_s16(vmlal_s16(onto.b, vget_low_s16(w.b), vget_low_s16(x1)), w.b, x1)};
+}
+
 template <int n> inline Ints up(Ints v) { return {vshlq_n_s32(v.a, n), vshlq_n_s32(v.b, n)}; }
 
 inline float of_half(uint16_t h) {

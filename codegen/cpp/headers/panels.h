@@ -20,7 +20,7 @@ static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
 // bits: of codes that are multiplied as integers, 0 for floats. `static`, since statics of an inline function are one
 // for the whole process: a library for other vectors would be told what the first one wants.
-template <bool held, int bits, int digits, int base> static const Wants* wants() {
+template <bool held, int bits, int digits, int base, bool words> static const Wants* wants() {
   static constexpr auto order = [] {
     struct {
       int8_t at[32];
@@ -29,9 +29,9 @@ template <bool held, int bits, int digits, int base> static const Wants* wants()
     return found;
   }();
   constexpr bool moved = held && place(1) != 1;
-  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base};
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base, words};
   static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
-                                     kStored, 0, 0};
+                                     kStored, 0, 0, 0};
   return bits == 0 ? &of_floats : &of_codes;
 }
 

@@ -160,6 +160,20 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 }
 
 
+// Signed bytes times numbers of 16 bits, in words.py.
+struct Words {
+  int16_t v[16];
+};
+inline Words words(const uint8_t* p) {
+  Words r;
+  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<int8_t>(p[i]);
+  return r;
+}
+inline Ints products(Words w, const int16_t* x, Ints onto) {
+  for (int i = 0; i < 16; ++i) onto.v[i / 2] += int32_t(w.v[i]) * int32_t(x[i]);
+  return onto;
+}
+
 // For panels (panels.h); see avx2.h.
 constexpr int kTile = 6, kIntTile = 4;
 inline Ints numbers(const void* x) {

@@ -6,7 +6,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -15,36 +17,22 @@
 
 #include "kernel.h"
 #include VECTORS
-#include "digits.h"
-#include "numbers.h"
-#include "ready.h"
+#include "call.h"
+#include "pages.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace bitfold {
 
-using Run = void (*)(const Call*, int64_t, int64_t);
 using Build = int (*)(const char* text);
-
-// What a spec says, in numbers; `codegen/cpp/build.py` fills one in.
-struct Facts {
-  Run run;   // a few rows of x
-  Run many;  // many, from panels; null where x has a scale for each block
-  const Wants* (*wants)();
-  int64_t n, k, padded, stride, scale_row, scale_group, groups, sum_cols;
-  int32_t weights, parts, scales, zeros, level;  // the last three: places among a weight's parts, or -1
-  int32_t bias, matrices, vectors, codes, out;   // codes: x comes in int8; out: 0 float32, 1 bfloat16, 2 float16
-  int32_t token_scales;                          // of x: 0 none, 1 for all, else one more than a row has
-  int32_t x;                                     // 0 float32, 1 bfloat16, 2 float16: of biases and extras too
-  int64_t scale_count, scale_bytes, zero_bytes;  // numbers of a weight's scales, and the size of one
-};
 
 namespace {
 
 std::shared_mutex guard;
 std::unordered_map<std::string, Facts> known;
 Build build = nullptr;
+Pages pages;
 
 bool find(const std::string& text, Facts& found) {
   std::shared_lock<std::shared_mutex> lock(guard);
@@ -53,19 +41,6 @@ bool find(const std::string& text, Facts& found) {
   found = at->second;
   return true;
 }
-
-struct Scratch {
-  std::vector<float> numbers, sums, turned, scales;
-  std::vector<int8_t> codes;
-  std::vector<int16_t> panels;
-  Digits digits;
-  // A long prompt's copy is not kept for the tokens after it.
-  void trim() {
-    constexpr size_t most = 16 << 20;
-    if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
-    if (panels.capacity() * sizeof(int16_t) > most) std::vector<int16_t>().swap(panels);
-  }
-};
 
 // Straight to the allocator: through the dispatcher it takes a third of a small product's time.
 Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
@@ -79,50 +54,36 @@ Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
   return Tensor(handle);
 }
 
-// From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
-constexpr int64_t kMany = 9;
+// A product whose x is ready: what is left is to run it.
+struct Prepared {
+  Facts facts;
+  Call call{};
+  bool turn = false;  // by panels
+  Tensor y;
+  std::vector<Tensor> inputs;  // what the call points into
+};
 
-template <class From, class To, class Out>
-void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
-  torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
-    turned<From, To>(rows, wants, first, last, panels, sums);
-  });
-}
-
-void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
-  const Wants& wants = *f.wants();
-  call.across = (call.m + wants.width - 1) / wants.width * wants.width;
-  float* sums = scratch.sums.data();
-  if (f.codes) {
-    scratch.panels.resize(call.across * f.padded);
-    int16_t* to = scratch.panels.data();
-    if (wants.size == 1)
-      all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
-    else
-      all_turned<i8, int8_t>(rows, wants, to, sums);
-    call.panels = to;
-  } else {
-    scratch.numbers.resize(call.across * f.padded);
-    float* to = scratch.numbers.data();
-    if (f.x == 0) all_turned<f32, float>(rows, wants, to, sums);
-    if (f.x == 1) all_turned<bf16, float>(rows, wants, to, sums);
-    if (f.x == 2) all_turned<f16, float>(rows, wants, to, sums);
-    call.panels = to;
-  }
-  turned_sums(rows, call.across, sums, scratch.turned);
-  call.sum_panels = scratch.turned.data();
-}
-
-std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
+Facts facts_of(const std::string& text) {
   Facts f;
   if (!find(text, f)) {
     STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f),
                     "no CPU kernel could be built for ", text, "; lower the graph with target cpu");
   }
+  return f;
+}
+
+// beside: a product of the same x, made ready before; null if there is none.
+Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prepared* beside, Scratch& scratch) {
+  Prepared to;
+  to.inputs = std::move(given);
+  std::vector<Tensor>& inputs = to.inputs;
+  to.facts = facts_of(text);
+  const Facts& f = to.facts;
+  Call& call = to.call;
   const size_t wanted = 1 + (f.token_scales != 0) + size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
   STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
-  for (auto& given : inputs)
-    if (!given.is_contiguous()) given = torch::stable::contiguous(given);
+  for (auto& one : inputs)
+    if (!one.is_contiguous()) one = torch::stable::contiguous(one);
   const Tensor& x = inputs[0];
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == f.k, "the kernel ", text, " takes x [.., ", f.k, "]");
   const auto kind = x.scalar_type();
@@ -132,52 +93,18 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(f.n);
-  const Tensor y = fresh(shape, f.out);
-  Call call{};
+  to.y = fresh(shape, f.out);
   call.m = x.numel() / f.k;
-  if (call.m == 0) return {y};
+  if (call.m == 0) return to;
   call.n = f.n, call.k = f.k, call.padded = f.padded;
   call.stride = f.stride, call.scale_row = f.scale_row, call.scale_group = f.scale_group, call.groups = f.groups;
   call.scale_count = f.scale_count;
 
-  thread_local Scratch scratch;
-  scratch.trim();
-  const Rows rows = {x.const_data_ptr(), call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
-  scratch.sums.resize(call.m * rows.sums());
-  call.x_sums = scratch.sums.data();
-  float* sums = scratch.sums.data();
-  bool turn = call.m >= kMany && f.many != nullptr;
-  const bool as_it_lies = kind == ScalarType::Float && f.padded == f.k && f.sum_cols == 0;
-  const bool alone = call.m == 1 && f.wants()->digits > 0;
-  if (turn) {
-    // `many` below.
-  } else if (f.codes) {
-    scratch.codes.resize(call.m * f.padded);
-    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
-    call.x = scratch.codes.data();
-  } else if (as_it_lies && rows.order == nullptr && !alone) {
-    call.x = rows.x;
-  } else if (alone && as_it_lies && in_digits(static_cast<const float*>(rows.x), f.padded, *f.wants(), scratch.digits,
-                                              call)) {
-    // Nothing else reads x.
+  if (beside != nullptr && wants_alike(f, beside->facts)) {
+    given_as(call, beside->call), to.turn = beside->turn;
   } else {
-    scratch.numbers.resize(call.m * f.padded);
-    for (int64_t m = 0; m < call.m; ++m) {
-      float* to = scratch.numbers.data() + m * f.padded;
-      if (kind == ScalarType::Float) ready<f32>(rows, m, to, sums);
-      if (kind == ScalarType::BFloat16) ready<bf16>(rows, m, to, sums);
-      if (kind == ScalarType::Half) ready<f16>(rows, m, to, sums);
-    }
-    call.x = scratch.numbers.data();
-    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
-      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
-        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
-    // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
-    // sign, where no value is: then values are multiplied, decoded whole.
-    const auto finite = [](float sum) { return std::isfinite(sum); };
-    turn = f.many != nullptr && !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite);
+    to.turn = made_ready(call, f, x.const_data_ptr(), scratch);
   }
-  if (turn) many(call, f, rows, scratch);
   size_t next = 1;
   if (f.token_scales != 0) {
     const Tensor& scales = inputs[next++];
@@ -202,6 +129,7 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
     STD_TORCH_CHECK(inputs[next].numel() == f.n * f.stride && inputs[next].element_size() == 1, "the kernel ", text,
                     " reads ", f.n, " rows of ", f.stride, " bytes of codes");
     call.weights[w].codes = static_cast<const uint8_t*>(part(0));
+    pages.holds(call.weights[w].codes, f.n * f.stride);
     call.weights[w].scales = part(f.scales);
     call.weights[w].zeros = part(f.zeros);
     call.weights[w].level = static_cast<const float*>(part(f.level));
@@ -218,30 +146,85 @@ std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
                     " reads ", count, " numbers beside its sums, in the result's dtype");
     call.extras[i] = inputs[next++].const_data_ptr();
   }
-  call.y = y.mutable_data_ptr();
-  if (turn) {
-    const int64_t each = f.wants()->rows;
-    torch::stable::parallel_for(0, (f.n + each - 1) / each, 1, [&](int64_t first, int64_t last) {
-      f.many(&call, each * first, std::min(each * last, f.n));
-    });
-    return {y};
+  call.y = to.y.mutable_data_ptr();
+  return to;
+}
+
+void run_turned(const Prepared& one) {
+  const int64_t each = one.facts.wants()->rows, n = one.facts.n;
+  torch::stable::parallel_for(0, (n + each - 1) / each, 1, [&](int64_t first, int64_t last) {
+    one.facts.many(&one.call, each * first, std::min(each * last, n));
+  });
+}
+
+// Products one behind the other, as one piece of work for all threads: starting them is worth some microseconds.
+void run(const Prepared* all, int count) {
+  int64_t tasks = 0, codes = 0, ends[kWeights];
+  for (int i = 0; i < count; ++i) {
+    const bool none = all[i].turn || all[i].call.m == 0;
+    if (all[i].turn) run_turned(all[i]);
+    const Facts& f = all[i].facts;
+    tasks += none ? 0 : (f.n + 3) / 4;
+    codes = std::max(codes, 4 * f.k * f.weights);
+    ends[i] = tasks;
   }
   // A task is worth starting for some thirty thousand codes, and takes four rows at a time.
-  const int64_t tasks = (f.n + 3) / 4, each = 1 + (1 << 15) / (4 * f.k * f.weights + 1);
-  torch::stable::parallel_for(0, tasks, each, [&](int64_t first, int64_t last) {
-    f.run(&call, 4 * first, std::min(4 * last, f.n));
+  torch::stable::parallel_for(0, tasks, 1 + (1 << 15) / (codes + 1), [&](int64_t first, int64_t last) {
+    int64_t start = 0;
+    for (int i = 0; i < count; start = ends[i++]) {
+      const int64_t from = std::max(first, start) - start, to = std::min(last, ends[i]) - start;
+      if (from < to) all[i].facts.run(&all[i].call, 4 * from, std::min(4 * to, all[i].facts.n));
+    }
   });
-  return {y};
+}
+
+std::vector<Tensor> fused(std::vector<Tensor> inputs, std::string text) {
+  thread_local Scratch scratch;
+  const Prepared one = prepared(std::move(inputs), text, nullptr, scratch);
+  run(&one, 1);
+  return {one.y};
+}
+
+// Several products of one x. texts: theirs, with kBeside between; inputs: the first one's, then what the others have but
+// for x.
+constexpr char kBeside[] = " & ";
+std::vector<Tensor> beside(std::vector<Tensor> inputs, std::string texts) {
+  thread_local Scratch scratch[kWeights];
+  std::vector<Prepared> all;
+  size_t next = 0;
+  for (size_t at = 0; at != std::string::npos && all.size() < kWeights;) {
+    const size_t end = texts.find(kBeside, at);
+    const std::string text = texts.substr(at, end == std::string::npos ? end : end - at);
+    at = end == std::string::npos ? end : end + sizeof kBeside - 1;
+    const Facts f = facts_of(text);
+    const size_t shared = 1 + (f.token_scales != 0);
+    const size_t own = size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
+    STD_TORCH_CHECK(inputs.size() >= std::max(next, shared) + own, "there are too few tensors for ", texts);
+    next = std::max(next, shared);
+    std::vector<Tensor> given(inputs.begin(), inputs.begin() + shared);
+    given.insert(given.end(), inputs.begin() + next, inputs.begin() + next + own);
+    next += own;
+    all.push_back(prepared(std::move(given), text, all.empty() ? nullptr : all.data(), scratch[all.size()]));
+  }
+  run(all.data(), int(all.size()));
+  std::vector<Tensor> found;
+  for (const Prepared& one : all) found.push_back(one.y);
+  return found;
 }
 
 }  // namespace
 }  // namespace bitfold
 
-STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("fused", TORCH_BOX(&bitfold::fused)); }
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
+  m.impl("fused", TORCH_BOX(&bitfold::fused));
+  m.impl("fused_beside", TORCH_BOX(&bitfold::beside));
+}
+
+namespace {
 
 // The same for C++ that Inductor writes: no dispatcher in between. Its tensors stay its own.
-extern "C" AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle* inputs, int64_t count, const char* text,
-                                               AtenTensorHandle* y) {
+template <class F>
+AOTITorchError called(const AtenTensorHandle* inputs, int64_t count, AtenTensorHandle** y, size_t results, F&& compute) {
   try {
     std::vector<Tensor> given;
     given.reserve(count);
@@ -250,12 +233,35 @@ extern "C" AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle* inputs, i
       if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
       given.emplace_back(again);
     }
-    const std::vector<Tensor> found = bitfold::fused(std::move(given), text);
-    return aoti_torch_new_tensor_handle(found[0].get(), y);
+    const std::vector<Tensor> found = compute(std::move(given));
+    for (size_t i = 0; i < results; ++i)
+      if (aoti_torch_new_tensor_handle(found[i].get(), y[i]) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    return AOTI_TORCH_SUCCESS;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return AOTI_TORCH_FAILURE;
   }
+}
+
+}  // namespace
+
+extern "C" AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle* inputs, int64_t count, const char* text,
+                                               AtenTensorHandle* y) {
+  return called(inputs, count, &y, 1, [&](auto given) { return bitfold::fused(std::move(given), text); });
+}
+
+// Behind the texts a place for each result.
+extern "C" AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle* inputs, int64_t count, const char* texts,
+                                                      ...) {
+  AtenTensorHandle* y[bitfold::kWeights];
+  size_t results = 1;
+  for (const char* at = texts; (at = std::strstr(at, bitfold::kBeside)) != nullptr; ++at) ++results;
+  if (results > bitfold::kWeights) return AOTI_TORCH_FAILURE;
+  va_list places;
+  va_start(places, texts);
+  for (size_t i = 0; i < results; ++i) y[i] = va_arg(places, AtenTensorHandle*);
+  va_end(places);
+  return called(inputs, count, y, results, [&](auto given) { return bitfold::beside(std::move(given), texts); });
 }
 
 extern "C" void bitfold_builder(bitfold::Build made) { bitfold::build = made; }

@@ -1,0 +1,132 @@
+// x of a call made ready, as its kernel wants it: digits of one row, rows as they lie or in float32, panels of many.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "digits.h"
+#include "kernel.h"
+#include "numbers.h"
+#include "ready.h"
+
+namespace bitfold {
+
+using Run = void (*)(const Call*, int64_t, int64_t);
+
+// What a spec says, in numbers; `codegen/cpp/build.py` fills one in.
+struct Facts {
+  Run run;   // a few rows of x
+  Run many;  // many, from panels; null where x has a scale for each block
+  const Wants* (*wants)();
+  int64_t n, k, padded, stride, scale_row, scale_group, groups, sum_cols;
+  int32_t weights, parts, scales, zeros, level;  // the last three: places among a weight's parts, or -1
+  int32_t bias, matrices, vectors, codes, out;   // codes: x comes in int8; out: 0 float32, 1 bfloat16, 2 float16
+  int32_t token_scales;                          // of x: 0 none, 1 for all, else one more than a row has
+  int32_t x;                                     // 0 float32, 1 bfloat16, 2 float16: of biases and extras too
+  int64_t scale_count, scale_bytes, zero_bytes;  // numbers of a weight's scales, and the size of one
+};
+
+struct Scratch {
+  std::vector<float> numbers, sums, turned, scales;
+  std::vector<int8_t> codes;
+  std::vector<int16_t> panels;
+  Digits digits;
+  // A long prompt's copy is not kept for the tokens after it.
+  void trim() {
+    constexpr size_t most = 16 << 20;
+    if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
+    if (panels.capacity() * sizeof(int16_t) > most) std::vector<int16_t>().swap(panels);
+  }
+};
+
+// From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
+constexpr int64_t kMany = 9;
+
+template <class From, class To, class Out>
+void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
+  torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
+    turned<From, To>(rows, wants, first, last, panels, sums);
+  });
+}
+
+inline void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+  const Wants& wants = *f.wants();
+  call.across = (call.m + wants.width - 1) / wants.width * wants.width;
+  float* sums = scratch.sums.data();
+  if (f.codes) {
+    scratch.panels.resize(call.across * f.padded);
+    int16_t* to = scratch.panels.data();
+    if (wants.size == 1)
+      all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
+    else
+      all_turned<i8, int8_t>(rows, wants, to, sums);
+    call.panels = to;
+  } else {
+    scratch.numbers.resize(call.across * f.padded);
+    float* to = scratch.numbers.data();
+    if (f.x == 0) all_turned<f32, float>(rows, wants, to, sums);
+    if (f.x == 1) all_turned<bf16, float>(rows, wants, to, sums);
+    if (f.x == 2) all_turned<f16, float>(rows, wants, to, sums);
+    call.panels = to;
+  }
+  turned_sums(rows, call.across, sums, scratch.turned);
+  call.sum_panels = scratch.turned.data();
+}
+
+// Whether all rows are multiplied from panels; x is float32, bfloat16, float16 or bytes of codes, as the facts say.
+inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scratch) {
+  scratch.trim();
+  const Rows rows = {x, call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
+  scratch.sums.resize(call.m * rows.sums());
+  call.x_sums = scratch.sums.data();
+  float* sums = scratch.sums.data();
+  bool turn = call.m >= kMany && f.many != nullptr;
+  const bool floats = !f.codes && f.x == 0;
+  const bool as_it_lies = floats && f.padded == f.k && f.sum_cols == 0;
+  const bool alone = call.m == 1 && f.wants()->digits > 0;
+  if (turn) {
+    // `many` below.
+  } else if (f.codes) {
+    scratch.codes.resize(call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
+    call.x = scratch.codes.data();
+  } else if (as_it_lies && rows.order == nullptr && !alone) {
+    call.x = rows.x;
+  } else if (alone && as_it_lies && in_digits(static_cast<const float*>(rows.x), f.padded, *f.wants(), scratch.digits,
+                                              call)) {
+    // Nothing else reads x.
+  } else {
+    scratch.numbers.resize(call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) {
+      float* to = scratch.numbers.data() + m * f.padded;
+      if (f.x == 0) ready<f32>(rows, m, to, sums);
+      if (f.x == 1) ready<bf16>(rows, m, to, sums);
+      if (f.x == 2) ready<f16>(rows, m, to, sums);
+    }
+    call.x = scratch.numbers.data();
+    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
+      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
+        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
+    // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
+    // sign, where no value is: then values are multiplied, decoded whole.
+    const auto finite = [](float sum) { return std::isfinite(sum); };
+    turn = f.many != nullptr && !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite);
+  }
+  if (turn) many(call, f, rows, scratch);
+  return turn;
+}
+
+// The same x as another call's, whose kernel wants it alike: what that one was given.
+inline bool wants_alike(const Facts& f, const Facts& other) {
+  return f.wants == other.wants && f.k == other.k && f.padded == other.padded && f.sum_cols == other.sum_cols;
+}
+inline void given_as(Call& call, const Call& other) {
+  call.x = other.x, call.x_sums = other.x_sums;
+  call.panels = other.panels, call.sum_panels = other.sum_panels, call.across = other.across;
+  call.digits = other.digits, call.middles = other.middles, call.steps = other.steps, call.x_unit = other.x_unit;
+}
+
+}  // namespace bitfold

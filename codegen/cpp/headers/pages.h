@@ -1,0 +1,65 @@
+// Weights in pages of 2 MiB: what is read from end to end is read twice as fast there (EPYC, two threads: 65 GB/s
+// where pages of 4 KiB give 27), as a processor fetches ahead only within a page and looks each page up.
+//
+// Memory stays where it is: Linux is asked, when a weight is first read, to gather the pages around it. Weights of less
+// than a page share one with others, and with whatever else lies there; a page is gathered once a quarter of it is
+// weights, so that no more memory than four times theirs can be taken up by what was free before. Elsewhere, and where
+// the system says no, nothing happens.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <mutex>
+#include <shared_mutex>
+#include <unordered_map>
+#include <unordered_set>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace bitfold {
+
+class Pages {
+ public:
+  // `size` bytes at `data` are a weight's.
+  void holds(const void* data, int64_t size) {
+    const auto first = reinterpret_cast<uintptr_t>(data);
+    {
+      std::shared_lock<std::shared_mutex> lock(guard_);
+      if (known_.count(first) != 0) return;
+    }
+    std::unique_lock<std::shared_mutex> lock(guard_);
+    if (known_.size() > kMost) known_.clear(), covered_.clear();  // of weights that came and went
+    if (!known_.insert(first).second) return;
+    const uintptr_t end = first + static_cast<uintptr_t>(size);
+    uintptr_t from = 0, to = 0;  // neighbours are asked for together
+    for (uintptr_t page = first / kPage * kPage; page < end; page += kPage) {
+      const uintptr_t before = covered_[page];
+      const uintptr_t now = covered_[page] += std::min(end, page + kPage) - std::max(first, page);
+      if (before * 4 >= kPage || now * 4 < kPage) continue;
+      if (page != to) gather(from, to), from = page;
+      to = page + kPage;
+    }
+    gather(from, to);
+  }
+
+ private:
+  static constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  static constexpr size_t kMost = size_t(1) << 16;
+
+  static void gather(uintptr_t from, uintptr_t to) {
+#if defined(__linux__)
+    if (from == to) return;
+    constexpr int collapse = 25;  // MADV_COLLAPSE, of Linux 6.1; older headers do not name it
+    void* const at = reinterpret_cast<void*>(from);
+    if (madvise(at, to - from, collapse) != 0) madvise(at, to - from, MADV_HUGEPAGE);
+#else
+    (void)from, (void)to;
+#endif
+  }
+
+  std::shared_mutex guard_;
+  std::unordered_set<uintptr_t> known_;
+  std::unordered_map<uintptr_t, uintptr_t> covered_;  // page -> bytes of it that weights hold
+};
+
+}  // namespace bitfold

@@ -1,0 +1,62 @@
+"""A module in words: its class, and the values, functions and tensors that it holds beside its parameters.
+
+In: a module. Out: text that is the same in every run, and another if the module would compute something else.
+
+    described_module(MLP(act=F.relu, scale=2.0))   "models.MLP  {act: torch.nn.functional.relu, scale: 2.0}"
+
+Objects of classes that are not known stand by their class alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def described_module(module: nn.Module) -> str:
+    """Without its parameters, buffers, submodules and hooks."""
+    held = {name: value for name, value in vars(module).items() if name not in _OWN}
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return f"{kind} {module.extra_repr()} {_said(held, 0)}"
+
+
+def _said(value: Any, depth: int) -> str:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{list(value.shape)} {_digest(value)}"
+    if depth > 4:  # lists may hold themselves
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_said(one, depth + 1)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_said(one, depth + 1) for one in value) + "]"
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(_said(one, depth + 1) for one in value)) + "}"
+    if isinstance(value, functools.partial):
+        return f"partial({_said((value.func, value.args, value.keywords), depth + 1)})"
+    if isinstance(value, types.FunctionType):  # lambdas are told apart by what they do
+        code = value.__code__
+        closed = [cell.cell_contents for cell in value.__closure__ or ()]
+        body = hashlib.sha256(code.co_code + repr(code.co_names).encode()).hexdigest()
+        constants = [one for one in code.co_consts if not isinstance(one, types.CodeType)]
+        parts = (constants, list(value.__defaults__ or ()), closed)
+        return f"{value.__module__}.{value.__qualname__} {body} {_said(parts, depth + 1)}"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
+    return type(value).__qualname__
+
+
+def _digest(tensor: Tensor) -> str:
+    if tensor.is_meta or not tensor.numel():
+        return ""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

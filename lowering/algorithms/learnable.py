@@ -1,0 +1,121 @@
+"""The linears of sites whose rounding can be learned: running modules on what was learned, and learning.
+
+In: sites with drafts, or codes and the weights that they came of. Out: a `Rounding` for each weight, by its
+path; the values that a module's forward is given in place of its parameters.
+
+    found = roundings(sites, "model.layers.0")       {"mlp.up_proj.weight": (node, Rounding), ...}
+    called(block, as_read(values, found), args, kwargs)
+    Descent(found, (0.002, 0.0005)).step(1.0, gradients, values)
+
+Embeddings, convolutions, experts and weights that are a computed part of a parameter are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import Node
+
+from ...formats import Quantized, format
+from ...formats.sparsity import Dense
+from ...passes import expression
+from ...passes.algorithms.draft import DRAFT, Draft, rows_of
+from ...passes.algorithms.rounding import Rounding
+from ...passes.anchors import TARGETS
+from ...passes.note import Note, annotated
+from ..module_scope import Site
+from ..turned import turned
+from .correct_biases import FLOAT
+
+Learnt = dict[str, tuple[Node, Rounding]]
+"""The anchor and the rounding of each weight, by the parameter's path."""
+
+
+def roundings(sites: Sequence[Site], root: str) -> Learnt:
+    """By paths that begin behind `root`."""
+    found: Learnt = {}
+    for site in sites:
+        for node, note in annotated(site.gm):
+            operand = node.args[TARGETS[node.target][2]]
+            held = expression(site.gm, operand) if isinstance(operand, Node) else None
+            if held is None or held.text or note.anchor != "linear" or not note.weight or note.stored:
+                continue
+            fmt, draft = format(note.weight), _draft(site, node, note)
+            if draft is None or fmt.scale is None or not isinstance(fmt.sparsity, Dense):
+                continue
+            name = _full(site.path, held.path).removeprefix(root).strip(".")
+            found[name] = node, Rounding(fmt, draft, turned(node))
+    return found
+
+
+def as_read(values: Mapping[str, Tensor], learnt: Learnt) -> dict[str, Tensor]:
+    """The weights for modules that run no transform of their inputs yet."""
+    return {
+        name: torch.ops.bitfold.hadamard(value, True) if learnt[name][1].turned else value
+        for name, value in values.items()
+    }
+
+
+def called(module: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """The module with these in place of its parameters, in their dtypes."""
+    held = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
+    return functional_call(module, held, args, kwargs, tie_weights=False)
+
+
+class Descent:
+    """Adam on what roundings and other leaves move by, at rates that fall to zero.
+
+    Adam rather than the sign of each gradient, which moves what is noise as far as what is not: rates have to
+    be so small that codes of one weight are turned a few at a time, each seeing the others.
+    """
+
+    def __init__(
+        self, learnt: Learnt, rates: tuple[float, float], more: Sequence[tuple[Tensor, float]] = ()
+    ) -> None:
+        """rates: of shifts and stretches, in their units; more: other leaves, each with its rate."""
+        self.learnt = learnt
+        shifts = [rounding.shift for _, rounding in learnt.values()]
+        stretches = [r.stretch for _, r in learnt.values() if r.stretch is not None]
+        kinds = [(shifts, rates[0]), (stretches, rates[1]), *(([leaf], rate) for leaf, rate in more)]
+        groups: list[dict[str, Any]] = [{"params": ls, "lr": rate} for ls, rate in kinds if ls and rate]
+        self.rates = [group["lr"] for group in groups]
+        self.adam = torch.optim.Adam(groups, betas=(0.9, 0.99)) if groups else None
+
+    def step(self, left: float, gradients: Mapping[str, Tensor | None], values: Mapping[str, Tensor]) -> None:
+        """One step at `left` of the rates. gradients: of the loss by each rounding's `values`; other leaves
+        have theirs already. What has none stays (an expert that no token was sent to)."""
+        if self.adam is None:
+            return
+        for name, (_, rounding) in self.learnt.items():
+            found = gradients.get(name)
+            slopes = [None, None] if found is None else rounding.slopes(found, values[name].detach())
+            for leaf, slope in zip(rounding.movable(), slopes, strict=False):
+                leaf.grad = slope
+        for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
+            group["lr"] = left * rate
+        self.adam.step()
+        for _, rounding in self.learnt.values():
+            rounding.bound()
+
+
+def _draft(site: Site, node: Node, note: Note) -> Draft | None:
+    """What has been decided, beside the float weight that it was decided for."""
+    found = node.meta.get(DRAFT)
+    if isinstance(found, Draft):
+        return found
+    if not isinstance(found, Quantized):
+        return None
+    weight = node.meta.get(FLOAT)
+    if weight is None:
+        weight = rows_of(site.gm, node, note)
+    elif turned(node):
+        weight = torch.ops.bitfold.hadamard(weight)
+    return None if weight is None else Draft(weight.float(), tuple(found.params), found.dequantize())
+
+
+def _full(path: str, own: str) -> str:
+    return own if not path or own.startswith(path + ".") else f"{path}.{own}"
