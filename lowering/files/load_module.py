@@ -265,7 +265,8 @@ class ModulePlan:
             full = join(path, name)
             given = tensor(full)
             # A bias, say, goes with the layer's numbers; codes, scales and ranges are what they are.
-            tensors[attribute] = given.to(dtype) if full not in self.parts and given.dtype == layer.dtype else given
+            moves = full not in self.parts and given.dtype == layer.dtype
+            tensors[attribute] = given.to(dtype) if moves else given
         if dtype != layer.dtype and dtype.is_floating_point:
             graph = retyped(graph, layer.dtype, dtype)
         module = self.model.get_submodule(path)
