@@ -107,7 +107,7 @@ def main() -> None:
     for row in rows:
         small, large = row["small"], row["large"]
         print(
-            f"{row['format']:12} {small / 1e9:.1f} GB/s, {small / of_torch:.1%}; large pages {large / 1e9:.1f}"
+            f"{row['format']:12} {small / 1e9:.1f} GB/s, {small / of_torch:.1%}; in large {large / 1e9:.1f}"
         )
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
