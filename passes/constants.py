@@ -13,7 +13,7 @@ constant.
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -110,10 +110,15 @@ class Expression:
 
     def apply(self, parameter: Tensor) -> Tensor:
         """The same chain on another tensor of the same shape (a newer version of the parameter, a fake)."""
-        value = parameter.detach()
-        for target, rest, kwargs in self.steps:
-            value = target(value, *rest, **kwargs)
-        return value
+        return applied(self.steps, parameter)
+
+
+def applied(steps: Sequence[Step], parameter: Tensor) -> Tensor:
+    """The value of a chain on a parameter."""
+    value = parameter.detach()
+    for target, rest, kwargs in steps:
+        value = target(value, *rest, **kwargs)
+    return value
 
 
 def expression(gm: GraphModule, node: Node) -> Expression | None:

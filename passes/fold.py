@@ -19,20 +19,22 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..formats import BitfoldError, Quantized, format
+from ..formats import BitfoldError, Format, Quantized, format
 from .algorithms.draft import DRAFT
 from .anchors import fixed_size, identity
 from .constants import (
     Expression,
+    Step,
     add_constant,
+    applied,
     constant,
     erase_dead_constants,
     expression,
@@ -87,6 +89,19 @@ class Fold(Pass):
         return len(marked)
 
 
+def _maker(fmt: Format, steps: Sequence[Step], draft: Any) -> Callable[[Tensor], Quantized]:
+    """From a parameter to its codes. It holds nothing of the graph and no parameter: codes are kept by
+    parameter, for as long as that lives, and this is kept beside them."""
+
+    def make(parameter: Tensor) -> Quantized:
+        with torch.no_grad():
+            if draft is not None:
+                return draft if isinstance(draft, Quantized) else draft.quantized(fmt)
+            return fmt.quantize(applied(steps, parameter).contiguous())
+
+    return make
+
+
 class _Folder:
     """What is shared while one graph is folded: the constants made so far, and who uses the old ones."""
 
@@ -131,19 +146,12 @@ class _Folder:
     def codes(self, on: Edge, chain: Expression | None, masked: Tensor | None, node: Node) -> Quantized:
         text = str(node.args[1])
         here, fmt = state(self.gm), format(text)
-        draft = node.meta.get(DRAFT)
         if on.stored:
             return here.stored[on.stored]
         if chain is None:
             assert masked is not None
             return fmt.quantize(masked)
-
-        def make(parameter: Tensor) -> Quantized:
-            with torch.no_grad():
-                if draft is not None:
-                    return draft if isinstance(draft, Quantized) else draft.quantized(fmt)
-                return fmt.quantize(chain.apply(parameter).contiguous())
-
+        make = _maker(fmt, chain.steps, node.meta.get(DRAFT))
         if here.store is not None:
             return here.store.folded(chain.parameter, chain.text, text, make)
         return make(chain.parameter)
