@@ -67,8 +67,13 @@ def static(observer: str, activations: str = "int8[tensor]") -> bf.Recipe:
 
 
 def recipes(observers: list[str]) -> list[bf.Recipe]:
-    """Static int8 by each observer, and by the first one with zero points, for which no kernel is timed."""
+    """Static int8 by each observer, and by the first one with zero points."""
     return [*map(static, observers), static(observers[0], "int8[tensor,zero]")]
+
+
+def timed_recipes(observers: list[str]) -> list[str]:
+    """Names of those whose kernels are timed: by the first observer, without and with zero points."""
+    return [recipe.name for recipe in (static(observers[0]), recipes(observers)[-1])]
 
 
 def compiled(model: nn.Module) -> Any:
@@ -174,7 +179,7 @@ def _vision(
     test: Tensor,
     given: argparse.Namespace,
 ) -> Iterator[Row]:
-    """float32, and static int8 by each observer; the first of these is timed."""
+    """float32, and static int8 by each observer; the first of these is timed, with zero points too."""
     made: dict[str, Any] = {}
     weights = bf.Recipe.parse("int8_conv")
     # With 127.5 steps to the largest weight: what the narrow range of the recipes is for.
@@ -186,8 +191,8 @@ def _vision(
             calibrated = algorithm or any(rule.observer for rule in recipe.rules)
             bf.quantize(folded, recipe, algorithm=algorithm, calibration=data if calibrated else None)
             made[recipe.name + (", biases corrected" if algorithm else "")] = folded
-    first = next(iter(made))
-    timed = _timed({"float32": frozen(model), first: compiled(made[first])}, given, test)
+    ways = {"float32": frozen(model)} | {way: compiled(made[way]) for way in timed_recipes(given.observers)}
+    timed = _timed(ways, given, test)
     yield Row(name, "float32", judged(model), size(model), timed["float32"])
     for way, folded in made.items():
         yield Row(name, way, judged(folded), size(folded), timed.get(way, {}))
@@ -265,7 +270,7 @@ def minilm(given: argparse.Namespace) -> Iterator[Row]:
         calibrated = isinstance(recipe, bf.Recipe)
         bf.quantize(folded, recipe, calibration=data if calibrated else None)
         made[recipe.name if isinstance(recipe, bf.Recipe) else recipe] = folded
-    timed_ways = ("int8", "int8_dynamic", f"int8_static, {given.observers[0]}")
+    timed_ways = ("int8", "int8_dynamic", *timed_recipes(given.observers))
     ways = {"float32": frozen(model)} | {way: compiled(made[way]) for way in timed_ways}
     timed = _timed(ways, given, *test)
     yield Row("minilm", "float32", judged(model), size(model), timed["float32"])

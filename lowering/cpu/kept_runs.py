@@ -35,6 +35,7 @@ from ...codegen.spec import GemmSpec
 from ...formats import BitfoldError
 from ...passes import Miss
 from ..target import Compiled
+from .beside import BESIDE, BETWEEN
 from .entries import ENTRY, Entry
 from .run_pieces import Place, Run
 
@@ -87,6 +88,9 @@ def texts_of(gm: GraphModule) -> dict[str, tuple[str, ...]]:
     for name, (op, at) in TEXTS.items():
         calls = gm.graph.find_nodes(op="call_function", target=op)
         found[name] = tuple(dict.fromkeys(str(node.args[at]) for node in calls))
+    joined = gm.graph.find_nodes(op="call_function", target=BESIDE)
+    texts = [text for node in joined for text in str(node.args[1]).split(BETWEEN)]
+    found["fused"] = tuple(dict.fromkeys([*found["fused"], *texts]))
     return found
 
 

@@ -64,7 +64,7 @@ def _begin(module: Any, how: Qat) -> None:
         numbers = _value(source, held).contiguous()
         start = learned_start(format(str(text)), how_learned, numbers, how.start == "clip")
         # Numbers that are all 0 say nothing of a scale.
-        told = start[0] > torch.finfo(torch.float32).tiny
+        told = start[0].abs() > torch.finfo(torch.float32).tiny
         for part, new in zip(parts, start, strict=True):
             _put(held[part], torch.where(told, new, _whole(held[part])))
 

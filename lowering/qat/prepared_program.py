@@ -133,7 +133,7 @@ def prepare_program(
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     observed = first_calibrated(gm)
     if observed is not None:
-        if not how.observe and state is None:
+        if state is None and (how.activation_learns or not how.observe):
             batches.check_given(observed)
         Pipeline([Observe()]).run(gm, progress=progress)
         if batches.given:

@@ -35,8 +35,8 @@ aten = torch.ops.aten
 FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
 ROUNDED = "_rounded"
 """How the name of a fake-quantize node ends: `fc_weight_rounded`."""
-RANGE = "bitfold_range"
-"""In the meta of a fake-quantize node that was an observer: the range that it saw."""
+SEEN_BY = "bitfold_observer"
+"""In the meta of a fake-quantize node that was an observer: that observer, whose range may train on."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _settle(gm: GraphModule, node: Node) -> int:
         for name, part in zip(names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
-    new.meta[EDGE], new.meta[RANGE] = on, observer.range()
+    new.meta[EDGE], new.meta[SEEN_BY] = on, observer
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     gm.delete_submodule(str(node.target))

@@ -35,14 +35,12 @@ from ..note import annotated
 from ..observing.observers import MinMax, Observer
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
-from .fake_quantize import FAKE_QUANTIZE, RANGE, FakeQuantize
+from .fake_quantize import FAKE_QUANTIZE, SEEN_BY, FakeQuantize
 
 TRAIN_QUANTIZE = torch.ops.bitfold.train_quantize.default
 OBSERVE_RANGE = torch.ops.bitfold.observe_range.default
 CLOCK = "clock"
 """The buffer that counts steps, in a graph whose quantizers follow a schedule."""
-
-Range = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,15 @@ class TrainQuantizers(Pass):
         gradient = self.weight if on.which == "weight" else self.activation.of_item()
         fmt = format(on.format)
         held: list[Node] = []
-        known: Range | None = node.meta.get(RANGE)
+        seen_by: Observer | None = node.meta.get(SEEN_BY)
         follows = False
         if on.which == "weight" and gradient.learns:
             with torch.no_grad():
                 start = first_scales(fmt, _numbers(gm, source), self.clip)
             held = _learned(gm, node, on, fmt, gradient, start)
-        elif known is not None:
+        elif seen_by is not None:
             shape = [1] * source.meta["val"].ndim
-            low, high = (end.reshape(shape).to(_device(node)) for end in known)
+            low, high = (end.reshape(shape).to(_device(node)) for end in seen_by.range())
             if gradient.learns:
                 held = _learned(gm, node, on, fmt, gradient, fmt.from_range(low, high))
             else:

@@ -94,19 +94,20 @@ def test_the_language_model(
     for row in found["formats"].values():
         assert row["converted_equal"] and [run["seed"] for run in row["runs"]] == [0, 1]
         assert [len(run["curve"]) for run in row["runs"]] == [2, 2] and len(row["tried"]) == 2
-        assert set(row["algorithms"]) == set(lm.ALGORITHMS)
+        assert set(row["algorithms"]) == set(lm.ALGORITHMS) and set(row["longer_rounded"]) == {"0", "1"}
     assert "| int4[g32] x int8 | " in capsys.readouterr().out
 
 
 def test_every_run_begins_at_the_same_weights_with_a_fresh_optimizer(script: Any, tmp_path: Path) -> None:
     lm, parts, step = script("qat_lm"), script("qat_lm_train"), script("qat_lm_step")
     given = argparse.Namespace(tiny=True, windows=2, batch=2, model="", base=tmp_path / "none")
-    given.scale_rate, given.task, given.compile, given.capture = 0.1, 0.0, False, False
+    given.scale_rate, given.compile, given.capture = 0.1, False, False
     bench = parts.Bench(given)
     model = lm.bf.prepare_qat(bench.floats(), "int4[g32]", lm.bf.Qat("lsq"))
     steps = step.Steps(model, bench.model, bench)
     first = steps.run(seed=0, rate=1e-3, steps=3)
     other = steps.run(seed=1, rate=1e-2, steps=4)
+    assert steps.run(seed=0, rate=1e-3, steps=3, task=0.5) != first
     assert first == steps.run(seed=0, rate=1e-3, steps=3) and first[0] != other[0] and len(other) == 4
 
 
@@ -115,14 +116,26 @@ def test_the_rate_is_chosen_by_validation_and_late_runs_are_left_out(
 ) -> None:
     lm = script("qat_lm")
 
-    def trained(steps: object, bench: object, seed: int, rate: float, count: int) -> dict[str, Any]:
+    def trained(
+        steps: object, bench: object, seed: int, rate: float, count: int, task: float
+    ) -> dict[str, Any]:
         judged = {"validation": rate, "test": -rate}  # the test text prefers the other rate
-        return {"seed": seed, "rate": rate, "judged": judged, "equal": True, "curve": [], "model": None}
+        return {
+            "seed": seed,
+            "rate": rate,
+            "task": task,
+            "judged": judged,
+            "equal": True,
+            "curve": [],
+            "model": None,
+        }
 
     monkeypatch.setattr(lm, "trained", trained)
     ready = argparse.Namespace(compiled="no", captured="no")
     monkeypatch.setattr(lm, "Steps", lambda *args: ready)
-    bench = argparse.Namespace(given=argparse.Namespace(seeds=3, until=1e12, steps=1), model=None)
+    bench = argparse.Namespace(
+        given=argparse.Namespace(seeds=3, until=1e12, steps=1, tasks=[0.0]), model=None
+    )
     told: list[Any] = []
     run = lambda: lm._seeds(bench, torch.nn.Linear(1, 1), (2.0, 1.0, 3.0), lambda row: told.append(dict(row)))  # noqa: E731
     run()
@@ -149,7 +162,7 @@ def test_the_summary(script: Any) -> None:
     assert rows["int4[g32]"]["recovered_strictly"] == pytest.approx(math.log(12 / 10.6) / math.log(12 / 9.5))
     text = table.table(rows)
     assert text.startswith("Float: file 10.500, base 10.000, longer 9.500.")
-    assert text.endswith("| int4[g32] | 12.000 | 11.000 (`clip`) | 48% | 10.600 ± 0.100 | 68% | 53% |")
+    assert text.endswith("| int4[g32] | 12.000 | 11.000 (`clip`) | 48% | 10.600 ± 0.100 | 68% | 53% |  |")
     assert table.table(table.summary({"float": {}, "formats": {}})) == ""
 
 
@@ -174,5 +187,5 @@ def test_a_trained_model_says_the_same_on_the_cpu_target(
     run(lm, monkeypatch, *SMALL, "--formats", "int4[g32]", "--no-algorithms", "--save", "--out", tmp_path)
     given = argparse.Namespace(prompts=2, steps=8)
     row = targets.compare(tmp_path / "qat-lm-int4.safetensors", parts.TINY, "cpu", given)
-    assert row["within"] and 0 < row["allowed"] < 0.1
+    assert row["within"] and 0 < row["allowed"] < 0.1 and not row["not_taken"] + row["said"]
     assert all(one["tie"] for one in row["differences"])

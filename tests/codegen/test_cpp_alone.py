@@ -23,6 +23,7 @@ from test_cpp_values import expected, operands, pair
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 TEXTS = [
     "int8", "int4[g64]", "int3[g64]", "uint4[g32,zero]", "mxfp4", "nf4[g64]", "float8_e4m3fn", "int4[tensor]",
+    "int8[g128]",
     "nvfp4", "float6_e2m3[16x32,f32]", "int8 x int8", "int4[g64] x int8", "uint4[g64,zero] x int8",
     "int8[32x32] x int8[g32,f32]",
 ]  # fmt: skip

@@ -135,16 +135,26 @@ def test_a_model_inside_fills_no_cache_either() -> None:
 # ---- what runs leave behind, and what resume knows ----
 
 
-@pytest.mark.parametrize("algorithm", ["gptq,learn{steps=5}", "awq,clip,gptq,learn{steps=5}", "gptq"])
-def test_a_run_that_was_killed_between_files_of_a_block_goes_on_alike(algorithm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "recipe"),
+    [
+        ("gptq,learn{steps=5}", "int3[g32]"),
+        ("gptq,learn{steps=5}", "int8_dynamic"),
+        ("awq,clip,gptq,learn{steps=5}", "int3[g32]"),
+        ("gptq", "int3[g32]"),
+    ],
+)
+def test_a_run_that_was_killed_between_files_of_a_block_goes_on_alike(
+    algorithm: str, recipe: str, tmp_path: Path
+) -> None:
     model = made()
-    whole = quantized(model, algorithm, resume=tmp_path)
-    assert same(whole, quantized(model, algorithm))
+    whole = quantized(model, algorithm, recipe, resume=tmp_path)
+    assert same(whole, quantized(model, algorithm, recipe))
     files = sorted(tmp_path.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
     for count in range(len(files)):
         for path in files[count:]:
             path.unlink(missing_ok=True)
-        assert same(whole, quantized(model, algorithm, resume=tmp_path)), count
+        assert same(whole, quantized(model, algorithm, recipe, resume=tmp_path)), count
 
 
 def test_another_function_or_number_in_a_module_is_another_run(tmp_path: Path) -> None:
@@ -193,7 +203,9 @@ def test_a_tied_weight_is_decided_once_and_blocks_are_measured_behind_what_is_st
         ("gptq,follow", "put it before gptq"),
         ("clip,refit", "refit wants codes that are decided; put gptq before it"),
         ("clip{norm=nan}", "positive norm"),
+        ("clip{norm=inf}", "positive norm"),
         ("hqq{beta=nan}", "beta > 0"),
+        ("hqq{growth=inf}", "growth >= 1"),
         ("gptq,descend{damping=nan}", "damping of 0 or more"),
         ("gptq,refit{damping=-5.0}", "damping of 0 or more"),
     ],

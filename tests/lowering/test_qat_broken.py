@@ -343,37 +343,6 @@ def _shard(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _ranges(rank: int, folder: str) -> None:
-    """Two processes whose data differ by ten times: both end with the ranges of all data."""
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    for sharded in (True, False):
-        model = bf.prepare_qat(made(), STATIC, bf.Qat("lsq", observe=3))
-        if sharded:
-            for layer in (model[0], model[2], model):
-                fully_shard(layer, mesh=mesh)
-        wrapped = model if sharded else nn.parallel.DistributedDataParallel(model)
-        for _ in range(4):
-            wrapped(X * (1.0 + 9.0 * rank)).square().mean().backward()
-            bf.advance(wrapped)
-        assert float(model[0].input_high) == float(10 * X.max())
-        assert float(model[0].input_low) == float(10 * X.min())
-        both = [torch.zeros(2) for _ in range(2)]
-        dist.all_gather(both, torch.stack([model[2].input_low, model[2].input_high]).flatten())
-        assert torch.equal(*both)
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_processes_share_their_ranges(tmp_path: object) -> None:
-    import torch.multiprocessing as processes
-
-    processes.spawn(_ranges, (str(tmp_path),), nprocs=2)
-
-
 @pytest.mark.slow
 def test_two_processes_share_a_model(tmp_path: object) -> None:
     import torch.multiprocessing as processes

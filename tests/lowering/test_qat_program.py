@@ -280,6 +280,12 @@ def test_what_a_graph_cannot_do_is_refused_before_it_trains() -> None:
     gm.to("cpu", torch.float32)
 
 
+def test_learned_ranges_begin_at_calibrated_ones_though_others_are_observed() -> None:
+    with pytest.raises(bf.BitfoldError, match="give calibration"):
+        how = bf.Qat(activation="lsq", observe=5)
+        bf.prepare_qat(made(), STATIC, how, scope="program", example_inputs=(X,))
+
+
 def test_fewer_bits_are_another_program_of_the_same_model() -> None:
     model, fewer = made(), bf.Recipe("fewer", (Rule(op="*", weight="int2"),))
     given = {"scope": "program", "example_inputs": (X,)}
