@@ -156,8 +156,12 @@ class _Work:
             raise BitfoldError(
                 f"{path} has codes of its own (stored), which cannot be rotated; leave rotate out, or stored"
             )
+        stored = value.to(held.dtype)
         if path in self.anchors:
-            self.anchors[path][1].meta[DRAFT] = Draft(value.float())
+            # One tensor for both where the model is in float32.
+            self.anchors[path][1].meta[DRAFT] = Draft(
+                stored if stored.dtype == torch.float32 else value.float()
+            )
         else:
-            self.changes[path] = value.to(held.dtype)
-        self.swaps.replace(owner, own, value.to(held.dtype))
+            self.changes[path] = stored
+        self.swaps.replace(owner, own, stored)
