@@ -1,9 +1,11 @@
 """Training on rounded numbers: what it wins back of what rounding loses, on handwritten digits.
 
-In: nothing; the digits (1797 images of 8 x 8) come with scikit-learn. Out: a JSON with accuracy and loss of
-the float model, of rounding alone and of training, for each recipe and seed; curves as PNG.
+In: nothing (digits of 8 x 8 pixels come with scikit-learn), or a folder of MNIST's files (`qat_images.py`
+says where they come from). Out: a JSON with accuracy and loss of the float model, of rounding alone and of
+training, for each recipe and seed; curves as PNG.
 
     python benchmarks/qat.py                                     six seeds: results/qat-digits.{json,png}
+    python benchmarks/qat.py --mnist DIR --seeds 3 --epochs 3    70,000 images of 28 x 28: results/qat-mnist.*
     python benchmarks/qat.py --validate --out out/choice         judged on 297 images taken from the training
     python benchmarks/qat.py --seeds 1 --epochs 2 --out out/try  to try the script
 
@@ -11,9 +13,9 @@ The classifier is a small convolutional network with batch norm, trained as a pr
 folded. It is trained in floats for some epochs; from there it goes on for as many again, in floats and, for
 each recipe, on rounded numbers, with the same batches and rates; from the middle of that on batch norm
 normalizes by its running statistics, in floats too. That, the gradients and the rates were chosen with
-`--validate`. "float" is the former, "rounded" the former
-folded and rounded after the fact, "trained" the latter, converted, on the reference target; all of it on 600
-images that nothing else has seen. Recovery is of the loss: (rounded - trained) / (rounded - float).
+`--validate`. "float" is the former, "rounded" the former folded and rounded after the fact, "trained" the
+latter, converted, on the reference target; all of it on images that nothing else has seen (600, or MNIST's
+test set). Recovery is of the loss: (rounded - trained) / (rounded - float).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_report import RESULTS, Curve, draw, spread, won_back, write
+from qat_images import Images, digits, mnist, validation
+from qat_report import RESULTS, Curve, card, draw, spread, won_back, write
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -41,8 +44,6 @@ from bitfold.passes.fold import Fold
 from bitfold.passes.observing.calibrate import calibrate
 from bitfold.passes.observing.observe import Observe
 from bitfold.passes.rules import Rule
-
-TEST = 600
 
 
 def recipe(name: str, weight: str, activation: str) -> bf.Recipe:
@@ -57,7 +58,6 @@ RECIPES = {
     "int4": (recipe("int4", "int4", ""), bf.Qat("lsq")),
     "int2": (recipe("int2", "int2", ""), bf.Qat("lsq")),
 }
-BATCH = 64
 
 
 class Classifier(nn.Module):
@@ -77,34 +77,16 @@ class Classifier(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images and labels to train on, and 600 of each to judge by; the split is the same for every seed."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    images = torch.tensor(found.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(found.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    return images[TEST:], labels[TEST:], images[:TEST], labels[:TEST]
-
-
-def validation(data: Any) -> Any:
-    """The same from the training images alone."""
-    images, labels, _, _ = data
-    return images[:900], labels[:900], images[900:], labels[900:]
-
-
 def train(
-    model: nn.Module, data: Any, epochs: int, rate: float, seed: int, freeze: int | None = None
+    model: nn.Module, data: Images, epochs: int, rate: float, seed: int, freeze: int | None = None
 ) -> list[float]:
     """The loss of each epoch. freeze: the epoch from which a float model's batch norm stands still; one that
     is prepared knows its own."""
-    images, labels = data[:2]
+    images, labels = data.images, data.labels
     torch.manual_seed(seed)
     groups = bf.parameter_groups(model, rate, rate / 10, weight_decay=1e-4)
     optimizer = torch.optim.AdamW(groups)
-    steps = epochs * -(-len(images) // BATCH)
+    steps = epochs * -(-len(images) // data.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     curve = []
     for epoch in range(epochs):
@@ -112,7 +94,7 @@ def train(
         if freeze is not None and epoch >= freeze:
             for module in model.modules():
                 module.train(not isinstance(module, nn.BatchNorm2d))
-        for batch in torch.randperm(len(images)).split(BATCH):
+        for batch in torch.randperm(len(images)).to(images.device).split(data.batch):
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -126,28 +108,34 @@ def train(
 
 
 @torch.no_grad()
-def judge(model: nn.Module, data: Any) -> dict[str, float]:
+def judge(model: nn.Module, data: Images) -> dict[str, float]:
     """Accuracy in percent and cross entropy on the images held back."""
-    logits = model(data[2])
-    right = (logits.argmax(1) == data[3]).double().mean()
-    return {"accuracy": 100 * float(right), "loss": float(F.cross_entropy(logits, data[3]))}
+    logits = said(model, data.held)
+    right = (logits.argmax(1) == data.held_labels).double().mean()
+    return {"accuracy": 100 * float(right), "loss": float(F.cross_entropy(logits, data.held_labels))}
 
 
-def rounded(model: nn.Module, what: bf.Recipe, data: Any) -> nn.Module:
+@torch.no_grad()
+def said(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits, of a few images at a time."""
+    return torch.cat([model(some) for some in images.split(1000)])
+
+
+def rounded(model: nn.Module, what: bf.Recipe, data: Images) -> nn.Module:
     """Rounding alone: batch norm folded, ranges from the same calibration."""
-    gm = bf.capture(model, (data[0][:64],), dynamic="batch")
+    gm = bf.capture(model, (data.images[:64],), dynamic="batch")
     Pipeline([FoldBatchNorm(), Annotate(str(what))]).run(gm)
     if what.calibrated:
         Pipeline([Observe()]).run(gm)
-        calibrate(gm, [data[0][:256]])
+        calibrate(gm, [data.images[:256]])
     Pipeline([Fold()]).run(gm)
     return gm
 
 
-def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
+def one_seed(seed: int, epochs: int, data: Images) -> dict[str, Any]:
     """Every recipe from one float model."""
     torch.manual_seed(seed)
-    model = Classifier().train()
+    model = Classifier().train().to(data.images.device)
     curve = train(model, data, epochs, 3e-3, seed)
     longer = copy.deepcopy(model)
     middle = epochs // 2
@@ -160,18 +148,17 @@ def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
         gm = bf.prepare_qat(
             trainee,
             what,
-            replace(how, freeze_norm=middle * -(-len(data[0]) // BATCH)),
+            replace(how, freeze_norm=middle * -(-len(data.images) // data.batch)),
             scope="program",
             dynamic="batch",
             calibration=_batches(what, data),
-            example_inputs=(data[0][:64],),
+            example_inputs=(data.images[:64],),
         )
         curve = train(gm, data, epochs, 1e-3, seed)
         gm.eval()
-        with torch.no_grad():
-            expected = gm(data[2])
-            converted = bf.convert(gm, target="reference")
-            equal = torch.equal(converted(data[2]), expected)
+        expected = said(gm, data.held)
+        converted = bf.convert(gm, target="reference")
+        equal = torch.equal(said(converted, data.held), expected)
         found["recipes"][name] = {
             "recipe": what.to_dict(),
             "gradient": str(how.weight),
@@ -192,8 +179,8 @@ def one_seed(seed: int, epochs: int, data: Any) -> dict[str, Any]:
     return found
 
 
-def _batches(what: bf.Recipe, data: Any) -> list[Tensor] | None:
-    return [data[0][:256]] if what.calibrated else None
+def _batches(what: bf.Recipe, data: Images) -> list[Tensor] | None:
+    return [data.images[:256]] if what.calibrated else None
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -253,28 +240,35 @@ def _cell(row: dict[str, Any], key: str) -> str:
     return f"{mean:.2f} ± {deviation:.2f}" if key == "accuracy" else f"{mean:.4f} ± {deviation:.4f}"
 
 
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--mnist", type=Path, help="a folder of MNIST's four files")
     parser.add_argument("--validate", action="store_true", help="judge on a part of the training images")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
-    data = validation(digits()) if given.validate else digits()
+    data = mnist(given.mnist) if given.mnist else digits()
+    data = (validation(data) if given.validate else data).to(device())
     runs = [one_seed(seed, given.epochs, data) for seed in range(given.seeds)]
     rows = summary(runs)
     found = {
         "torch": torch.__version__,
         "processor": platform.machine(),
+        "device": card(),
         "threads": torch.get_num_threads(),
         "epochs": given.epochs,
         "summary": rows,
         "runs": runs,
     }
-    write(given.out / "qat-digits.json", found)
-    draw(curves(runs), given.out / "qat-digits.png", "epoch", "training loss (cross entropy)")
+    write(given.out / f"qat-{data.name}.json", found)
+    draw(curves(runs), given.out / f"qat-{data.name}.png", "epoch", "training loss (cross entropy)")
     print(table(rows))
 
 

@@ -10,8 +10,8 @@ the same held-back tokens for each format and seed, with mean, spread and what w
 The file's model still learns when it is trained on without dropout. So that what is measured is rounding
 and not more training, it is first trained on in floats (`--base-steps`, at the rate that validation
 prefers); that model is the base of all that follows, and the teacher. What trains on rounded numbers starts
-at its weights and learns to say what it says (the divergence from its predictions; `--task` adds the text's
-own loss), at each of its rates with the first seed; the rate whose validation text is best is taken for the
+at its weights and learns to say what it says (the divergence from its predictions; `--tasks` tries shares of
+the text's own loss), at each of its rates with the first seed; what validation likes best is taken for the
 others. "longer" is the base trained on in floats with the same steps and batches. Algorithms are those of
 ptq.py; of several the one that validation prefers.
 """
@@ -19,11 +19,12 @@ ptq.py; of several the one that validation prefers.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from queue import Empty
@@ -50,8 +51,8 @@ FORMATS = {
     "nvfp4": ("nvfp4", "", (3e-5, 1e-4)),
     "int4[g32] x int8": ("int4[g32]", "int8", (3e-5, 1e-4)),
 }
-BASE_RATES = (3e-4, 1e-3)
-LONGER_RATES = (3e-5, 3e-4)
+BASE_RATES = (1e-4, 3e-4)
+LONGER_RATES = (1e-5, 3e-5)
 ALGORITHMS = ("clip,gptq", "clip,gptq,descend,refit")
 SAVED = "int4[g32]"
 
@@ -72,7 +73,7 @@ def base(bench: Bench, name: str, emit: Emit) -> None:
     best, kept = found["file"], bench.model
     if given.base_steps:
         steps = Steps(bench.floats(), None, bench)
-        for rate in given.rates or BASE_RATES:
+        for rate in BASE_RATES:
             row = trained(steps, bench, 1000, rate, given.base_steps)  # a seed of its own
             if row["judged"]["validation"] < best["validation"]:
                 best, kept = row["judged"], row["model"]
@@ -86,8 +87,14 @@ def base(bench: Bench, name: str, emit: Emit) -> None:
 
 
 def longer(bench: Bench, name: str, emit: Emit) -> None:
-    """The base, trained on in floats."""
-    _seeds(bench, bench.floats(), bench.given.rates or LONGER_RATES, lambda row: emit(FLOAT, "", row))
+    """The base, trained on in floats, and that rounded in each format."""
+
+    def rounded(row: Row) -> None:
+        for one in _names(bench.given):
+            plain = bf.quantize(copy.deepcopy(row["model"]), recipe(one), target="reference")
+            emit(one, "longer_rounded", {str(row["seed"]): judged(plain, bench)})
+
+    _seeds(bench, bench.floats(), LONGER_RATES, lambda row: emit(FLOAT, "", row), rounded)
 
 
 def training(bench: Bench, name: str, emit: Emit) -> None:
@@ -96,7 +103,12 @@ def training(bench: Bench, name: str, emit: Emit) -> None:
     how = bf.Qat(given.gradient, given.activation, start=given.start)
     plain = bf.quantize(bench.floats(), recipe(name), target="reference")
     emit(name, "", {"gradient": str(how.weight), "rounded": judged(plain, bench)})
-    save = given.out / "qat-lm-int4.safetensors" if given.save and name == SAVED else None
+    file = given.out / "qat-lm-int4.safetensors" if given.save and name == SAVED else None
+
+    def save(row: Row) -> None:
+        if file is not None and row["seed"] == 0:
+            bf.save(row["model"], file)
+
     model = bf.prepare_qat(bench.floats(), recipe(name), how)
     _seeds(bench, model, given.rates or FORMATS[name][2], lambda row: emit(name, "", row), save)
 
@@ -119,9 +131,9 @@ TASKS = {"base": base, "longer": longer, "training": training, "algorithms": alg
 def _seeds(
     bench: Bench,
     model: nn.Module,
-    rates: tuple[float, ...],
+    rates: Sequence[float],
     emit: Callable[[Row], None],
-    save: Path | None = None,
+    done: Callable[[Row], None] | None = None,
 ) -> None:
     """The first seed at every rate, the others at the best; no run is begun that would end too late. What is
     known is told after each."""
@@ -131,23 +143,31 @@ def _seeds(
     found: Row = {"compiled": steps.compiled, "captured": steps.captured}
     found["ready_seconds"] = round(time.perf_counter() - began, 1)
     tried, others, longest = list[Row](), list[Row](), 0.0
-    plan = [(0, rate) for rate in rates] + [(seed, 0.0) for seed in range(1, given.seeds)]
-    for seed, rate in plan:
+    tasks = given.tasks if prepared else (0.0,)
+    plan = [(0, rate, task) for rate in rates for task in tasks]
+    plan += [(seed, 0.0, 0.0) for seed in range(1, given.seeds)]
+    for seed, rate, task in plan:
         if longest and time.time() + longest > given.until:
-            print(f"no time left for seed {seed}, rate {rate}", flush=True)
+            print(f"no time left for seed {seed}", flush=True)
             break
         start, first = time.perf_counter(), min(tried, key=_validation, default=None)
-        row = trained(steps, bench, seed, rate or first["rate"], given.steps)  # type: ignore[index]
+        if seed and first is not None:
+            rate, task = first["rate"], first["task"]
+        row = trained(steps, bench, seed, rate, given.steps, task)
         made = row.pop("model")
         longest = max(longest, time.perf_counter() - start)
         (others if seed else tried).append(row)
         best = min(tried, key=_validation)
-        if save is not None and seed == 0 and best is row and prepared:
-            bf.save(made, save)
+        if done is not None and (best is row or seed):
+            done(row | {"model": made})
         runs = [best, *others]
         found |= {"runs": runs, "tried": [{k: v for k, v in one.items() if k != "curve"} for one in tried]}
         found["converted_equal"] = all(one["equal"] for one in (*tried, *others))
         emit(found)
+
+
+def _names(given: argparse.Namespace) -> list[str]:
+    return given.formats.split(";") if given.formats else list(FORMATS)
 
 
 def _validation(row: Row) -> float:
@@ -161,7 +181,7 @@ def work(given: argparse.Namespace, kind: str, name: str, told: Any) -> None:
 
 def measure(given: argparse.Namespace, path: Path) -> Row:
     """All tasks; the file is written after each run, so that an interrupted one has what it had."""
-    names = given.formats.split(";") if given.formats else list(FORMATS)
+    names = _names(given)
     tasks = [("longer", ""), *(("training", name) for name in names)]
     tasks += [("algorithms", name) for name in names] if given.algorithms else []
     options = {name: str(value) for name, value in vars(given).items()}
@@ -175,7 +195,7 @@ def measure(given: argparse.Namespace, path: Path) -> Row:
         write(path, found)
         told = {key: value for key, value in row.items() if key not in ("runs", "tried")}
         for run in (row.get("tried", [])[-1:], row.get("runs", [])[-1:]):
-            told |= {f"seed {one['seed']}, rate {one['rate']}": one["judged"] for one in run}
+            told |= {f"seed {one['seed']}, rate {one['rate']}, {one['task']}": one["judged"] for one in run}
         print(kind, name, told, flush=True)
 
     given.base.unlink(missing_ok=True)
@@ -232,6 +252,10 @@ def _draw(found: Row, path: Path) -> None:
     draw(curves(found), path, "step", "divergence from the float model (nats a token)", every=20)
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(one) for one in text.split(",")]
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -239,14 +263,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("out/lm"))
     parser.add_argument("--model", default="", help="a folder (default: the one in the repository)")
     parser.add_argument("--tiny", action="store_true", help="random weights and tokens")
-    parser.add_argument("--base-steps", type=int, default=1500, help="in floats, before all else")
+    parser.add_argument("--base-steps", type=int, default=3000, help="in floats, before all else")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument(
-        "--rates", type=lambda text: [float(one) for one in text.split(",")], help="instead of each format's"
-    )
+    parser.add_argument("--rates", type=_numbers, help="instead of each format's, for what trains rounded")
     parser.add_argument("--scale-rate", type=float, default=0.1, help="of learned scales, times the rate")
-    parser.add_argument("--task", type=float, default=0.0, help="weight of the text's own loss")
+    parser.add_argument("--tasks", type=_numbers, default=[0.0], help="shares of the text's own loss to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=0, help="of each text to judge by; 0: all")
     parser.add_argument("--calibration", type=int, default=128, help="windows for the algorithms")

@@ -43,6 +43,7 @@ class Steps:
             group["lr"] = torch.zeros((), device=bench.device)  # what a captured step reads
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=self.cuda, capturable=self.cuda)
         self.ids = bench.texts.batch(torch.Generator(bench.device).manual_seed(0), bench.given.batch)
+        self.task = torch.zeros((), device=bench.device)  # the share of the text's own loss
         self.loss_of, self.compiled, self.captured = self._loss, "no", "no"
         self.graph: torch.cuda.CUDAGraph | None = None
         if bench.given.compile:
@@ -50,9 +51,11 @@ class Steps:
         if self.cuda and bench.given.capture:
             self._capture()
 
-    def run(self, seed: int, rate: float, steps: int) -> list[float]:
-        """Each step's loss; the model is what it has become."""
+    def run(self, seed: int, rate: float, steps: int, task: float = 0.0) -> list[float]:
+        """Each step's loss; the model is what it has become. task: the share of the text's own loss, where
+        there is somebody to learn from."""
         self._reset()
+        self.task.fill_(task)
         draw = torch.Generator(self.bench.device).manual_seed(seed)
         warm, curve = max(steps // 20, 1), []
         for step in range(steps):
@@ -74,18 +77,17 @@ class Steps:
         with torch.autocast("cuda", torch.bfloat16, enabled=self.cuda, cache_enabled=False):
             with torch.no_grad():
                 wanted = None if self.teacher is None else self.teacher(self.ids)
-            loss = self.loss_of(self.model(self.ids), wanted, self.ids)
+            loss = self.loss_of(self.model(self.ids), wanted, self.ids, self.task)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss.detach()
 
-    def _loss(self, said: Tensor, wanted: Tensor | None, ids: Tensor) -> Tensor:
+    def _loss(self, said: Tensor, wanted: Tensor | None, ids: Tensor, task: Tensor) -> Tensor:
         """The text's own loss where there is nobody to learn from; else the distance from the teacher."""
         if wanted is None:
             return loss_of(said, ids)
-        loss = self.distill.of(said, wanted)
-        return loss + self.bench.given.task * loss_of(said, ids) if self.bench.given.task else loss
+        return (1.0 - task) * self.distill.of(said, wanted) + task * loss_of(said, ids)
 
     def _reset(self) -> None:
         with torch.no_grad():

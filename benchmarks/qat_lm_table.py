@@ -7,7 +7,8 @@ In: the record that is written as JSON. Out: rows by format, and their Markdown.
 
 Shares are of the loss, in nats a token. There are two floats to hold a model against: `base`, which all of
 them were made from, and `longer`, that model trained on in floats for as many steps on the same batches.
-"recovered" is against the base, "recovered_strictly" against the better of the two.
+"recovered" is against the base, "recovered_strictly" against the better of the two;
+"recovered_longer" is of what rounding takes from `longer`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             mean, _ = rows[name]["trained"] = spread(tests)
             rows[name] |= {"seeds": len(tests), "rate": row["runs"][0]["rate"]}
             rows[name] |= {"recovered": share(mean, base), "recovered_strictly": share(mean, best)}
+            if row.get("longer_rounded"):
+                pairs = [row["longer_rounded"].get(str(run["seed"])) for run in floats["runs"]]
+                again = spread([one["test"] for one in pairs if one is not None])[0]
+                rows[name]["longer_rounded"] = again
+                rows[name]["recovered_longer"] = share(mean, rows[FLOAT]["longer"][0], again)
             rows[name]["recovered_each"] = [share(test, base) for test in tests]
             apart = [run["judged"]["divergence"] for run in row["runs"]]
             rows[name]["divergence"] = [row["rounded"]["divergence"], spread(apart)[0]]
@@ -65,15 +71,15 @@ def table(rows: dict[str, Any]) -> str:
     lines = [
         "Float: " + ", ".join(f"{name} {value}" for name, value in said.items()) + ".",
         "",
-        "| format | rounded | best algorithm | won back | trained | won back | strictly |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| format | rounded | best algorithm | won back | trained | won back | strictly | of longer |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
         if name == FLOAT:
             continue
         solved = f"{row['solved']:.3f} (`{row['algorithm']}`)" if "solved" in row else ""
         trained = "{:.3f} ± {:.3f}".format(*row["trained"]) if "trained" in row else ""
-        names = ("solved_recovered", "recovered", "recovered_strictly")
+        names = ("solved_recovered", "recovered", "recovered_strictly", "recovered_longer")
         shares = ["" if row.get(one) is None else f"{100 * row[one]:.0f}%" for one in names]
         cells = [name, f"{row['rounded']:.3f}", solved, shares[0], trained, *shares[1:]]
         lines.append("| " + " | ".join(cells) + " |")

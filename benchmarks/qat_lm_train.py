@@ -117,11 +117,13 @@ def judged(model: nn.Module, bench: Bench) -> dict[str, float]:
     return found
 
 
-def trained(steps: Steps, bench: Bench, seed: int, rate: float, count: int) -> dict[str, Any]:
+def trained(
+    steps: Steps, bench: Bench, seed: int, rate: float, count: int, task: float = 0.0
+) -> dict[str, Any]:
     """Train, convert a copy if it is prepared, and judge that; `model` is it."""
     began = time.perf_counter()
-    curve = steps.run(seed, rate, count)
-    row: dict[str, Any] = {"seed": seed, "rate": rate, "curve": curve}
+    curve = steps.run(seed, rate, count, task)
+    row: dict[str, Any] = {"seed": seed, "rate": rate, "task": task, "curve": curve}
     row["seconds"] = time.perf_counter() - began
     model = copy.deepcopy(steps.model).eval()
     with torch.no_grad():

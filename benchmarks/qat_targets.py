@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,18 @@ def compare(path: Path, size: Size, target: str, given: argparse.Namespace) -> d
     """One line."""
     device, dtype = ("cuda", torch.bfloat16) if target == "cuda" else ("cpu", torch.float32)
     there, here = skeleton(size, dtype, device), skeleton(size, dtype, device)
-    bf.load(path, into=there, target=target)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bf.load(path, into=there, target=target)
     bf.load(path, into=here, target="reference")
-    there, here = there.to(dtype), here.to(dtype)  # the file's norms and embedding are what it was trained in
     ids = prompts(size, given.prompts, size.max_position_embeddings - given.steps, device)
     apart = float((there(ids).double() - here(ids).double()).abs().max())
     allowed = 2 * moved(here, ids, dtype)
     row: dict[str, Any] = {"target": target, "dtype": str(dtype), "logits_apart": apart, "allowed": allowed}
     row["within"] = apart <= allowed
+    # What the target did not take, or takes more slowly, is the reference compared with itself.
+    row["not_taken"] = [str(miss) for miss in bf.report(there).misses]
+    row["said"] = sorted({str(one.message) for one in said if issubclass(one.category, UserWarning)})
     row["differences"] = []
     for number, prompt in enumerate(ids):
         ours, theirs = (greedy(model, prompt[None], given.steps) for model in (there, here))

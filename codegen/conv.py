@@ -14,8 +14,9 @@ dilation, `g` groups. `x:+FORMAT` says that no code of x is negative, which whoe
 know. `e:` are the formats of what the epilogue reads, `y:` those of the results, one tensor each; f32 is
 plain float32. Without `y:` there is one float32 result.
 
-The inputs of such a kernel, in order: x's codes and scales; the weight's parts; the bias (float32 [N]); e0
-.., each float32 or codes and scales; v0 .. (float32 [N]); the scales of each result that is codes. Images
+The inputs of such a kernel, in order: x's codes, scale and, if it has one, zero point; the weight's parts;
+the bias (float32 [N]); e0 .., each float32 or codes as x; v0 .. (float32 [N]); scale and zero point of each
+result that is codes. An image is padded with its zero point, and sums are of what codes are above it. Images
 and results are [.., channels, height, width] by size, and lie with the channels innermost.
 """
 
@@ -42,14 +43,15 @@ _ONE = "one reads: conv 64x32x3x3 s2x2 p1x1 int8[panels16x4t9] x:int8[tensor] bi
 
 @dataclass(frozen=True)
 class ConvInputs:
-    """The tensors of one call, told apart. extras: (tensor,) or (codes, scales) each."""
+    """The tensors of one call, told apart. extras: (tensor,) or (codes, scales, [zeros]) each; scales:
+    (scales, [zeros]) of each result that is codes."""
 
-    x: tuple[Tensor, Tensor]
+    x: tuple[Tensor, ...]
     parts: tuple[Tensor, ...]
     bias: Tensor | None
     extras: tuple[tuple[Tensor, ...], ...]
     vectors: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
+    scales: tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class ConvSpec:
             or not 0 < len(self.writes) <= MOST_EXTRAS
         ):
             raise CodegenError(f"{self} reads or writes more than {MOST_EXTRAS} tensors, or writes none")
+        if self.positive and has_zero(self.activation):
+            raise CodegenError(f"{self} says that no code is negative, and codes with a zero point are")
         if self.writes.count(None) > 1:
             raise CodegenError(f"{self} writes one float32 result twice")
         if (why := obstacle(self.weight, self.activation)) is not None:
@@ -127,8 +131,14 @@ class ConvSpec:
     @property
     def arity(self) -> int:
         """How many tensors a call takes."""
-        read = sum(1 if f is None else 2 for f in self.reads) + self.epilogue.count("v")
-        return 2 + len(self.weight.parts) + self.bias + read + sum(f is not None for f in self.writes)
+        read = sum(1 if f is None else len(f.parts) for f in self.reads) + self.epilogue.count("v")
+        written = sum(len(f.parts) - 1 for f in self.writes if f is not None)
+        return self.weight_at + len(self.weight.parts) + self.bias + read + written
+
+    @property
+    def weight_at(self) -> int:
+        """Which of a call's tensors is the weight's first."""
+        return len(self.activation.parts)
 
     def inputs(self, given: Sequence[Tensor]) -> ConvInputs:
         """A call's tensors told apart; CodegenError if there are more or fewer."""
@@ -141,11 +151,13 @@ class ConvSpec:
             del rest[:count]
             return found
 
-        codes, scales = take(2)
+        x = take(self.weight_at)
         parts = take(len(self.weight.parts))
         bias = take(1)[0] if self.bias else None
-        extras = tuple(take(1 if f is None else 2) for f in self.reads)
-        return ConvInputs((codes, scales), parts, bias, extras, take(self.epilogue.count("v")), tuple(rest))
+        extras = tuple(take(1 if f is None else len(f.parts)) for f in self.reads)
+        vectors = take(self.epilogue.count("v"))
+        scales = tuple(take(len(f.parts) - 1) for f in self.writes if f is not None)
+        return ConvInputs(x, parts, bias, extras, vectors, scales)
 
     def plain(self) -> ConvSpec:
         """The same sums without an epilogue, in float32."""
@@ -252,8 +264,15 @@ def _one_scale(f: Format) -> bool:
     scale = f.scale
     if f.element != Integer(8) or f.layout.name != "bytes" or scale is None:
         return False
-    plain = scale.dtype == "f32" and scale.zero == "none" and not scale.native and not scale.two_level
+    plain = (
+        scale.dtype == "f32" and scale.zero in ("none", "int") and not scale.native and not scale.two_level
+    )
     return plain and scale.granularity.rows is None and scale.granularity.cols is None
+
+
+def has_zero(f: Format | None) -> bool:
+    """Whether codes in this format have a zero point; None is float32."""
+    return f is not None and f.scale is not None and f.scale.zero != "none"
 
 
 def _format(text: str) -> Format | None:

@@ -5,7 +5,8 @@ In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can
     Gradient.parse("lsq+stochastic")  ->  Gradient("lsq", stochastic=True)
 
     straight   dv/dx = 1
-    clip       dv/dx = 1 where x lies in the range of the codes, half a step beyond included, else 0
+    clip       dv/dx = 1 where x lies in the range of the codes, half a step beyond included (all that rounds
+               to them without being cut off), else 0
     lsq        the same without the half step, and a learned step: LSQ (arXiv 1902.08153), with a learned
                smallest value for formats that have a zero point: LSQ+ (2004.09576)
     pact       the same, and a learned end of the range: PACT (1805.06085), for both signs

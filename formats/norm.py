@@ -11,7 +11,9 @@ bias that the folded convolution has, and what undoes them while batches still c
 So what is rounded is what will be folded (Jacob et al., 1712.05877, section 3.2). In training, before
 `freeze`, bias' is 0 and z is the batch norm, by the batch's own statistics, of y / g + bias (Krishnamoorthi,
 1806.08342, section 3.2.2); after it, and in evaluation, z is y. rows' and bias' are computed in float64 and
-rounded once, as `passes/batch_norm.py` does it.
+rounded once, as `passes/batch_norm.py` does it. Where gamma is 0 (the last norm of a residual block often
+begins so), the batch's statistics and gamma's gradient are those of rows that gamma has not erased: g is then
+1 / sqrt(var + eps) while batches count.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .errors import BitfoldError
 
 
 def fold_norm(
@@ -36,6 +39,9 @@ def fold_norm(
 ) -> list[Tensor]:
     """[rows', bias', g]; g is float64 [O]."""
     g = (1.0 if gamma is None else gamma.double()) / torch.sqrt(var.double() + eps)
+    if training and gamma is not None:
+        erased = gamma == 0 if clock is None else (gamma == 0) & (clock < freeze)
+        g = torch.where(erased, torch.rsqrt(var.double() + eps), g)
     new = (rows.double() * g.reshape(-1, *(1,) * (rows.ndim - 1))).to(rows.dtype)
     shift = (0.0 if bias is None else bias.double()) - mean.double()
     shift = (shift * g + (0.0 if beta is None else beta.double())).to(rows.dtype)
@@ -64,12 +70,16 @@ def unfold_norm(
     if not training:
         return y.clone()
     shape = (1, -1, *(1,) * (y.ndim - 2))
-    # A channel that gamma has switched off stays off, whatever it held.
+    # g is 0 only after `freeze`, where y itself is the result; the other branch must have no NaN as gradient.
     safe = torch.where(g == 0, 1.0, g).to(torch.float32).reshape(shape)
     raw = y.to(torch.float32) / safe
     raw = raw if bias is None else raw + bias.to(torch.float32).reshape(shape)
     dims = [0, *range(2, y.ndim)]
     count = y.numel() // y.shape[1]
+    if clock is None and isinstance(count, int) and count == 1:
+        raise BitfoldError(
+            "batch norm in training needs more than one value a channel to normalize by, and got one"
+        )
     center = raw.mean(dims)
     spread = raw.var(dims, unbiased=False)
     z = (raw - center.reshape(shape)) * torch.rsqrt(spread + eps).reshape(shape)

@@ -26,12 +26,11 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import learned, ops
-from .cells import dithered, staircase_slope
+from .cells import dithered, reach, staircase_slope
 from .errors import FormatError
 from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
-from .integer import Integer
 from .round_groups import faster
 from .text import format
 
@@ -56,9 +55,10 @@ def train_quantize(
     clock: Tensor | None = None,
     warmup: int = 0,
 ) -> Tensor:
-    """See the file. A range [low, high] that has seen nothing (low > high) is that of x."""
+    """See the file; contiguous. A range [low, high] that has seen nothing (low > high) is that of x."""
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
+    x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
     if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
         how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy
@@ -178,9 +178,10 @@ def backward(
     if how.kind == "smooth":
         slope = staircase_slope(element, u, how.sharpness)
         return (flow * slope).reshape(x.shape).to(x.dtype), none
-    half = 0.5 * 2.0**-element.fraction if how.kind == "clip" and isinstance(element, Integer) else 0.0
-    below, above = u < element.low - half, u > element.high + half
-    if how.kind != "clip":  # the papers' own: at the ends the range is what counts
+    if how.kind == "clip":
+        least, most = reach(element)
+        below, above = u < least, u > most
+    else:  # the papers' own: at the ends the range is what counts
         below, above = u <= element.low, u >= element.high
     inside = ~(below | above)
     for_x = torch.where(inside, flow, 0.0).reshape(x.shape).to(x.dtype)

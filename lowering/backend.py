@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..formats import BitfoldError
-from ..passes import Pipeline, Trace, capture_frame, is_training_graph, state
+from ..passes import Miss, Pipeline, Trace, capture_frame, is_training_graph, state
 from ..passes.annotate import Annotate
 from ..passes.core import META_KEY
 from ..passes.edit import fake_mode
@@ -35,13 +35,14 @@ from ..passes.fuse import Fuse, inline
 from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.stages import find_attribute
+from .frame_key import frame_key
 from .inductor import STATIC
 from .kv_cache.quantize import QuantizeCache, speaks_of_caches
 from .lower import Lower
 from .options import DEFAULT_RECIPE, Options, deliver
 from .reference import ReferenceTarget
 from .shared_regions import share_regions
-from .target import Compiled, Target, default_target, get_target
+from .target import KEPT, Compiled, Target, default_target, get_target
 from .weight_store import GraphWeights, Slot, Stamp, WeightStore, stamp
 
 # The one thing here that changes: all graphs of the process share codes, which die with their parameters.
@@ -64,7 +65,9 @@ def bitfold(
         return _compile_as_it_is(gm, example_inputs, target, chosen)
     _refuse_autocast(gm)
     with torch.no_grad() if chosen.inference else torch.set_grad_enabled(torch.is_grad_enabled()):
-        run = _compile_folded(gm, example_inputs, target, chosen)
+        key = _key(gm, example_inputs, target, chosen)
+        found = target.recalled(key) if isinstance(key, str) else key
+        run = _compile_folded(gm, example_inputs, target, chosen, key) if isinstance(found, Miss) else found
     return torch.no_grad()(run) if chosen.inference else run
 
 
@@ -112,7 +115,20 @@ def pipeline(options: Options, target: Target) -> Pipeline:
     return Pipeline([*caches, Annotate(recipe=recipe), Fold(), Fuse(), Lower(target=names)])
 
 
-def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options) -> Compiled:
+def _key(gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options) -> str | Miss:
+    """By which the compiled frame is kept for other processes. Codes made here are of weights' values, and
+    names of layers, which a key does not hold; a pipeline's passes may be anybody's."""
+    recipe = Recipe.parse(options.recipe or DEFAULT_RECIPE)
+    if options.pipeline is not None or options.trace is not None:
+        return Miss("passes are to be run")
+    if not all(rule.skip for rule in recipe.rules) or speaks_of_caches(recipe):
+        return Miss("there may be something to fold")
+    return frame_key(gm, inputs, [target.name, str(recipe), repr(sorted(options.config().items()))])
+
+
+def _compile_folded(
+    gm: GraphModule, inputs: Sequence[Any], target: Target, options: Options, key: str | Miss
+) -> Compiled:
     steps = pipeline(options, target)
     _refuse_calibration(steps)
     graph = capture_frame(gm, inputs)
@@ -132,6 +148,8 @@ def _compile_folded(gm: GraphModule, inputs: Sequence[Any], target: Target, opti
     kept, watched = _drop_unused(graph, slots, inputs, positions)
     graph.recompile()
     examples = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    if isinstance(key, str) and not slots and not watched:
+        graph.meta[KEPT] = (key, kept)
     inner = target.compile(graph, examples, options.config())
     graph.meta.pop(META_KEY)  # it holds the user's parameters, which a target that keeps the graph must not
     return _Call(inner, kept, slots, watched)

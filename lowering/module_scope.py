@@ -223,8 +223,10 @@ class _Tracer:
 
 @contextmanager
 def _without_hooks(module: nn.Module) -> Iterator[None]:
-    """The user's hooks run around the folded forward as before, so the graph must not hold them too."""
+    """The user's hooks run around the folded forward as before, so the graph must not hold them too. What a
+    module's own `.compile()` has put in the place of its call cannot be traced."""
     kept = [(inner, inner._forward_hooks, inner._forward_pre_hooks) for inner in module.modules()]
+    calls = {inner: inner.__dict__.pop("_compiled_call_impl", None) for inner in module.modules()}
     try:
         for inner, _, _ in kept:
             inner._forward_hooks, inner._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -232,6 +234,9 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for inner, after, before in kept:
             inner._forward_hooks, inner._forward_pre_hooks = after, before
+        for inner, call in calls.items():
+            if call is not None:
+                inner.__dict__["_compiled_call_impl"] = call
 
 
 def _owners(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,6 +14,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
+from ..passes.shared_memory import RETURNS_ITS_INPUT
+
 aten = torch.ops.aten
 _PLAIN: dict[object, object] = {
     aten.relu_.default: aten.relu.default,
@@ -27,8 +29,6 @@ _PLAIN: dict[object, object] = {
     aten.add_.Tensor: aten.add.Tensor,
     aten.mul_.Tensor: aten.mul.Tensor,
 }
-# Composite operators that may return what they were given, whatever their schema says.
-_SAME = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
 
 
 def out_of_place(gm: GraphModule) -> int:
@@ -48,7 +48,7 @@ def _its_own(node: Node) -> bool:
     if (
         not isinstance(made, Node)
         or not isinstance(made.target, torch._ops.OpOverload)
-        or made.target in _SAME
+        or made.target in RETURNS_ITS_INPUT
     ):
         return False
     return all(result.alias_info is None for result in made.target._schema.returns)

@@ -29,7 +29,7 @@ class PickleError(BitfoldError, pickle.PicklingError):
     """Somebody pickles a program."""
 
 
-class _Program(GraphModule):
+class Program(GraphModule):
     """What is added to the class of a graph."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -69,7 +69,7 @@ def as_program(gm: GraphModule) -> GraphModule:
     for method in ("train", "eval"):  # set on the instance by torch.export, where they raise
         gm.__dict__.pop(method, None)
     gm.training = any(_trains(node) for node in gm.graph.nodes)
-    gm.__class__ = type("GraphModuleImpl", (_Program, type(gm)), {})
+    gm.__class__ = type("GraphModuleImpl", (Program, type(gm)), {})
     return gm
 
 

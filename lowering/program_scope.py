@@ -19,9 +19,8 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, state
 from ..passes.annotate import Annotate
+from ..passes.edges import first_calibrated
 from ..passes.fold import Fold
-from ..passes.joints import operands
-from ..passes.note import annotated
 from ..passes.observing.calibrate import calibrate, flat_arguments
 from ..passes.observing.observe import Observe
 from ..passes.observing.share import Share
@@ -73,9 +72,7 @@ def quantize_program(
     data: list[Any] = list(batches.raw()) if steps is not None else []
     if steps is not None:
         _solve(gm, steps, data, progress)
-    observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
-    joined = (operands(node) for node in gm.graph.nodes)
-    observed = observed or next((one.layer for one in joined if one is not None and one.observer), None)
+    observed = first_calibrated(gm)
     if observed is not None:
         batches.check_given(observed)
         Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)

@@ -184,11 +184,6 @@ def calibrate_sites(model: nn.Module, found: Plan, batches: Iterable[Batch], pro
     if observe_modules(model, batches, observed, progress) == 0:
         raise BitfoldError("calibration has no batches; give at least one")
     for site in found.sites:
-        if any(getattr(module, "spoilt", False) for module in site.gm.modules()):
-            raise BitfoldError(
-                f"NaN or infinity goes into layer {site.path} on calibration data; look at the data, or let "
-                "a rule of the recipe skip the layer"
-            )
         try:
             check_observers(site.gm)
         except BitfoldError as error:

@@ -80,7 +80,7 @@ def report(model: nn.Module) -> Report:
         return _of_graph(model)
     folded = [(path, module) for path, module in model.named_modules() if isinstance(module, Folded)]
     misses = tuple(miss for module in model.modules() for miss in module.__dict__.get(ATTRIBUTE, ()))
-    if not folded and not misses:
+    if not folded and not any(ATTRIBUTE in module.__dict__ for module in model.modules()):
         raise BitfoldError(
             f"nothing in this {type(model).__name__} is folded; call bf.quantize(model, recipe) first"
         )

@@ -34,6 +34,7 @@ class Swaps:
         self._rounded: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         self._lifted = False
         self._handles: list[Any] = []
+        self._hooked: set[nn.Module] = set()
 
     def __enter__(self) -> Swaps:
         return self
@@ -72,7 +73,9 @@ class Swaps:
                 # The module has no transform of its own yet: its weight has the inverse meanwhile.
                 rows = torch.ops.bitfold.hadamard(rows, True) if turned(node) else rows
                 self._weight(site, node, note, rows)
-            if note.input and not note.observer and is_stock(site.module):
+            # Once: a site is put again when its weights are better, and rounding twice is not rounding once.
+            if note.input and not note.observer and is_stock(site.module) and site.module not in self._hooked:
+                self._hooked.add(site.module)
                 hook = self._rounding(note.input, turned(node))
                 self._handles.append(site.module.register_forward_pre_hook(hook, with_kwargs=True))
 

@@ -30,6 +30,10 @@ GROUP = "bitfold.targets"
 
 Compiled = Callable[..., Any]
 
+KEPT = "bitfold_kept"
+"""In the `meta` of a graph that a target may keep for other processes: its frame's key (`frame_key.py`), and
+which of the frame's arguments it takes."""
+
 
 class Target(ABC):
     """Subclasses say what they take (`supports`) and how (`lower`); the rest has a sensible default."""
@@ -68,6 +72,10 @@ class Target(ABC):
         `example_inputs` are fake tensors and symbolic integers; `config` is Inductor's, for whom it concerns.
         """
         return gm.forward
+
+    def recalled(self, key: str) -> Compiled | Miss:
+        """What `compile` made of a graph whose frame had this key (`KEPT`), in this process or another."""
+        return Miss(f"the target {self.name} keeps no compiled frames")
 
 
 # Target name -> (module of this folder, class); imported when first asked for.

@@ -66,6 +66,15 @@ def split_activations(gm: GraphModule, make: MakeNode, *, observed_only: bool = 
     return len(shared)
 
 
+def first_calibrated(gm: GraphModule) -> str | None:
+    """The first layer, or joint, that wants ranges found on data."""
+    for _, note in annotated(gm):
+        if note.observer:
+            return note.layer
+    wanted = (operands(node) for node in gm.graph.nodes)
+    return next((one.layer for one in wanted if one is not None and one.observer), None)
+
+
 def epochs(gm: GraphModule) -> dict[Node, int]:
     """For each node, how many up to it write to a tensor or switch a mode; within an epoch all may move."""
     count, found = 0, {}

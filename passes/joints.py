@@ -15,13 +15,15 @@ attention  scaled_dot_product_attention; a product of two activations    q, k an
 
 In an attention of one operator the probabilities stay inside it, as floats; spelled out, they are an operand
 of the second product. What such an edge holds is defined by the graph, `dequantize(quantize(x))`; a target
-may do better than compute that.
+may do better than compute that. Two cannot have it: a sum in place, where what it writes is seen elsewhere,
+and a softmax of masked scores (`masks.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,9 +32,11 @@ from torch.fx import GraphModule, Node
 from ..formats import BitfoldError, Format, FormatError, format
 from .constants import constant_nodes
 from .core import Miss, report, state
+from .masks import learned, mask_of
 from .provenance import origin
 from .recipes import Recipe
 from .rules import JOINTS, Rule, Site
+from .shared_memory import memory, sees_write
 
 aten = torch.ops.aten
 KEY = "bitfold_operands"
@@ -102,6 +106,7 @@ def sites(gm: GraphModule) -> Iterator[tuple[Node, Site]]:
 def plan_joints(gm: GraphModule, recipe: Recipe) -> list[tuple[Node, Operands | Miss, Rule]]:
     """What the recipe wants of every joint, nothing written yet. Raises BitfoldError for one that cannot."""
     found: list[tuple[Node, Operands | Miss, Rule]] = []
+    seen = _Seen(gm)
     for node, site in sites(gm):
         rule = recipe.rule(site)
         if rule is None or (not rule.input and not rule.skip):
@@ -110,9 +115,11 @@ def plan_joints(gm: GraphModule, recipe: Recipe) -> list[tuple[Node, Operands | 
             found.append((node, Miss(rule.skip), rule))
             continue
         places = TARGETS[node.target][1]
-        why = _misfit(node, places, format(rule.input), rule)
+        why = _misfit(node, places, format(rule.input), rule) or seen.misfit(node, format(rule.input))
         if why and rule.on_misfit == "error":
-            raise BitfoldError(f"{site.op} {node.name} of {site.paths[0]}: {why}")
+            raise BitfoldError(
+                f"{site.op} {node.name} of {site.paths[0]}: {why} (on_misfit='report' leaves it as it is)"
+            )
         wanted = Operands(site.paths[0], site.op, str(rule), places, rule.input, rule.observer)
         found.append((node, Miss(why) if why else wanted, rule))
     return found
@@ -150,6 +157,34 @@ def _over_image(node: Node) -> bool:
     """A mean over the last two of four dimensions is a pooling; one over channels is part of a norm."""
     dims, ndim = node.args[1], node.args[0].meta["val"].ndim  # type: ignore[union-attr]
     return ndim == 4 and isinstance(dims, list | tuple) and {int(d) % 4 for d in dims} == {2, 3}  # type: ignore[arg-type]
+
+
+@dataclass
+class _Seen:
+    """What is known of a whole graph, found out when it is first asked for."""
+
+    gm: GraphModule
+
+    @cached_property
+    def memory(self) -> dict[Node, object]:
+        return memory(self.gm.graph)
+
+    @cached_property
+    def scores(self) -> tuple[set[Node], set[Node]]:
+        return learned(self.gm), constant_nodes(self.gm)
+
+    def misfit(self, node: Node, fmt: Format) -> str:
+        """Why this operator cannot take a format where it stands; "" if it can."""
+        if node.target is aten.add_.Tensor and (other := sees_write(node, self.memory)):
+            return (
+                f"what it writes to is seen by {other.name} too, which does not see the rounded tensor; "
+                "write x = x + y"
+            )
+        if TARGETS[node.target][0] == "softmax" and fmt.scale is not None:
+            mask = mask_of(self.gm, node, *self.scores)
+            if mask is not None:
+                return f"its scores are masked by {mask.name}, and one scale for both leaves them nothing"
+        return ""
 
 
 def _misfit(node: Node, places: tuple[int, ...], fmt: Format, rule: Rule) -> str:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
-from ..conv import ConvSpec
+from ..conv import ConvSpec, has_zero
 from .build import FLAGS, Library, operator, vectors
 from .conv_source import normed, source
 
@@ -33,6 +33,9 @@ _COUNTS = (
     "norm",
     "read_codes",
     "write_codes",
+    "zero",
+    "read_zeros",
+    "write_zeros",
 )
 
 
@@ -81,6 +84,9 @@ def facts_of(spec: ConvSpec, run: int, widen: int | None) -> Facts:
         norm=int(normed(spec.epilogue)),
         read_codes=sum(1 << i for i, f in enumerate(spec.reads) if f is not None),
         write_codes=sum(1 << i for i, f in enumerate(spec.writes) if f is not None),
+        zero=int(has_zero(spec.activation)),
+        read_zeros=sum(1 << i for i, f in enumerate(spec.reads) if has_zero(f)),
+        write_zeros=sum(1 << i for i, f in enumerate(spec.writes) if has_zero(f)),
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 
-from ..conv import ConvSpec
+from ..conv import ConvSpec, has_zero
 from ..epilogue import Apply, Epilogue, Expression
 
 _INCLUDES = ("<algorithm>", "<cmath>", "<cstdint>", "<cstring>", '"conv.h"')
@@ -24,7 +24,8 @@ def source(spec: ConvSpec) -> str:
     """The kernel's file as text."""
     positive = "true" if spec.positive else "false"
     of_x = "1" if spec.depthwise else f"bitfold::kBytes<{positive}>"
-    loops = "depthwise(*call, first, last, from, to, End{});"
+    zero = "true" if has_zero(spec.activation) else "false"
+    loops = f"depthwise<{zero}>(*call, first, last, from, to, End{{}});"
     if not spec.depthwise:
         loops = f"gemm<{positive}>(*call, first, last, from, to, End{{}});"
     lines = [
@@ -51,7 +52,7 @@ def source(spec: ConvSpec) -> str:
 def _end(spec: ConvSpec) -> list[str]:
     """From the sums of sixteen channels of a pixel to what is stored."""
     reads, norm = spec.epilogue.count("e"), normed(spec.epilogue)
-    read = range(2 if norm else 0, spec.epilogue.count("v"))
+    vectors = range(2 if norm else 0, spec.epilogue.count("v"))
     names = {f"{kind}{i}": f"{kind}{i}" for kind in "yev" for i in range(spec.epilogue.count(kind))}
     names["y0"] = "y0"
     root, bounds = _bounded(_without_norm(spec.epilogue.root) if norm else spec.epilogue.root)
@@ -67,9 +68,12 @@ def _end(spec: ConvSpec) -> list[str]:
     added = " + bias[i]" if spec.bias or norm else ""
     body = [f"      const float y0 = static_cast<float>(sums[i]) * factors[i]{added};"]
     for i, kind in enumerate(types):
-        scaled = f"static_cast<float>(given{i}[i]) * unit{i}" if kind == "int8_t" else f"given{i}[i]"
-        body.append(f"      const float e{i} = {scaled};")
-    body += [f"      const float v{i} = vector{i}[i];" for i in read]
+        read = f"given{i}[i]"
+        if kind == "int8_t":
+            less = f" - origin{i}" if has_zero(spec.reads[i]) else ""
+            read = f"(static_cast<float>({read}){less}) * unit{i}"
+        body.append(f"      const float e{i} = {read};")
+    body += [f"      const float v{i} = vector{i}[i];" for i in vectors]
     body += [f"      {step}" for step in steps]
     stores: list[str] = []
     body.append(f"      result[i] = {result};")
@@ -80,7 +84,7 @@ def _end(spec: ConvSpec) -> list[str]:
         else:
             stores += [
                 f"    int8_t taken{i}[kLanes];",
-                f"    codes(result, c.inverses[{i}], taken{i});",
+                f"    codes(result, c.inverses[{i}], {f'c.starts[{i}], ' * has_zero(f)}taken{i});",
                 f"    std::memcpy({to}, taken{i}, count);",
             ]
     return [
@@ -92,8 +96,9 @@ def _end(spec: ConvSpec) -> list[str]:
         "    const int64_t place = pixel * c.n + row;",
         "    const float* __restrict factors = c.factors + row;",
         *(["    const float* __restrict bias = c.bias + row;"] if spec.bias or norm else []),
-        *(f"    const float* __restrict vector{i} = c.vectors[{i}] + row;" for i in read),
+        *(f"    const float* __restrict vector{i} = c.vectors[{i}] + row;" for i in vectors),
         *(f"    const float unit{i} = c.units[{i}];" for i in range(reads) if types[i] == "int8_t"),
+        *(f"    const float origin{i} = c.origins[{i}];" for i in range(reads) if has_zero(spec.reads[i])),
         *loads,
         "    alignas(64) float result[kLanes];",
         "#pragma GCC unroll 1  // unrolled first, it is not made vectors of",

@@ -12,6 +12,7 @@ Bits are those of `format.fake_quantize` and of `formats/train_quantize.py`; sum
 from __future__ import annotations
 
 from ...formats import Float, Format, Integer, format
+from ...formats.cells import reach
 from ..rounding import RoundingSpec
 from .encode import magnitude_lines, read_lines, rounded_lines, scale_lines, zero_lines
 from .lines import TL, Lines
@@ -113,8 +114,8 @@ def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
     else:
         out.add("u = tl.div_rn(v, safe)")
     if spec.direction == "clip":
-        half = 0.5 * 2.0**-element.fraction if isinstance(element, Integer) else 0.0
-        out.add(f"below = u < {low - half!r}", f"above = u > {high + half!r}")
+        least, most = reach(element)
+        out.add(f"below = u < {least!r}", f"above = u > {most!r}")
     else:
         out.add(f"below = u <= {low!r}", f"above = u >= {high!r}")
     out.add(

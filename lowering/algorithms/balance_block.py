@@ -62,6 +62,12 @@ class Balance:
         if isinstance(found, Miss):
             self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), found.reason))
             return
+        if not found:
+            reason = (
+                "nothing in it can be balanced: no channels that linears read are made by a plain vector or "
+                "the rows of a linear"
+            )
+            self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
         found = [group for group in found if self._alone(group, block, path)]
         work = _Work(block, path, sites, swaps)
         found = [group for group in found if self._free(group, work) and self._seen(group, work)]

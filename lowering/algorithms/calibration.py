@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
+from ...passes.observing.calibrate import named, usable
 from ...passes.scopes.program import traceable
 from .buffers import Buffers
 
@@ -45,7 +46,7 @@ class Batch:
                 raise BitfoldError(f"{self.name} is empty: {_place(path)} has shape {list(value.shape)}")
             if not value.is_floating_point():
                 continue
-            if not bool(torch.isfinite(value).all()):
+            if not usable(value):
                 raise BitfoldError(
                     f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
                 )
@@ -150,13 +151,15 @@ def observe_modules(
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 
     def observe(module: nn.Module, args: Any, kwargs: Any) -> None:
-        observers[module](*in_order(module, args, kwargs))
+        with named(running):
+            observers[module](*in_order(module, args, kwargs))
 
-    count = 0
+    count, running = 0, ""
     with hooked(model, dict.fromkeys(observers, observe)):
         for batch in batches:
             if progress is not None:
                 progress(f"calibrate on batch {count}", count, 0)
+            running = batch.name
             batch.run(model)
             count += 1
     return count

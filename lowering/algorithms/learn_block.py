@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.learn import Learn
 from ..module_scope import Site
@@ -33,6 +34,7 @@ def learn_block(
     if not learnt:
         return
     least = _loss(block, chain, place, targets, learnt, first=True)
+    _check_gradients(block, chain, place, targets, learnt)
     draw = torch.Generator().manual_seed(0)
     descent = Descent(learnt, (step.rate, step.scales))
     for number in range(step.steps):
@@ -48,6 +50,20 @@ def learn_block(
                     rounding.keep()
     for node, rounding in learnt.values():
         node.meta[DRAFT] = rounding.draft()
+
+
+def _check_gradients(
+    block: nn.Module, chain: Chain, place: int, targets: Sequence[Tensor], learnt: Learnt
+) -> None:
+    """BitfoldError if no batch has a gradient of any weight: there is nothing to learn from."""
+    values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
+    for index, target in enumerate(targets):
+        if _gradients(block, chain, place, index, target, values, learnt):
+            return
+    raise BitfoldError(
+        f"learn has no gradient in {chain.paths[place]}: its forward computes under torch.no_grad(), or none "
+        "of its weights reaches its result; leave learn out"
+    )
 
 
 def _gradients(

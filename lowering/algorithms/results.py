@@ -99,6 +99,8 @@ class Results:
             for (_, note), codes in zip(here, found, strict=True):
                 if codes is not None and str(codes.format) != note.weight:
                     raise ValueError(f"it has {codes.format} where the recipe says {note.weight}")
+            if file.header["sum"] != _sum(found):
+                raise ValueError("its codes are not those that were written")
         except (KeyError, IndexError, TypeError, ValueError, BitfoldError) as error:
             raise FileError(f"{path} is damaged ({error}); remove it") from error
         return found
@@ -107,8 +109,8 @@ class Results:
         """Write the site's codes. `drafts`: what `drafts_of` said of it before it was solved."""
         tensors: dict[str, Tensor] = {}
         formats, ks = [], []
-        for index, (node, _) in enumerate(annotated(site.gm)):
-            codes = node.meta.get(DRAFT)
+        decided = [node.meta.get(DRAFT) for node, _ in annotated(site.gm)]
+        for index, codes in enumerate(decided):
             if not isinstance(codes, Quantized):
                 formats.append("")
                 ks.append(0)
@@ -119,7 +121,12 @@ class Results:
             tensors |= dict(zip(names, codes.parts, strict=True))
         shapes = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
         header = {"version": 1, "kind": "result", "tensors": described(shapes), "formats": formats, "k": ks}
-        header |= {"fingerprint": self.fingerprint, "layer": site.path, "drafts": drafts}
+        header |= {
+            "fingerprint": self.fingerprint,
+            "layer": site.path,
+            "drafts": drafts,
+            "sum": _sum(decided),
+        }
         write(self._path(site), tensors, header, shapes)
 
     def _path(self, site: Site) -> Path:
@@ -171,6 +178,15 @@ def _codes_in(file: TensorFile, index: int) -> Quantized | None:
 def _without_places(text: str) -> str:
     """Where an object lies in memory is another place in every run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def _sum(codes: Iterable[Any]) -> str:
+    """A hash of the codes and scales of a layer's weights."""
+    found = hashlib.sha256()
+    for one in codes:
+        for part in one.parts if isinstance(one, Quantized) else ():
+            _update(found, part)
+    return found.hexdigest()
 
 
 def _hash(tensor: Tensor) -> str:

@@ -41,11 +41,12 @@ from ..swaps import Swaps
 from ..turned import turned
 from .algorithm import Algorithm
 from .balance_block import Balance
-from .blocks import Chain, record, without_cache
+from .blocks import Chain, without_cache
 from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
 from .learn_block import learn_block
 from .measure import Pairs, gatherer, measure, once
+from .record_blocks import record
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
 from .tune_model import tune_model
@@ -117,11 +118,12 @@ def _walk(
         found.misses.append(MissRecord("", "", "", str(algorithm), reason))
     else:
         if algorithm.learn is not None or algorithm.wants_exact:
-            chain.exact = list(chain.hidden)
+            chain.exact = list(chain.given)
         with hooked(model, {}):
             for place, path in enumerate(chain.paths):
                 inside = [site for site in sites if _within(site.path, path)]
-                _solve_block(chain, place, inside, solver, balance)
+                with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
+                    _solve_block(chain, place, inside, solver, balance)
     for site in rest:
         solver.solve(site)
         solver.settle(site)
@@ -293,7 +295,8 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
     pairs = Pairs() if solver.algorithm.wants_exact else None
-    targets = [chain.run_exact(place, batch) for batch in range(len(chain.exact))]
+    exact = [chain.behind(place, batch, given) for batch, given in enumerate(chain.exact)]
+    targets = [one.hidden for one in exact]
     with Swaps() as swaps:
 
         def run() -> None:
@@ -317,9 +320,9 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
             for site in sites:
                 solver.settle(site)
                 swaps.put(site)
-        for batch in range(len(chain.hidden)):
-            chain.hidden[batch] = chain.run(place, batch)
-    chain.exact = targets
+        for batch, given in enumerate(chain.given):
+            chain.given[batch] = chain.behind(place, batch, given)
+    chain.exact = exact
 
 
 def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[Site], bool]]:

@@ -79,6 +79,7 @@ class _Work:
     def run(self, taught: Sequence[Batch], aside: Sequence[Batch], progress: Step | None) -> None:
         more = [(value, self.step.vectors * float(value.abs().mean())) for value, _ in self.vectors.values()]
         descent = Descent(self.learnt, (self.step.rate, self.step.scales), more)
+        self._check_gradients(taught)
         least = self._loss(aside, first=True)
         order: list[int] = []
         draw = torch.Generator().manual_seed(0)
@@ -94,6 +95,15 @@ class _Work:
                 if loss < least:
                     least = loss
                     self._keep()
+
+    def _check_gradients(self, taught: Sequence[Batch]) -> None:
+        """BitfoldError if no batch has a gradient: there is nothing to learn from."""
+        values = {name: rounding.values().requires_grad_() for name, (_, rounding) in self.learnt.items()}
+        if not any(self._gradients(batch, values) for batch in taught):
+            raise BitfoldError(
+                f"tune has no gradient in {type(self.model).__name__}: its forward computes under "
+                "torch.no_grad(); leave tune out"
+            )
 
     def _gradients(self, batch: Batch, values: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Of the loss on a batch, by rounded weights; those of vectors are left at them."""

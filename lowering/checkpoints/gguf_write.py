@@ -21,18 +21,9 @@ from ..files.paths import FileError, place_of
 from ..files.save import join
 from ..folded import Folded
 from .gguf_blocks import write_blocks
+from .gguf_fields import check_config, check_tensors, computed_tensors, write_fields
 from .gguf_read import GGUF, ROTATED_IN_PAIRS, Names, gguf_package, in_their_order, open_gguf
 from .layers import folded_layer
-
-_FIELDS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "vocab_size": "vocab_size",
-}
 
 
 def write_gguf(model: nn.Module, path: object, *, like: object = None) -> None:
@@ -48,7 +39,9 @@ def write_gguf(model: nn.Module, path: object, *, like: object = None) -> None:
     source = None if like is None else open_gguf(Path(str(like)))
     if source is not None and source.architecture != kind:
         raise BitfoldError(f"{source.path} holds a model of architecture {source.architecture}, not {kind}")
+    check_config(config, kind, source)
     tensors = _tensors(model, Names.of(kind, int(config.num_hidden_layers)), kind, config)
+    check_tensors(tensors, kind)
     beside = place.with_name(f"{place.name[:40]}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(str(beside), kind)
     try:
@@ -69,7 +62,7 @@ def write_gguf(model: nn.Module, path: object, *, like: object = None) -> None:
 
 def _tensors(model: nn.Module, names: Names, kind: str, config: Any) -> dict[str, tuple[str, Tensor]]:
     """By the file's name: the type's name and the rows. A tied head is not there, as llama.cpp has it."""
-    found: dict[str, tuple[str, Tensor]] = {}
+    found = {name: ("F32", tensor) for name, tensor in computed_tensors(config).items()}
     tied = bool(getattr(config, "tie_word_embeddings", False))
     folded = {path: module for path, module in model.named_modules() if isinstance(module, Folded)}
     held: dict[str, Tensor | Quantized] = {}
@@ -111,10 +104,7 @@ def _heads(name: str, config: Any) -> int | None:
 def _metadata(writer: Any, source: GGUF | None, kind: str, config: Any) -> None:
     """The fields of `source` as they are, or the configuration's."""
     if source is None:
-        for name, attribute in _FIELDS.items():
-            writer.add_uint32(f"{kind}.{name}", int(getattr(config, attribute)))
-        writer.add_float32(f"{kind}.attention.layer_norm_rms_epsilon", float(config.rms_norm_eps))
-        writer.add_float32(f"{kind}.rope.freq_base", float(config.rope_parameters["rope_theta"]))
+        write_fields(writer, config, kind)
         return
     for name, field in source.reader.fields.items():
         # The writer says these by itself, and the type of most tensors is another now.

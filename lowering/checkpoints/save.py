@@ -19,6 +19,7 @@ from torch import nn
 from ...formats import BitfoldError
 from ..files.paths import named
 from ..given_model import module_of
+from .biases import bias_words
 from .compressed_write import write_compressed
 from .folder import write_folder
 from .gguf_write import write_gguf
@@ -32,7 +33,8 @@ def save_checkpoint(
     into that file.
 
     The codes and scales written are the model's own. config.json is the model's configuration, if it has one
-    as transformers' models do, with the quantization_config in it. A GGUF file takes its metadata (tokenizer,
+    as transformers' models do, with the quantization_config in it, and says the biases that `correct_bias`
+    has added. A GGUF file takes its metadata (tokenizer,
     chat template) from `like`, another GGUF file of the same model.
 
     Raises BitfoldError for a model that is not quantized, or has a layer in a format that the other program
@@ -44,7 +46,9 @@ def save_checkpoint(
     if like is not None:
         raise BitfoldError("like= is a GGUF file whose metadata a GGUF file takes over; give a path in .gguf")
     written = write_compressed(model)
-    return write_folder(path, written.tensors, _config(model) | {"quantization_config": written.config})
+    words = bias_words(model, {name for name in written.tensors if name.endswith(".bias")})
+    config = _config(model) | words | {"quantization_config": written.config}
+    return write_folder(path, written.tensors, config)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -36,7 +36,13 @@ def weights_of(node: Node) -> list[tuple[list[object], str, int]]:
     inputs, text = node.args
     assert isinstance(inputs, list | tuple) and isinstance(text, str)
     spec = parsed(text)
-    return [(list(inputs[2 : 2 + len(spec.weight.parts)]), str(spec.weight), spec.products)]
+    return [
+        (
+            list(inputs[spec.weight_at : spec.weight_at + len(spec.weight.parts)]),
+            str(spec.weight),
+            spec.products,
+        )
+    ]
 
 
 def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
@@ -74,13 +80,15 @@ def reference(inputs: Sequence[Tensor], text: str, dtype: torch.dtype = torch.fl
     named |= {f"v{i}": vector.to(dtype).reshape(shape) for i, vector in enumerate(given.vectors)}
     result = spec.epilogue.run(named, dtype)
     steps = iter(given.scales)
-    return [result if f is None else f.quantize(result, [next(steps)]).codes for f in spec.writes]
+    return [result if f is None else f.quantize(result, list(next(steps))).codes for f in spec.writes]
 
 
 def decoded(f: Format, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Codes with one scale a tensor as numbers."""
-    codes, scale = parts
-    return codes.view(torch.int8).to(dtype) * scale.to(dtype).reshape(())
+    codes, scale, *zero = parts
+    above = codes.view(torch.int8).to(dtype)
+    above = above - zero[0].to(dtype).reshape(()) if zero else above
+    return above * scale.to(dtype).reshape(())
 
 
 def _convolved(spec: ConvSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

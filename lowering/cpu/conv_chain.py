@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ...codegen import CodegenError
-from ...codegen.conv import ConvSpec
+from ...codegen.conv import ConvSpec, has_zero
 from ...codegen.epilogue import Apply, Epilogue, Expression
 from ...formats import Format, format
 from ...passes import inherit
@@ -34,7 +34,7 @@ from ...passes.edit import arguments, call
 from ..out_of_place import out_of_place
 from ..splice import operation, same_shape
 from .conv import parsed
-from .moved_codes import move_codes, scale_of, static
+from .moved_codes import move_codes, scales_of, static
 from .signs import not_negative
 
 aten = torch.ops.aten
@@ -227,7 +227,7 @@ def _write(
         return False
     given: Any = draft.call.args[0]
     with graph.inserting_before(result):
-        steps = [_at_hand(graph, user) for user in coded]
+        steps = [_at_hand(graph, one) for user in coded for one in scales_of(user)]
         reads_now = [written.get(read, read) for read in draft.reads]
         inputs = [*given, *reads_now, *draft.vectors, *steps]
         made = graph.call_function(CONV, (inputs, str(spec)))
@@ -239,10 +239,11 @@ def _write(
         part.meta["val"] = one
     for new in (made, *parts):
         inherit(new, [draft.call, result])
-    for user, part in zip(coded, parts[-len(coded) :] if coded else [], strict=True):
+    first = len(parts) - len(coded)
+    for user, part, f in zip(coded, parts[first:], formats[first:], strict=True):
         for piece in list(user.users):  # the scales were taken care of
             piece.replace_all_uses_with(part)
-        if result in positive:
+        if result in positive and not has_zero(f):
             positive.add(part)
     if formats[0] is None:
         written[result] = parts[0]
@@ -250,9 +251,8 @@ def _write(
     return True
 
 
-def _at_hand(graph: Graph, quantize: Node) -> Node:
-    """The scale of a static `quantize`, which may be read further up."""
-    scale = scale_of(quantize)
+def _at_hand(graph: Graph, scale: Node) -> Node:
+    """A scale or a zero point, which may be read further up."""
     if scale.op == "placeholder":
         return scale
     new = graph.get_attr(str(scale.target))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ...codegen.conv import MOST_EXTRAS
+
 
 class _Shims(dict[Any, list[str]]):
     """Pickled by name: Inductor's cache of graphs goes by the options' pickle, and an operator has none."""
@@ -44,6 +46,10 @@ SHIMS = _Shims(
             "AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle, const AtenTensorHandle*, int64_t, "
             "AtenTensorHandle, AtenTensorHandle*, AtenTensorHandle*, const char*, AtenTensorHandle*)"
         ],
+        torch.ops.bitfold.conv.default: [
+            "AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle*, int64_t, const char*, "
+            "AtenTensorHandle*" + ", AtenTensorHandle* = nullptr" * (MOST_EXTRAS - 1) + ")"
+        ],
     }
 )
 
@@ -54,13 +60,16 @@ def options_for(gm: GraphModule) -> dict[str, Any]:
     An operator without a C function is called through Python there, and if it gives a list of one tensor,
     Inductor 2.11 to 2.14 takes the list for the tensor: the process dies.
     """
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target not in SHIMS:
-            returned = node.target._schema.returns
-            if node.target.namespace == "bitfold" and any(
-                str(one.type) == "List[Tensor]" for one in returned
-            ):
-                return {}
+    if any(_lists(node.target) for node in gm.graph.nodes if node.target not in SHIMS):
+        return {}
     # Dynamo's guards say the sizes of what is given; an assertion makes a stream for its message.
     told = {"size_asserts": False, "alignment_asserts": False}
     return {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": SHIMS, **told}
+
+
+def _lists(target: object) -> bool:
+    """Whether it is an operator of ours that gives a list, and no other operators take its place."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "bitfold":
+        return False
+    listed = any(str(one.type) == "List[Tensor]" for one in target._schema.returns)
+    return listed and not target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
-from ...formats import Integer, format
+from ...formats import format
 from ...passes import inherit
 from ...passes.edges import epochs
 from ...passes.moves import REORDERS
@@ -36,21 +36,19 @@ JOINS = frozenset({aten.cat.default, aten.concat.default, aten.stack.default})
 
 
 def static(node: Node) -> bool:
-    """Whether a node quantizes to int8 with one scale that the graph holds."""
+    """Whether a node quantizes to int8 with one scale, and perhaps a zero point, that the graph holds."""
     if node.target is not QUANTIZE or len(node.args) < 3 or not node.args[2]:
         return False
     fmt = format(str(node.args[1]))
     scales: Any = node.args[2]
-    plain = fmt.element == Integer(8) and fmt.scale is not None and fmt.parts == ("codes", "scales")
-    held = len(scales) == 1 and scales[0].op in ("placeholder", "get_attr")
-    return plain and held and str(fmt) == "int8[tensor]"
+    held = len(scales) + 1 == len(fmt.parts) and all(one.op in ("placeholder", "get_attr") for one in scales)
+    return held and str(fmt) in ("int8[tensor]", "int8[tensor,zero]")
 
 
-def scale_of(quantize: Node) -> Node:
-    """The scale of a static `quantize`."""
+def scales_of(quantize: Node) -> list[Node]:
+    """The scale of a static `quantize`, and its zero point if it has one."""
     scales: Any = quantize.args[2]
-    found: Node = scales[0]
-    return found
+    return list(scales)
 
 
 def move_codes(gm: GraphModule) -> int:
@@ -73,11 +71,13 @@ def move_codes(gm: GraphModule) -> int:
 
 
 def _plain_scale(gm: GraphModule, quantize: Node) -> None:
-    """Readers of the scale among a quantize's parts read it itself; those of codes share one node."""
+    """Readers of the scale (and zero point) among a quantize's parts read it itself; those of codes share one
+    node."""
     codes: Node | None = None
     for part in list(quantize.users):
-        if part.args[1] == 1:
-            part.replace_all_uses_with(scale_of(quantize))
+        place: Any = part.args[1]
+        if place > 0:
+            part.replace_all_uses_with(scales_of(quantize)[place - 1])
             gm.graph.erase_node(part)
         elif codes is None:
             codes = part
@@ -92,7 +92,7 @@ def _once(gm: GraphModule, since: dict[Node, int]) -> None:
     for node in list(gm.graph.find_nodes(op="call_function", target=QUANTIZE)):
         if not static(node):
             continue
-        held = _number(gm, scale_of(node))
+        held = tuple(_number(gm, one) for one in scales_of(node))
         first = made.setdefault((node.args[0], node.args[1], held, since.get(node)), node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -148,7 +148,7 @@ def _replaced(
     if not all(map(_is_tensor, sources)) or dtypes != {move.meta["val"].dtype}:
         return []
     (codes,) = quantize.users
-    scale = scale_of(quantize)
+    scales = scales_of(quantize)
     graph, made = gm.graph, list[Node]()
 
     def add(target: Any, args: tuple[Any, ...], like: Node, kwargs: Any = None) -> Node:
@@ -160,8 +160,8 @@ def _replaced(
     news, held = list[Node](), list[Node]()
     with graph.inserting_before(quantize):
         for source in sources:
-            new = graph.call_function(QUANTIZE, (source, quantize.args[1], [scale]))
-            new.meta["val"] = [source.meta["val"].to(torch.uint8), scale.meta["val"]]
+            new = graph.call_function(QUANTIZE, (source, quantize.args[1], scales))
+            new.meta["val"] = [source.meta["val"].to(torch.uint8), *(one.meta["val"] for one in scales)]
             made.append(new)
             news.append(new)
             held.append(add(operator.getitem, (new, 0), source))

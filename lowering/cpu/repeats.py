@@ -14,6 +14,9 @@ that two of its inputs share, since those of another layer may not.
 The C++ that calls the kernels of thirty layers is one function that GCC takes minutes for; that of one layer
 takes seconds. What it costs is that nothing is fused over the border of two layers, and a call from Python
 for each.
+
+Of a graph that does not repeat, the whole may be the one piece (`compile_alone`): a call of it then needs no
+more of Python than a layer's.
 """
 
 from __future__ import annotations
@@ -28,10 +31,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from ...passes.shared_memory import memory, writes_shared, written
 from ..shared_regions import alike, described
 from ..target import Compiled
 from .run_pieces import Run, Step, placed
-from .shared_memory import memory, writes_shared, written
 
 # Fewer nodes than this are not worth a call from Python, which takes as long as a small kernel.
 LEAST = 16
@@ -49,7 +52,7 @@ class Repeat:
     count: int
 
 
-def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
+def compile_repeats(gm: GraphModule, compile: Compile) -> Run | None:
     """The graph in pieces, each compiled by `compile(piece, fake inputs)`; None if it does not repeat."""
     body = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
     found = repeat(body) if _plain(gm) else None
@@ -62,14 +65,32 @@ def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
     if any(writes_shared(piece.nodes, piece.inputs, shared) for piece in pieces):
         return None
     layers = [piece for piece in pieces if len(piece.nodes) == found.period]
-    keys = {alike(piece.graph, kernels=True) for piece in layers}
-    if len(keys) != 1 or None in keys:
+    of_layers = {alike(piece.graph, kernels=True) for piece in layers}
+    if len(of_layers) != 1 or None in of_layers:
         return None
-    places = {node: i for i, node in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    (layer,) = of_layers
+    keys = [layer if len(piece.nodes) == found.period else id(piece) for piece in pieces]
+    return _run(gm, pieces, keys, compile)
+
+
+def compile_alone(gm: GraphModule, compile: Compile) -> Run | None:
+    """The graph as one piece; None if sizes vary, or if inputs share what it writes to."""
+    body = [node for node in gm.graph.nodes if node.op not in ("placeholder", "output")]
+    if not body or not _plain(gm):
+        return None
+    piece = _piece(gm, body)
+    if writes_shared(piece.nodes, piece.inputs, memory(gm.graph)):
+        return None
+    return _run(gm, [piece], [0], compile)
+
+
+def _run(gm: GraphModule, pieces: Sequence[_Piece], keys: Sequence[object], compile: Compile) -> Run:
+    """What calls the pieces of a graph, those of one key being compiled once."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    places = {node: i for i, node in enumerate(inputs)}
     compiled: dict[object, Compiled] = {}
     steps: list[Step] = []
-    for piece in pieces:
-        key = alike(piece.graph, kernels=True) if len(piece.nodes) == found.period else id(piece)
+    for piece, key in zip(pieces, keys, strict=True):
         if key not in compiled:
             module = GraphModule(gm, piece.graph, class_name="Piece")
             compiled[key] = compile(module, [node.meta["val"] for node in piece.inputs])
@@ -77,7 +98,8 @@ def compile_repeats(gm: GraphModule, compile: Compile) -> Compiled | None:
         for node in piece.outputs:
             places[node] = len(places)
         steps.append(Step(compiled[key], given, tuple(places[node] for node in piece.outputs)))
-    changed = [places[node] for node in written(body, gm.graph.find_nodes(op="placeholder"), shared)]
+    body = [node for piece in pieces for node in piece.nodes]
+    changed = [places[node] for node in written(body, inputs, memory(gm.graph))]
     return Run(steps, placed(gm.graph.output_node().args[0], places), changed)
 
 

@@ -9,7 +9,7 @@ In: compiled pieces, which values each takes and makes, what the whole returns. 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -38,15 +38,19 @@ class Step:
 
 class Run:
     """Calls pieces one after the other; a value is let go after the last piece that reads it. written:
-    numbers of the arguments that pieces write to."""
+    numbers of the arguments that pieces write to. told: gets the steps and what they are, after the first
+    call."""
 
     def __init__(self, steps: Sequence[Step], result: Any, written: Sequence[int] = ()) -> None:
         self.result, self.written, self.first = result, tuple(written), True
+        self.told: Callable[[Run, Mapping[int, Entry | Miss]], None] | None = None
         self.kept = {place.index for place in _places(result)}
         self.steps = _let_go(steps, self.kept)
         self.size = 1 + max(i for step in steps for i in (*step.given, *step.made))
 
     def __call__(self, *args: Any) -> Any:
+        if len(self.steps) == 1 and not self.first:
+            return self._alone(self.steps[0], args)
         values = [*args, *[None] * (self.size - len(args))]
         entries: dict[int, Entry | Miss] = {}
         for step in self.steps:
@@ -60,10 +64,19 @@ class Run:
             for i in step.gone:
                 values[i] = None
         if self.first:
+            if self.told is not None:
+                self.told(self, entries)
             self.steps, self.first = _let_go(joined(self.steps, entries, self.kept), self.kept), False
         elif self.written:  # else torch does so for each piece
             increment_version([args[i] for i in self.written])
         return _filled(self.result, values)
+
+    def _alone(self, step: Step, args: tuple[Any, ...]) -> Any:
+        """The same with one step: a small model's call takes no longer than this."""
+        found = step.run(*[args[i] for i in step.given])
+        if self.written:
+            increment_version([args[i] for i in self.written])
+        return _filled(self.result, {**dict(enumerate(args)), **dict(zip(step.made, found, strict=True))})
 
 
 def joined(steps: Sequence[Step], entries: Mapping[int, Entry | Miss], kept: set[int]) -> list[Step]:
@@ -114,7 +127,7 @@ def _let_go(steps: Sequence[Step], kept: set[int]) -> list[Step]:
     return found[::-1]
 
 
-class _Place:
+class Place:
     """Where a result lies among the values of a run."""
 
     def __init__(self, index: int) -> None:
@@ -124,17 +137,17 @@ class _Place:
 def placed(result: Any, places: dict[Node, int]) -> Any:
     """What a graph returns, with places for nodes."""
     if isinstance(result, Node):
-        return _Place(places[result])
+        return Place(places[result])
     return tuple(placed(item, places) for item in result) if isinstance(result, list | tuple) else result
 
 
-def _places(result: Any) -> list[_Place]:
-    if isinstance(result, _Place):
+def _places(result: Any) -> list[Place]:
+    if isinstance(result, Place):
         return [result]
     return [place for item in result for place in _places(item)] if isinstance(result, list | tuple) else []
 
 
-def _filled(result: Any, values: Sequence[Any]) -> Any:
-    if isinstance(result, _Place):
+def _filled(result: Any, values: Sequence[Any] | Mapping[int, Any]) -> Any:
+    if isinstance(result, Place):
         return values[result.index]
     return tuple(_filled(item, values) for item in result) if isinstance(result, list | tuple) else result

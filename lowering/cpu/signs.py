@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ...passes.edit import argument
-from .moved_codes import JOINS, MOVES, static
+from .moved_codes import JOINS, MOVES, scales_of, static
 
 aten = torch.ops.aten
 _NEVER = frozenset({aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default})
@@ -46,9 +46,14 @@ def _holds(node: Node, found: set[Node]) -> bool:
         return len(node.args) == 2 and not node.kwargs and all(_is_one(given, found) for given in node.args)
     if target in JOINS:
         return all(given in found for given in node.all_input_nodes)
-    if target in _KEEPS or (target is operator.getitem and node.args[1] == 0) or static(node):
+    if target in _KEEPS or (target is operator.getitem and node.args[1] == 0) or _symmetric(node):
         return node.args[0] in found
     return False
+
+
+def _symmetric(node: Node) -> bool:
+    """Whether a node quantizes so that what is not negative has codes that are not."""
+    return static(node) and len(scales_of(node)) == 1
 
 
 def _is_one(given: object, found: set[Node]) -> bool:

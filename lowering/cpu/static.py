@@ -144,7 +144,7 @@ def cast(call: Node, new: torch.dtype) -> None:
     result, and its bias before, are brought from one to the other."""
     graph, spec = call.graph, parsed(str(call.args[1]))
     inputs = list(call.args[0])  # type: ignore[arg-type]
-    at = 2 + len(spec.weight.parts)
+    at = spec.weight_at + len(spec.weight.parts)
     if spec.bias and inputs[at].target is not aten.to.dtype:
         with graph.inserting_before(call):
             inputs[at] = graph.call_function(aten.to.dtype, (inputs[at], torch.float32))

@@ -33,22 +33,25 @@ from ...codegen.cpp.support import cpu_layout, obstacle
 from ...codegen.spec import type_name
 from ...formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ...formats import format as parse
-from ...passes import inherit
+from ...passes import Miss, inherit
 from ..fused import parsed
 from ..inductor import InductorTarget, compiled, dequantized
 from ..kv_cache.few_queries import FEW_QUERIES, few_queries
 from ..splice import splice
-from ..target import Compiled
+from ..target import KEPT, Compiled
 from . import static as cpu_conv
 from .beside import beside
 from .cache import lower_caches
 from .conv_chain import chain
 from .cpp_wrapper import options_for
 from .forms import MOST_ROWS, Plan, gemv, plan, vector_layout
-from .repeats import compile_repeats
+from .kept_runs import keeper, recalled
+from .repeats import compile_alone, compile_repeats
 
 aten = torch.ops.aten
 FUSED = torch.ops.bitfold.fused.default
+MOST_NODES = 500
+"""Of a graph whose calls of kernels become one C++ function."""
 
 
 def cpu_linear(x: Tensor, parts: Sequence[Tensor], text: str, k: int, bias: Tensor | None = None) -> Tensor:
@@ -158,14 +161,26 @@ class CpuTarget(InductorTarget):
         return found if torch.is_grad_enabled() else found + beside(gm)
 
     def compile(self, gm: GraphModule, example_inputs: Sequence[Any], config: Mapping[str, Any]) -> Compiled:
-        """A layer that occurs many times is compiled once, where nothing is differentiated."""
-        if self.missing() is None and not torch.is_grad_enabled():
-            pieces = compile_repeats(
-                gm, lambda piece, inputs: compiled(piece, inputs, {**options_for(piece), **config})
-            )
-            if pieces is not None:
-                return pieces
-        return super().compile(gm, example_inputs, config)
+        """Where nothing is differentiated, a layer that occurs many times is compiled once, and a chain of
+        convolutions' kernels needs no Python between them."""
+        if self.missing() is not None or torch.is_grad_enabled():
+            return super().compile(gm, example_inputs, config)
+
+        def of_piece(piece: GraphModule, inputs: list[Any]) -> Compiled:
+            return compiled(piece, inputs, {**options_for(piece), **config})
+
+        run = compile_repeats(gm, of_piece)
+        if run is None and gm.graph.find_nodes(op="call_function", target=cpu_conv.CONV) and _is_small(gm):
+            run = compile_alone(gm, of_piece)
+        if run is None:
+            return super().compile(gm, example_inputs, config)
+        if KEPT in gm.meta:
+            key, given = gm.meta[KEPT]
+            run.told = keeper(key, given, gm)
+        return run
+
+    def recalled(self, key: str) -> Compiled | Miss:
+        return recalled(key)
 
     def lower(self, region: GraphModule) -> GraphModule:
         for node in list(region.graph.nodes):
@@ -194,6 +209,11 @@ class CpuTarget(InductorTarget):
         except InvalidCxxCompiler:
             return "there is no C++ compiler (install g++, or set CXX to one)"
         return None
+
+
+def _is_small(gm: GraphModule) -> bool:
+    """Whether the C++ that calls its kernels is a function that GCC gets through in seconds."""
+    return len(gm.graph.nodes) <= MOST_NODES
 
 
 def _lowered(node: Node, weight: Node, kernels: bool) -> Node | None:

@@ -23,6 +23,7 @@ from ...formats import BitfoldError, format
 from ..folded import Folded, original_class
 from ..install import Installer, Source, part_kinds
 from ..report import ATTRIBUTE
+from ..retype import retyped
 from .extra_state import load_state, stateful, tensors_of
 from .graph_data import Data
 from .graph_data import load as load_graph
@@ -258,12 +259,18 @@ class ModulePlan:
     def _install(
         self, installer: Installer, layer: _Layer, tensor: Callable[[str], Tensor], dtype: torch.dtype
     ) -> None:
-        path, graph, sources = layer.path, layer.graph, layer.sources
+        """Lower for the dtype that the layer will compute in: a target may take one and not another."""
+        path, graph, tensors = layer.path, layer.graph, dict[str, Tensor]()
+        for attribute, name in layer.names.items():
+            full = join(path, name)
+            given = tensor(full)
+            # A bias, say, goes with the layer's numbers; codes, scales and ranges are what they are.
+            moves = full not in self.parts and given.dtype == layer.dtype
+            tensors[attribute] = given.to(dtype) if moves else given
+        if dtype != layer.dtype and dtype.is_floating_point:
+            graph = retyped(graph, layer.dtype, dtype)
         module = self.model.get_submodule(path)
-        tensors = {attribute: tensor(join(path, name)) for attribute, name in layer.names.items()}
-        installer.install(path, module, graph, tensors, sources, layer.dtype, ranks=layer.ranks)
-        assert isinstance(module, Folded)
-        module.compute_in(dtype)
+        installer.install(path, module, graph, tensors, layer.sources, dtype, ranks=layer.ranks)
 
     def _source(self, path: str, weight: Mapping[str, Any]) -> Source:
         back = weight["back"]

@@ -99,7 +99,14 @@ class _Trained:
         if self.about[path].folded_away:
             return Site(path, module, identity(path))
         site = _site(path, module, self.about[path])
+        for name, tensor in self.extra[path].items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise BitfoldError(
+                    f"{path}.{name} is {tensor.dtype}, and learned scales and ranges are float32 whatever "
+                    "the model is; load the state that has them so"
+                )
         self.train(site)
+        SettleBatchNorm().check(site.gm)
         SettleQuantizers().check(site.gm)
         return _site(path, module, self.about[path])
 

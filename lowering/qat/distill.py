@@ -56,6 +56,7 @@ class Teacher:
     """A hook behind the model's forward, and the last loss."""
 
     def __init__(self, model: nn.Module, how: Distill) -> None:
+        """`model`: of original modules."""
         # A model that is prepared anew has its float teacher already.
         earlier, _ = model.__dict__.get(TEACHER, (None, None))
         floats = copy.deepcopy(model) if earlier is None else earlier.model
@@ -70,8 +71,17 @@ class Teacher:
         if not model.training:
             return
         with torch.no_grad():
+            self._follow(model)
             wanted = self.model(*args, **kwargs)
         self.loss = self.how.of(_logits(output), _logits(wanted))
+
+    def _follow(self, model: nn.Module) -> None:
+        """Be where the model was moved to, and in its dtype."""
+        theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, held in (*self.model.named_parameters(), *self.model.named_buffers()):
+            like = theirs.get(name, held)
+            if (like.device, like.dtype) != (held.device, held.dtype):
+                held.data = held.data.to(like.device, like.dtype)
 
 
 def teach(model: nn.Module, teacher: Teacher) -> None:
@@ -81,15 +91,18 @@ def teach(model: nn.Module, teacher: Teacher) -> None:
 
 
 def dismiss(model: nn.Module) -> None:
-    """Let the teacher of a model go, if it has one."""
-    _, handle = model.__dict__.pop(TEACHER, (None, None))
-    if handle is not None:
-        handle.remove()
+    """Let the teachers of a model, and of models in it, go."""
+    for module in model.modules():
+        _, handle = module.__dict__.pop(TEACHER, (None, None))
+        if handle is not None:
+            handle.remove()
 
 
 def distillation(model: nn.Module) -> Tensor:
-    """The loss of the model's last call in training. Raises BitfoldError if there is none."""
-    teacher, _ = module_of(model, "bf.distillation").__dict__.get(TEACHER, (None, None))
+    """The loss of the model's last call in training; what DistributedDataParallel made of it will do. Raises
+    BitfoldError if there is none."""
+    inside = module_of(model, "bf.distillation").modules()
+    teacher = next((one.__dict__[TEACHER][0] for one in inside if TEACHER in one.__dict__), None)
     if teacher is None:
         raise BitfoldError("this model has no teacher; call bf.prepare_qat(model, .., distill=bf.Distill())")
     if teacher.loss is None:

@@ -6,13 +6,14 @@ and its graph with the batch norm behind it, which `train_batch_norm` folds.
     forward(x): relu(self.bn1(self.conv1(x)))   ->   {"layer1.conv1": Norm("layer1.bn1", layer1.bn1)}
     conv2d(x, rounded(weight))  ->  batch_norm(conv2d(x, rounded(weight)), norm.weight, norm.bias, ..)
 
-Who reads what is seen in the forward of the module that calls both, traced by torch.fx with every module in
-it as one operator; no example data is needed. Where that forward cannot be traced (it looks at numbers),
-batch norm stays a module of floats, and the report says so.
+Who reads what is seen in the forward of the module that calls both, traced by torch.fx in both modes with
+every module in it as one operator; no example data is needed. Where that forward cannot be traced (it looks
+at numbers), batch norm stays a module of floats, and the report says so.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Node, Tracer
+from torch.fx import GraphModule, Node, Proxy, Tracer
+from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import MissRecord, Pipeline, capture_module
@@ -70,7 +72,7 @@ def following_norms(model: nn.Module, sites: Sequence[Site]) -> tuple[dict[str, 
     for norm, path in norms.items():
         before = pairs.get(norm)
         if before is None:
-            reason = "no convolution stands alone before it in the forward that calls it"
+            reason = "no convolution stands alone before it, in both modes, in the forward that calls it"
             reason = next((why for owner, why in untraced if norm in owner.modules()), reason)
         elif before not in wanted:
             continue  # the recipe leaves that convolution as it is
@@ -100,18 +102,53 @@ def _calls(
         try:
             if "forward" in owner.__dict__:
                 raise BitfoldError("it is set on the instance")  # and torch.fx reads that of the class
-            graph = _Children().trace(owner)
+            modes = [_called(owner, training) for training in (True, False)]
         except Exception as error:  # whatever the user's forward does with a stand-in for its input
             why = str(error).strip().split("\n")[0]
             untraced.append((owner, f"the forward of {paths[owner] or 'the model'} cannot be traced ({why})"))
             continue
-        for node in graph.find_nodes(op="call_module"):
-            module = owner.get_submodule(str(node.target))
-            calls[module] += 1
-            before = _read_alone(node)
-            if type(module) in NORMS and before is not None:
-                pairs[module] = owner.get_submodule(before)
+        for module in dict.fromkeys(module for called in modes for module in called):
+            times = [called.get(module, []) for called in modes]
+            calls[module] += max(len(befores) for befores in times)
+            before = next(befores[0] for befores in times if befores)
+            # Where one mode leaves the batch norm out, it must leave the convolution out too.
+            alike = all(
+                befores[0] is before if befores else before not in called
+                for befores, called in zip(times, modes, strict=True)
+            )
+            if type(module) in NORMS and before is not None and alike:
+                pairs[module] = before
     return pairs, calls, untraced
+
+
+def _called(owner: nn.Module, training: bool) -> dict[nn.Module, list[nn.Module | None]]:
+    """What each module that the forward calls in this mode reads alone in each of its calls."""
+    twin = _stand_in(owner, training)
+    graph = _Children().trace(twin)
+    # What the forward keeps in an attribute has a reader that the graph does not show.
+    leaves = pytree.tree_leaves(list(twin.__dict__.values()))
+    kept = {leaf.node for leaf in leaves if isinstance(leaf, Proxy)}
+    found: dict[nn.Module, list[nn.Module | None]] = {}
+    for node in graph.find_nodes(op="call_module"):
+        before = None if node.args and node.args[0] in kept else _read_alone(node)
+        found.setdefault(owner.get_submodule(str(node.target)), []).append(
+            None if before is None else owner.get_submodule(before)
+        )
+    return found
+
+
+def _stand_in(owner: nn.Module, training: bool) -> nn.Module:
+    """The module, for a forward that may write to its buffers, its attributes, and lists among them."""
+    twin = owner.__class__.__new__(owner.__class__)
+    kept = {
+        name: copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for name, value in owner.__dict__.items()
+    }
+    twin.__dict__.update(kept, training=training)
+    twin.__dict__["_buffers"] = {
+        name: None if one is None else one.clone() for name, one in owner._buffers.items()
+    }
+    return twin
 
 
 def _read_alone(node: Node) -> str | None:
@@ -141,7 +178,7 @@ def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shar
 def norm_pass(how: Qat, *, resumed: bool = False) -> TrainBatchNorm:
     """The pass that these options ask for."""
     freeze = -1 if how.freeze_norm is None else how.freeze_norm
-    return TrainBatchNorm(freeze, how.start == "clip" and not resumed)
+    return TrainBatchNorm(freeze, how.start == "clip" and not resumed, resumed)
 
 
 def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = False) -> bool:
@@ -158,7 +195,7 @@ def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = Fal
         str(node.target).split(".")[1]: node for node in read
     }
     told: Any = norm
-    args = (conv, *numbers.values(), False, told.momentum, told.eps, False)
+    args = (conv, *numbers.values(), False, MOMENTUM, told.eps, False)
     after = call(gm, aten.batch_norm.default, args, before=users[0], origin_from=conv)
     conv.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     folded = Pipeline([norm_pass(how, resumed=resumed)]).run(gm, record=False).steps[-1].rewrites
@@ -167,6 +204,8 @@ def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = Fal
 
 
 NAMES = ("weight", "bias", "running_mean", "running_var")
+MOMENTUM = 0.1
+"""Stands for that of the module, which may change as it trains: what is prepared takes it as an input."""
 
 
 def _held(norm: nn.Module) -> nn.Module:

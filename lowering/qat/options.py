@@ -24,7 +24,8 @@ STARTS = ("rule", "clip")
 class Qat:
     """weight, activation: gradients, as a `Gradient` or its text: straight, clip, lsq, pact, smooth:5, each
     with +stochastic or without.
-    warmup: steps that train in floats; ranges are observed meanwhile if `observe` is larger.
+    warmup: steps that train in floats; ranges are observed meanwhile if `observe` is larger. Learned scales
+    of weights begin at its end.
     observe: steps in which the ranges of calibrated activations follow the data: after each step they go
     `rate` of the way to that step's extremes. 0: they stay as calibrated.
     fold_norm: fold batch norm into the convolution before it, the way that trains.

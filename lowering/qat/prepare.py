@@ -40,6 +40,7 @@ from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
 from .options import Qat
 from .prepared import (
     ATTRIBUTES,
+    NORM_NUMBERS,
     Bodies,
     Preparation,
     Prepared,
@@ -48,6 +49,8 @@ from .prepared import (
     unprepare,
     unprepared,
 )
+from .schedule import PROGRAM
+from .trained_as import check_trained_as, trained_as
 
 
 @torch.inference_mode(False)  # scales that are made in it could never be trained
@@ -75,7 +78,8 @@ def prepare_qat(
 
     A model that is prepared already goes on in the formats of the new recipe (fewer bits, say), with the same
     parameters: its learned scales begin anew, as the same objects where their shapes are the same, so that an
-    optimizer keeps them; its ranges and its step counter go on.
+    optimizer keeps them; its ranges and its step counter go on. A program stays in its formats: the model
+    that it was captured from, whose weights it trained, gives another one.
 
     Returns the model, or the program. Raises BitfoldError, with the model as it was, for anything wrong in
     what was given.
@@ -100,8 +104,9 @@ def prepare_qat(
             return prepare_program(
                 model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
             )
-        teacher = Teacher(model, distill) if distill is not None else None
         with unprepared(model) as earlier:
+            # A copy of the model as it is here, with original modules.
+            teacher = Teacher(model, distill) if distill is not None else None
             calls: dict[nn.Module, Call] = {}
             record = _remembering(model, batches, calls)
             found = plan(model, wanted, stored={}, record=record, progress=progress)
@@ -114,20 +119,22 @@ def prepare_qat(
                 found.misses += misses
             for site in found.sites:
                 made.graph(site)
-        for site in found.sites:
-            made.write(site)
+            found.misses += made.misses
+            for site in found.sites:
+                made.write(site)
+            if state is not None:
+                try:
+                    state = of_model(model, state)
+                    check_state(model, state)
+                except BitfoldError:
+                    made.take_back(found.sites)
+                    raise
         _call_every_layer(model)
-        model.__dict__[ATTRIBUTE] = (*getattr(model, ATTRIBUTE, ()), *found.misses)
+        model.__dict__[ATTRIBUTE] = tuple(found.misses)
         if teacher is not None:
             dismiss(model)
             teach(model, teacher)
         if state is not None:
-            try:
-                check_state(model, state)
-            except BitfoldError:
-                for site in found.sites:
-                    made.take_back(site)
-                raise
             model.load_state_dict(dict(state))
         return given
 
@@ -138,6 +145,11 @@ def _check_model(model: nn.Module) -> None:
             raise BitfoldError(
                 f"layer {path or '(the model)'} is quantized already, and codes do not train; prepare the "
                 "model as it was before"
+            )
+        if isinstance(module, GraphModule) and PROGRAM in module.meta:
+            raise BitfoldError(
+                f"{path or 'this model'} is a program that trains already, in the formats of its recipe; "
+                "prepare the model that it came from once more, whose parameters it trains"
             )
 
 
@@ -184,13 +196,23 @@ def _observe(
         return
     if not how.observe and not resumed:
         layer = next(site.path for site in found.sites if site.calibrated)
+        raise BitfoldError(_no_range(layer))
+    if how.activation_learns and not resumed:
+        layer = next(site.path for site in found.sites if site.calibrated)
         raise BitfoldError(
-            f"layer {layer} takes activations of calibrated range; give calibration=[batches], or let "
-            "training find them: bf.Qat(observe=200), with bf.advance(model) after each step"
+            f"layer {layer} learns the range of its activations, which begins at a calibrated one; give "
+            "calibration=[batches]"
         )
     for site in found.sites:
         if site.calibrated:
             Pipeline([Observe()]).run(site.gm, record=False)
+
+
+def _no_range(layer: str) -> str:
+    return (
+        f"layer {layer} takes activations of calibrated range; give calibration=[batches], or let "
+        "training find them: bf.Qat(observe=200), with bf.advance(model) after each step"
+    )
 
 
 class _Made:
@@ -208,13 +230,18 @@ class _Made:
     ) -> None:
         self.recipe, self.how, self.calls, self.earlier = str(recipe), how, calls, earlier
         # Ranges that an earlier recipe had go on; numbers that it had learned are of other formats.
+        self.loaded = resumed
         self.resumed = resumed or (bool(earlier) and not how.activation_learns)
+        clocks = [tensors[CLOCK] for tensors in earlier.values() if CLOCK in tensors]
+        self.clock = max(clocks, key=int) if clocks else None
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.tables = tables
         self.passed = train_pass(how, resumed=self.resumed)
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
         self.norms: dict[str, Norm] = {}
+        self.misses: list[MissRecord] = []
+        self.overwritten: list[tuple[Tensor, Tensor]] = []
 
     def graph(self, site: Site) -> None:
         """The site's graph, ready to train; nothing is written to the model."""
@@ -222,6 +249,8 @@ class _Made:
         norm = self.norms.get(site.path)
         if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
             del self.norms[site.path]
+            reason = "what the convolution gives is rounded before batch norm reads it"
+            self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         own |= {f"{PREFIX}.{name}" for name in NAMES}
@@ -233,22 +262,39 @@ class _Made:
                 f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs; "
                 "rename it, or leave the layer out by a skip rule"
             )
+        moves = self.clock is None or int(self.clock) < self.how.observe
+        if not (self.how.observe and moves) and not self.loaded:
+            self._check_ranges(site, own)
+
+    def _check_ranges(self, site: Site, own: set[str]) -> None:
+        """Raises BitfoldError if a range that nothing will move (from the step `observe` on nothing does) has
+        seen nothing, now or under an earlier recipe."""
+        earlier = self.earlier.get(site.path, {})
+        for name, held in site.gm.named_buffers():
+            if name in own or not held.is_floating_point():
+                continue
+            if not bool(self._going_on(name, held, earlier).isfinite().all()):
+                raise BitfoldError(_no_range(site.path))
 
     def write(self, site: Site) -> None:
         """Make the site's module a prepared one."""
         bodies, attributes = bodies_of(site.gm)
         bodies = self._shared(bodies)
         module = site.module
-        tensors = {name: find_attribute(site.gm, name) for name in attributes}
+        tensors = {name: find_attribute(site.gm, name) for name in attributes if name not in NORM_NUMBERS}
         held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         added = (name for name in tensors if name not in held and "." not in name)
         extra = {name: tensors[name] for name in added}
-        extra = {name: _going_on(name, one, self.earlier.get(site.path, {})) for name, one in extra.items()}
+        earlier = self.earlier.get(site.path, {})
+        extra = {name: self._going_on(name, one, earlier) for name, one in extra.items()}
+        self._begin_anew(extra, tensors)
         weight = module._parameters.get("weight")
         tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
         call = self.calls.get(module)
         shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
-        about = Preparation(site.path, self.recipe, self.how, tied, shapes)
+        about = Preparation(
+            site.path, self.recipe, self.how, tied, shapes, trains=trained_as(site.gm, self.how)
+        )
         norm = self.norms.get(site.path)
         inside = None if norm is None else norm.module
         prepare_module(module, bodies, attributes, extra, about, site.ranks, inside)
@@ -257,20 +303,62 @@ class _Made:
             bodies, _ = bodies_of(identity(norm.path))
             prepare_module(norm.module, self._shared(bodies), (), {}, about, None)
 
-    def take_back(self, site: Site) -> None:
-        """Make the site's module what it was."""
-        norm = self.norms.get(site.path)
-        for module in (site.module, *(() if norm is None else (norm.module,))):
-            assert isinstance(module, Prepared)
-            unprepare(module)
+    def take_back(self, sites: Iterable[Site]) -> None:
+        """Make the sites' modules what they were."""
+        for site in sites:
+            norm = self.norms.get(site.path)
+            for module in (site.module, *(() if norm is None else (norm.module,))):
+                assert isinstance(module, Prepared)
+                unprepare(module)
+        with torch.no_grad():
+            for parameter, numbers in reversed(self.overwritten):  # tied ones come twice
+                parameter.copy_(numbers)
+
+    def _going_on(self, name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+        """What an earlier recipe had under this name, if it can stay: a parameter, which gets new numbers, or
+        a buffer."""
+        if name == CLOCK:
+            return earlier.get(name, new if self.clock is None else self.clock.to(new.device, copy=True))
+        old = earlier.get(name)
+        if (
+            old is None
+            or old.shape != new.shape
+            or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter)
+        ):
+            return new
+        if isinstance(new, nn.Parameter):
+            return old
+        unseen = "_seen_" not in name and new.is_floating_point() and not bool(new.isfinite().all())
+        return old if unseen else new
+
+    def _begin_anew(self, extra: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+        """Parameters that go on get the numbers that they begin with under this recipe."""
+        for name, parameter in extra.items():
+            if isinstance(parameter, nn.Parameter) and parameter is not new[name]:
+                self.overwritten.append((parameter, parameter.detach().clone()))
+                with torch.no_grad():
+                    parameter.copy_(new[name])
 
     def _shared(self, bodies: Bodies) -> Bodies:
         """Modules that are alike share their bodies, so that torch.compile compiles them once."""
         return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
 
 
+def of_model(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state, without what torch.compile and DistributedDataParallel put before all of its names."""
+    for prefix in ("_orig_mod.", "module."):
+        own = any(name.startswith(prefix) for name in model.state_dict())
+        if state and not own and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
 def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises BitfoldError if a state dict is not of this prepared model."""
+    """Raises BitfoldError if a state dict is not of this prepared model or program."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, Prepared):
+            check_trained_as(module.preparation.trains, state.get(f"{prefix}_extra_state"), path)
     here = model.state_dict()
     for name in (*here, *state):
         if name not in state or name not in here:
@@ -284,23 +372,6 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             raise BitfoldError(
                 f"{name} is {list(shapes[1] or ())} in the state and {list(shapes[0] or ())} here"
             )
-
-
-def _going_on(name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
-    """What an earlier recipe had under this name, if it can stay: a parameter with new numbers, a buffer."""
-    old = earlier.get(name)
-    if (
-        old is None
-        or old.shape != new.shape
-        or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter)
-    ):
-        return new
-    if not isinstance(new, nn.Parameter):
-        unseen = name.endswith(("_low", "_high")) and not bool(new.isfinite().all())
-        return old if unseen or name == CLOCK else new
-    with torch.no_grad():
-        old.copy_(new)
-    return old
 
 
 def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:

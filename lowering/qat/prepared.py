@@ -8,7 +8,8 @@ class that is still an `nn.Linear`: its parameters are the same objects, its for
 
 There are two bodies, for `.train()` and for `.eval()`, that hold no tensor: what the rounding needs beside
 the module's own tensors (learned scales, ranges, a step counter) are parameters and buffers of the module, in
-its `state_dict`, float32 whatever `.to(dtype)` says.
+its `state_dict`, float32 whatever `.to(dtype)` says. An extra state says what all of them were trained as; a
+state dict that says otherwise is not loaded.
 """
 
 from __future__ import annotations
@@ -22,19 +23,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from ...formats import BitfoldError
 from ...passes.stages import find_attribute
-from ...passes.training.batch_norm import freeze_norms
+from ...passes.training.batch_norm import FOLD_NORM, UNFOLD_NORM, switch_norms
 from ...passes.training.mode import TrainMode
 from ..folded import _check_ranks, keeping_dtype
 from .options import Qat
+from .trained_as import as_bytes, check_trained_as
 
 Bodies = tuple[GraphModule, ...]
-BODIES = ("body", "still", "frozen")
-"""In training, in evaluation, and in training with a batch norm in it that is in evaluation."""
+BODIES = {"body": (True, True), "still": (False, False), "frozen": (True, False), "moving": (False, True)}
+"""Which body runs when the module, and the batch norm in it, are in training."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Preparation:
     """What `bf.convert` needs to make the module's graph again: where it was in the model, by which recipe
     and options it was prepared, whether it is a head for being tied to an embedding, and what it is called
     with (shape, dtype of each argument) if that is not known from its kind. `folded_away`: it is a batch norm
-    that the convolution before it computes.
+    that the convolution before it computes. `trains`: its numbers as `trained_as` says them.
     """
 
     path: str
@@ -51,6 +54,7 @@ class Preparation:
     tied_head: bool = False
     call: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None
     folded_away: bool = False
+    trains: str = ""
 
 
 class Prepared(nn.Module):
@@ -78,15 +82,48 @@ class Prepared(nn.Module):
             args = (*args, *(kwargs[name] for name in names))
         if self.ranks is not None:
             _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
-        body = self.body if self.training else self.still
-        if self.folded_norm and self.training and not self.folded_norm[0].training:
-            body = self._modules["frozen"]  # type: ignore[assignment]
-        return body(*[self._operand(name) for name in self.operands], *args)
+        body: Any = self.body if self.training else self.still
+        if self.folded_norm:
+            norm = self.folded_norm[0]
+            modes = (self.training, norm.training)
+            body = next(self._modules[name] for name, when in BODIES.items() if when == modes)
+            if norm.training:
+                _count(norm)
+        operands = [self._operand(name) for name in self.operands]
+        if self.folded_norm and any(isinstance(operand, DTensor) for operand in operands):
+            raise BitfoldError(
+                f"the batch norm that trains within {self.preparation.path} is sharded apart from it; let "
+                "fully_shard take both in one unit"
+            )
+        return body(*operands, *args)
 
     def _operand(self, name: str) -> Any:
-        """A tensor of this module, or `norm.…` of the batch norm that is folded into it."""
+        """A tensor of this module; `norm.…`: a tensor or number of the batch norm that is folded into it."""
         owner, dot, rest = name.partition(".")
-        return getattr(self.folded_norm[0], rest) if dot else getattr(self, owner)
+        if not dot:
+            return getattr(self, owner)
+        norm: Any = self.folded_norm[0]
+        if name == "norm.momentum" and norm.momentum is None:  # the mean over all batches, as in torch
+            return 1.0 / max(float(norm.num_batches_tracked), 1.0)
+        return getattr(norm, rest)
+
+    def get_extra_state(self) -> Any:
+        """What the module trains as, as the bytes of a text; beside it the state that the original class has
+        of its own, if any."""
+        original: Any = unprepared_class(self)
+        if original.get_extra_state is nn.Module.get_extra_state:
+            return as_bytes(self.preparation.trains)
+        return {"trains": as_bytes(self.preparation.trains), "own": original.get_extra_state(self)}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Give the original class what is its own; `_load_from_state_dict` has looked at the text."""
+        original: Any = unprepared_class(self)
+        if isinstance(state, dict):
+            original.set_extra_state(self, state["own"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        check_trained_as(self.preparation.trains, state_dict.get(f"{prefix}_extra_state"), prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if type(self) is not prepared_class(unprepared_class(self)):
@@ -97,7 +134,8 @@ class Prepared(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), "prepared", *self.extra) if part)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        held = {id(getattr(self, name)) for name in self.extra}
+        extra = [getattr(self, name) for name in self.extra]
+        held = {id(tensor) for one in extra for tensor in (one, one.grad)}
         kept = keeping_dtype(fn)
 
         def apply(tensor: Tensor) -> Tensor:
@@ -176,6 +214,12 @@ def unprepare(module: Prepared) -> dict[str, Tensor]:
     return extra
 
 
+def _count(norm: nn.Module) -> None:
+    """A batch for a batch norm that is computed elsewhere."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)  # type: ignore[operator]
+
+
 @contextmanager
 def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
     """The model with original modules; yields what training had added to each, by path. If the block raises,
@@ -210,10 +254,10 @@ def check_norms(model: nn.Module) -> None:
 def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
     """The bodies, and the attributes that are their leading inputs, in order."""
     made = []
-    for name in BODIES:
+    for trains, moves in BODIES.values():
         body, attributes = _lifted(gm)
-        TrainMode(on=name != "still").apply(body)
-        if name == "frozen" and not freeze_norms(body):
+        TrainMode(on=trains).apply(body)
+        if trains != moves and not switch_norms(body, moves):
             continue
         body.meta.clear()
         body.recompile()
@@ -221,10 +265,21 @@ def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
     return tuple(made), attributes
 
 
+NORM_NUMBERS = ("norm.momentum", "norm.eps")
+"""Inputs of the bodies that are no tensors: a schedule, or torch.optim.swa_utils.update_bn, changes them."""
+_NUMBERS: dict[Any, dict[int, str]] = {
+    FOLD_NORM: {6: "norm.eps"},
+    UNFOLD_NORM: {7: "norm.momentum", 8: "norm.eps"},
+}
+
+
 def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
-    """`gm` without a tensor and without meta: its attributes come first among the inputs."""
+    """`gm` without a tensor and without meta: its attributes, and a batch norm's numbers, come first among
+    the inputs."""
     reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
     attributes = tuple(dict.fromkeys(str(node.target) for node in reads))
+    if any(node.target in _NUMBERS for node in gm.graph.nodes):
+        attributes = (*attributes, *NORM_NUMBERS)
     graph = Graph()
     inputs = {name: graph.placeholder(name.replace(".", "_")) for name in attributes}
     moved: dict[Node, Node] = {}
@@ -238,6 +293,8 @@ def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
         else:
             # Named by what it does, not by the layer's path, so that layers that are alike share a body.
             args, kwargs = map_arg((node.args, node.kwargs), moved.__getitem__)
+            for place, name in _NUMBERS.get(node.target, {}).items():
+                args = (*args[:place], inputs[name], *args[place + 1 :])
             moved[node] = graph.create_node(node.op, node.target, args, kwargs)
         moved[node].meta = {}
     return GraphModule(nn.Module(), graph), attributes

@@ -1,7 +1,8 @@
 """A whole model as one graph that trains on rounded numbers.
 
 In: a model and example inputs. Out: a GraphModule over the model's own parameters, called as the model is,
-whose `.train()` and `.eval()` flip dropout, batch norm and the rounding by the pass `train_mode`.
+whose `.train()` and `.eval()` flip dropout, batch norm and the rounding by the pass `train_mode`. It is
+captured in evaluation; a model with attention once more in training, for the dropout that only that mode has.
 
     gm = bf.prepare_qat(model, "int8", scope="program", example_inputs=(x,))
     gm.train(); train(gm); q = bf.convert(gm)
@@ -13,24 +14,25 @@ options say otherwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
 from ...formats.gradient import Gradient
-from ...passes import Fold, Pass, Pipeline, capture
+from ...passes import CaptureError, Fold, Pass, Pipeline, capture
 from ...passes.annotate import Annotate
-from ...passes.note import annotated
+from ...passes.edges import first_calibrated
 from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
 from ...passes.training.batch_norm import SettleBatchNorm
-from ...passes.training.mode import TrainMode
+from ...passes.training.mode import TrainMode, remember_dropout, without_dropout
 from ...passes.training.settle_quantizers import SettleQuantizers
-from ..algorithms.calibration import Batches
+from ..algorithms.calibration import Batch, Batches
 from ..files.graph_data import dump
 from ..folded import Canonical
 from ..install import CANONICAL, lower_graph
@@ -40,25 +42,45 @@ from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
 from .norms import norm_pass
 from .options import Qat
-from .prepare import check_state, share_learned, train_pass
+from .prepare import check_state, of_model, share_learned, train_pass
+from .prepared import Prepared
 from .schedule import PROGRAM
+from .trained_as import as_bytes, check_trained_as, trained_as
 
 CACHES = PROGRAM + "_caches"
 """In the meta of a prepared program: the recipe of its caches, if it has some."""
+TRAINS = PROGRAM + "_trains"
+"""In the meta of a prepared program: its numbers as `trained_as` says them."""
 
 
 class _Training(GraphModule):
     """What is added to the class of a graph: modes that torch.export bakes in."""
 
     def train(self, mode: bool = True) -> Any:
-        if mode != self.training:
-            self.training = mode
-            TrainMode(on=mode).apply(self)
+        # What the graph does counts, not the flag, which others set too (torch.compile's wrapper, say).
+        self.training = mode
+        if TrainMode(on=mode).apply(self):
             self.recompile()
         return self
 
     def eval(self) -> Any:
         return self.train(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            dtype = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype
+            if dtype != tensor.dtype:
+                raise BitfoldError(
+                    f"a program keeps the dtypes that it was captured in, and {name} would become {dtype}; "
+                    "convert the model to that before bf.prepare_qat"
+                )
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def get_extra_state(self) -> Any:
+        return as_bytes(self.meta[TRAINS])
+
+    def set_extra_state(self, state: Any) -> None:
+        check_trained_as(self.meta[TRAINS], state, "")
 
     def __deepcopy__(self, memo: Any) -> GraphModule:
         return _of_class(super().__deepcopy__(memo), _Training, self.training)
@@ -90,20 +112,28 @@ def prepare_program(
         raise BitfoldError(
             "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
         )
+    _check_norms(model)
+    rounded = next((path for path, module in model.named_modules() if isinstance(module, Prepared)), None)
+    if rounded is not None:
+        raise BitfoldError(
+            f"layer {rounded or '(the model)'} is prepared already, with scope='module'; prepare it there "
+            "once more, or give a program the model as it was before, with the trained weights"
+        )
     training = model.training
-    model.eval()
-    try:
-        gm = capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
-    finally:
-        model.train(training)
+    gm = _captured(model, example, dynamic, training=False)
+    if has_attention(gm) or any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        try:
+            remember_dropout(gm, _captured(model, example, dynamic, training=True))
+        except CaptureError as error:
+            without_dropout(gm, f"in training mode {error}")
     own = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
     notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
     cached = speaks_of_caches(recipe) and has_attention(gm)
     if not notes and not cached:
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
-    observed = next((note.layer for _, note in annotated(gm) if note.observer), None)
+    observed = first_calibrated(gm)
     if observed is not None:
-        if not how.observe and state is None:
+        if state is None and (how.activation_learns or not how.observe):
             batches.check_given(observed)
         Pipeline([Observe()]).run(gm, progress=progress)
         if batches.given:
@@ -112,7 +142,7 @@ def prepare_program(
     if how.fold_norm:
         Pipeline([norm_pass(how, resumed=state is not None)]).run(gm, progress=progress)
     if cached:
-        caches = TrainCache(str(recipe), Gradient.parse(how.activation))
+        caches = TrainCache(str(recipe), Gradient.parse(how.activation), how.warmup)
         if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
             raise BitfoldError(f"recipe {recipe.name!r} found no cache and no attention that it can round")
         gm.meta[CACHES] = str(recipe)
@@ -120,10 +150,34 @@ def prepare_program(
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
     gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
+    gm.meta[TRAINS] = trained_as(gm, how)
+    made = _of_class(gm, _Training, False)
     if state is not None:
-        check_state(gm, state)
-        gm.load_state_dict(dict(state))
-    return _of_class(gm, _Training, False).train(training)
+        state = of_model(made, state)
+        check_trained_as(gm.meta[TRAINS], state.get("_extra_state"), "")
+        check_state(made, state)
+        made.load_state_dict(dict(state))
+    return made.train(training)
+
+
+def _check_norms(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            raise BitfoldError(
+                f"batch norm {path} averages over all batches (momentum=None), which a graph does not count; "
+                "give it a momentum, or take scope='module'"
+            )
+
+
+def _captured(model: nn.Module, example: Batch, dynamic: Any, *, training: bool) -> GraphModule:
+    """The model as a graph in one mode; its own modes stay as they are."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        return capture(model, example.args, kwargs=example.kwargs, dynamic=dynamic)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def convert_program(gm: GraphModule, target: str, progress: Step | None) -> GraphModule:

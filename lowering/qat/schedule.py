@@ -7,7 +7,7 @@ In: a prepared model or program. Out: its clocks one step on, its ranges moved; 
 
 All of it is numbers in buffers, which `state_dict` holds: a run that is resumed goes on where it was, and a
 compiled step is never compiled again. Within a step the ranges stand still, so that accumulated gradients and
-recomputed activations see the same ones.
+recomputed activations see the same ones. Processes that train one model see the extremes of all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch.fx import GraphModule
 from ...formats import BitfoldError
 from ...passes.training.quantizers import CLOCK
 from ..given_model import module_of
+from .agree import SEEN, agree
+from .begin import begin_scales
 from .options import Qat
 from .prepared import Prepared, check_norms
 
@@ -32,13 +34,19 @@ LEARNED = ("step", "low", "end")
 
 
 def advance(model: nn.Module) -> None:
-    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`."""
+    """One step is done: count it, and move the ranges that follow the data; after `optimizer.step()`. Learned
+    scales of weights begin anew in the last step of the warmup.
+
+    Ranges follow the data of all processes where FSDP2 shards the model, or where `model` is the
+    DistributedDataParallel around it; every process then calls this after every step.
+    """
     model = module_of(model, "bf.advance")
     found = list(_prepared(model))
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
     with torch.no_grad():
+        agree(model, [module for module, how in found if how.observe])
         for module, how in found:
             clock = module._buffers.get(CLOCK)
             if clock is None:
@@ -46,6 +54,7 @@ def advance(model: nn.Module) -> None:
             if how.observe:
                 _move(module, how, clock < how.observe)
             clock += 1
+        begin_scales(found)
 
 
 def parameter_groups(
@@ -81,7 +90,7 @@ def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
 def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
     """Every range of the module `rate` of the way to what it has seen in this step."""
     for name, seen in list(module._buffers.items()):
-        owner, mark, end = name.rpartition("_seen_")
+        owner, mark, end = name.rpartition(SEEN)
         if not mark or seen is None:
             continue
         held = module._buffers[f"{owner}_{end}"]
@@ -90,4 +99,5 @@ def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
         # The first range is the first data's; a step without data moves nothing.
         moved = torch.where(held.isfinite(), held + how.rate * (new - held), new)
         held.copy_(torch.where(following & new.isfinite(), moved, held))
-        seen.fill_(torch.inf if end == "low" else -torch.inf)
+        # "high_1", say, where a layer has several inputs.
+        seen.fill_(torch.inf if end.startswith("low") else -torch.inf)

@@ -99,29 +99,49 @@ def search(
     """
     wanted = Budget.parse(budget)
     model = module_of(model, "bf.search")
+    _scipy()
     batches = list(data)
+    if wanted.kind == "seconds":  # first, being done sooner than the table of losses
+        times = times or _times(model, batches, formats)
+        _check_time(times, times.least, wanted.amount)
     found = table or _table(model, batches, formats, loss, by, progress)
     if wanted.kind == "bits":
         chosen = fewest_losses(found, wanted.amount)
         return found.recipe(chosen, f"search {budget}")
-    if wanted.kind == "seconds":
-        times = times or _times(model, batches, formats)
+    if wanted.kind == "seconds" and times is not None:
         chosen = fastest(found, times, wanted.amount)
         return found.recipe(
             chosen, f"search {budget}", f"; {1e3 * times.total(chosen):.3g} ms ({times.about})"
         )
-    most, scale = math.log1p(wanted.amount), 1.0
-    for _ in range(_ROUNDS):
-        chosen = fewest_bits(found, most / scale)
-        recipe = found.recipe(chosen, f"search {budget}")
-        seen = _measured(model, recipe, batches, loss or divergence)
+    return _within(model, batches, found, wanted.amount, budget, loss or divergence)
+
+
+def _within(
+    model: nn.Module, data: Sequence[Any], table: Sensitivity, share: float, budget: str, loss: Loss
+) -> Recipe:
+    """The smallest recipe that, run as a whole, loses no more than this share of the perplexity."""
+    most, scale = math.log1p(share), 1.0
+    finest = [min(table.of(layer), key=lambda one: one.loss) for layer in table.numel]
+    least = sum(choice.loss for choice in finest)
+    for left in reversed(range(_ROUNDS)):
+        can = left > 0 and least <= most / scale
+        chosen = fewest_bits(table, most / scale) if can else finest
+        recipe = table.recipe(chosen, f"search {budget}")
+        seen = _measured(model, recipe, data, loss)
         if seen <= most:
             return recipe
+        if not can:
+            break
         scale *= max(seen / most, 1.05)
     raise BitfoldError(
-        f"no recipe was found that keeps to {budget}: the last one loses {math.expm1(seen):.2%}; add finer "
-        "formats"
+        f"the finest formats for each layer lose {_percent(seen)} together, more than {_percent(most)}; add "
+        "finer ones"
     )
+
+
+def _percent(loss: float) -> str:
+    """Of perplexity, for a loss in nats."""
+    return f"{100 * math.expm1(loss):.3g}%"
 
 
 def _table(
@@ -151,13 +171,17 @@ def fastest(table: Sensitivity, times: Times, seconds: float) -> list[Choice]:
     """One choice a layer: the least sum of losses within so many seconds of the whole model."""
     each = {choice: times.of(choice.layer, choice.format) for choice in table.choices}
     least = times.rest + sum(min(each[choice] for choice in table.of(layer)) for layer in table.numel)
+    _check_time(times, least, seconds)
+    losses = [choice.loss for choice in table.choices]
+    return _solve(table, losses, [each[choice] for choice in table.choices], seconds - times.rest)
+
+
+def _check_time(times: Times, least: float, seconds: float) -> None:
     if least > seconds:
         raise BitfoldError(
             f"the fastest formats for each layer take {1e3 * least:.3g} ms ({1e3 * times.rest:.3g} ms of "
             f"them outside the layers), more than {1e3 * seconds:.3g} ms; {times.about}"
         )
-    losses = [choice.loss for choice in table.choices]
-    return _solve(table, losses, [each[choice] for choice in table.choices], seconds - times.rest)
 
 
 def fewest_losses(table: Sensitivity, bits: float) -> list[Choice]:
@@ -177,7 +201,7 @@ def fewest_bits(table: Sensitivity, loss: float) -> list[Choice]:
     least = sum(min(choice.loss for choice in table.of(layer)) for layer in table.numel)
     if least > loss:
         raise BitfoldError(
-            f"the finest formats for each layer lose {math.expm1(least):.2%}, more than is allowed; add "
+            f"the finest formats for each layer lose {_percent(least)}, more than {_percent(loss)}; add "
             "finer ones"
         )
     return _solve(table, [c.bits for c in table.choices], [c.loss for c in table.choices], loss)
@@ -199,27 +223,33 @@ def pareto(table: Sensitivity, points: int = 20) -> list[tuple[float, float]]:
     return found
 
 
-def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], most: float) -> list[Choice]:
-    """The integer program: least cost, one choice a layer, weights within `most`."""
+def _scipy() -> tuple[Any, Any]:
+    """numpy and scipy's solvers, which are looked for before anything is measured."""
     try:
         import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy import optimize
     except ImportError as error:
         raise BitfoldError("bf.search wants scipy: run `pip install 'bitfold[search]'`") from error
+    return np, optimize
+
+
+def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], most: float) -> list[Choice]:
+    """The integer program: least cost, one choice a layer, weights within `most`."""
+    np, optimize = _scipy()
     layers = list(table.numel)
     rows = np.zeros((len(layers), len(table.choices)))
     for column, choice in enumerate(table.choices):
         rows[layers.index(choice.layer), column] = 1
     # HiGHS works to absolute tolerances of 1e-6 and less: both rows in units of their own size.
     unit, size = max(map(abs, cost)) or 1.0, abs(most) or 1.0
-    found = milp(
+    found = optimize.milp(
         np.array(cost) / unit,
         constraints=[
-            LinearConstraint(rows, 1, 1),
-            LinearConstraint(np.array(weight)[None] / size, -np.inf, most / size),
+            optimize.LinearConstraint(rows, 1, 1),
+            optimize.LinearConstraint(np.array(weight)[None] / size, -np.inf, most / size),
         ],
         integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
+        bounds=optimize.Bounds(0, 1),
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:

@@ -56,6 +56,14 @@ class Times:
             raise BitfoldError(f"there is no time of layer {layer!r} in {fmt}; measure it with this format")
         return found
 
+    @property
+    def least(self) -> float:
+        """Seconds of the whole model with each layer in its fastest format."""
+        fastest: dict[str, float] = {}
+        for (layer, _), seconds in self.layers.items():
+            fastest[layer] = min(seconds, fastest.get(layer, math.inf))
+        return self.rest + sum(fastest.values())
+
     def total(self, chosen: Iterable[Choice]) -> float:
         """Seconds of the whole model."""
         return self.rest + sum(self.of(choice.layer, choice.format) for choice in chosen)

@@ -82,6 +82,11 @@ def _squares(
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()
+        if not total.requires_grad:
+            raise BitfoldError(
+                f"{type(model).__name__} computes under torch.no_grad(), so there are no traces of second "
+                "derivatives; search with by='measured'"
+            )
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
     squares = (0.0 if g is None else float(g.float().square().sum()) for g in gradients)
     return {path: value / len(rows) for path, value in zip(weights, squares, strict=True)}

@@ -52,7 +52,7 @@ class Clip(Solver):
     signed: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.steps >= 2 and 0 < self.least < self.most < math.inf and self.norm > 0):
+        if not (self.steps >= 2 and 0 < self.least < self.most < math.inf and 0 < self.norm < math.inf):
             raise BitfoldError(
                 "clip tries 2 or more shares from least to most, by a positive norm, not "
                 f"steps={self.steps}, least={self.least}, most={self.most}, norm={self.norm}"

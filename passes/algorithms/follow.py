@@ -49,6 +49,8 @@ class Follow(Solver):
             raise BitfoldError(f"layer {task.layer}: follow changes what is rounded; put it first")
         if inputs.cross is None:  # measured in the float model: nothing before it is rounded
             return draft
+        if not bool(inputs.moment.any()):  # nothing but zeros came in, on which all weights agree
+            return draft
         apart = (inputs.cross - inputs.moment).double()
         h = damped(inputs.moment.double(), self.damping)
         lower, failed = torch.linalg.cholesky_ex(h)

@@ -16,6 +16,7 @@ Each block keeps the parameters of its least error.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,7 +42,8 @@ class HQQ(Solver):
     rounds: int = 20
 
     def __post_init__(self) -> None:
-        if not (0 < self.norm <= 1 and self.beta > 0 and self.growth >= 1 and self.rounds >= 1):
+        shrinks = 0 < self.beta < math.inf and 1 <= self.growth < math.inf
+        if not (0 < self.norm <= 1 and shrinks and self.rounds >= 1):
             raise BitfoldError(f"hqq takes 0 < norm <= 1, beta > 0, growth >= 1 and rounds >= 1, not {self}")
 
     def solve(self, task: Task) -> Draft:

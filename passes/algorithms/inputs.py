@@ -41,6 +41,11 @@ class Inputs:
             return
         if not bool(torch.isfinite(rows).all()):
             raise BitfoldError("NaN or infinity goes into it")
+        # A model may run under autocast, which would multiply these in bfloat16.
+        with torch.autocast(rows.device.type, enabled=False):
+            self._add(rows, exact)
+
+    def _add(self, rows: Tensor, exact: Tensor | None) -> None:
         self.count += rows.shape[0]
         share = rows.shape[0] / self.count
         self.moment.lerp_(rows.mT @ rows / rows.shape[0], share)

@@ -13,7 +13,8 @@ Every batch is checked against the graph's inputs, and for NaN, before the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ...formats import BitfoldError
 from ..core import state
 from ..stages import Stage
+from .observers import finite
 
 Progress = Callable[[int, int], None]
 """Called with the batches done and their number."""
@@ -33,7 +35,8 @@ def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None
     """Run every batch (a tensor, a tuple of arguments, or a dict of keywords) without gradients.
 
     Returns the number of batches. Raises BitfoldError, before anything runs, for a graph without observers,
-    for no batches at all, and for a batch of the wrong shape or dtype, or with NaN or infinity in it.
+    for no batches at all, and for a batch of the wrong shape or dtype, or with NaN or infinity in it; and,
+    naming the layer, for NaN or infinity that comes up inside the model.
     """
     if state(gm).stage is not Stage.observed:
         raise BitfoldError(
@@ -49,10 +52,28 @@ def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None
         for index, (args, kwargs) in enumerate(given):
             if progress is not None:
                 progress(index, len(given))
-            gm(*args, **kwargs)
+            with named(f"calibration batch {index}"):
+                gm(*args, **kwargs)
     if progress is not None:
         progress(len(given), len(given))
     return len(given)
+
+
+@contextmanager
+def named(batch: str) -> Iterator[None]:
+    """What an observer refuses is said of this batch."""
+    try:
+        yield
+    except BitfoldError as error:
+        raise BitfoldError(f"{batch}: {error}") from error
+
+
+def usable(value: Tensor) -> bool:
+    """Whether these are numbers to calibrate on: finite, or a mask of attention, which is 0 or -infinity."""
+    if not value.numel() or finite(value):
+        return True
+    shown = value == 0
+    return bool(shown.any()) and bool((shown | (value == -math.inf)).all())
 
 
 def flat_arguments(gm: GraphModule, index: int, batch: Any) -> list[Any]:
@@ -106,7 +127,7 @@ def _check(index: int, inputs: Sequence[Node], values: Sequence[Any]) -> None:
                 f"calibration batch {index}: input {node.name!r} has shape {list(value.shape)}, and "
                 f"the graph was captured for [{', '.join(map(str, wanted.shape))}]"
             )
-        if value.is_floating_point() and value.numel() and not _finite(value):
+        if value.is_floating_point() and not usable(value):
             raise BitfoldError(
                 f"calibration batch {index}: input {node.name!r} has NaN or infinity in it; remove it"
             )
@@ -118,8 +139,3 @@ def _fits(value: Tensor, wanted: Tensor) -> bool:
         not isinstance(want, int) or want == size
         for size, want in zip(value.shape, wanted.shape, strict=True)
     )
-
-
-def _finite(value: Tensor) -> bool:
-    low, high = torch.aminmax(value.detach())
-    return math.isfinite(low) and math.isfinite(high)

@@ -48,6 +48,8 @@ class Histogram(Observer):
             self.reach = largest
         while largest > self.reach:
             self._double()
+        if self.reach > torch.finfo(torch.float32).max:  # a mask of float32's least number, say
+            numbers = numbers.double()
         self.counts += torch.histc(numbers, self.BINS, -self.reach, self.reach)
 
     def _double(self) -> None:
@@ -67,7 +69,9 @@ class Histogram(Observer):
     @property
     def edges(self) -> Tensor:
         """Of the bins, [BINS + 1]."""
-        return torch.linspace(-self.reach, self.reach, self.BINS + 1)
+        ends = torch.finfo(torch.float32)
+        edges = torch.linspace(-self.reach, self.reach, self.BINS + 1, dtype=torch.float64)
+        return edges.clamp(ends.min, ends.max).float()
 
     @property
     def centres(self) -> Tensor:

@@ -37,7 +37,9 @@ class Observe(Pass):
 
         def make(on: Edge, value: Node, before: Node) -> Node:
             name = free_name(gm, f"{on.layer}_{on.which}_observer")
-            gm.add_submodule(name, observer(on.observer))
+            made = observer(on.observer)
+            made.at = f"the {on.which} of layer {on.layer}"
+            gm.add_submodule(name, made)
             with gm.graph.inserting_before(before):
                 node = gm.graph.create_node("call_module", name, (value,), {}, name=name)
             node.meta["val"] = value.meta["val"]

@@ -6,10 +6,13 @@ In: tensors.  Out: the same tensors; a range, from which a format's `from_range`
     average          the mean over batches of each batch's extremes: one odd batch does not decide
     moving           an exponential moving average of them; `moving:0.01` moves a hundredth of the way
 
-Those that keep a histogram are in `histograms.py`; `observer` there knows all of them.
+Those that keep a histogram are in `histograms.py`; `observer` there knows all of them. A range is of numbers:
+NaN and infinity are refused when they come, not made a scale.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +21,26 @@ from ...formats import BitfoldError, Format
 
 
 class Observer(nn.Module):
-    """The range of everything that went through. `seen` is the number of batches; `spoilt`: one of them had
-    NaN or infinity in it."""
+    """The range of everything that went through. `seen` is the number of batches; `at` says where it stands
+    in the model."""
 
     is_observer = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen, self.spoilt = 0, False
+        self.seen = 0
+        self.at = "what is observed"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself; its range is noted. What is empty is passed on and not counted; NaN and infinity have no
-        range, and are what `check_observers` will speak of."""
+        """x itself; its range is noted. What is empty is passed on and not counted. Raises BitfoldError for
+        NaN and infinity."""
         if x.numel():
-            if all(bool(torch.isfinite(end)) for end in torch.aminmax(x.detach())):
-                self.note(x.detach())
-            else:
-                self.spoilt = True
+            if not finite(x):
+                raise BitfoldError(
+                    f"NaN or infinity comes to {self.at}, and has no range; look at the batch, or let a rule "
+                    "of the recipe skip the layer"
+                )
+            self.note(x.detach())
             self.seen += 1
         return x
 
@@ -56,6 +62,12 @@ class Observer(nn.Module):
         return fmt.from_range(*self.ends(fmt))
 
 
+def finite(x: Tensor) -> bool:
+    """Whether all are numbers. aminmax reads x once and carries NaN through; isfinite would write a mask."""
+    low, high = torch.aminmax(x.detach())
+    return math.isfinite(low) and math.isfinite(high)
+
+
 class Agreed(Observer):
     """One of several edges that have one scale: the range is the one that holds all of theirs.
 
@@ -66,6 +78,7 @@ class Agreed(Observer):
         super().__init__()
         # Not submodules: the graph holds each of them once, under its own edge.
         self.__dict__["own"], self.__dict__["others"] = own, others
+        self.at = own.at
 
     def note(self, x: Tensor) -> None:
         own: Observer = self.__dict__["own"]

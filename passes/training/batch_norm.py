@@ -22,17 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...formats import format, learned
+from ...formats import BitfoldError, format
 from ...formats.gradient import Gradient
 from ..anchors import TARGETS
 from ..batch_norm import _ROWS_FIRST, _parameter
 from ..cleanup import erase_dead_nodes
-from ..constants import VIEWS, add_constant, constant, erase_dead_constants, expression
+from ..constants import VIEWS, constant, erase_dead_constants, expression
 from ..core import Miss, Pass, report, state
+from ..edges import edge
 from ..edit import arguments, call
-from ..provenance import inherit
+from ..provenance import inherit, origin
 from ..stages import Stage, find_attribute
-from .quantizers import CLOCK, TRAIN_QUANTIZE, first_scales
+from .quantizers import TRAIN_QUANTIZE, clock, learned_start
 
 aten = torch.ops.aten
 FOLD_NORM = torch.ops.bitfold.fold_norm.default
@@ -41,7 +42,7 @@ UNFOLD_NORM = torch.ops.bitfold.unfold_norm.default
 
 @dataclass(frozen=True)
 class TrainBatchNorm(Pass):
-    """freeze: the step from which the running statistics stand still; -1: never; clip: as in
+    """freeze: the step from which the running statistics stand still; -1: never; clip, resumed: as in
     `train_quantizers`."""
 
     name: ClassVar[str] = "train_batch_norm"
@@ -50,12 +51,18 @@ class TrainBatchNorm(Pass):
 
     freeze: int = -1
     clip: bool = False
+    resumed: bool = False
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of batch norms folded; what stays is reported."""
+        """Number of batch norms folded; what stays is reported. Raises BitfoldError, with nothing written,
+        for learned scales that have nothing to begin from."""
+        norms = gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+        roundings = {node: _rounding(gm, node) for node in norms}
+        for node, found in roundings.items():
+            if isinstance(found, Node) and not self.resumed:
+                _check_start(gm, node, found)
         folded = 0
-        for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-            found = _rounding(gm, node)
+        for node, found in roundings.items():
             if not isinstance(found, Node):
                 report(gm, node, found, asked=self.name)
                 continue
@@ -69,16 +76,16 @@ class TrainBatchNorm(Pass):
     def _fold(self, gm: GraphModule, node: Node, rounding: Node) -> None:
         conv, gamma, beta, mean, var, _, momentum, eps, _ = arguments(node)
         bias = conv.args[2] if len(conv.args) > 2 else None
-        clock, freeze = (_clock(gm), self.freeze) if self.freeze >= 0 else (None, 0)
+        counts, freeze = (clock(gm, _device(gm)), self.freeze) if self.freeze >= 0 else (None, 0)
         # What the fold reads goes before the rounding that reads the fold.
-        for read in (gamma, beta, mean, var, bias, clock):
+        for read in (gamma, beta, mean, var, bias, counts):
             first = next(iter(gm.graph.nodes))
             if isinstance(read, Node) and read is not first:
                 first.prepend(read)
         norm = (bias, gamma, beta, mean, var)
         rows = rounding.args[0]
         made = call(
-            gm, FOLD_NORM, (rows, *norm, eps, False, clock, freeze), before=rounding, origin_from=node
+            gm, FOLD_NORM, (rows, *norm, eps, False, counts, freeze), before=rounding, origin_from=node
         )
         new, shift, g = (
             call(gm, operator.getitem, (made, i), before=rounding, origin_from=node) for i in range(3)
@@ -86,7 +93,7 @@ class TrainBatchNorm(Pass):
         rounding.update_arg(0, new)
         _learn_again(gm, rounding, made, self.clip)
         conv.args = (*conv.args[:2], shift, *conv.args[3:])
-        args: Any = (conv, g, *norm, momentum, eps, False, clock, freeze)
+        args: Any = (conv, g, *norm, momentum, eps, False, counts, freeze)
         after = call(gm, UNFOLD_NORM, args, before=node, origin_from=node)
         node.replace_all_uses_with(after)
         gm.graph.erase_node(node)
@@ -120,15 +127,23 @@ def _rounding(gm: GraphModule, node: Node) -> Node | Miss:
     return weight
 
 
-def _clock(gm: GraphModule) -> Node:
-    known: Node | None = next(
-        (node for node in gm.graph.find_nodes(op="get_attr") if node.target == CLOCK), None
-    )
-    if known is not None:
-        return known
-    first = next(iter(gm.graph.nodes))
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-    return add_constant(gm, CLOCK, torch.zeros((), dtype=torch.int64, device=device), like=first)
+def _check_start(gm: GraphModule, node: Node, rounding: Node) -> None:
+    """Raises BitfoldError if learned scales would begin at those of channels that gamma has erased: a scale
+    of zeros is none for what gamma lets through later."""
+    gamma = arguments(node)[1]
+    if not isinstance(gamma, Node) or not Gradient.parse(str(rounding.args[2])).learns:
+        return
+    numbers, on = find_attribute(gm, str(gamma.target)), edge(rounding)
+    if not numbers.is_meta and bool((numbers == 0).any()):
+        raise BitfoldError(
+            f"the batch norm behind layer {on.layer if on else ''} has zeros in its weight, and a channel of "
+            "zeros gives a learned scale nothing to begin from; make them small numbers, or take "
+            "weight='straight', or fold_norm=False"
+        )
+
+
+def _device(gm: GraphModule) -> torch.device:
+    return next((p.device for p in gm.parameters()), torch.device("cpu"))
 
 
 def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> None:
@@ -137,11 +152,8 @@ def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> Non
     gradient = Gradient.parse(str(rounding.args[2]))
     if not held or not gradient.learns:
         return
-    fmt = format(str(rounding.args[1]))
+    start = learned_start(format(str(rounding.args[1])), gradient, folded(gm, made)[0], clip)
     with torch.no_grad():
-        start = learned.learned(fmt, first_scales(fmt, folded(gm, made)[0], clip))
-        if gradient.kind == "pact":
-            start = (start[0] * learned.end(fmt.element),)
         for part, value in zip(held, start, strict=True):
             find_attribute(gm, str(part.target)).copy_(value)
 
@@ -160,14 +172,14 @@ def folded(gm: GraphModule, made: Node) -> list[Tensor]:
         return list(FOLD_NORM(*(value(given) for given in made.args[:7])))
 
 
-def freeze_norms(gm: GraphModule) -> int:
-    """Let batch norms that are folded in normalize by their running statistics, as in evaluation, in a graph
-    that trains; how many there are."""
+def switch_norms(gm: GraphModule, training: bool) -> int:
+    """Let batch norms that are folded in normalize by their batch or by their running statistics, whatever
+    the rest of the graph does; how many there are."""
     found = gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM)
     for after in found:
-        after.update_arg(9, False)
+        after.update_arg(9, training)
     for before in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
-        before.update_arg(7, False)
+        before.update_arg(7, training)
     return len(found)
 
 
@@ -179,8 +191,19 @@ class SettleBatchNorm(Pass):
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.fake_quantized,)
     produces: ClassVar[Stage | None] = None
 
+    def check(self, gm: GraphModule) -> None:
+        """Raises BitfoldError for numbers that are none, which would become codes."""
+        for node in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
+            if not all(bool(part.isfinite().all()) for part in folded(gm, node)):
+                layer = state(gm).path(origin(node).module_path)
+                raise BitfoldError(
+                    f"the weight, bias or batch norm of layer {layer} has NaN or infinity in it; training "
+                    "diverged"
+                )
+
     def apply(self, gm: GraphModule) -> int:
-        """Number of batch norms that are gone."""
+        """Number of batch norms that are gone. Raises BitfoldError for numbers that are none."""
+        self.check(gm)
         nodes = gm.graph.find_nodes(op="call_function", target=FOLD_NORM)
         for after in gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM):
             conv: Any = after.args[0]

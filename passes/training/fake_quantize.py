@@ -35,6 +35,8 @@ aten = torch.ops.aten
 FAKE_QUANTIZE = torch.ops.bitfold.fake_quantize.default
 ROUNDED = "_rounded"
 """How the name of a fake-quantize node ends: `fc_weight_rounded`."""
+SEEN_BY = "bitfold_observer"
+"""In the meta of a fake-quantize node that was an observer: that observer, whose range may train on."""
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,13 @@ def mark_edges(gm: GraphModule) -> int:
 
 
 def check_observers(gm: GraphModule) -> None:
-    """Raises BitfoldError if a calibrated edge has no observer, or one that saw nothing, or NaN."""
+    """Raises BitfoldError if a calibrated edge has no observer, or one that saw nothing."""
     for node in gm.graph.nodes:
         on, observer = edge(node), _observer_at(gm, node)
         if on is not None and observer is not None and observer.seen == 0:
             raise BitfoldError(
                 f"the observer at the {on.which} of layer {on.layer} saw no data; "
                 "run calibrate(gm, batches) first"
-            )
-        if on is not None and observer is not None and observer.spoilt:
-            raise BitfoldError(
-                f"NaN or infinity comes to the {on.which} of layer {on.layer} on calibration data; look at "
-                "the data, or let a rule of the recipe skip what makes it"
             )
     _check_joints(gm)
     for node, note in annotated(gm):
@@ -133,7 +130,7 @@ def _settle(gm: GraphModule, node: Node) -> int:
         for name, part in zip(names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
-    new.meta[EDGE] = on
+    new.meta[EDGE], new.meta[SEEN_BY] = on, observer
     node.replace_all_uses_with(new)
     gm.graph.erase_node(node)
     gm.delete_submodule(str(node.target))
@@ -166,7 +163,8 @@ def _fake_quantize(
 ) -> Node:
     layer = on.layer.replace(".", "_").removesuffix(f"{on.which}")
     name = f"{layer.rstrip('_')}_{on.which}{ROUNDED}".lstrip("_")
-    value = _contiguous(gm, value, before)
+    if on.which != "output":  # which stands right behind its layer; `quantize` and `train_quantize` see to it
+        value = _contiguous(gm, value, before)
     args: tuple[Argument, ...] = (value, on.format, *([params] if params else []))
     with gm.graph.inserting_before(before):
         node = gm.graph.create_node("call_function", FAKE_QUANTIZE, args, name=name)
@@ -202,7 +200,8 @@ def _mask_weights(gm: GraphModule) -> int:
         if source is None:
             continue
         numbers = source.apply(source.parameter)
-        mask = format(on.format).sparsity.mask(numbers).to(numbers.dtype)
+        # Truth values, which no `.to(dtype)` of the model turns into another dtype than the weight's.
+        mask = format(on.format).sparsity.mask(numbers)
         held = add_constant(gm, f"{source.path.removesuffix('.weight')}_mask", mask, like=node)
         node.update_arg(0, call(gm, aten.mul.Tensor, (rows, held), before=node, origin_from=node))
         made += 1

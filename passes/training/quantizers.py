@@ -35,14 +35,12 @@ from ..note import annotated
 from ..observing.observers import MinMax, Observer
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
-from .fake_quantize import FAKE_QUANTIZE, FakeQuantize
+from .fake_quantize import FAKE_QUANTIZE, SEEN_BY, FakeQuantize
 
 TRAIN_QUANTIZE = torch.ops.bitfold.train_quantize.default
 OBSERVE_RANGE = torch.ops.bitfold.observe_range.default
 CLOCK = "clock"
 """The buffer that counts steps, in a graph whose quantizers follow a schedule."""
-
-Range = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,11 @@ class TrainQuantizers(Pass):
     def apply(self, gm: GraphModule) -> int:
         """Number of edges. Raises BitfoldError, with nothing written, for what cannot be trained so."""
         self._check(gm)
-        ranges = self._ranges(gm)
+        self._let_unseen(gm)
         FakeQuantize().apply(gm)
         nodes = [node for node in gm.graph.nodes if node.target is FAKE_QUANTIZE]
-        clock = None
-        if nodes and (self.warmup or (self.observe and ranges)):
-            clock = add_constant(
-                gm, CLOCK, torch.zeros((), dtype=torch.int64, device=_device(nodes[0])), like=nodes[0]
-            )
-            # The first of the graph's nodes, so that every quantizer can read it.
-            next(iter(gm.graph.nodes)).prepend(clock)
         for node in nodes:
-            self._rewrite(gm, node, ranges, clock if self.warmup else None)
+            self._rewrite(gm, node)
         erase_dead_constants(gm)
         state(gm).mutated = None  # observers write
         return len(nodes)
@@ -93,47 +84,43 @@ class TrainQuantizers(Pass):
                 except FormatError as error:
                     raise BitfoldError(f"the {which} of layer {note.layer}: {error}") from error
 
-    def _ranges(self, gm: GraphModule) -> dict[tuple[str, str], Range]:
-        """The range of each observed edge, by layer and operand."""
-        found: dict[tuple[str, str], Range] = {}
+    def _let_unseen(self, gm: GraphModule) -> None:
+        """Give an observer that saw nothing a range that stands for none, where that is allowed."""
         for node in gm.graph.find_nodes(op="call_module"):
             on, observer = edge(node), find_attribute(gm, str(node.target))
-            if on is None or not isinstance(observer, Observer):
+            if on is None or not isinstance(observer, Observer) or observer.seen:
                 continue
-            if observer.seen == 0 and (self.resumed or (self.observe and not self.activation.learns)):
-                observer = _unseen(self.activation)
-                gm.add_submodule(str(node.target), observer)
-            if observer.seen:
-                found[on.layer, on.which] = observer.range()
-        return found
+            if self.resumed or (self.observe and not self.activation.learns):
+                gm.add_submodule(str(node.target), _unseen(self.activation))
 
-    def _rewrite(
-        self, gm: GraphModule, node: Node, ranges: dict[tuple[str, str], Range], clock: Node | None
-    ) -> None:
+    def _rewrite(self, gm: GraphModule, node: Node) -> None:
         on, source = edge(node), node.args[0]
         assert on is not None and isinstance(source, Node)
         gradient = self.weight if on.which == "weight" else self.activation.of_item()
         fmt = format(on.format)
         held: list[Node] = []
-        known = ranges.get((on.layer, on.which))
+        seen_by: Observer | None = node.meta.get(SEEN_BY)
+        follows = False
         if on.which == "weight" and gradient.learns:
             with torch.no_grad():
                 start = first_scales(fmt, _numbers(gm, source), self.clip)
             held = _learned(gm, node, on, fmt, gradient, start)
-        elif on.which != "weight" and known is not None:
+        elif seen_by is not None:
             shape = [1] * source.meta["val"].ndim
-            low, high = (end.reshape(shape).to(_device(node)) for end in known)
+            low, high = (end.reshape(shape).to(_device(node)) for end in seen_by.range())
             if gradient.learns:
                 held = _learned(gm, node, on, fmt, gradient, fmt.from_range(low, high))
             else:
                 held = [_hold(gm, node, on, "low", low), _hold(gm, node, on, "high", high)]
-                if self.observe:
-                    self._observe(gm, node, on, source, held)
+                follows = self.observe
+        if follows:
+            self._observe(gm, node, on, source, held)
         if gradient.learns and not held:
-            gradient = replace(
-                gradient, kind="straight"
-            )  # scales chosen in each call: there is nothing to learn
-        args: Any = (source, on.format, str(gradient), held, False, clock, self.warmup if clock else 0)
+            # Scales chosen in each call: there is nothing to learn.
+            gradient = replace(gradient, kind="straight")
+        # What follows the data reads the clock too, without a step to wait for, so that the graph keeps it.
+        counts = clock(gm, _device(node)) if self.warmup or follows else None
+        args: Any = (source, on.format, str(gradient), held, False, counts, self.warmup)
         with gm.graph.inserting_before(node):
             new = gm.graph.create_node("call_function", TRAIN_QUANTIZE, args, name=f"{node.name}_trained")
         new.meta["val"], new.meta[EDGE] = node.meta["val"], on
@@ -152,6 +139,17 @@ class TrainQuantizers(Pass):
         inherit(new, [node])
 
 
+def clock(gm: GraphModule, device: torch.device) -> Node:
+    """The counter of steps, the first of the graph's nodes, so that all others can read it; made if new."""
+    known: Node | None = next(
+        (node for node in gm.graph.find_nodes(op="get_attr") if node.target == CLOCK), None
+    )
+    if known is not None:
+        return known
+    first = next(iter(gm.graph.nodes))
+    return add_constant(gm, CLOCK, torch.zeros((), dtype=torch.int64, device=device), like=first)
+
+
 def _unseen(gradient: Gradient) -> Observer:
     """An observer that lets a range be found later: empty, which takes each batch's own until then, or, where
     the numbers are learned and will be loaded, any."""
@@ -160,6 +158,17 @@ def _unseen(gradient: Gradient) -> Observer:
     if gradient.learns:
         made.low, made.high = torch.tensor(-1.0), torch.tensor(1.0)
     return made
+
+
+def learned_start(fmt: Format, gradient: Gradient, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
+    """The learned numbers that a weight begins with, as `gradient` holds them."""
+    with torch.no_grad():
+        return _as_held(fmt, gradient, first_scales(fmt, numbers, clip))
+
+
+def _as_held(fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    step, *low = learned.learned(fmt, start)
+    return (step * learned.end(fmt.element),) if gradient.kind == "pact" else (step, *low)
 
 
 def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
@@ -181,10 +190,8 @@ def _numbers(gm: GraphModule, source: Node) -> Tensor:
 def _learned(
     gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
 ) -> list[Node]:
-    step, *low = learned.learned(fmt, start)
-    if gradient.kind == "pact":
-        return [_hold(gm, node, on, "end", step * learned.end(fmt.element), trains=True)]
-    parts = zip(("step", "low"), (step, *low), strict=False)
+    names = ("end",) if gradient.kind == "pact" else ("step", "low")
+    parts = zip(names, _as_held(fmt, gradient, start), strict=False)
     return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
 
 

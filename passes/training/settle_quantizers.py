@@ -24,7 +24,7 @@ from torch.fx import GraphModule, Node
 from ...formats import BitfoldError, format
 from ...formats.gradient import Gradient
 from ...formats.train_quantize import params
-from ..constants import add_constant, erase_dead_constants
+from ..constants import add_constant, erase_dead_constants, expression
 from ..core import Pass, state
 from ..edges import EDGE, Edge, edge
 from ..provenance import inherit
@@ -75,6 +75,11 @@ def _on(node: Node) -> Edge:
 
 def _check(gm: GraphModule, node: Node) -> None:
     held, on = _held(gm, node), _on(node)
+    source: Any = node.args[0]
+    chain = expression(gm, source) if on.which == "weight" else None
+    numbers = torch.zeros(1) if chain is None or not chain.parameter.numel() else chain.parameter.detach()
+    if not all(bool(end.isfinite()) for end in torch.aminmax(numbers)):
+        raise BitfoldError(f"the weight of layer {on.layer} has NaN or infinity in it; training diverged")
     where = f"the {on.which} of layer {on.layer}"
     if not all(bool(torch.isfinite(part).all()) for part in held):
         raise BitfoldError(

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
     from .lowering.checkpoints.transformers_config import BitfoldConfig
+    from .lowering.compile_program import compile_program as compile
     from .lowering.diagnose import diagnose
     from .lowering.files.load import load
     from .lowering.files.save import save
@@ -64,6 +65,7 @@ _LATER = {
     "advance": ("lowering.qat.schedule", "advance"),
     "calibrate": ("passes.observing.calibrate", "calibrate"),
     "capture": ("passes", "capture"),
+    "compile": ("lowering.compile_program", "compile_program"),
     "convert": ("lowering.qat.convert", "convert"),
     "diagnose": ("lowering.diagnose", "diagnose"),
     "distillation": ("lowering.qat.distill", "distillation"),
@@ -106,6 +108,7 @@ __all__ = [
     "advance",
     "calibrate",
     "capture",
+    "compile",
     "convert",
     "diagnose",
     "distillation",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from vision_and_text import digits, recipes, sentences
+from vision_and_text import agreement, digits, recipes, sentences
 from vision_models import EfficientNetLite0
 
 
@@ -28,11 +28,20 @@ def test_sentences_are_the_same_each_time_and_enough() -> None:
     assert len(sentences()) > 200
 
 
+def test_agreement_where_the_first_model_is_sure() -> None:
+    wanted = torch.tensor([[2.0, 0.0, 0.0], [0.01, 0.0, -9.0], [0.0, 3.0, 0.0]])
+    got = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.01, -9.0], [0.0, 1.0, 0.0]])
+    found = agreement(wanted, got)
+    assert found["same class"] == pytest.approx(200 / 3) and found["where sure"] == 100.0
+    assert agreement(wanted, got.flip(0))["where sure"] == 0.0
+
+
 def test_digits_lose_little() -> None:
     pytest.importorskip("sklearn", reason="the digits: pip install scikit-learn")
     given = Namespace(observers=["minmax"], seconds=0, batches=[], epochs=4)
     rows = list(digits(given))
-    named = [recipe.name for recipe in recipes(["minmax"])]
+    static = [recipe.name for recipe in recipes(["minmax"])]
+    named = [f"{name}{biases}" for name in static for biases in ("", ", biases corrected")]
     weights = [f"int8_conv{wide}{biases}" for wide in ("", ", wide") for biases in ("", ", biases corrected")]
     assert [row.way for row in rows] == ["float32", *named, *weights]
     assert rows[0].loss["accuracy"] > 80

@@ -56,6 +56,17 @@ CASES = {
     "a wide product": ("72x64 + bias -> relu(y0) y:int8[tensor]", (2, 5, 64)),
     "residual": ("16x16x3x3 p1x1 + bias -> relu(add(y0,e0)) e:f32 y:f32 y:int8[tensor]", (1, 16, 6, 6)),
     "one scale": ("33x8x3x3 p1x1 tensor bias -> y0 y:int8[tensor]", (1, 8, 4, 4)),
+    "zero points": ("64x32x3x3 p1x1 zero bias -> relu(y0) y:int8[tensor,zero]", (2, 32, 9, 7)),
+    "zero points, a stem": (
+        "32x3x7x7 s2x2 p3x3 zero bias -> relu(y0) y:f32 y:int8[tensor,zero]",
+        (1, 3, 33, 31),
+    ),
+    "zero points, depthwise": ("35x1x3x3 p1x1 g35 zero -> hardswish(y0) y:int8[tensor,zero]", (1, 35, 8, 9)),
+    "zero points, a product": ("72x67 zero bias -> gelu(y0) y:int8[tensor] y:int8[tensor,zero]", (2, 5, 67)),
+    "zero points, groups": (
+        "20x6x3x3 p1x2x0x1 g2 zero -> add(mul(y0,v0),e0) e:int8[tensor,zero]",
+        (2, 12, 6, 5),
+    ),
     "two results in codes": ("8x8x1x1 -> y0 y:int8[tensor] y:int8[tensor]", (1, 8, 3, 3)),
 }
 
@@ -73,7 +84,8 @@ def check(spec: ConvSpec, inputs: list[Tensor], vectors: str) -> None:
     exact = reference(inputs[: plain.arity], str(plain), torch.float64)[0]
     shape = (-1, *(1,) * (exact.ndim - 2)) if spec.kernel else (-1,)
     bias = torch.zeros(()) if told.bias is None else told.bias.double().reshape(shape)
-    moved = 4 * U * ((exact - bias).abs() + bias.abs())
+    # And what the float64 it is held against rounds: a sum that is 0 is 1e-17 there.
+    moved = 4 * U * ((exact - bias).abs() + bias.abs()) + 2.0**-45 * exact.abs().sum()
     named = {"y0": exact.requires_grad_()}
     for i, (f, extra) in enumerate(zip(spec.reads, told.extras, strict=True)):
         named[f"e{i}"] = extra[0].double() if f is None else decoded(f, extra, torch.float64)
@@ -91,8 +103,8 @@ def check(spec: ConvSpec, inputs: list[Tensor], vectors: str) -> None:
         if f is None:
             assert got.dtype == torch.float32 and bool(((got.double() - y).abs() <= bound).all())
             continue
-        step = next(scales).double()
-        wanted = (y / step).clamp(-128, 127)
+        step, *zero = (one.double() for one in next(scales))
+        wanted = (y / step + (zero[0] if zero else 0)).clamp(-128, 127)
         off = (got.view(torch.int8).double() - wanted).abs()
         assert bool((off <= 0.5 + bound / step + 2 * U * wanted.abs()).all()), float(off.max())
 
@@ -113,16 +125,16 @@ def test_values(case: str, vectors: str) -> None:
     padding=st.tuples(*[st.integers(0, 2)] * 4),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     image=st.tuples(st.integers(0, 3), st.integers(7, 12), st.integers(7, 12)),
-    positive=st.booleans(),
+    kind=st.sampled_from([[], ["+"], ["zero"]]),
 )
-def test_any_shape(sizes, kernel, stride, padding, dilation, image, positive) -> None:  # type: ignore[no-untyped-def]
+def test_any_shape(sizes, kernel, stride, padding, dilation, image, kind) -> None:  # type: ignore[no-untyped-def]
     groups, k, rows = sizes
     words = [f"{rows * groups}x{k}x{kernel[0]}x{kernel[1]}"]
     words += [f"s{stride[0]}x{stride[1]}"] * (stride != (1, 1))
     same = padding[:2] == padding[2:]
     words += ["p" + "x".join(map(str, padding[:2] if same else padding))] * any(padding)
     words += [f"d{dilation[0]}x{dilation[1]}"] * (dilation != (1, 1))
-    words += [f"g{groups}"] * (groups > 1) + ["+"] * positive
+    words += [f"g{groups}"] * (groups > 1) + kind
     spec = spec_of(" ".join(words))
     check(spec, operands(spec, (image[0], k * groups, *image[1:]), seed=k), HERE)
 

@@ -9,7 +9,6 @@ behind the last row of codes, where a kernel must not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -366,35 +365,3 @@ def test_wrong_operands_are_refused(compiled: None) -> None:
     ):
         with pytest.raises(RuntimeError, match=says):
             op(wrong, str(spec))
-
-
-def test_a_folder_that_cannot_be_written_does_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = tmp_path / "file"
-    full.write_text("no folder")
-    monkeypatch.setattr(build, "folder", lambda: full / "kernels")
-    library = build.Library('extern "C" int run() { return 7; }\n', "portable")
-    with pytest.warns(UserWarning, match="cannot be kept in"):
-        path = library.path()
-    assert path.exists()
-    broken = build.Library("no C++\n", "portable")
-    with pytest.raises(CodegenError, match="refused a kernel"):
-        broken.path()
-
-
-def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler says that there is no space by refusing; elsewhere it does not."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
-    whole = build.Library._compiled
-
-    def compiled(self: build.Library, beside: Path) -> Path:
-        if tmp_path in beside.parents:
-            raise CodegenError("no space left on device")
-        return whole(self, beside)
-
-    monkeypatch.setattr(build.Library, "_compiled", compiled)
-    library = build.Library('extern "C" int run() { return 8; }\n', "portable")
-    with pytest.warns(UserWarning, match="cannot be kept in"):
-        assert tmp_path not in library.path().parents
-    assert not list((tmp_path / "kernels").iterdir())

@@ -284,6 +284,18 @@ def test_by_an_operator_of_its_own_it_is_the_same(text: str, kind: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize(
+    "text", ["int2[g32]", "int3[g32,bf16]", "int4[g32,bf16]", "float8_e4m3fn[tensor,bf16]"]
+)
+@pytest.mark.parametrize("gradient", ["clip", "smooth:5"])
+def test_what_chose_its_own_scale_is_never_without_a_gradient(text: str, gradient: str) -> None:
+    w = torch.randn(512, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    OP(w, text, gradient, [], True).sum().backward()
+    assert int((w.grad == 0).sum()) == 0
+    if gradient == "clip":
+        assert torch.equal(w.grad, torch.ones_like(w))
+
+
 def test_torch_func_differentiates_what_goes_straight_and_refuses_the_rest() -> None:
     w = torch.randn(2, 32)
     found = torch.func.grad(lambda w: (OP(w, "int4[g32]", "straight", []) * 3.0).sum())(w)

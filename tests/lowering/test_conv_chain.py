@@ -101,19 +101,25 @@ def texts(gm: torch.fx.GraphModule) -> list[str]:
     return [re.sub(r"int8\[panels\w+\] ", "", str(call.args[1])) for call in calls]
 
 
+SHIFTED = bf.Recipe("shifted", (bf.Rule("*", op="linear|conv", weight="int8", input="int8[tensor,zero]"),))
+
+
+@pytest.mark.parametrize("recipe", ["int8_static", SHIFTED], ids=["symmetric", "zero points"])
 @pytest.mark.parametrize("case", CASES)
-def test_all_ways_to_run_a_model_agree(case: str) -> None:
+def test_all_ways_to_run_a_model_agree(case: str, recipe: str | bf.Recipe) -> None:
     model, x = model_of(case)
     shape = {"calibration": [x]}
     with torch.no_grad():
-        wanted = bf.quantize(copy.deepcopy(model), "int8_static", target="reference", **shape)(x)
-        module = bf.quantize(copy.deepcopy(model), "int8_static", **shape)
-        program = bf.quantize(copy.deepcopy(model), "int8_static", scope="program", **shape)
+        wanted = bf.quantize(copy.deepcopy(model), recipe, target="reference", **shape)(x)
+        module = bf.quantize(copy.deepcopy(model), recipe, **shape)
+        program = bf.quantize(copy.deepcopy(model), recipe, scope="program", **shape)
+        assert texts(program) and all(("zero" in text) == (recipe is SHIFTED) for text in texts(program))
         found = {
             "module": module(x),
             "program": program(x),
             "module, compiled": torch.compile(module, backend="bitfold", options={"recipe": "none"})(x),
             "program, compiled": torch.compile(program, backend="bitfold", options={"recipe": "none"})(x),
+            "program, without Dynamo": bf.compile(program)(x),
             "module, by Inductor": torch.compile(module)(x),
         }
         exact = model(x)

@@ -162,6 +162,59 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         bf.save_checkpoint(dynamic, tmp_path / "out.gguf")
 
 
+LLAMA3 = {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_a_head_of_another_size_and_scaled_positions_are_in_the_file(tmp_path: Path) -> None:
+    """Without them llama.cpp expects other shapes, or turns by other angles."""
+    wide = model(
+        "qwen3", head_dim=128, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    )
+    bf.save_checkpoint(bf.quantize(wide, "q8_0", target="reference"), tmp_path / "wide.gguf")
+    fields = {k: v.contents() for k, v in gguf.GGUFReader(tmp_path / "wide.gguf").fields.items()}
+    assert fields["tokenizer.ggml.model"] == "none"
+    said = ("attention.key_length", "attention.value_length", "rope.dimension_count", "rope.scaling.type")
+    assert [fields[f"qwen3.{name}"] for name in said] == [128, 128, 128, "linear"]
+    assert fields["qwen3.rope.scaling.factor"] == 4.0
+
+    rope = LLAMA3 | {"rope_type": "llama3", "original_max_position_embeddings": 256}
+    bent = bf.quantize(model(rope_parameters=rope), "q8_0", target="reference")
+    bf.save_checkpoint(bent, tmp_path / "bent.gguf")
+    bf.save_checkpoint(bent, tmp_path / "again.gguf", like=tmp_path / "bent.gguf")
+    for name in ("bent", "again"):
+        tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors}
+        factors = torch.from_numpy(tensors["rope_freqs.weight"].data.copy())
+        own = bent.model.rotary_emb.inv_freq
+        plain = 1 / 5e5 ** (torch.arange(0, 64, 2) / 64)
+        torch.testing.assert_close(plain / factors, own)
+        assert float(factors[0]) == 1.0 and float(factors[-1]) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "'dynamic'",
+        ),
+        ("qwen2", {"rope_parameters": LLAMA3 | {"rope_type": "llama3"}}, "'llama3' for qwen2"),
+        ("llama", {"hidden_act": "gelu"}, "computes silu"),
+        ("qwen2", {"use_sliding_window": True}, "a sliding window"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    kind: str, more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    given = model(kind)
+    for name, value in more.items():
+        setattr(given.config, name, value)
+    bf.quantize(given, "q8_0", target="reference")
+    with pytest.raises(bf.BitfoldError, match=said):
+        bf.save_checkpoint(given, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_real_file_into_a_skeleton_on_meta() -> None:
     from bitfold.tools.smollm2 import default_path, load_smollm2

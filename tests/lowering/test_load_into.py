@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import bitfold as bf
+from bitfold.lowering import Target, register_target
+from bitfold.lowering import target as targets
+from bitfold.passes import Miss
 
 
 class Model(nn.Module):
@@ -158,3 +162,34 @@ def test_numbers_of_another_kind_are_not_copied(tmp_path: Path) -> None:
     ):
         bf.load(tmp_path / "m.safetensors", into=skeleton)
     assert type(skeleton.up) is nn.Linear
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_a_target_lowers_for_the_dtype_of_the_skeleton(saved: torch.dtype, tmp_path: Path) -> None:
+    """Kernels of a GPU take half precision, and a model is often saved as it was trained, in float32."""
+    seen: list[torch.dtype] = []
+
+    @register_target
+    class Looks(Target):
+        name = "looks"
+
+        def supports(self, region: GraphModule) -> bool | Miss:
+            return True
+
+        def lower(self, region: GraphModule) -> GraphModule:
+            values = [node.meta["val"] for node in region.graph.nodes if "val" in node.meta]
+            seen.extend(value.dtype for value in values if value.is_floating_point())
+            return region
+
+    try:
+        model = quantized("int8[bf16]").to(saved)
+        bf.save(model, tmp_path / "m.safetensors")
+        for dtype in (torch.float32, torch.bfloat16):
+            seen.clear()
+            loaded = bf.load(tmp_path / "m.safetensors", into=Model().eval().to(dtype), target="looks")
+            other = {torch.float32, torch.bfloat16} - {dtype}
+            # Scales are bfloat16 in both; no number of the layers is of the other dtype.
+            assert dtype in seen and (dtype is torch.float32 or not other & set(seen))
+            assert loaded(TOKENS).dtype == dtype and loaded.up.compute_dtype == dtype
+    finally:
+        del targets._registered["looks"]

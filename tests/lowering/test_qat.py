@@ -136,6 +136,30 @@ def test_activations_too(text: str) -> None:
         check("linear", static, OPTIONS["lsq"], torch.bfloat16)
 
 
+STRIDED = {
+    "linear": torch.randn(3, 32, 20).transpose(1, 2),
+    "conv1d": torch.randn(2, 9, 16).transpose(1, 2),
+    "conv2d": torch.randn(2, 16, 5, 4).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("observer", ["", "minmax"], ids=["dynamic", "static"])
+@pytest.mark.parametrize("output", ["", "int8[tensor]"], ids=["in", "in and out"])
+@pytest.mark.parametrize("kind", STRIDED)
+def test_activations_in_another_order_in_memory(kind: str, output: str, observer: str) -> None:
+    """A matmul adds in another order for other strides; codes have their own."""
+    torch.manual_seed(0)
+    rule = Rule(op="*", weight="int4", input="int8[tensor]", output=output, observer=observer)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, x = nn.Sequential(made(kind)[0]).to(dtype).eval(), STRIDED[kind].to(dtype)
+        bf.prepare_qat(model, bf.Recipe("one", (rule,)), calibration=[x])
+        lows = [name for name in model.state_dict() if name.endswith("_low")]
+        assert len(lows) == (bool(observer) + bool(observer and output))
+        with torch.no_grad():
+            expected = model(x)
+            assert torch.equal(bf.convert(model, target="reference")(x), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CATALOG)
 def test_activations_of_the_whole_catalog(name: str) -> None:

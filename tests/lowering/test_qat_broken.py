@@ -134,6 +134,79 @@ def test_prepared_in_inference_mode_it_trains() -> None:
     assert converts(trained(model))
 
 
+def test_a_second_preparation_that_fails_changes_nothing() -> None:
+    model = trained(bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq", warmup=1)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(X).detach()
+    scale = model[0].weight_step
+    for wrong in ({}, made().state_dict()):
+        with pytest.raises(bf.BitfoldError, match="only the model has"):
+            bf.prepare_qat(model, "int2[g16]", bf.Qat("lsq", warmup=1), state=wrong, distill=bf.Distill())
+        after = model.state_dict()
+        assert set(after) == set(before) and all(torch.equal(after[name], before[name]) for name in before)
+        assert model[0].weight_step is scale and torch.equal(model(X), expected)
+        assert not model._forward_hooks and "bitfold_teacher" not in model.__dict__
+    assert converts(model)
+
+
+def test_ranges_that_a_later_recipe_adds_need_data() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat(warmup=1))
+    bf.advance(model)
+    for how in (bf.Qat(), bf.Qat(observe=1)):  # one step is over
+        with pytest.raises(bf.BitfoldError, match=r"layer 0 takes activations of calibrated range"):
+            bf.prepare_qat(model, STATIC, how)
+    inputs = STATIC.but(Rule(match="2", weight="int4"))
+    bf.prepare_qat(model, inputs, bf.Qat(warmup=1), calibration=[X])
+    with pytest.raises(bf.BitfoldError, match=r"layer 2 takes activations of calibrated range"):
+        bf.prepare_qat(model, STATIC, bf.Qat(warmup=1))
+    bf.prepare_qat(model, inputs, bf.Qat(warmup=1))
+    assert converts(model)
+
+
+def test_a_layer_that_a_later_recipe_adds_is_at_the_same_step() -> None:
+    one = bf.Recipe("one", (Rule(match="0", weight="int4"),))
+    model = bf.prepare_qat(made(), one, bf.Qat(warmup=9))
+    for _ in range(3):
+        bf.advance(model)
+    bf.prepare_qat(model, "int4[g16]", bf.Qat(warmup=9))
+    assert int(model[0].clock) == int(model[2].clock) == 3 and model[0].clock is not model[2].clock
+
+
+def test_the_report_is_of_the_last_recipe() -> None:
+    skips = bf.Recipe("skips", (Rule(weight="int4"), Rule(match="2", skip="it is sensitive")))
+    model = bf.prepare_qat(made(), skips)
+    bf.prepare_qat(model, skips)
+    assert len(bf.report(model).misses) == 1
+    bf.prepare_qat(model, "int4[g16]")
+    assert not bf.report(model).misses
+
+
+def test_gradients_that_are_held_follow_their_scales() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq"))
+    model(X).sum().backward()
+    model.to(torch.bfloat16)
+    assert model[0].weight_step.grad.dtype == torch.float32 and model[0].weight.grad.dtype == torch.bfloat16
+    torch.optim.AdamW(bf.parameter_groups(model, 1e-3)).step()
+
+
+def test_scales_of_another_dtype_are_named() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq"))
+    cast = {name: one.bfloat16() for name, one in model.named_parameters()}
+    model.load_state_dict(cast, assign=True, strict=False)
+    with pytest.raises(bf.BitfoldError, match=r"0.weight_step is torch.bfloat16"):
+        bf.convert(model)
+    assert isinstance(model[0], Prepared)
+
+
+def test_a_linear_that_was_compiled_alone() -> None:
+    torch._dynamo.reset()
+    model = made()
+    model[0].compile(backend="eager")
+    bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq"))
+    trained(model)
+    assert converts(model) and model[0]._compiled_call_impl is not None
+
+
 class Odd(nn.Module):
     """A forward of its own, and an attribute."""
 
@@ -195,6 +268,40 @@ def test_distributed_data_parallel(tmp_path: object) -> None:
         dist.destroy_process_group()
 
 
+def test_ranges_are_those_of_all_processes(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process is played here; two real ones train in `test_two_processes_share_a_model`."""
+    import torch.distributed as dist
+
+    theirs = torch.tensor([-9.0, -1.0, 0.0, math.nan])  # least, largest negated, of both layers
+    asked = []
+
+    def together(mine: Tensor, how: object, group: object) -> None:
+        asked.append(mine.clone())
+        mine.copy_(torch.minimum(mine, torch.where(theirs.isnan(), -math.inf, theirs)))
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = bf.prepare_qat(made(), STATIC, bf.Qat(observe=2))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        monkeypatch.setattr(dist, "all_reduce", together)
+        monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+        wrapped(X)
+        bf.advance(model)  # without the wrapper nobody knows of the others
+        assert not asked
+        before = model[2].input_high.clone()
+        wrapped(X)
+        bf.advance(wrapped)
+        # The first layer goes a tenth of the way; the second saw what is no number, elsewhere, and stays.
+        assert torch.equal(asked[0][:2], torch.stack([X.min(), -X.max()]))
+        assert torch.equal(model[0].input_low, X.min() + 0.1 * (-9.0 - X.min()).reshape(1, 1))
+        assert torch.equal(model[2].input_high, before) and bool(before.isfinite())
+        wrapped(torch.full_like(X, math.nan))
+        bf.advance(wrapped)
+        assert not asked[1].isnan().any() and bool((asked[1] == -math.inf).any())
+    finally:
+        dist.destroy_process_group()
+
+
 def _shard(rank: int, folder: str) -> None:
     """One of two processes that train a model together, against a third model that trains alone."""
     import torch.distributed as dist
@@ -206,7 +313,8 @@ def _shard(rank: int, folder: str) -> None:
     # 31 rows: the processes' shares differ in size.
     torch.manual_seed(0)
     alone = nn.Sequential(nn.Linear(16, 31), nn.GELU(), nn.Linear(31, 16))
-    bf.prepare_qat(alone, bf.Recipe("r", (Rule(weight="int4[row]", input="int8"),)), bf.Qat("lsq"))
+    rules = Rule(weight="int4[row]", input="int8"), Rule(match="2", weight="int4[tensor]")
+    bf.prepare_qat(alone, bf.Recipe("r", rules), bf.Qat("lsq", warmup=1))  # then scales begin anew
     together = copy.deepcopy(alone)
     for layer in (together[0], together[2]):
         fully_shard(layer, mesh=mesh)
@@ -217,10 +325,21 @@ def _shard(rank: int, folder: str) -> None:
             model(X).square().mean().backward()  # the same batch in both: their mean is the one's gradient
             optimizer.step()
             optimizer.zero_grad()
+            bf.advance(model)
     state = get_model_state_dict(together, options=StateDictOptions(full_state_dict=True))
     for name, tensor in alone.state_dict().items():
         if rank == 0:
             assert torch.allclose(state[name], tensor, atol=1e-6), name
+    for kind in ("sharded", "copied"):
+        model = bf.prepare_qat(made(), STATIC, bf.Qat(observe=5))
+        if kind == "sharded":
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, mesh=mesh)
+        wrapped = model if kind == "sharded" else nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            wrapped((1 + 9 * rank) * X)  # the second process's data are ten times as large
+            bf.advance(wrapped)
+        assert torch.equal(model[0].input_high, 10 * X.max().reshape(1, 1)), kind
     dist.destroy_process_group()
 
 

@@ -96,6 +96,51 @@ def test_without_a_cache_keys_and_values_train_rounded(cache: str, alone: bool) 
         assert torch.equal(bf.convert(gm, target="reference")(x), expected)
 
 
+class Latent(nn.Module):
+    """Keys are the values; other readers of those numbers (the query, who calls) read them as they are."""
+
+    def __init__(self, repeats: str) -> None:
+        super().__init__()
+        self.repeats, self.fc = repeats, nn.Linear(64, 2 * HD)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.fc(x).view(*x.shape[:2], 2, HD).transpose(1, 2)
+        return self.attention(h, h), h
+
+    def attention(self, h: Tensor, q: Tensor) -> Tensor:
+        """h: keys and values."""
+        if self.repeats == "no":
+            return F.scaled_dot_product_attention(q, h, h)
+        k = h.repeat_interleave(2, 1)
+        q = q.repeat_interleave(2, 1) if self.repeats == "keys" or q is not h else k
+        y = F.scaled_dot_product_attention(q, k, k)
+        return F.scaled_dot_product_attention(y, k, k)
+
+
+@pytest.mark.parametrize("repeats", ["no", "keys", "all"])
+@pytest.mark.parametrize("cache", ["kv_int8", "kv_int4"])
+def test_only_keys_and_values_are_rounded_and_once(cache: str, repeats: str) -> None:
+    torch.manual_seed(0)
+    model, x = Latent(repeats).eval(), torch.randn(B, 6, 64)
+    gm = program(model, Recipe.parse(cache), x).eval()
+    with torch.no_grad():
+        ours, h = gm(x)
+        assert torch.equal(h, model(x)[1])
+        rounded = bf.format(Recipe.parse(cache).rules[0].weight).fake_quantize(h)
+        assert torch.equal(ours, model.attention(rounded, h))
+    assert str(snapshot(gm)).count("train_quantize") == 1
+
+
+def test_keys_and_values_train_in_floats_during_warmup() -> None:
+    x, model = torch.randn(B, 6, 64), made(False)
+    floats = model(x)
+    for what in (recipe("kv_int4"), Recipe.parse("kv_int4")):
+        gm = program(model, what, x, options=bf.Qat(warmup=1)).train()
+        assert torch.equal(gm(x), floats)
+        bf.advance(gm)
+        assert not torch.equal(gm(x), floats)
+
+
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_becomes_codes_of_the_numbers_that_were_trained_on(cache: str) -> None:
     gm = program(made(True), recipe(cache), torch.randn(B, 3, 64), torch.arange(3)).eval()

@@ -57,6 +57,63 @@ def test_a_run_resumes_anywhere_in_its_schedule(scope: str, at: int, tmp_path: P
         assert torch.equal(bf.convert(again.eval(), target="reference")(X), expected)
 
 
+OTHERS = {
+    "format": ("int2", bf.Qat("lsq"), r"prepared as '.*weight int2 lsq', and .* as '.*weight int4 lsq'"),
+    "gradient": ("int4", bf.Qat("pact"), "weight_end|weight int4 pact"),
+    "schedule": ("int4", bf.Qat("lsq", rate=0.5), "rate 0.5"),
+}
+
+
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_of_another_recipe_or_other_options_is_refused(other: str, scope: str) -> None:
+    given = {"scope": scope} if scope == "module" else {"scope": scope, "example_inputs": (X,)}
+    state = bf.prepare_qat(made(), "int4[row]", bf.Qat("lsq"), **given).state_dict()
+    text, how, says = OTHERS[other]
+    fresh = made()
+    with pytest.raises(bf.BitfoldError, match=says):
+        bf.prepare_qat(fresh, f"{text}[row]", how, state=state, **given)
+    assert type(fresh[0]) is nn.Linear and not fresh._forward_hooks
+    if other != "gradient":
+        with pytest.raises(bf.BitfoldError, match=says):
+            bf.prepare_qat(fresh, f"{text}[row]", how, **given).load_state_dict(state)
+    # How a rounding is computed is no other number.
+    again = bf.prepare_qat(made(), "int4[row]", bf.Qat("lsq+keep", start="clip"), state=state, **given)
+    assert torch.equal(again(X), bf.prepare_qat(made(), "int4[row]", bf.Qat("lsq"), **given)(X))
+
+
+def test_a_state_of_what_was_wrapped() -> None:
+    compiled = torch.compile(made(), backend="eager")
+    bf.prepare_qat(compiled, "int4[row]", bf.Qat("lsq"))
+    for state in (compiled.state_dict(), nn.ModuleDict({"module": compiled._orig_mod}).state_dict()):
+        again = bf.prepare_qat(
+            torch.compile(made(), backend="eager"), "int4[row]", bf.Qat("lsq"), state=state
+        )
+        assert torch.equal(again(X), compiled(X))
+
+
+class Stateful(nn.Linear):
+    """A linear with a state of its own beside its tensors."""
+
+    seen = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def test_an_extra_state_of_the_users_goes_along() -> None:
+    model = nn.Sequential(Stateful(16, 16))
+    model[0].seen = 3
+    bf.prepare_qat(model, "int4[row]")
+    again = bf.prepare_qat(nn.Sequential(Stateful(16, 16)), "int4[row]", state=model.state_dict())
+    assert again[0].seen == 3
+    with pytest.raises(bf.BitfoldError, match="int2"):
+        bf.prepare_qat(nn.Sequential(Stateful(16, 16)), "int2[row]", state=model.state_dict())
+
+
 LOAD = """
 import sys
 import torch

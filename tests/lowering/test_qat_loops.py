@@ -161,6 +161,12 @@ def test_fsdp2_shards_trains_and_gathers(tmp_path: object) -> None:
         with pytest.raises(bf.BitfoldError, match="sharded"):
             bf.convert(sharded)
         state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+        pair = nn.Sequential(nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4))
+        bf.prepare_qat(pair, bf.Recipe("all", (Rule(op="*", weight="int4"),)))
+        for apart in (*pair, pair):
+            fully_shard(apart, mesh=mesh)
+        with pytest.raises(bf.BitfoldError, match="take both in one unit"):
+            pair(torch.randn(2, 4, 5))
     finally:
         dist.destroy_process_group()
     again = bf.prepare_qat(Net(), "int4[g16]", bf.Qat("lsq"), state=state).eval()
@@ -212,6 +218,44 @@ def test_warmup_trains_in_floats_and_eval_rounds() -> None:
         bf.advance(model)
 
 
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize("gradient", ["lsq", "pact"])
+def test_learned_scales_begin_at_the_weights_that_the_warmup_leaves(gradient: str, scope: str) -> None:
+    """They are those of the same model, prepared only then; batch norm, tied weights and zero points too."""
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(Net(), nn.Conv1d(5, 8, 3), nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(112, 4))
+
+    def prepared(model: nn.Module, warmup: int) -> nn.Module:
+        text = "uint4[g16,zero]" if gradient == "lsq" else "int4[g16]"
+        rules = Rule(op="*", weight=text), Rule(op="conv", weight="int4[row]")
+        given = {"scope": scope} | ({"example_inputs": (TOKENS,)} if scope == "program" else {})
+        how = bf.Qat(gradient, warmup=warmup, start="clip")
+        return bf.prepare_qat(model, bf.Recipe("r", rules), how, **given).train()
+
+    model = prepared(made(), 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    learned = {name: p for name, p in model.named_parameters() if name.endswith(("_step", "_end", "_low"))}
+    first = {name: p.detach().clone() for name, p in learned.items()}
+    assert len(first) >= 4
+    for _ in range(2):
+        assert all(torch.equal(learned[name], numbers) for name, numbers in first.items())
+        step(model, TOKENS, optimizer)
+    fresh = made()
+    names = set(fresh.state_dict())
+    # A program names what is tied once.
+    fresh.load_state_dict({name: t for name, t in model.state_dict().items() if name in names}, strict=False)
+    fresh = prepared(fresh, 0)
+    there = dict(fresh.named_parameters())
+    assert all(torch.equal(p, there[name]) for name, p in learned.items())
+    assert not any(torch.equal(p, first[name]) for name, p in learned.items())
+    assert torch.equal(model.eval()(TOKENS), fresh.eval()(TOKENS))
+    kept = {name: p.detach().clone() for name, p in learned.items()}
+    bf.advance(model)
+    assert all(torch.equal(learned[name], numbers) for name, numbers in kept.items())
+
+
 class Squared(nn.Module):
     """A forward of its own."""
 
@@ -237,7 +281,10 @@ def test_mistakes_are_one_sentence_and_change_nothing() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrong = [
         (lambda: bf.prepare_qat(model, "int8_static"), "calibrat"),
-        (lambda: bf.prepare_qat(model, "int8_static", bf.Qat(activation="lsq", observe=3)), "saw no data"),
+        (
+            lambda: bf.prepare_qat(model, "int8_static", bf.Qat(activation="lsq", observe=3)),
+            "begins at a calibrated one",
+        ),
         (lambda: bf.prepare_qat(model, "int8", bf.Qat("lsqq")), "lsq"),
         (lambda: bf.prepare_qat(model, "int8", "lsq"), "bf.Qat"),
         (lambda: bf.prepare_qat(model, "uint4[g16,zero]", bf.Qat("pact")), "zero point"),
@@ -319,8 +366,11 @@ def test_a_sparse_format_keeps_its_mask_in_training() -> None:
     bf.prepare_qat(model, recipe)
     for _ in range(3):
         step(model, x, torch.optim.SGD(model.parameters(), lr=1.0))
-    expected = model.eval()(x).detach()
-    assert torch.equal(bf.convert(model, target="reference")(x), expected)
+    half, y = copy.deepcopy(model).to(torch.bfloat16), x.bfloat16()
+    step(half, y, torch.optim.SGD(half.parameters(), lr=1.0))
+    for one, given in ((model, x), (half, y)):
+        expected = one.eval()(given).detach()
+        assert torch.equal(bf.convert(one, target="reference")(given), expected)
 
 
 def test_a_weight_that_is_read_past_its_forward_is_left_and_reported() -> None:

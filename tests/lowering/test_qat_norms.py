@@ -139,6 +139,47 @@ def test_in_floats_it_is_batch_norm() -> None:
         assert name.endswith("tracked") or torch.allclose(buffer, moved[name], atol=1e-4), name
 
 
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize("how", [bf.Qat(), bf.Qat(freeze_norm=3)], ids=["always", "frozen later"])
+def test_a_channel_that_gamma_switches_off_can_be_switched_on_again(how: bf.Qat, scope: str) -> None:
+    """The last norm of a residual block begins with zeros: int8 rows err by 2**-8 of a number, gradients of
+    gamma, sums of 6 * 36 of them, by no more than that of the largest."""
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).train()
+    nn.init.zeros_(floats[1].weight)
+    recipe, given = bf.Recipe("all", (Rule(op="*", weight="int8"),)), {"example_inputs": (X,)}
+    rounded = bf.prepare_qat(copy.deepcopy(floats), recipe, how, scope=scope, **given).train()
+    wanted = torch.randn(6, 8, 6, 6)
+    for model in (floats, rounded):
+        (model(X) * wanted).sum().backward()
+    ours, theirs = (model.get_parameter("1.weight").grad for model in (rounded, floats))
+    assert theirs.abs().max() > 1 and torch.allclose(ours, theirs, atol=2**-6 * theirs.abs().max())
+    ours, theirs = (model.get_buffer("1.running_var") for model in (rounded, floats))
+    assert torch.allclose(ours, theirs, rtol=2**-6)
+    torch.optim.SGD(rounded.parameters(), 0.1).step()
+    with torch.no_grad():
+        expected = rounded.eval()(X)
+        assert expected.std() > 0.01
+        converted = bf.convert(rounded, target="reference")
+        assert torch.equal(converted(X), expected)
+
+
+def test_learned_scales_begin_at_no_channel_of_zeros() -> None:
+    model = made()
+    nn.init.zeros_(model.blocks[0].bn2.weight)
+    with pytest.raises(bf.BitfoldError, match="has zeros in its weight"):
+        prepared(bf.Qat("lsq"), model=model)
+    assert not any(isinstance(module, Prepared) for module in model.modules())
+    state = prepared(bf.Qat("lsq")).state_dict()  # of a run that had none
+    bf.prepare_qat(model, RECIPE, bf.Qat("lsq"), state=state)
+
+
+def test_one_value_a_channel_is_nothing_to_normalize_by() -> None:
+    model = bf.prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), RECIPE)
+    with pytest.raises(bf.BitfoldError, match="more than one value"):
+        model(torch.randn(1, 3, 3, 3))
+
+
 def test_a_batch_norm_in_evaluation_mode_stands_still_while_the_rest_trains() -> None:
     model = prepared(bf.Qat("straight+stochastic")).train()
     norm = model.blocks[0].bn1
@@ -148,6 +189,31 @@ def test_a_batch_norm_in_evaluation_mode_stands_still_while_the_rest_trains() ->
     after = dict(model.named_buffers())
     assert torch.equal(after["blocks.0.bn1.running_mean"], before["blocks.0.bn1.running_mean"])
     assert not torch.equal(after["blocks.0.bn2.running_mean"], before["blocks.0.bn2.running_mean"])
+
+
+def test_a_batch_norm_in_training_mode_moves_while_the_rest_evaluates() -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    recipe = bf.Recipe("all", (Rule(op="*", weight="int8"),))
+    rounded = bf.prepare_qat(copy.deepcopy(floats), recipe, bf.Qat("straight+stochastic"))
+    for model in (floats, rounded):
+        model.eval()[1].train()
+    ours, theirs = rounded(5 * X), floats(5 * X)
+    assert torch.allclose(ours.std((0, 2, 3)), theirs.std((0, 2, 3)), rtol=1e-3)
+    assert torch.allclose(rounded[1].running_var, floats[1].running_var, rtol=2**-6)  # int8 rows
+    assert not torch.allclose(rounded[1].running_var, torch.ones(8), rtol=0.1)
+
+
+@pytest.mark.parametrize("scope", ["module", "program"])
+@pytest.mark.parametrize(
+    "name", ["0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+)
+def test_numbers_that_are_none_are_not_converted(name: str, scope: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    made = bf.prepare_qat(model, RECIPE, scope=scope, example_inputs=(X,))
+    dict([*model.named_parameters(), *model.named_buffers()])[name].data[3] = float("nan")
+    with pytest.raises(bf.BitfoldError, match="NaN or infinity"):
+        bf.convert(made)
 
 
 def test_statistics_stand_still_after_the_chosen_step() -> None:
@@ -216,6 +282,53 @@ def test_prepared_again_copied_and_resumed() -> None:
         for one in (twin, fresh):
             assert torch.equal(one.eval()(X), expected)
             assert torch.equal(bf.convert(one, target="reference")(X), expected)
+
+
+class Watched(nn.Module):
+    """Its forward writes to its buffers, its attributes and a list, and looks at more in training."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.looks, self.conv, self.norm = looks, nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        y = self.conv(x)
+        if self.training and self.looks:
+            self.last = y
+        z = self.norm(y)
+        self.seen.append(z)
+        return z
+
+
+def test_a_forward_is_read_in_both_modes_and_leaves_nothing_behind() -> None:
+    for looks in (False, True):
+        model = bf.prepare_qat(Watched(looks).eval(), RECIPE)
+        assert isinstance(model.norm, Prepared) != looks
+        assert model.steps == 0 and not model.seen and not hasattr(model, "last") and not model.training
+
+
+def test_momentum_and_its_average_over_all_batches_are_those_of_the_module() -> None:
+    torch.manual_seed(0)
+    floats = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)).train()
+    rounded = bf.prepare_qat(copy.deepcopy(floats), RECIPE, bf.Qat(warmup=100))
+    batches = [X, 3 * X, X - 1]
+    for model in (floats, rounded):
+        torch.optim.swa_utils.update_bn(batches, model)
+    for name in ("running_mean", "running_var"):
+        ours, theirs = (getattr(model[1], name) for model in (rounded, floats))
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), name
+    for model in (floats, rounded):
+        assert int(model[1].num_batches_tracked) == 3 and model[1].momentum == 0.1
+        model[1].momentum, model[1].eps = 0.5, 0.1
+        model(2 * X)
+    assert torch.allclose(rounded[1].running_var, floats[1].running_var, rtol=1e-4)
+    rounded.eval()
+    with torch.no_grad():
+        expected = rounded(X)
+        assert torch.equal(bf.convert(rounded, target="reference")(X), expected)
 
 
 def test_a_batch_norm_that_left_the_model_is_noticed() -> None:

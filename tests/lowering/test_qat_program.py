@@ -139,6 +139,173 @@ def test_without_training_the_codes_are_those_of_the_pass_that_folds_batch_norm(
         assert torch.equal(program(X), gm(X))
 
 
+def test_a_compiled_program_is_told_its_mode() -> None:
+    """torch.compile's wrapper sets the flag of what it wraps before it calls `train`."""
+    torch._dynamo.reset()
+    gm = prepared(bf.Qat("straight+stochastic"))
+    compiled = torch.compile(gm, backend="eager")
+    with torch.no_grad():
+        assert not torch.equal(compiled(X), compiled(X))
+        compiled.eval()
+        before = gm.get_buffer("first.running_mean").clone()
+        assert not gm.training and torch.equal(compiled(X), compiled(X)) and torch.equal(compiled(X), gm(X))
+        assert torch.equal(gm.get_buffer("first.running_mean"), before)
+        compiled.train()
+        assert gm.training and not torch.equal(compiled(X), compiled(X))
+        gm.training = False  # as code that restores flags does
+        program = bf.convert(gm, target="reference")
+        assert torch.equal(program(X), program(X)) and torch.equal(program(X), gm.eval()(X))
+
+
+def test_a_weight_that_is_no_number_is_not_converted() -> None:
+    gm = prepared(bf.Qat("lsq"))
+    with torch.no_grad():
+        gm.get_parameter("head.weight")[0, 0] = float("inf")
+    with pytest.raises(bf.BitfoldError, match="layer head has NaN or infinity"):
+        bf.convert(gm)
+
+
+class Twice(nn.Module):
+    """A linear that is called on small numbers and on large ones, which are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) + self.fc(100 * x)
+
+
+@pytest.mark.parametrize("joints", [False, True], ids=["linears", "joints alone"])
+@pytest.mark.parametrize("observe", [0, 3], ids=["calibrated", "observed"])
+def test_each_input_of_a_layer_or_a_joint_has_its_own_range(observe: int, joints: bool) -> None:
+    torch.manual_seed(0)
+    how = {"input": "int8[tensor]", "observer": "minmax"}
+    rules = [Rule(weight="int8"), Rule(op="add", **how)] if joints else [Rule(weight="int8", **how)]
+    model, x, recipe = Twice(), torch.randn(16, 8), bf.Recipe("two", tuple(rules))
+    given = {"example_inputs": (x,), "scope": "program", "calibration": None if observe else [x]}
+    gm = bf.prepare_qat(copy.deepcopy(model), recipe, bf.Qat(observe=observe), **given).train()
+    if observe:
+        for _ in range(2):  # the first range is the first data's; the same data move it no more
+            gm(x)
+            bf.advance(gm)
+        assert int(gm.clock) == 2
+    highs = sorted(b.item() for name, b in gm.named_buffers() if "input_high" in name)
+    assert len(highs) == 2 and 10 < highs[1] / highs[0] < 200
+    with torch.no_grad():
+        expected = gm.eval()(x)
+        assert torch.equal(bf.convert(gm, target="reference")(x), expected)
+        if not observe:
+            program = bf.quantize(model, recipe, scope="program", calibration=[x], target="reference")
+            assert torch.equal(program(x), expected)
+
+
+def test_ranges_follow_the_data_beside_a_folded_batch_norm() -> None:
+    for scope in ("program", "module"):
+        given = {"example_inputs": (X,)} if scope == "program" else {}
+        model = bf.prepare_qat(made(), STATIC, bf.Qat(observe=2), scope=scope, **given).train()
+        train(model, 3)
+        highs = [b for name, b in model.named_buffers() if "input_high" in name]
+        assert len(highs) == 3 and all(bool(high.isfinite()) for high in highs)
+
+
+class Recurrent(nn.Module):
+    """Dropout inside of operators: of recurrent layers, of attention, of torch's attention module."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.fc = kind, nn.Linear(8, 8)
+        if kind in ("LSTM", "GRU", "RNN"):
+            self.inner = getattr(nn, kind)(8, 8, num_layers=2, dropout=0.5, batch_first=True)
+        if kind == "module":
+            self.inner = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc(x)
+        if self.kind == "attention":
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
+        if self.kind == "module":
+            return self.inner(x, x, x, need_weights=False)[0]
+        return self.inner(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "attention", "module"])
+def test_dropout_inside_of_operators_flips(kind: str) -> None:
+    model, x = Recurrent(kind), torch.randn(2, 5, 8)
+    model.fc.eval()
+    gm = bf.prepare_qat(model, "int8", scope="program", example_inputs=(x,))
+    assert model.training and not model.fc.training
+    assert gm.training and not torch.equal(gm(x), gm(x)) and "dropout" not in str(bf.report(gm))
+    assert not copy.deepcopy(gm).eval().training
+    gm.eval()
+    with torch.no_grad():
+        expected = gm(x)
+        assert torch.equal(gm(x), expected)
+        assert torch.equal(bf.convert(gm, target="reference")(x), expected)
+    gm.train()
+    assert not torch.equal(gm(x), gm(x))
+
+
+def test_dropout_that_only_training_calls_is_reported() -> None:
+    class Returning(nn.MultiheadAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x, x, x)[0]  # with its weights: spelled out, dropout only in training
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Returning(8, 2, 0.5, batch_first=True)), torch.randn(2, 5, 8)
+    gm = bf.prepare_qat(model, "int8", scope="program", example_inputs=(x,))
+    assert "dropout 1 times more" in str(bf.report(gm).misses[0])
+
+
+@pytest.mark.parametrize("tracked", [False, True])
+def test_instance_norm_evaluates_and_converts(tracked: bool) -> None:
+    norm = nn.InstanceNorm2d(8, track_running_stats=tracked)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+    gm = bf.prepare_qat(model, RECIPE, scope="program", example_inputs=(X,)).train()
+    gm(X)
+    assert not tracked or bool(norm.running_mean.any())
+    with torch.no_grad():
+        expected = gm.eval()(X)
+        assert torch.equal(bf.convert(gm, target="reference")(X), expected)
+
+
+def test_what_a_graph_cannot_do_is_refused_before_it_trains() -> None:
+    averaging = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None))
+    with pytest.raises(bf.BitfoldError, match="batch norm 1 averages over all batches"):
+        prepared(bf.Qat(), model=averaging)
+    gm = prepared(bf.Qat("lsq"))
+    with pytest.raises(bf.BitfoldError, match="would become"):
+        gm.to(torch.bfloat16)
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
+    gm.to("cpu", torch.float32)
+
+
+def test_learned_ranges_begin_at_calibrated_ones_though_others_are_observed() -> None:
+    with pytest.raises(bf.BitfoldError, match="give calibration"):
+        how = bf.Qat(activation="lsq", observe=5)
+        bf.prepare_qat(made(), STATIC, how, scope="program", example_inputs=(X,))
+
+
+def test_fewer_bits_are_another_program_of_the_same_model() -> None:
+    model, fewer = made(), bf.Recipe("fewer", (Rule(op="*", weight="int2"),))
+    given = {"scope": "program", "example_inputs": (X,)}
+    gm = prepared(bf.Qat("lsq"), model=model).train()
+    train(gm, 2)
+    for scope in ("module", "program"):
+        with pytest.raises(bf.BitfoldError, match="a program that trains already"):
+            bf.prepare_qat(gm, fewer, scope=scope, example_inputs=(X,))
+    again = bf.prepare_qat(model, fewer, bf.Qat("lsq"), **given).train()
+    own = {id(p) for p in model.parameters()}
+    assert own <= {id(p) for p in gm.parameters()} and own <= {id(p) for p in again.parameters()}
+    train(again, 2)
+    with torch.no_grad():
+        expected = again.eval()(X)
+        assert torch.equal(bf.convert(again, target="reference")(X), expected)
+    bf.prepare_qat(model, RECIPE)
+    with pytest.raises(bf.BitfoldError, match="prepared already, with scope='module'"):
+        bf.prepare_qat(model, fewer, **given)
+
+
 @pytest.mark.parametrize("scope", ["module", "program"])
 def test_a_compiled_step_breaks_nowhere_and_is_compiled_once(scope: str) -> None:
     """Forward and backward, over a schedule in which warmup, ranges and batch norm all change."""

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from qat_cases import ALL, TOKENS, Net
+from torch import nn
 
 import bitfold as bf
 
@@ -18,7 +19,8 @@ def test_the_float_model_teaches_in_one_line(kind: str) -> None:
     with pytest.raises(bf.BitfoldError, match="no teacher"):
         bf.distillation(model)
     bf.prepare_qat(model, ALL, distill=bf.Distill(kind, temperature=2.0, weight=3.0))
-    assert set(model.state_dict()) == names and len(list(model.parameters())) == len(
+    added = {name for name in model.state_dict() if name not in names}
+    assert all(name.endswith("_extra_state") for name in added) and len(list(model.parameters())) == len(
         list(floats.parameters())
     )
     with pytest.raises(bf.BitfoldError, match="not been called"):
@@ -57,3 +59,24 @@ def test_a_teacher_compiles_with_its_model() -> None:
     assert torch.allclose(got, expected, atol=1e-6)
     got.backward()
     assert model.fc.weight.grad is not None
+
+
+def linears() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def test_a_teacher_of_a_model_that_is_rounded_already_is_not() -> None:
+    floats, x = linears(), torch.randn(4, 32)
+    model = bf.prepare_qat(copy.deepcopy(floats), "int2[g32]")
+    bf.prepare_qat(model, "int2[g32]", distill=bf.Distill("mse"))
+    said = model(x)
+    assert torch.equal(bf.distillation(model), (said - floats(x)).square().mean()) and bf.distillation(model)
+
+
+def test_a_teacher_goes_where_its_model_goes_and_is_found_in_it() -> None:
+    model = nn.Sequential(bf.prepare_qat(linears(), "int4[g32]", distill=bf.Distill()))
+    model.to(torch.bfloat16)(torch.randn(4, 32, dtype=torch.bfloat16))
+    assert bf.distillation(model).isfinite()  # as of what DistributedDataParallel makes of it
+    bf.convert(model)
+    assert not model[0]._forward_hooks and "bitfold_teacher" not in model[0].__dict__

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule
 import bitfold as bf
 from bitfold.lowering import backend
 from bitfold.lowering.cpu.repeats import LEAST, Repeat, compile_repeats, repeat
-from bitfold.lowering.cpu.shared_memory import memory, writes_shared
+from bitfold.passes.shared_memory import memory, writes_shared
 
 WIDE = 32
 

@@ -135,6 +135,14 @@ def test_another_layers_file_is_said(tmp_path: Path) -> None:
         _run(_model(), _batches(), tmp_path)
 
 
+def test_codes_that_are_not_those_that_were_written_are_said(tmp_path: Path) -> None:
+    _run(_model(), _batches(), tmp_path)
+    path = tmp_path / "blocks.0.up.safetensors"
+    path.write_bytes(path.read_bytes()[:-40] + bytes([255] * 40))
+    with pytest.raises(bf.BitfoldError, match=r"up\.safetensors is damaged \(its codes are not those"):
+        _run(_model(), _batches(), tmp_path)
+
+
 def test_a_module_with_a_slash_in_its_name(tmp_path: Path) -> None:
     model = _model()
     model.blocks[0].add_module("a/b", nn.Linear(WIDTH, WIDTH))

@@ -7,6 +7,8 @@ import copy
 import itertools
 import json
 import math
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,30 @@ def test_outputs_that_are_no_numbers_are_said(model: nn.Module, data: list[Tenso
         bf.search(Masked(model, math.nan), data, budget="4.5 bits")
     with pytest.raises(bf.BitfoldError, match="is not finite"):
         bf.search(model, data, budget="4.5 bits", loss=lambda exact, found: torch.tensor(math.nan))
+
+
+def test_scipy_is_looked_for_before_anything_is_measured(
+    model: nn.Module, data: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    done: list[str] = []
+    with pytest.raises(bf.BitfoldError, match=r"bf\.search wants scipy"):
+        bf.search(model, data, budget="4.5 bits", progress=lambda what, now, total: done.append(what))
+    assert not done
+
+
+def test_the_finest_recipe_is_run_before_a_perplexity_is_refused(
+    model: nn.Module, data: list[Tensor]
+) -> None:
+    """Losses by layer are estimates: whether the finest recipe keeps a budget is measured."""
+    formats = ("int4[g32]", "int3[g32]")
+    found = sensitivity(model, data, formats)
+    low, high = (
+        replace(found, choices=tuple(replace(one, loss=one.loss * factor) for one in found.choices))
+        for factor in (0.02, 50)
+    )
+    with pytest.raises(bf.BitfoldError, match=r"together, more than 0\.01%") as caught:
+        bf.search(model, data, budget="0.01% perplexity", table=low)
+    lost = float(str(caught.value).split("lose ")[1].split("%")[0])
+    recipe = bf.search(model, data, budget=f"{1.01 * lost:.6f}% perplexity", table=high)
+    assert {rule.weight for rule in recipe.rules} == {"int4[g32]"}

@@ -124,3 +124,14 @@ def test_every_run_starts_from_the_same_buffers() -> None:
     recipe = bf.search(counting, data(), budget="5% perplexity", formats=FORMATS)
     assert recipe.rules == bf.search(plain, data(), budget="5% perplexity", formats=FORMATS).rules
     assert counting.scale == 1
+
+
+class Frozen(Unequal):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_traces_without_gradients_are_said() -> None:
+    with pytest.raises(bf.BitfoldError, match=r"under torch\.no_grad\(\), .* by='measured'"):
+        bf.search(Frozen().eval(), data(), budget="4.5 bits", formats=FORMATS, by="trace")

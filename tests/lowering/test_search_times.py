@@ -64,6 +64,19 @@ def test_budgets_of_time() -> None:
         Budget.parse("40 s")
 
 
+def test_a_time_that_no_recipe_keeps_is_said_before_losses_are_measured() -> None:
+    done: list[str] = []
+    with pytest.raises(bf.BitfoldError, match=r"the fastest formats for each layer take .* ms"):
+        bf.search(
+            unequal(),
+            data(),
+            budget="0.0001 us",
+            formats=FORMATS,
+            progress=lambda what, *_: done.append(what),
+        )
+    assert not done
+
+
 def test_a_recipe_for_a_time_says_its_time_and_is_saved(tmp_path: Path) -> None:
     table = sensitivity(unequal(), data(), FORMATS)
     seconds = {

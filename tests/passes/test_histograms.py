@@ -148,3 +148,12 @@ def test_a_recipe_takes_them(text: str) -> None:
     bf.quantize(model, bf.Recipe("r", (rule,)), calibration=data, target="reference")
     # What is cut is cut for the good of the rest: the sum of squares is what counts.
     assert float((model(data[0]) - want).square().mean()) < 1e-3 * float(want.square().mean())
+
+
+@pytest.mark.parametrize("kind", ["percentile", "mse", "entropy"])
+def test_the_least_number_of_float32_is_a_number(kind: str) -> None:
+    """An additive mask has it; reach doubles past the largest one."""
+    least = torch.tensor([0.0, torch.finfo(torch.float32).min])
+    found = seen(kind, torch.randn(100), least)
+    assert bool(torch.isfinite(torch.stack(found.range())).all())
+    assert bool(torch.isfinite(torch.stack(found.params(bf.format("int8[tensor]")))).all())

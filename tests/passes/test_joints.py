@@ -143,3 +143,90 @@ def test_what_cannot_be_is_said() -> None:
         program(bf.Recipe("w", (bf.Rule(op="add", weight="int8", input=INT8),)))
     with pytest.raises(bf.BitfoldError, match="scope='program'"):
         bf.quantize(model(), recipe("add", observer=""), target="reference")
+
+
+class Summed(nn.Module):
+    """A sum in place, and who sees it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(32, 32) for _ in range(3))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, y = self.a(x), self.b(x)
+        view, dropped = h.view(-1), F.dropout(h, training=self.training)
+        if self.how == "part":
+            h[:, :16] += y[:, :16]
+            return self.c(h)
+        if self.how == "argument":
+            x += y
+            return self.c(x)
+        h += y
+        if self.how == "view":
+            return self.c(view.view(h.shape))
+        return self.c(dropped if self.how == "dropout" else F.relu_(h)) + h.view(-1).view(h.shape)
+
+
+@pytest.mark.parametrize("how", ["plain", "part", "view", "dropout", "argument"])
+def test_a_sum_in_place_is_seen_where_it_was(how: str) -> None:
+    torch.manual_seed(0)
+    summed, x = Summed(how).eval(), torch.randn(16, 32)
+    wanted = recipe("add", observer="")
+    if how in ("plain", "part"):
+        gm = bf.quantize(summed, wanted, scope="program", example_inputs=(x,), target="reference")
+        exact = summed(x).detach()
+        assert 0 < float((gm(x).detach() - exact).norm() / exact.norm()) < 0.02
+        return
+    with pytest.raises(bf.BitfoldError, match=r"what it writes to is seen by .* write x = x \+ y"):
+        bf.quantize(summed, wanted, scope="program", example_inputs=(x,), target="reference")
+
+
+class Masked(nn.Module):
+    """Attention that is spelled out, with scores hidden in one of the ways that models do it."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.near = nn.Embedding(8, 1)
+        self.how = how
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2) / 32**0.5
+        hidden = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        if self.how == "fill":
+            scores = scores.masked_fill(hidden, -1e9)
+        elif self.how == "where":
+            scores = scores + torch.where(mask == 0, 0.0, torch.finfo(x.dtype).min)
+        elif self.how == "argument":
+            scores += mask
+        elif self.how == "constant":
+            scores = scores + torch.full((8, 8), -torch.inf).triu(1)
+        elif self.how == "bias":
+            scores = scores + self.near(torch.arange(8))[:, 0]
+        elif self.how == "small":
+            scores = scores + 0.1 * torch.arange(8.0)
+        return torch.softmax(scores, -1) @ x
+
+
+MASK = torch.full((8, 8), -torch.inf).triu(1)
+
+
+@pytest.mark.parametrize("how", ["fill", "where", "argument", "constant", "bias", "small", "none"])
+def test_masked_scores_are_left_alone(how: str) -> None:
+    torch.manual_seed(0)
+    model, batch = Masked(how).eval(), (torch.randn(2, 8, 32), MASK)
+
+    def edges(on_misfit: str, fmt: str = INT8) -> int:
+        gm = capture(model, batch)
+        wanted = bf.Recipe("s", (bf.Rule(op="softmax", input=fmt, on_misfit=on_misfit),))
+        Pipeline.parse(f"annotate{{recipe={wanted}}}").run(gm)
+        return sum(operands(node) is not None for node in gm.graph.nodes)
+
+    if how in ("bias", "small", "none"):
+        assert edges("error") == 1
+        return
+    assert edges("report") == 0
+    assert edges("error", "float8_e5m2[unscaled]") == 1
+    with pytest.raises(bf.BitfoldError, match=r"softmax of .*: its scores are masked by"):
+        edges("error")

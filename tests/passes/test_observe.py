@@ -212,3 +212,43 @@ def test_a_path_that_starts_with_a_digit_makes_names_that_code_can_spell() -> No
     assert all(name.isidentifier() for name in names if name != "0.bias")
     again = bf.quantize(model, "int8_static", calibration=[torch.randn(4, 8)], target="reference")
     assert again(torch.randn(2, 8)).shape == (2, 8)
+
+
+class Reciprocal(nn.Module):
+    """Makes infinity of zero, inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Identity(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(1 / x)
+
+
+@pytest.mark.parametrize("kind", ["minmax", "average", "moving", "percentile", "mse", "entropy"])
+@pytest.mark.parametrize("scope", ["module", "program"])
+def test_infinity_that_comes_up_inside_the_model_is_no_range(scope: str, kind: str) -> None:
+    model, wanted = Reciprocal(), Rule(weight="int8", input="int8[tensor]", observer=kind)
+    batches = [torch.rand(4, 8) + 1, torch.rand(4, 8) + 1]
+    batches[1][2, 3] = 0
+    with pytest.raises(BitfoldError, match=r"batch 1: NaN or infinity comes to the input of layer inner.1,"):
+        bf.quantize(model, Recipe("s", (wanted,)), scope=scope, calibration=batches, target="reference")
+    assert type(model.inner[1]) is nn.Linear
+
+
+def test_a_mask_of_attention_is_no_bad_data() -> None:
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (self.fc(x) + mask).softmax(-1)
+
+    x, mask = torch.randn(8, 8), torch.full((8, 8), -torch.inf).triu(1)
+    for scope in ("module", "program"):
+        q = bf.quantize(Added(), STATIC, scope=scope, calibration=[(x, mask)], target="reference")
+        assert bool(q(x, mask).isfinite().all())
+        for bad in (-mask, mask - 1, 0 * mask, torch.full_like(mask, -torch.inf)):
+            with pytest.raises(BitfoldError, match=r"calibration batch 0.* NaN or infinity in "):
+                bf.quantize(Added(), STATIC, scope=scope, calibration=[(x, bad)], target="reference")

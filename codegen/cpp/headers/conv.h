@@ -15,8 +15,9 @@ namespace bitfold {
 constexpr int kReads = 8, kWrites = 8;
 
 struct Conv {
-  const int8_t* x;      // in 16 bits each, if the kernel wants it so
-  const int8_t* zeros;  // as many bytes as a pixel has, and 64 more
+  const int8_t* x;      // in 16 bits each, the zero point taken off, if the kernel wants it so
+  const int8_t* zeros;  // as many bytes as a pixel has, and 64 more, of what stands for 0 in x
+  int32_t zero;         // x's code for 0
   int64_t images, height, width, channels;
   int64_t out_height, out_width, n;
   int64_t kernel_height, kernel_width, stride_y, stride_x, top, left, dilation_y, dilation_x;
@@ -27,8 +28,10 @@ struct Conv {
   const float* vectors[kReads];          // [n + 16]
   const void* reads[kReads];             // [pixels, n], float32 or int8
   float units[kReads];                   // what a code that is read is worth
+  float origins[kReads];                 // and the code for 0
   void* writes[kWrites];                 // [pixels, n], float32 or int8
   float inverses[kWrites];               // codes of a unit that is written
+  int32_t starts[kWrites];               // and the code for 0
 
   int64_t pixels() const { return images * out_height * out_width; }
   int64_t taps() const { return kernel_height * kernel_width; }
@@ -84,7 +87,7 @@ template <bool positive, int rows, int halves, class End>
 inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
                  int64_t row, int live, const End& end) {
   Tile<positive, rows, halves> t;
-  t.clear();
+  t.clear(c.zero);
   for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
     for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
   alignas(64) int32_t sums[rows][kLanes] = {};
@@ -117,7 +120,7 @@ inline void some(const Conv& c, int count, const int8_t* const* at, int64_t firs
 
 // x as the kernel reads it, if not as it is.
 inline void widen(const Conv& c, int16_t* to) {
-  widened(c.x, c.images * c.height * c.width * c.groups, c.depth, to);
+  widened(c.x, c.images * c.height * c.width * c.groups, c.depth, c.zero, to);
 }
 
 // Pixels [first, last) of the result times panels [from, to), tiles of nearly equal numbers of pixels.
@@ -135,7 +138,7 @@ inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64
 }
 
 // The same where each group is one channel of x: panels are sixteen channels, of which each tap is one line.
-template <class End>
+template <bool zero, class End>
 inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
   thread_local std::vector<const int8_t*> at;
   thread_local std::vector<int16_t> weight;
@@ -154,9 +157,9 @@ inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, 
       const int16_t* w = weight.data() + (p - from) * size;
       for (int64_t i = 0; i < count; ++i) {
         if (taps == 9)
-          each_channel<9>(at.data() + i * taps, p * kLanes, taps, w, sums);
+          each_channel<9, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
         else
-          each_channel<0>(at.data() + i * taps, p * kLanes, taps, w, sums);
+          each_channel<0, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
         end(c, a + i, p * kLanes, live, sums);
       }
     }

@@ -2,6 +2,7 @@
 //
 //   Tile<positive, rows, halves>   sums of `rows` pixels and 8 * halves rows of the weight, four channels a step
 //   positive: no number of x is negative, so that two products with bytes fit in 16 bits
+//   zero: the code of x that stands for 0; it is taken off each code, exactly. A positive x has none.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -29,19 +30,20 @@ constexpr int kRows = 8;  // pixels of a tile
 template <bool positive> constexpr int kBytes = 1;  // of a number of x
 
 template <bool positive, int rows, int halves> struct Tile {
-  __m512i sums[rows], of_weight;
+  __m512i sums[rows], of_weight, surplus;
 
-  void clear() {
+  void clear(int32_t zero) {
     for (auto& s : sums) s = _mm512_setzero_si512();
     of_weight = _mm512_setzero_si512();
+    surplus = _mm512_set1_epi8(static_cast<char>(128 + zero));
   }
   // w: four channels of sixteen rows; at: the same four channels of each pixel, `offset` bytes further.
   void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     const __m512i weight = _mm512_loadu_si512(w);
-    if constexpr (!positive) of_weight = _mm512_dpbusd_epi32(of_weight, _mm512_set1_epi8(-128), weight);
+    if constexpr (!positive) of_weight = _mm512_dpbusd_epi32(of_weight, surplus, weight);
     for (int r = 0; r < rows; ++r) {
       __m512i x = _mm512_set1_epi32(four(at[r] + offset));
-      // 128 more than x is never negative; the surplus, 128 times the weight's sum, goes at the end.
+      // 128 more than x is never negative; the surplus, 128 and the zero point times the weight's sum, goes at the end.
       if constexpr (!positive) x = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
       sums[r] = _mm512_dpbusd_epi32(sums[r], x, weight);
     }
@@ -63,7 +65,7 @@ inline __m256i odds(__m256i v) { return _mm256_srai_epi16(v, 8); }
 template <bool positive, int rows, int halves> struct Tile {
   __m256i sums[rows][halves];
 
-  void clear() {
+  void clear(int32_t) {
     for (auto& row : sums)
       for (auto& s : row) s = _mm256_setzero_si256();
   }
@@ -102,14 +104,14 @@ constexpr int kRows = 4;
 template <bool positive> constexpr int kBytes = 1;
 
 template <bool positive, int rows, int halves> struct Tile {
-  int32_t sums[rows][kLanes];
+  int32_t sums[rows][kLanes], origin;
 
-  void clear() { std::memset(sums, 0, sizeof sums); }
+  void clear(int32_t zero) { std::memset(sums, 0, sizeof sums), origin = zero; }
   void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     const int8_t* weight = reinterpret_cast<const int8_t*>(w);
     for (int r = 0; r < rows; ++r)
       for (int n = 0; n < 8 * halves; ++n)
-        for (int i = 0; i < 4; ++i) sums[r][n] += int32_t(at[r][offset + i]) * weight[4 * n + i];
+        for (int i = 0; i < 4; ++i) sums[r][n] += (at[r][offset + i] - origin) * weight[4 * n + i];
   }
   void store(int r, int32_t* to) const { std::memcpy(to, sums[r], sizeof(int32_t) * 8 * halves); }
 };
@@ -117,15 +119,16 @@ template <bool positive, int rows, int halves> struct Tile {
 #endif
 
 // Each four numbers a b c d as a c b d in 16 bits, the order in which a weight's even and odd bytes are taken; `depth`
-// numbers at a time, filled with zeros to fours.
-inline void widened(const int8_t* from, int64_t count, int64_t depth, int16_t* to) {
+// numbers at a time, filled with zeros to fours. The zero point is taken off here.
+inline void widened(const int8_t* from, int64_t count, int64_t depth, int32_t zero, int16_t* to) {
+  const auto less = [zero](int8_t v) { return static_cast<int16_t>(v - zero); };
   if (depth % 4 != 0) {
     for (int64_t i = 0; i < count; ++i, from += depth)
       for (int64_t j = 0; j < depth; j += 4, to += 4) {
-        to[0] = from[j];
-        to[1] = j + 2 < depth ? from[j + 2] : 0;
-        to[2] = j + 1 < depth ? from[j + 1] : 0;
-        to[3] = j + 3 < depth ? from[j + 3] : 0;
+        to[0] = less(from[j]);
+        to[1] = j + 2 < depth ? less(from[j + 2]) : 0;
+        to[2] = j + 1 < depth ? less(from[j + 1]) : 0;
+        to[3] = j + 3 < depth ? less(from[j + 3]) : 0;
       }
     return;
   }
@@ -134,12 +137,17 @@ inline void widened(const int8_t* from, int64_t count, int64_t depth, int16_t* t
 #if defined(__AVX2__)
   const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
                                          0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+  const __m256i origin = _mm256_set1_epi16(static_cast<int16_t>(zero));
   for (; i + 16 <= all; i += 16) {
-    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    const __m256i read = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    const __m256i v = _mm256_sub_epi16(read, origin);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_shuffle_epi8(v, order));
   }
 #endif
-  for (; i < all; i += 4) to[i] = from[i], to[i + 1] = from[i + 2], to[i + 2] = from[i + 1], to[i + 3] = from[i + 3];
+  for (; i < all; i += 4) {
+    to[i] = less(from[i]), to[i + 1] = less(from[i + 2]);
+    to[i + 2] = less(from[i + 1]), to[i + 3] = less(from[i + 3]);
+  }
 }
 
 // Sixteen numbers kept to low .. high; NaN, the second operand of each comparison, stays.
@@ -159,8 +167,19 @@ inline void between(float low, float high, float* v) {
 #endif
 }
 
-// Sixteen numbers as codes: times `inverse`, rounded to even, kept to -128 .. 127; NaN is 0.
+// Sixteen numbers as codes: times `inverse`, rounded to even, `zero` more, kept to -128 .. 127; NaN is 0.
+// Further from 0 than kFar all numbers have the outermost codes, whatever the zero point.
+constexpr float kFar = 300.0f;
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
+
+inline void codes(const float* from, float inverse, int32_t zero, int8_t* to) {
+  const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(inverse));
+  const __m512 near = _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(kFar)), _mm512_set1_ps(-kFar));
+  const __m512i whole = _mm512_maskz_add_epi32(_mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), _mm512_cvtps_epi32(near),
+                                               _mm512_set1_epi32(zero));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(whole));
+}
 
 inline void codes(const float* from, float inverse, int8_t* to) {
   const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(from), _mm512_set1_ps(inverse));
@@ -171,6 +190,22 @@ inline void codes(const float* from, float inverse, int8_t* to) {
 
 #elif defined(__AVX2__)
 
+inline void packed(const __m256i* whole, int8_t* to) {
+  const __m256i pairs = _mm256_packs_epi32(whole[0], whole[1]);  // 0-3, 8-11; 4-7, 12-15
+  const __m256i order = _mm256_permute4x64_epi64(pairs, 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
+}
+inline void codes(const float* from, float inverse, int32_t zero, int8_t* to) {
+  __m256i whole[2];
+  for (int h = 0; h < 2; ++h) {
+    const __m256 v = _mm256_mul_ps(_mm256_loadu_ps(from + 8 * h), _mm256_set1_ps(inverse));
+    const __m256 near = _mm256_max_ps(_mm256_min_ps(v, _mm256_set1_ps(kFar)), _mm256_set1_ps(-kFar));
+    const __m256i more = _mm256_add_epi32(_mm256_cvtps_epi32(near), _mm256_set1_epi32(zero));
+    whole[h] = _mm256_and_si256(more, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q)));
+  }
+  packed(whole, to);
+}
 inline void codes(const float* from, float inverse, int8_t* to) {
   __m256i whole[2];
   for (int h = 0; h < 2; ++h) {
@@ -178,14 +213,17 @@ inline void codes(const float* from, float inverse, int8_t* to) {
     v = _mm256_and_ps(v, _mm256_cmp_ps(v, v, _CMP_ORD_Q));
     whole[h] = _mm256_cvtps_epi32(_mm256_min_ps(v, _mm256_set1_ps(127.0f)));
   }
-  const __m256i pairs = _mm256_packs_epi32(whole[0], whole[1]);  // 0-3, 8-11; 4-7, 12-15
-  const __m256i order = _mm256_permute4x64_epi64(pairs, 0xD8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
-                   _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1)));
+  packed(whole, to);
 }
 
 #else
 
+inline void codes(const float* from, float inverse, int32_t zero, int8_t* to) {
+  for (int i = 0; i < kLanes; ++i) {
+    const float v = std::nearbyint(std::fmin(std::fmax(from[i] * inverse, -kFar), kFar)) + static_cast<float>(zero);
+    to[i] = from[i] * inverse == from[i] * inverse ? static_cast<int8_t>(std::fmin(std::fmax(v, -128.0f), 127.0f)) : 0;
+  }
+}
 inline void codes(const float* from, float inverse, int8_t* to) {
   for (int i = 0; i < kLanes; ++i) {
     const float v = from[i] * inverse;
@@ -211,14 +249,15 @@ inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) 
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * t + 16), _mm256_unpackhi_epi16(a, b));
   }
 }
-template <int kTaps> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
-                                              int32_t* sums) {
+template <int kTaps, bool kZero> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
+                                              int32_t zero, int32_t* sums) {
   const int taps = kTaps ? kTaps : count;
   __m256i low = _mm256_setzero_si256(), high = low;
-  const __m256i none = low;
+  const __m256i none = low, origin = _mm256_set1_epi16(static_cast<int16_t>(zero));
 #pragma GCC unroll 5
   for (int t = 0; t < taps; t += 2) {
-    const __m256i a = wide(at[t] + offset), b = t + 1 < taps ? wide(at[t + 1] + offset) : none;
+    __m256i a = wide(at[t] + offset), b = t + 1 < taps ? wide(at[t + 1] + offset) : none;
+    if constexpr (kZero) a = _mm256_sub_epi16(a, origin), b = _mm256_sub_epi16(b, origin);  // a weight of none is 0
     const auto* w = reinterpret_cast<const __m256i*>(weight + 16 * t);
     low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), _mm256_loadu_si256(w)));
     high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), _mm256_loadu_si256(w + 1)));
@@ -234,12 +273,12 @@ inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) 
   for (int t = 0; t < taps; ++t)
     for (int i = 0; i < kLanes; ++i) to[kLanes * t + i] = static_cast<int8_t>(weight[t * stride + i]);
 }
-template <int kTaps> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
-                                              int32_t* sums) {
+template <int kTaps, bool kZero> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
+                                              int32_t zero, int32_t* sums) {
   const int taps = kTaps ? kTaps : count;
   for (int i = 0; i < kLanes; ++i) sums[i] = 0;
   for (int t = 0; t < taps; ++t)
-    for (int i = 0; i < kLanes; ++i) sums[i] += int32_t(at[t][offset + i]) * weight[kLanes * t + i];
+    for (int i = 0; i < kLanes; ++i) sums[i] += (at[t][offset + i] - zero) * weight[kLanes * t + i];
 }
 
 #endif

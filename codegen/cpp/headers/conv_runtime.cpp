@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
@@ -33,6 +34,7 @@ struct ConvFacts {
   int32_t reads, vectors, writes;      // how many
   int32_t norm;                        // the first two vectors are a batch norm's scale and shift
   int32_t read_codes, write_codes;     // a bit for each: whether it is codes
+  int32_t zero, read_zeros, write_zeros;  // whether x's codes have a zero point; a bit for each: whether its codes do
 };
 
 namespace {
@@ -129,6 +131,12 @@ float one(const Tensor& scale, const std::string& text) {
   return static_cast<const float*>(scale.const_data_ptr())[0];
 }
 
+int32_t origin(const Tensor& zero, const std::string& text) {
+  STD_TORCH_CHECK(zero.numel() == 1 && zero.scalar_type() == ScalarType::Char, "the kernel ", text,
+                  " takes one zero point a tensor in int8");
+  return static_cast<const int8_t*>(zero.const_data_ptr())[0];
+}
+
 const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, const ConvFacts& f, const std::string& text) {
   STD_TORCH_CHECK(given.numel() == f.n && given.scalar_type() == ScalarType::Float && given.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " float32 numbers, one a channel");
@@ -188,7 +196,8 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
                     text, "; lower the graph with target cpu");
   }
   const auto bits = [](int32_t of) { return __builtin_popcount(of); };
-  const size_t wanted = 4 + f.bias + f.reads + bits(f.read_codes) + f.vectors + bits(f.write_codes);
+  const size_t wanted = 4 + f.zero + f.bias + f.reads + bits(f.read_codes) + bits(f.read_zeros) + f.vectors +
+                        bits(f.write_codes) + bits(f.write_zeros);
   STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
   if (f.product)
     for (auto& rows : inputs)
@@ -236,22 +245,27 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   thread_local Scratch s;
   const float unit = one(inputs[1], text);
   STD_TORCH_CHECK(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
-  const Tensor &codes = inputs[2], &scales = inputs[3];
+  if (f.zero) c.zero = origin(inputs[2], text);
+  const Tensor &codes = inputs[2 + f.zero], &scales = inputs[3 + f.zero];
   STD_TORCH_CHECK(codes.numel() == f.n * f.row_bytes && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
   STD_TORCH_CHECK(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                   "the kernel ", text, " reads ", f.scales, " scales in float32");
-  s.numbers.assign((2 + f.vectors) * (f.n + kLanes), 0.0f);
-  size_t used = 0, next = 4;
+  s.numbers.resize((2 + f.vectors) * (f.n + kLanes));  // what lies behind the last channel is never kept
+  size_t used = 0, next = 4 + f.zero;
   const float* of_weight = static_cast<const float*>(scales.const_data_ptr());
-  for (int64_t i = 0; i < f.n; ++i) s.numbers[i] = unit * of_weight[f.scales == 1 ? 0 : i];
+  float* const factors = s.numbers.data();
+  if (f.scales == 1)
+    std::fill_n(factors, f.n, unit * of_weight[0]);
+  else
+    for (int64_t i = 0; i < f.n; ++i) factors[i] = unit * of_weight[i];
   c.factors = s.numbers.data();
   used += f.n + kLanes;
   c.bias = s.numbers.data() + used;
   if (f.bias)
     padded(s.numbers, used, inputs[next++], f, text);
   else
-    used += f.n + kLanes;
+    std::fill_n(s.numbers.data() + used, f.n, 0.0f), used += f.n + kLanes;
   for (int i = 0; i < f.reads; ++i) {
     const Tensor& read = inputs[next++];
     const bool coded = f.read_codes >> i & 1;
@@ -262,6 +276,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
       s.codes[i].take(read, shape, f.product, false);
       c.reads[i] = s.codes[i].at;
       c.units[i] = one(inputs[next++], text);
+      if (f.read_zeros >> i & 1) c.origins[i] = static_cast<float>(origin(inputs[next++], text));
     } else {
       s.floats[i].take(read, shape, f.product, false);
       c.reads[i] = s.floats[i].at;
@@ -269,7 +284,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   }
   for (int i = 0; i < f.vectors; ++i) c.vectors[i] = padded(s.numbers, used, inputs[next++], f, text);
   if (f.norm) {
-    float *factors = s.numbers.data(), *bias = factors + f.n + kLanes;
+    float* const bias = factors + f.n + kLanes;
     for (int64_t i = 0; i < f.n; ++i) {
       factors[i] *= c.vectors[0][i];
       bias[i] = bias[i] * c.vectors[0][i] + c.vectors[1][i];
@@ -279,6 +294,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     if (!(f.write_codes >> i & 1)) continue;
     const float scale = one(inputs[next++], text);
     c.inverses[i] = scale == 0.0f ? 0.0f : 1.0f / scale;
+    if (f.write_zeros >> i & 1) c.starts[i] = origin(inputs[next++], text);
   }
 
   // Channels are read four, or sixteen, at a time: those of the last pixel may end before.
@@ -305,7 +321,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     c.x = reinterpret_cast<const int8_t*>(s.wide.data());
     c.channels = c.groups * c.apart;
   }
-  s.zeros.assign(2 * c.channels + 64, 0);
+  s.zeros.assign(2 * c.channels + 64, f.widen != nullptr ? 0 : static_cast<int8_t>(c.zero));
   c.zeros = s.zeros.data();
   panels(c, f, static_cast<const uint8_t*>(codes.const_data_ptr()), s);
   spread(c, f);
@@ -316,6 +332,31 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
 }  // namespace bitfold
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("conv", TORCH_BOX(&bitfold::conv)); }
+
+// The same for C++ that Inductor writes, as many results as the text says: no dispatcher in between.
+extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, int64_t count, const char* text,
+                                              AtenTensorHandle* y0, AtenTensorHandle* y1, AtenTensorHandle* y2,
+                                              AtenTensorHandle* y3, AtenTensorHandle* y4, AtenTensorHandle* y5,
+                                              AtenTensorHandle* y6, AtenTensorHandle* y7) {
+  static_assert(bitfold::kWrites == 8);
+  AtenTensorHandle* const to[] = {y0, y1, y2, y3, y4, y5, y6, y7};
+  try {
+    std::vector<Tensor> given;
+    given.reserve(count);
+    for (int64_t i = 0; i < count; ++i) {
+      AtenTensorHandle again;
+      if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+      given.emplace_back(again);
+    }
+    const std::vector<Tensor> found = bitfold::conv(std::move(given), text);
+    for (size_t i = 0; i < found.size() && to[i] != nullptr; ++i)
+      if (aoti_torch_new_tensor_handle(found[i].get(), to[i]) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
+    return AOTI_TORCH_SUCCESS;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return AOTI_TORCH_FAILURE;
+  }
+}
 
 extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::build = made; }
 extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) {

@@ -1,7 +1,8 @@
 """Values of a graph that share memory, as far as its operators and its inputs' storages tell.
 
-In: a graph, and a part of its nodes. Out: whether the part, as a graph of its own, would write to memory that
-two of its inputs share. Whoever compiles it for one such part would not know that another's inputs do.
+In: a graph, and a node of it that writes, or a part of its nodes. Out: who else sees what the node writes;
+whether the part, as a graph of its own, would write to memory that two of its inputs share. Whoever compiles
+it for one such part would not know that another's inputs do.
 
     %v = view(%c); | add_(%c, 1); sin(%v)    ->   True: %c and %v, both from before the cut
     add_(%c, 1); %v = view(%c); sin(%v)      ->   False: the view is made inside, where all see it
@@ -17,6 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+
+aten = torch.ops.aten
+RETURNS_ITS_INPUT: frozenset[object] = frozenset(
+    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
+)
+"""Composite operators that may return what they were given, whatever their schema says."""
 
 
 def memory(graph: Graph) -> dict[Node, object]:
@@ -47,9 +54,32 @@ def written(nodes: Iterable[Node], inputs: Iterable[Node], memory: dict[Node, ob
     return [given for given in inputs if memory[given] in found]
 
 
+def sees_write(node: Node, memory: dict[Node, object]) -> Node | None:
+    """Who else sees what `node` writes to its first argument: an argument of the graph or an attribute that
+    this lies in, or who reads its memory later, and not by way of the result."""
+    target = node.all_input_nodes[0]
+    held = memory[target]
+    if not isinstance(held, Node) or held.op != "call_function":
+        return next(one for one in memory if memory[one] == held)
+    nodes: list[Node] = list(node.graph.nodes)
+    result = {node}
+    for later in nodes[nodes.index(node) + 1 :]:
+        given = [one for one in later.all_input_nodes if memory[one] == held]
+        if later.target is aten.copy_.default and later.args[1] in result:
+            return None  # x[:, :4] += y, which puts the result back: from here on the memory itself has it
+        if not given:
+            continue
+        if all(one in result for one in given):
+            if memory[later] == held:
+                result.add(later)
+        elif memory[later] != held or _written(later):
+            return later
+    return None
+
+
 def _base(node: Node) -> Node | None:
     """The argument that a node's result may be a view of."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or node.target in RETURNS_ITS_INPUT:
         return node.all_input_nodes[0]
     if not isinstance(node.target, torch._ops.OpOverload):
         return None

@@ -1,0 +1,173 @@
+"""Whether a model is a chain of blocks, and what each of its blocks is called with: the float run.
+
+In: a model and calibration batches. Out: its blocks in order and, for every batch, what goes into each; or
+the reason why the model is no such chain.
+
+    record(llama, batches)  ->  Chain(model.layers.0 .. 31, hidden [32 batches], the other arguments of each
+    call)
+
+The blocks are the elements of the largest ModuleList whose elements each run once, in order, the first tensor
+that one returns being the first that the next is given, untouched. Other tensors that earlier blocks returned
+(a residual, a bias of positions) are followed too: a block is given what they really return. A block that
+writes to one of these would change what its next run starts from, and is no link of a chain; nor is one that
+fills a cache of keys and values, or that reads what its arguments do not say (a global, autocast).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ...formats import BitfoldError
+from ...passes import Miss
+from .blocks import Call, Chain, Given, Handed, first_tensor
+from .calibration import Batch, hooked
+
+
+def record(model: nn.Module, batches: Sequence[Batch]) -> Chain | Miss:
+    """Run the float model once on every batch. The caller has it in eval mode, without gradients."""
+    found = _largest_list(model)
+    if found is None:
+        return Miss("it has no ModuleList of blocks")
+    chain = Chain(tuple(path for path, _ in found), tuple(block for _, block in found))
+    results: list[Tensor] = []
+    for batch in batches:
+        seen = _record_batch(model, batch, chain)
+        if isinstance(seen, Miss):
+            return seen
+        results = results or [seen.detach().clone()]
+    # After the last batch: what the model's forward left for the blocks to find is then of that one.
+    why = _by_themselves(model, chain, results[0])
+    return Miss(why) if why else chain
+
+
+def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    ]
+    if not lists:
+        return None
+    path, blocks = max(lists, key=lambda one: sum(p.numel() for p in one[1].parameters()))
+    return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
+
+
+def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
+    """Why the blocks do not give for the first batch what they gave in the model; "" if they do."""
+    given = chain.given[0]
+    try:
+        with hooked(model, {}):
+            for place in range(len(chain.blocks)):
+                given = chain.behind(place, 0, given)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return f"its blocks do not run by themselves ({str(error).strip().split(chr(10))[0]})"
+    result = given.hidden
+    if result.dtype != expected.dtype or result.shape != expected.shape:
+        return "its blocks give another dtype or shape when they are run by themselves"
+    apart = float((result - expected).float().norm() / expected.float().norm().clamp(min=1e-12))
+    # The same operators on the same numbers: half of the digits are enough to tell.
+    if not apart <= torch.finfo(expected.dtype).eps ** 0.5:
+        return (
+            f"its blocks give something else when they are run by themselves (by {apart:.1e}): they read "
+            "more than they are given"
+        )
+    return ""
+
+
+def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> Tensor | Miss:
+    """Note one batch; the last block's result, or the reason why the blocks are no chain."""
+    seen = _Seen(chain, batch.name)
+    before, after = dict.fromkeys(chain.blocks, seen.before), dict.fromkeys(chain.blocks, seen.after)
+    with hooked(model, before, after, outside=True):
+        batch.run(model)
+    if seen.broken:
+        return Miss(seen.broken[0])
+    if seen.order != list(range(len(chain.blocks))) or seen.next is None:
+        return Miss("its blocks do not each run once, in order")
+    chain.given.append(Given(seen.start[0], {}))
+    chain.calls.append(seen.calls)
+    return seen.next
+
+
+class _Seen:
+    """One batch's calls of blocks, while they come."""
+
+    def __init__(self, chain: Chain, batch: str) -> None:
+        self.batch = batch
+        self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
+        self.index = {block: i for i, block in enumerate(chain.blocks)}
+        self.order: list[int] = []
+        self.start: list[Tensor] = []
+        self.calls: list[Call] = []
+        self.broken: list[str] = []
+        self.handed: dict[int, tuple[weakref.ref[Tensor], int, Handed]] = {}  # by identity, with versions
+        self.next: Tensor | None = None
+        self.others: list[tuple[Tensor, int]] = []
+
+    def before(self, block: nn.Module, args: Any, kwargs: Any) -> None:
+        path = self.paths[block]
+        value, call = _emptied(args, kwargs)
+        if value is None:
+            self.broken.append(f"block {path} is given no tensor")
+            return
+        if not self.order:
+            self.start.append(value.detach().clone())
+        elif self.next is not value:
+            self.broken.append(f"block {path} is not given what the one before it returned")
+        if any(hasattr(one, "get_seq_length") for one in (*args, *kwargs.values())):
+            self.broken.append(
+                f"block {path} is given a cache, which each run of it would add to (use_cache=False)"
+            )
+        others = [one for one in pytree.tree_leaves(call) if isinstance(one, Tensor)]
+        if any(self._changed(one) for one in (value, *others)):
+            self.broken.append(
+                f"block {path} is not given what the one before it returned: it was changed in place since"
+            )
+        self.others = [(one, _version(one)) for one in others]
+        self.order.append(self.index[block])
+        self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
+
+    def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        if any(_version(one) != version for one, version in self.others):
+            self.broken.append(
+                f"block {self.paths[block]} writes to what it is given beside the first tensor"
+            )
+        self.next = first_tensor(result)
+        if not bool(torch.isfinite(self.next).all()):
+            raise BitfoldError(f"{self.batch} gives NaN or infinity behind {self.paths[block]}; leave it out")
+        for leaf, one in enumerate(pytree.tree_leaves(result)):
+            if isinstance(one, Tensor):
+                known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
+                self.handed[id(one)] = known
+
+    def _changed(self, tensor: Tensor) -> bool:
+        ref, version, _ = self.handed.get(id(tensor), _NOTHING)
+        return ref() is tensor and version != _version(tensor)
+
+    def _named(self, tensor: Tensor) -> Tensor | Handed:
+        ref, _, name = self.handed.get(id(tensor), _NOTHING)
+        return name if ref() is tensor else tensor
+
+
+_NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
+
+
+def _version(tensor: Tensor) -> int:
+    """Goes up with every write, where that is counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
+    """The first tensor of a call, and the call without it."""
+    if args and isinstance(args[0], Tensor):
+        return args[0], ((None, *args[1:]), dict(kwargs))
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            return value, (args, {**kwargs, name: None, "": name})
+    return None, (args, kwargs)

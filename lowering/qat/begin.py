@@ -1,0 +1,90 @@
+"""Learned scales begin where rounding begins: at the end of the warmup, from the weights of then.
+
+In: prepared modules, or a program, whose clocks have just been moved. Out: those whose warmup is over as of
+now have the scales that `bf.prepare_qat` would begin with now.
+
+    Qat("lsq", warmup=2):   advance; advance   ->   weight_step: the steps of the weight after two steps
+
+Until then no gradient reached them, so that an optimizer has nothing to forget. Scales of activations stay
+where calibration put them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ...formats import format
+from ...formats.gradient import Gradient
+from ...passes.stages import find_attribute
+from ...passes.training.batch_norm import FOLD_NORM
+from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, learned_start
+from .options import Qat
+from .prepared import Prepared
+
+
+def begin_scales(found: Iterable[tuple[nn.Module, Qat]]) -> None:
+    """Choose the learned scales of weights again where the warmup is over as of this step."""
+    learning = ((module, how) for module, how in found if how.warmup and Gradient.parse(how.weight).learns)
+    clocks = [(module, how, module._buffers.get(CLOCK)) for module, how in learning]
+    waiting = [(module, how, clock) for module, how, clock in clocks if clock is not None]
+    if not waiting:
+        return
+    # A device is asked once for all modules.
+    device = waiting[0][2].device
+    counts = torch.stack([clock.to(device) for _, _, clock in waiting]).tolist()
+    for (module, how, _), count in zip(waiting, counts, strict=True):
+        if count == how.warmup:
+            _begin(module, how)
+
+
+def _begin(module: Any, how: Qat) -> None:
+    if isinstance(module, Prepared):
+        graph = module.still.graph
+        inputs = graph.find_nodes(op="placeholder")
+        held = {node: module._operand(name) for node, name in zip(inputs, module.operands, strict=False)}
+    else:
+        graph = module.graph
+        held = {node: find_attribute(module, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    own = set(held)
+    for node in graph.nodes:
+        if node.op == "call_function" and own.issuperset(node.all_input_nodes):
+            own.add(node)
+    for node in graph.find_nodes(op="call_function", target=TRAIN_QUANTIZE):
+        source, text, gradient, parts = node.args[:4]
+        how_learned = Gradient.parse(str(gradient))
+        if source not in own or not parts or not how_learned.learns:
+            continue
+        numbers = _value(source, held).contiguous()
+        start = learned_start(format(str(text)), how_learned, numbers, how.start == "clip")
+        # Numbers that are all 0 say nothing of a scale.
+        told = start[0].abs() > torch.finfo(torch.float32).tiny
+        for part, new in zip(parts, start, strict=True):
+            _put(held[part], torch.where(told, new, _whole(held[part])))
+
+
+def _value(node: Node, held: Mapping[Node, Any]) -> Any:
+    """What a node of parameters alone gives, in evaluation."""
+    if node in held:
+        return _whole(held[node])
+    # What follows is whether the batch counts.
+    args = node.args[:7] if node.target is FOLD_NORM else node.args
+    args, kwargs = map_arg((args, node.kwargs), lambda source: _value(source, held))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _whole(given: Any) -> Any:
+    """A tensor with all of its numbers, if FSDP2 shards it."""
+    return given.full_tensor() if isinstance(given, DTensor) else given
+
+
+def _put(parameter: Tensor, numbers: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        numbers = distribute_tensor(numbers, parameter.device_mesh, parameter.placements)
+    parameter.copy_(numbers)

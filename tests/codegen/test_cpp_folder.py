@@ -1,0 +1,82 @@
+"""The folder of compiled kernels: one that cannot be written, a full disk and two processes do no harm."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitfold.codegen import CodegenError
+from bitfold.codegen.cpp import build
+from bitfold.lowering.target import get_target
+
+pytestmark = pytest.mark.skipif(bool(get_target("cpu").missing()), reason="there is no C++ compiler")
+
+SHARED = """
+import ctypes, sys
+from pathlib import Path
+from bitfold.codegen.cpp import build
+
+build.folder = lambda: Path(sys.argv[1])
+library = build.Library('extern "C" int run() { return 9; }', "portable")
+print("ready", flush=True)
+sys.stdin.readline()  # so that both begin at once
+print(ctypes.CDLL(str(library.path())).run(), flush=True)
+"""
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = tmp_path / "file"
+    full.write_text("no folder")
+    monkeypatch.setattr(build, "folder", lambda: full / "kernels")
+    library = build.Library('extern "C" int run() { return 7; }\n', "portable")
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        path = library.path()
+    assert path.exists()
+    broken = build.Library("no C++\n", "portable")
+    with pytest.raises(CodegenError, match="refused a kernel"):
+        broken.path()
+
+
+def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler says that there is no space by refusing; elsewhere it does not."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
+    whole = build.Library._compiled
+
+    def compiled(self: build.Library, beside: Path) -> Path:
+        if tmp_path in beside.parents:
+            raise CodegenError("no space left on device")
+        return whole(self, beside)
+
+    monkeypatch.setattr(build.Library, "_compiled", compiled)
+    library = build.Library('extern "C" int run() { return 8; }\n', "portable")
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert tmp_path not in library.path().parents
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+    """Each finds a whole library, and one is left, with nothing beside it."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(tmp_path / "kernels")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for one in started:
+        assert one.stdout is not None and one.stdout.readline() == "ready\n"
+    for one in started:
+        assert one.stdin is not None
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    assert [one.communicate()[0] for one in started] == ["9\n", "9\n"]
+    (left,) = (tmp_path / "kernels").iterdir()
+    assert ctypes.CDLL(str(left)).run() == 9
