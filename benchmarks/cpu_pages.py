@@ -106,9 +106,8 @@ def main() -> None:
     print(f"torch reads {of_torch / 1e9:.1f} GB/s", *(f"{name}: {alone[name] / 1e9:.1f}" for name in alone))
     for row in rows:
         small, large = row["small"], row["large"]
-        print(
-            f"{row['format']:12} {small / 1e9:.1f} GB/s, {small / of_torch:.1%}; in large {large / 1e9:.1f}"
-        )
+        said = f"{small / 1e9:.1f} GB/s, {small / of_torch:.1%} of torch's; large {large / 1e9:.1f}"
+        print(f"{row['format']:12} {said}")
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -23,7 +23,7 @@ from ...formats import Integer
 from ..byte_lanes import codes_of
 from ..slices import Walk, renumbered
 from .body import Body
-from .products import CHUNK, opened, units
+from .products import CHUNK, opened, tail, units
 from .values import expression, multiples
 from .words import Words, words
 from .words import row as row_of_words
@@ -136,6 +136,7 @@ def _row(body: Body, made: Digits) -> list[str]:
         "  Sums total = no_sums();",
         "  float rest[R][M] = {};",
         "  constexpr int r = 0;",
+        *tail(body),
     ]
     if body.cols is None:
         lines += ["  {", "    const float* f = steps;"]

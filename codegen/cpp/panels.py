@@ -17,7 +17,7 @@ import math
 from ...formats import Integer
 from .body import Body
 from .digits import alone
-from .products import each_float, loads, registers, units
+from .products import each_float, loads, registers, tail, units
 from .values import raw
 from .words import Words
 
@@ -57,6 +57,7 @@ def _numbers(body: Body) -> list[str]:
         "  constexpr int R = 1;",
         _WHERE,
         "  const int64_t base = scales_of(call, row);",
+        *tail(body),
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
     ]
@@ -83,6 +84,7 @@ def _codes(body: Body) -> list[str]:
         "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, Codes::Code* to) {",
         "  constexpr int R = 1, r = 0;",
         _WHERE,
+        *tail(body),
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
     ]

@@ -71,6 +71,7 @@ def tile(body: Body) -> list[str]:
     plain = ["  {", "    for (int64_t k = 0, at = 0; k < call.k; k += kCodes, at += kUnits) {"]
     return [
         *head,
+        *tail(body),
         *(plain if body.cols is None else blocks),
         *run,
         "    }",
@@ -86,22 +87,28 @@ def tile(body: Body) -> list[str]:
 
 
 def units(body: Body) -> list[str]:
-    """Where the units of this run are, for each row."""
-    lines = [
-        "      const uint8_t* u[R];",
-        "      for (int r = 0; r < R; ++r) u[r] = codes_of_row + r * stride + at;",
-    ]
-    if not body.cut_short:
-        return lines
+    """Where the units of this run are, for each row: `tail` stands before the loop over runs."""
+    place = "codes_of_row + r * stride + at"
+    if body.cut_short:
+        place = f"k + kCodes > call.k ? tail[r] : {place}"
     return [
-        *lines,
-        "      uint8_t last[R][kUnits + 32];",
-        "      if (k + kCodes > call.k)  // what follows is the next row, or no memory",
-        "        for (int r = 0; r < R; ++r) {",
-        "          std::memset(last[r], 0, sizeof last[r]);",
-        "          std::memcpy(last[r], u[r], call.k - k);",
-        "          u[r] = last[r];",
-        "        }",
+        "      const uint8_t* u[R];",
+        f"      for (int r = 0; r < R; ++r) u[r] = {place};",
+    ]
+
+
+def tail(body: Body) -> list[str]:
+    """The units of each row's last run, if codes end within it: what follows is the next row, or no memory.
+    Not in the loop over runs: beside a call the compiler keeps sums in memory."""
+    if not body.cut_short:
+        return []
+    return [
+        "  uint8_t tail[R][kUnits + 32];",
+        "  if (const int64_t over = call.k % kCodes; over != 0)",
+        "    for (int r = 0; r < R; ++r) {",
+        "      std::memset(tail[r], 0, sizeof tail[r]);",
+        "      std::memcpy(tail[r], codes_of_row + r * stride + call.k / kCodes * kUnits, over);",
+        "    }",
     ]
 
 

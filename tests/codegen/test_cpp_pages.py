@@ -43,7 +43,7 @@ def in_large_pages(address: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of 2 MiB are asked of Linux")
 def test_a_weight_is_gathered_once_it_is_read() -> None:
-    held = mmap.mmap(-1, 10 << 20)
+    held = mmap.mmap(-1, 10 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = ctypes.addressof(ctypes.c_char.from_buffer(held))
     madvise(start, len(held), 15)  # MADV_NOHUGEPAGE, so that memory comes in small pages
     f = cpu_layout(format("int8"), 4096)
@@ -55,7 +55,7 @@ def test_a_weight_is_gathered_once_it_is_read() -> None:
     madvise(start, len(held), 14)  # MADV_HUGEPAGE: allowed again, but nothing moves by itself soon
     inside = -(-start // PAGE) * PAGE
     build.know([spec])
-    probe = mmap.mmap(-1, 3 * PAGE)
+    probe = mmap.mmap(-1, 3 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     probed = ctypes.addressof(ctypes.c_char.from_buffer(probe))
     probe.write(b"x" * len(probe))
     if madvise(-(-probed // PAGE) * PAGE, PAGE, COLLAPSE) != 0:

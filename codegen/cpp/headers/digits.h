@@ -50,7 +50,7 @@ inline void cut(const int32_t* v, int8_t* to, int32_t* sums) {
 inline void cut(const int32_t* v, int16_t* to) {
   for (int i = 0; i < 32; ++i) {
     const int32_t high = (v[i] + (1 << 14)) >> 15;
-    to[i] = static_cast<int16_t>(high), to[32 + i] = static_cast<int16_t>(v[i] - (high << 15));
+    to[i] = static_cast<int16_t>(high), to[32 + i] = static_cast<int16_t>(v[i] - high * 32768);
   }
 }
 

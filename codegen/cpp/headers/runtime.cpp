@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -157,6 +158,8 @@ void run_turned(const Prepared& one) {
   });
 }
 
+constexpr int64_t kPieces = 8;  // for each thread
+
 // Products one behind the other, as one piece of work for all threads: starting them is worth some microseconds.
 void run(const Prepared* all, int count) {
   int64_t tasks = 0, codes = 0, ends[kWeights];
@@ -168,12 +171,21 @@ void run(const Prepared* all, int count) {
     codes = std::max(codes, 4 * f.k * f.weights);
     ends[i] = tasks;
   }
-  // A task is worth starting for some thirty thousand codes, and takes four rows at a time.
-  torch::stable::parallel_for(0, tasks, 1 + (1 << 15) / (codes + 1), [&](int64_t first, int64_t last) {
-    int64_t start = 0;
-    for (int i = 0; i < count; start = ends[i++]) {
-      const int64_t from = std::max(first, start) - start, to = std::min(last, ends[i]) - start;
-      if (from < to) all[i].facts.run(&all[i].call, 4 * from, std::min(4 * to, all[i].facts.n));
+  if (tasks == 0) return;
+  // A thread is worth starting for some thirty thousand codes; a task takes four rows at a time. Threads take pieces in
+  // turn, not an equal share each: to one that starts late, or is held up, less is left.
+  const int64_t least = 1 + (1 << 15) / (codes + 1);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (tasks + least - 1) / least);
+  const int64_t piece = threads > 1 ? std::max<int64_t>(1, tasks / (kPieces * threads)) : tasks;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tasks;) {
+      const int64_t last = std::min(first + piece, tasks);
+      int64_t start = 0;
+      for (int i = 0; i < count; start = ends[i++]) {
+        const int64_t from = std::max(first, start) - start, to = std::min(last, ends[i]) - start;
+        if (from < to) all[i].facts.run(&all[i].call, 4 * from, std::min(4 * to, all[i].facts.n));
+      }
     }
   });
 }
