@@ -99,10 +99,8 @@ def keeper(
 ) -> Callable[[Run, Mapping[int, Entry | Miss]], None]:
     """What keeps the run of a graph, which takes `given` of the frame's arguments, once it is known to be C
     functions alone."""
-    kernels, queries = (
-        texts_of(gm),
-        bool(gm.graph.find_nodes(op="call_function", target=_bitfold.few_queries.default)),
-    )
+    kernels = texts_of(gm)
+    queries = bool(gm.graph.find_nodes(op="call_function", target=_bitfold.few_queries.default))
 
     def told(run: Run, entries: Mapping[int, Entry | Miss]) -> None:
         steps = []
