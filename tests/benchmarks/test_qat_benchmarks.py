@@ -86,7 +86,17 @@ def test_the_language_model(
     script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lm = script("qat_lm")
-    run(lm, monkeypatch, *SMALL, "--formats", "int2[g32];int4[g32] x int8", "--out", tmp_path)
+    run(
+        lm,
+        monkeypatch,
+        *SMALL,
+        "--formats",
+        "int2[g32];int4[g32] x int8",
+        "--rates",
+        "1e-4,1e-3",
+        "--out",
+        tmp_path,
+    )
     name = f"qat-lm-{'cpu' if not torch.cuda.is_available() else script('qat_report').card()}"
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.png").stat().st_size > 1000 and not found["failed"]
