@@ -10,10 +10,10 @@ the same held-back tokens for each format and seed, with mean, spread and what w
 The file's model still learns when it is trained on without dropout. So that what is measured is rounding
 and not more training, it is first trained on in floats (`--base-steps`, at the rate that validation
 prefers); that model is the base of all that follows, and the teacher. What trains on rounded numbers starts
-at its weights and learns to say what it says (the divergence from its predictions; `--tasks` tries shares of
-the text's own loss), at each of its rates with the first seed; what validation likes best is taken for the
-others. "longer" is the base trained on in floats with the same steps and batches. Algorithms are those of
-ptq.py; of several the one that validation prefers.
+at its weights and learns to say what it says (the divergence from its predictions; `--tasks` tries shares
+of the text's own loss), at each of its rates with the first seed; what validation likes best is taken for
+the others. "longer" is the base trained on in floats with the same steps, batches and choice of losses.
+Algorithms are those of ptq.py; of several the one that validation prefers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def base(bench: Bench, name: str, emit: Emit) -> None:
         {key: t.contiguous() for key, t in kept.state_dict().items() if key != "lm_head.weight"}, beside
     )
     beside.replace(given.base)
-    emit(FLOAT, "", found | {"tried": tried, "base": best})
+    emit(FLOAT, "", found | {"base_tried": tried, "base": best})
 
 
 def longer(bench: Bench, name: str, emit: Emit) -> None:
@@ -140,11 +140,12 @@ def _seeds(
     known is told after each."""
     given, began = bench.given, time.perf_counter()
     prepared = any(getattr(module, "is_prepared", False) for module in model.modules())
-    steps = Steps(model, bench.model if prepared else None, bench)
+    # What is not rounded says what its teacher says already: it learns from the text, or from both.
+    tasks = given.tasks if prepared else [task for task in given.tasks if task] or [1.0]
+    steps = Steps(model, bench.model if min(tasks) < 1 else None, bench)
     found: Row = {"compiled": steps.compiled, "captured": steps.captured}
     found["ready_seconds"] = round(time.perf_counter() - began, 1)
     tried, others, longest = list[Row](), list[Row](), 0.0
-    tasks = given.tasks if prepared else (0.0,)
     plan = [(0, rate, task) for rate in rates for task in tasks]
     plan += [(seed, 0.0, 0.0) for seed in range(1, given.seeds)]
     for seed, rate, task in plan:
@@ -261,7 +262,7 @@ def main() -> None:
 
 
 def _draw(found: Row, path: Path) -> None:
-    draw(curves(found), path, "step", "divergence from the float model (nats a token)", every=20)
+    draw(curves(found), path, "step", "loss in training: the teacher and the text (nats a token)", every=20)
 
 
 def _numbers(text: str) -> list[float]:
