@@ -194,6 +194,7 @@ def measure(given: argparse.Namespace, path: Path) -> Row:
     names = _names(given)
     tasks = [("longer", ""), *(("training", name) for name in names)]
     tasks += [("algorithms", name) for name in names] if given.algorithms else []
+    tasks = [task for task in tasks if task[0] in given.parts.split(",")]
     options = {name: str(value) for name, value in vars(given).items()}
     found: Row = {"torch": torch.__version__, "card": card(), "options": options}
     found |= {FLOAT: {}, "formats": {name: {} for name in names}, "failed": {}}
@@ -252,7 +253,7 @@ def main() -> None:
     given.base = given.out / "qat-lm-base.safetensors"
     path = given.out / f"qat-lm-{card()}.json"
     found = measure(given, path)
-    if not curves(found):
+    if not curves(found) and "training" in given.parts:
         raise SystemExit(f"nothing was trained: {found['failed']}")
     print(table(found.get("summary", {})))
     try:
@@ -288,6 +289,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gradient", default="lsq")
     parser.add_argument("--activation", default="clip")
     parser.add_argument("--start", default="clip", help="of learned scales: rule or clip")
+    parser.add_argument("--parts", default="longer,training,algorithms", help="some of these")
     parser.add_argument("--no-algorithms", dest="algorithms", action="store_false")
     parser.add_argument("--formats", default="", help="some of the formats, with ; between them")
     parser.add_argument("--processes", type=int, default=1, help="at a time, on all cards")

@@ -30,7 +30,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {FLOAT: {"file": floats["file"]["test"], "base": base}}
     best = base
     if floats.get("runs"):
-        rows[FLOAT]["longer"] = spread([run["judged"]["test"] for run in floats["runs"]])
+        rows[FLOAT]["longer"] = spread([run["judged"]["test"] for run in floats.get("runs", [])])
         best = min(base, rows[FLOAT]["longer"][0])
     for name, row in found["formats"].items():
         if "rounded" not in row:
@@ -47,10 +47,11 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             rows[name] |= {"seeds": len(tests), "rate": row["runs"][0]["rate"]}
             rows[name] |= {"recovered": share(mean, base), "recovered_strictly": share(mean, best)}
             if row.get("longer_rounded"):
-                pairs = [row["longer_rounded"].get(str(run["seed"])) for run in floats["runs"]]
-                again = spread([one["test"] for one in pairs if one is not None])[0]
-                rows[name]["longer_rounded"] = again
-                rows[name]["recovered_longer"] = share(mean, rows[FLOAT]["longer"][0], again)
+                pairs = [row["longer_rounded"].get(str(run["seed"])) for run in floats.get("runs", [])]
+                known = [one["test"] for one in pairs if one is not None]
+                if known:
+                    again = rows[name]["longer_rounded"] = spread(known)[0]
+                    rows[name]["recovered_longer"] = share(mean, rows[FLOAT]["longer"][0], again)
             rows[name]["recovered_each"] = [share(test, base) for test in tests]
             apart = [run["judged"]["divergence"] for run in row["runs"]]
             rows[name]["divergence"] = [row["rounded"]["divergence"], spread(apart)[0]]
