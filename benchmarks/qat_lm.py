@@ -6,6 +6,7 @@ the same held-back tokens for each format and seed, with mean, spread and what w
     python benchmarks/qat_lm.py --data out/lm --processes 12      on a GPU: results/qat-lm-<card>.{json,png}
     python benchmarks/qat_lm.py --tiny --steps 3 --out out/try    on a CPU, random tokens: to try the script
     python benchmarks/qat_lm.py --draw results/qat-lm-<card>.json    the curves alone (they need matplotlib)
+    python benchmarks/qat_lm.py --join results/qat-lm-<card>.json longer.json
 
 The file's model still learns when it is trained on without dropout. So that what is measured is rounding
 and not more training, it is first trained on in floats (`--base-steps`, at the rate that validation
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from qat_lm_step import Steps
-from qat_lm_table import FLOAT, curves, summary, table
+from qat_lm_table import FLOAT, curves, joined, summary, table
 from qat_lm_train import Bench, judged, trained
 from qat_report import RESULTS, card, draw, write
 from safetensors.torch import save_file
@@ -248,6 +249,12 @@ def main() -> None:
     if given.draw is not None:
         _draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png"))
         return
+    if given.join is not None:
+        found = joined(*(json.loads(path.read_text(encoding="utf-8")) for path in given.join))
+        write(given.join[0], found)
+        _draw(found, given.join[0].with_suffix(".png"))
+        print(table(found["summary"]))
+        return
     given.until = time.time() + given.seconds
     given.out.mkdir(parents=True, exist_ok=True)
     given.base = given.out / "qat-lm-base.safetensors"
@@ -263,7 +270,7 @@ def main() -> None:
 
 
 def _draw(found: Row, path: Path) -> None:
-    draw(curves(found), path, "step", "loss in training: the teacher and the text (nats a token)", every=20)
+    draw(curves(found), path, "step", "loss in training (nats a token)", every=20)
 
 
 def _numbers(text: str) -> list[float]:
@@ -299,6 +306,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--save", action="store_true", help="write the int4[g32] model, for qat_targets.py")
     parser.add_argument("--draw", type=Path, help="only the curves of this JSON")
+    parser.add_argument(
+        "--join", type=Path, nargs=2, help="write the floats of the second JSON into the first"
+    )
     return parser.parse_args()
 
 

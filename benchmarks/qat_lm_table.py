@@ -62,6 +62,21 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
+def joined(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`found` with the floats that another run went on with, which is right where both have the same base.
+
+    ValueError: the bases are not the same numbers.
+    """
+    if found[FLOAT]["base"] != other[FLOAT]["base"]:
+        raise ValueError(f"the bases differ: {found[FLOAT]['base']} and {other[FLOAT]['base']}")
+    formats = {
+        name: row | {"longer_rounded": other["formats"].get(name, {}).get("longer_rounded", {})}
+        for name, row in found["formats"].items()
+    }
+    whole = found | {FLOAT: other[FLOAT], "formats": formats, "options_of_longer": other["options"]}
+    return whole | {"summary": summary(whole)}
+
+
 def table(rows: dict[str, Any]) -> str:
     """The summary in Markdown."""
     if not rows:
@@ -88,6 +103,6 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def curves(found: dict[str, Any]) -> list[Curve]:
-    """What was learned from, with the first seed, for each format."""
-    rows = found["formats"].items()
+    """The losses of the first seed, for floats that went on and for each format."""
+    rows = [("float", found[FLOAT]), *found["formats"].items()]
     return [Curve(name, 0, row["runs"][0]["curve"]) for name, row in rows if row.get("runs")]
