@@ -10,6 +10,7 @@ takes; what is not quantized shares the model's memory, buffers excepted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def quantize_program(
     if observed is not None:
         batches.check_given(observed)
         Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
-        calibrate(gm, data if steps is not None else batches.raw())
+        said = None if progress is None else partial(progress, "calibrate")
+        calibrate(gm, data if steps is not None else batches.raw(), said)
     Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...formats import BitfoldError
 from ...passes import Pass, Pipeline, find_pass
@@ -93,6 +94,9 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
     rotate: Rotate | None = None
     correct: CorrectBias | None = None
     tune: Tune | None = None
+    for first, second in pairwise(steps.passes):
+        if first.name == second.name and not isinstance(first, Tune | CorrectBias):
+            raise BitfoldError(f"{first.name} is there twice, one after the other; leave one out")
     for step in steps.passes:
         last = correct or tune
         if last is not None and isinstance(step, Tune | CorrectBias):
@@ -133,6 +137,11 @@ def _check_order(steps: Sequence[Solver]) -> None:
     for step in steps:
         if step.wants_codes and (last is None or last.decides != "codes"):
             raise BitfoldError(f"{step.name} wants codes that are decided; put gptq before it")
+        if not step.keeps_codes and last is not None and last.decides == "codes":
+            raise BitfoldError(
+                f"{step.name} starts from scales and would throw away the codes of {last.name}; "
+                f"put it before {last.name}"
+            )
         if not step.decides:
             continue
         if last is not None and ranks.index(step.decides) < ranks.index(last.decides):

@@ -128,7 +128,9 @@ def _walk(
     name = algorithm.on_blocks()
     for site in rest:
         if name and isinstance(chain, Chain):
-            reason = f"{name} works on the blocks {chain.paths[0]} to {chain.paths[-1]}, and this is outside them"
+            reason = (
+                f"{name} works on the blocks {chain.paths[0]} to {chain.paths[-1]}, and this is outside them"
+            )
             solver.misses.append(MissRecord(site.path, site.path, "", str(algorithm), reason))
         solver.solve(site)
         solver.settle(site)
@@ -204,13 +206,22 @@ class _Solver:
                 assert note.weight is not None
                 if self.algorithm.wants_floats and self.algorithm.changes_weights:
                     w = draft.weight
-                    node.meta[FLOAT] = torch.ops.bitfold.hadamard(w, True) if turned(node) else w
+                    w = torch.ops.bitfold.hadamard(w, True) if turned(node) else w
+                    node.meta[FLOAT] = w.to(_operand(node).dtype)
                 codes = draft.quantized(format(note.weight))
                 if node in unchanged:
                     codes = self.settled.setdefault(unchanged[node], (site.path, codes))[1]
                 node.meta[DRAFT], decided = codes, True
         if self.results is not None and decided:
             self.results.keep(site, self.drafts.pop(site.path))
+
+
+def _operand(node: Node) -> Tensor:
+    """The weight of an anchor, as it was captured."""
+    operand = node.args[TARGETS[node.target][2]]
+    assert isinstance(operand, Node)
+    value: Tensor = operand.meta["val"]
+    return value
 
 
 def _recorded(
@@ -319,7 +330,7 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     if solver.algorithm.learn is not None:
         for batch, given in enumerate(exact):
             exact[batch] = chain.behind(place, batch, given)
-    targets = [one.hidden for one in exact]
+    targets = [one.hidden for one in exact] if solver.algorithm.learn is not None else []
     with Swaps() as swaps:
 
         def run() -> None:

@@ -44,6 +44,7 @@ class GPTQ(Solver):
     name: ClassVar[str] = "gptq"
     needs_inputs: ClassVar[bool] = True
     decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "codes"
+    keeps_codes: ClassVar[bool] = False
 
     actorder: bool = True
     damping: float = 0.01

@@ -70,7 +70,7 @@ class Refit(Solver):
 def least_squares(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tensor:
     """The multiplier of each group of each row, [N, groups]; some rows at a time, since each has a matrix."""
     rows = max(1, _AT_ONCE // groups**2)
-    pieces = zip(weight.split(rows), codes.split(rows), strict=True)
+    pieces = zip(torch.split(weight, rows), torch.split(codes, rows), strict=True)
     return torch.cat([_solved(w, c, h, groups) for w, c in pieces])
 
 

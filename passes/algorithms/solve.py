@@ -3,6 +3,7 @@
 In: an annotated graph; on its anchors the statistics of their inputs (`inputs.py`), for solvers that want
 them. Out: the same graph with a `Draft` on each anchor whose weight takes a format; `fold` makes codes of it.
 
+    anchor.meta[INPUTS] = seen                                         an `Inputs`: gptq wants it
     Pipeline.parse("annotate{recipe=int4[g64]},clip,gptq").run(gm)     clip chooses scales, gptq rounds
 
 A solver sees one weight at a time, as float32 rows [N, K], and its format as nothing but a format: whatever
@@ -52,7 +53,8 @@ class Task:
 class Solver(Pass):
     """needs_inputs: the solver cannot do without statistics; wants_inputs: it is better with them;
     wants_exact: with the float model's activations beside those behind rounded weights; decides: what it
-    chooses, which one that comes later must not throw away; wants_codes: they are decided before it."""
+    chooses, which one that comes later must not throw away; wants_codes: they are decided before it;
+    keeps_codes: what it starts from may be codes (else it would throw them away)."""
 
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
     needs_inputs: ClassVar[bool] = False
@@ -60,6 +62,7 @@ class Solver(Pass):
     wants_exact: ClassVar[bool] = False
     decides: ClassVar[Literal["weights", "scales", "codes", ""]] = ""
     wants_codes: ClassVar[bool] = False
+    keeps_codes: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> int:
         """Number of weights decided about; the others keep plain rounding, and a miss says why."""
@@ -87,7 +90,8 @@ class Solver(Pass):
         inputs = node.meta.get(INPUTS) if self.needs_inputs or self.wants_inputs else None
         if self.needs_inputs and inputs is None:
             return Miss(
-                f"{self.name} wants what goes into a linear; no such statistics are there for this {note.anchor}"
+                f"{self.name} wants what goes into a linear; there are no such statistics of this "
+                f"{note.anchor}"
             )
         return Task(note.layer, fmt, draft, inputs)
 

@@ -197,6 +197,16 @@ _NUMBERS = {
 """Observers that take a number, and how it is meant."""
 
 
+def register_observer(name: str, kind: type[Observer]) -> None:
+    """`name` in a recipe's `observer` stands for `kind`, made without arguments. Raises BitfoldError for
+    a name that is taken by another, or that would not parse."""
+    if not name.isidentifier():
+        raise BitfoldError(f"an observer's name is a word of letters, digits and _, not {name!r}")
+    if _KINDS.get(name, kind) is not kind:
+        raise BitfoldError(f"the observer {name} is {_KINDS[name].__name__} already; take another name")
+    _KINDS[name] = kind
+
+
 def observer(text: str) -> Observer:
     """The observer that `text` names. Raises BitfoldError with the nearest names for an unknown one."""
     name, _, option = text.partition(":")

@@ -157,3 +157,20 @@ def test_the_least_number_of_float32_is_a_number(kind: str) -> None:
     found = seen(kind, torch.randn(100), least)
     assert bool(torch.isfinite(torch.stack(found.range())).all())
     assert bool(torch.isfinite(torch.stack(found.params(bf.format("int8[tensor]")))).all())
+
+
+def test_observers_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitfold.passes.observing import histograms
+
+    class Mine(histograms.MinMax):
+        pass
+
+    monkeypatch.setattr(histograms, "_KINDS", dict(histograms._KINDS))
+    with pytest.raises(bf.BitfoldError, match="unknown observer 'mine'"):
+        histograms.observer("mine")
+    histograms.register_observer("mine", Mine)
+    assert type(histograms.observer("mine")) is Mine
+    with pytest.raises(bf.BitfoldError, match="is MinMax already"):
+        histograms.register_observer("minmax", Mine)
+    with pytest.raises(bf.BitfoldError, match="letters, digits"):
+        histograms.register_observer("mi:ne", Mine)

@@ -1,0 +1,192 @@
+"""The walk over sites: what is measured, how often, and what is said of layers that get less than asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chain_model import Block, Model
+from torch import Tensor, nn
+
+import bitfold as bf
+from bitfold.lowering.algorithms import measure as measuring
+from bitfold.passes.algorithms.inputs import Inputs
+
+
+def said(model: nn.Module) -> str:
+    return "\n".join(map(str, bf.report(model).misses))
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(4, 20, 32) for _ in range(3)]
+
+
+class Breaks(nn.Module):
+    """A chain for the first batch; the second runs fewer blocks, the third reaches one more layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(32) for _ in range(3))
+        self.out, self.extra = nn.Linear(32, 8), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in list(self.blocks)[: 2 if x.shape[0] == 3 else 3]:
+            x = block(x)
+        return self.extra(x) if x.shape[0] == 2 else self.out(x)
+
+
+def test_a_chain_that_breaks_later_is_measured_once(
+    batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: dict[int, int] = {}
+    add = Inputs.add
+
+    def counted(self: Inputs, x: Tensor, exact: Tensor | None = None) -> None:
+        add(self, x, exact)
+        counts[id(self)] = self.count
+        kept.append(self)
+
+    kept: list[Inputs] = []
+    monkeypatch.setattr(Inputs, "add", counted)
+    model = Breaks().eval()
+    data = [batches[0], batches[1][:3], batches[2][:2]]
+    bf.quantize(model, "int4[g32]", algorithm="gptq", calibration=data, target="reference")
+    assert "each layer is measured in the float model" in said(model)
+    rows = [sum(len(x) for x in data) * 20, 7 * 20, 6 * 20, 2 * 20]  # all; `out`; the last block; `extra`
+    finished = [one for one in {id(one): one for one in kept}.values() if one.count > 80]
+    assert {one.count for one in finished} <= set(rows)
+
+
+def test_what_solvers_leave_is_in_the_report(batches: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 32, 3), nn.Flatten(1), nn.Linear(32 * 18, 8)).eval()
+    recipe = bf.Recipe("both", (bf.Rule(op="conv", weight="int4[row]"), bf.Rule(weight="int4[row]")))
+    bf.quantize(model, recipe, algorithm="gptq", calibration=[torch.randn(8, 4, 20)] * 2, target="reference")
+    assert "no such statistics" in said(model)
+
+
+def test_ties_are_said_of_without_data_too() -> None:
+    model = Model().eval()
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    bf.quantize(model, "int4[g32]", algorithm="hqq", target="reference")
+    assert "its weight is that of blocks.0.up too" in said(model)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.ModuleList(Block(32) for _ in range(2))
+        self.dec = nn.ModuleList(Block(32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.enc, *self.dec):
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("algorithm", ["awq,clip", "follow,gptq", "learn{steps=2}"])
+def test_layers_outside_the_chain_are_said(algorithm: str, batches: list[Tensor]) -> None:
+    model = Two().eval()
+    bf.quantize(model, "int4[g32]", algorithm=algorithm, calibration=batches, target="reference")
+    found = [miss for miss in bf.report(model).misses if "outside them" in miss.reason]
+    assert sorted(miss.module_path for miss in found) == sorted(
+        f"enc.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")
+    )
+
+
+def test_clip_without_inputs_needs_no_data() -> None:
+    model = Model().eval()
+    bf.quantize(model, "int4[g32]", algorithm="clip{weighted=false}", target="reference")
+    with pytest.raises(bf.BitfoldError, match="give calibration"):
+        bf.quantize(Model().eval(), "int4[g32]", algorithm="clip", target="reference")
+
+
+@pytest.mark.parametrize("algorithm", ["awq,hqq", "correct_bias", "learn{steps=2}"])
+def test_what_looks_at_no_moments_measures_none(
+    algorithm: str, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a moment was made")
+
+    if algorithm.startswith("awq"):  # balancing looks at what goes into its groups, by itself
+        monkeypatch.setattr(measuring, "_add", never)
+    else:
+        monkeypatch.setattr(Inputs, "add", never)
+    bf.quantize(Model().eval(), "int4[g32]", algorithm=algorithm, calibration=batches, target="reference")
+
+
+def test_data_for_ranges_is_asked_for_before_an_algorithm_works() -> None:
+    steps: list[str] = []
+    with pytest.raises(bf.BitfoldError, match="calibrated range"):
+        bf.quantize(
+            Model().eval(),
+            "int8_static",
+            algorithm="hqq",
+            target="reference",
+            progress=lambda what, done, total: steps.append(what),
+        )
+    assert not [step for step in steps if step.startswith("hqq")]
+
+
+def test_resume_has_a_sentence_for_each_mistake(tmp_path: Any) -> None:
+    x = torch.randn(4, 32)
+    with pytest.raises(bf.BitfoldError, match="scope='module' only"):
+        bf.quantize(
+            Model(), "int4[g32]", algorithm="hqq", scope="program", example_inputs=(x,), resume=tmp_path
+        )
+    with pytest.raises(bf.BitfoldError, match="give algorithm= too"):
+        bf.quantize(Model(), "int4[g32]", resume=tmp_path)
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return x + self.down(h * h)
+
+
+@pytest.mark.parametrize("algorithm", ["awq,clip", "smooth,clip", "equalize,clip"])
+def test_a_square_is_left_alone(algorithm: str, batches: list[Tensor]) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Squares() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    bf.quantize(Chain().eval(), "int4[g32]", algorithm=algorithm, calibration=batches, target="reference")
+
+
+def test_the_program_scope_tells_of_calibration(batches: list[Tensor]) -> None:
+    steps: list[str] = []
+    bf.quantize(
+        Model().eval(),
+        "int8_static",
+        scope="program",
+        calibration=batches,
+        target="reference",
+        progress=lambda what, done, total: steps.append(what),
+    )
+    assert "calibrate" in steps
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "sentence"),
+    [
+        ("descend,gptq", "gptq starts from scales and would throw away the codes of descend"),
+        ("gptq,gptq", "gptq is there twice"),
+        ("follow,follow,gptq", "follow is there twice"),
+        ("learn,learn", "learn is there twice"),
+    ],
+)
+def test_what_would_be_thrown_away_is_said(algorithm: str, sentence: str) -> None:
+    with pytest.raises(bf.BitfoldError, match=sentence):
+        bf.quantize(Model(), "int4[g32]", algorithm=algorithm, calibration=[torch.randn(4, 32)])
