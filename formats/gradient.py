@@ -64,6 +64,10 @@ class Gradient:
         """The same for activations."""
         return replace(self, item=self.kind == "lsq")
 
+    def without_scales(self) -> Gradient:
+        """The same where scales are chosen anew in each call, so that there is nothing to learn."""
+        return replace(self, kind="straight", item=False) if self.learns else self
+
     @classmethod
     def parse(cls, text: str | Gradient) -> Gradient:
         """The gradient that `str` wrote. Raises FormatError for anything else."""
