@@ -85,18 +85,14 @@ def rows(body: Body) -> list[str]:
     many = body.spec.weights
     integers = "  if (call.digits != nullptr) return by_digits<R>(call, row);"
     return [
-        "template <int R, int M>",
-        "inline void block(const Call& call, int64_t row, int64_t m0) {",
-        f"  float sums[{many}][R][M];",
-        f"  for (int w = 0; w < {many}; ++w) tile<R, M>(call, call.weights[w], row, m0, sums[w]);",
-        "  finish<R, M>(call, row, m0, sums);",
-        "}",
-        "",
-        "// Rows row .. row + R - 1, `most` of them at a time.",
+        "// Rows row .. row + R - 1, `most` of them at a time; their ends together, in vectors.",
         "template <int most, int M, int R>",
         "inline void each_row(const Call& call, int64_t row, int64_t m0) {",
         "  constexpr int step = most < R ? most : R;",
-        "  for (int r = 0; r < R; r += step) block<step, M>(call, row + r, m0);",
+        f"  float sums[{many}][R][M];",
+        f"  for (int w = 0; w < {many}; ++w)",
+        "    for (int r = 0; r < R; r += step) tile<step, M>(call, call.weights[w], row + r, m0, sums[w] + r);",
+        "  finish<R, M>(call, row, m0, sums);",
         "}",
         "",
         "template <int R>",
