@@ -19,8 +19,8 @@ from .body import Body
 from .values import decode, raw
 
 CHUNK = 32  # bytes of a vector
-# With several rows of x, a line of codes is worth so much work that a processor does not get to the next one by
-# itself: the rows after these are asked for. With one row its own foresight is better, and memory the bound.
+# With several rows of x, a line of codes is worth so much work that a processor does not get to the next one
+# by itself: the rows after these are asked for. With one row its own foresight is better.
 AHEAD = (
     "      if constexpr (M > 1)",
     "        for (int r = 0; r < R; ++r)",

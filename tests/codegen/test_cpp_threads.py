@@ -13,6 +13,7 @@ from bitfold.formats import format
 K = 4096  # so long that a few rows are worth a thread
 # Rows: fewer than threads have pieces, no multiple of the four that a task takes, many pieces.
 ROWS = (3, 26, 263, 1001)
+BESIDE = (0, 4, 3, 1)  # products that are one call too
 
 
 def spec_of(text: str, n: int) -> GemmSpec:
@@ -36,13 +37,12 @@ def test_however_many_threads(m: int) -> None:
             alone = [
                 torch.ops.bitfold.fused([x, *of], str(spec))[0] for spec, of in zip(specs, parts, strict=True)
             ]
-            together = torch.ops.bitfold.fused_beside(
-                [x, *parts[0], *parts[4], *parts[3], *parts[1]], " & ".join(str(specs[i]) for i in (0, 4, 3, 1))
-            )
+            given = [x, *(part for i in BESIDE for part in parts[i])]
+            together = torch.ops.bitfold.fused_beside(given, " & ".join(str(specs[i]) for i in BESIDE))
             found.append([*alone, *together])
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:
         assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
-    for one, other in zip(found[0][5:], [found[0][i] for i in (0, 4, 3, 1)], strict=True):
+    for one, other in zip(found[0][5:], [found[0][i] for i in BESIDE], strict=True):
         assert torch.equal(one, other)
