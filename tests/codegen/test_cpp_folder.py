@@ -80,3 +80,22 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     assert [one.communicate()[0] for one in started] == ["9\n", "9\n"]
     (left,) = (tmp_path / "kernels").iterdir()
     assert ctypes.CDLL(str(left)).run() == 9
+
+
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_library_that_was_cut_short_is_made_anew(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a power cut, or by a disk that was full: once, and what cannot be loaded even so is said."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    library = build.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', "portable")
+    path = library.path()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert library.loaded(ctypes.CDLL).run() == int(f"1{cut}")
+    assert ctypes.CDLL(str(path)).run() == int(f"1{cut}")
+
+    def refuse(path: str) -> None:
+        raise OSError("never")
+
+    with pytest.raises(OSError, match="never"):
+        library.loaded(refuse)
