@@ -100,7 +100,12 @@ class Padded(nn.Module):
         return self.line(pad(x.flatten(2), (0, 3)))
 
 
-CASES = {"padded": (Padded, (3, 24, 24)), "residual": (Residual, (3, 16, 16)), "line": (Line, (4, 21)), "pooled": (pooled, (1, 14, 14))}
+CASES = {
+    "padded": (Padded, (3, 24, 24)),
+    "residual": (Residual, (3, 16, 16)),
+    "line": (Line, (4, 21)),
+    "pooled": (pooled, (1, 14, 14)),
+}
 
 
 def model_of(case: str) -> tuple[nn.Module, Tensor]:
