@@ -171,7 +171,7 @@ class _End:
 
     @property
     def from_0(self) -> bool:
-        """Whether numbers below 0 become 0 and nothing but codes is written: bounds are those of codes then."""
+        """Whether numbers below 0 become 0 and nothing but codes is written, whose bounds then do."""
         bounds, writes = self.bounded[1], self.spec.writes
         return (
             bounds is not None

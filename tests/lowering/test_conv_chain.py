@@ -80,7 +80,7 @@ def pooled() -> nn.Module:
 
 
 class Padded(nn.Module):
-    """Zeros around images by operators of their own: more on one side, for two readers, negative, no zeros."""
+    """Zeros around images by operators of their own: more on one side, for two readers, no zeros."""
 
     def __init__(self) -> None:
         super().__init__()
