@@ -1,4 +1,4 @@
-"""Where a network's time goes in static int8 on a CPU: each kernel alone, what it multiplies and what it ends.
+"""Where a network's time goes in static int8 on a CPU: each kernel alone, products and results.
 
 In: options. Out: a table, a line for each kind of layer, and the numbers as JSON.
 
@@ -133,9 +133,10 @@ def printed(name: str, layers: list[Layer], peak: float, each: bool) -> None:
     for kind, some in lines.items():
         us, products = sum(one.us for one in some), sum(one.products for one in some)
         rate, results = products / us / 1e3, sum(one.results for one in some)
+        share, each_of = 100 * rate / peak, 1e3 * us / results
         print(
-            f"{name} {kind[:70]:18} {len(some):3} calls {us / 1e3:7.3f} ms {products / 1e6:7.1f} M products "
-            f"{rate:6.1f} a ns, {100 * rate / peak:3.0f}% of the yardstick; {1e3 * us / results:.3f} ns a result"
+            f"{name} {kind[:70]:18} {len(some):3} calls {us / 1e3:7.3f} ms, {products / 1e6:6.1f} M products,"
+            f" {rate:5.1f} a ns, {share:3.0f}% of the yardstick; {each_of:.3f} ns a result"
         )
 
 

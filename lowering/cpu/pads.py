@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -24,7 +25,7 @@ from ...passes import inherit
 from ...passes.edges import epochs
 from ...passes.edit import arguments
 from .conv import parsed
-from .moved_codes import scales_of, static
+from .moved_codes import QUANTIZE, scales_of, static
 
 aten = torch.ops.aten
 CONV = torch.ops.bitfold.conv.default
@@ -42,22 +43,22 @@ def take_pads(gm: GraphModule) -> int:
 
 
 def _taken(gm: GraphModule, conv: Node, since: dict[Node, int]) -> bool:
-    inputs, text = conv.args
-    assert isinstance(inputs, list | tuple)
+    inputs: Any = conv.args[0]
+    text = conv.args[1]
     spec, codes = parsed(str(text)), inputs[0]
     if not spec.kernel or not isinstance(codes, Node) or codes.target is not operator.getitem:
         return False
     quantize = codes.args[0]
     if codes.args[1] != 0 or not isinstance(quantize, Node) or not static(quantize):
         return False
-    pad = quantize.args[0]
+    pad: Any = quantize.args[0]
     sides = _sides(pad) if isinstance(pad, Node) else None
     if sides is None or since.get(pad) != since.get(quantize):
         return False
     top, left, bottom, right = (a + b for a, b in zip(spec.padding, sides, strict=True))
     source = pad.args[0]
     with gm.graph.inserting_before(quantize):
-        new = gm.graph.call_function(quantize.target, (source, quantize.args[1], scales_of(quantize)))
+        new = gm.graph.call_function(QUANTIZE, (source, quantize.args[1], scales_of(quantize)))
         part = gm.graph.call_function(operator.getitem, (new, 0))
     value = source.meta["val"].to(torch.uint8)
     new.meta["val"] = [value, *(scale.meta["val"] for scale in scales_of(quantize))]
