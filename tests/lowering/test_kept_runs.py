@@ -64,6 +64,25 @@ def test_the_next_process_calls_what_this_one_compiled(place: Path) -> None:
     assert all(torch.equal(a, b.seen) for a, b in zip(seen, again.layers, strict=True))
 
 
+def test_a_loaded_program_is_called_without_compiling(place: Path, tmp_path: Path) -> None:
+    """As a language model's step starts: saved, loaded, `bf.compile`; layers write to buffers of theirs."""
+    torch.manual_seed(0)
+    model = Tower([Layer() for _ in range(4)]).eval()
+    made = bf.quantize(model, "int8", scope="program", example_inputs=inputs())
+    assert isinstance(made, torch.fx.GraphModule)
+    bf.save(made, tmp_path / "step.program")
+    with torch.inference_mode():
+        fast = bf.compile(bf.load(tmp_path / "step.program"))
+        wanted = [fast(*inputs())[0].clone() for _ in range(2)]
+    assert list(place.glob("*.json"))
+    with mock.patch.object(backend, "_compile_folded", side_effect=AssertionError("it is compiled anew")):
+        again = bf.compile(bf.load(tmp_path / "step.program"))
+        with torch.inference_mode():
+            found = [again(*inputs())[0].clone() for _ in range(2)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"steps": []}', '{"steps": [{"library": "/nowhere.so"}]}'])
 def test_a_file_that_is_not_what_was_written_is_passed_over(place: Path, text: str) -> None:
     wanted = run(tower(), 1)
