@@ -6,14 +6,15 @@ the same held-back tokens for each format and seed, with mean, spread and what w
     python benchmarks/qat_lm.py --data out/lm --processes 12      on a GPU: results/qat-lm-<card>.{json,png}
     python benchmarks/qat_lm.py --tiny --steps 3 --out out/try    on a CPU, random tokens: to try the script
     python benchmarks/qat_lm.py --draw results/qat-lm-<card>.json    the curves alone (they need matplotlib)
+    python benchmarks/qat_lm.py --join results/qat-lm-<card>.json longer.json
 
 The file's model still learns when it is trained on without dropout. So that what is measured is rounding
 and not more training, it is first trained on in floats (`--base-steps`, at the rate that validation
 prefers); that model is the base of all that follows, and the teacher. What trains on rounded numbers starts
-at its weights and learns to say what it says (the divergence from its predictions; `--tasks` tries shares of
-the text's own loss), at each of its rates with the first seed; what validation likes best is taken for the
-others. "longer" is the base trained on in floats with the same steps and batches. Algorithms are those of
-ptq.py; of several the one that validation prefers.
+at its weights and learns to say what it says (the divergence from its predictions; `--tasks` tries shares
+of the text's own loss), at each of its rates with the first seed; what validation likes best is taken for
+the others. "longer" is the base trained on in floats with the same steps, batches and choice of losses.
+Algorithms are those of ptq.py; of several the one that validation prefers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from qat_lm_step import Steps
-from qat_lm_table import FLOAT, curves, summary, table
+from qat_lm_table import FLOAT, curves, joined, summary, table
 from qat_lm_train import Bench, judged, trained
 from qat_report import RESULTS, card, draw, write
 from safetensors.torch import save_file
@@ -41,18 +42,19 @@ from torch import nn
 import bitfold as bf
 from bitfold.passes.rules import Rule
 
-# Weights, activations, and the rates to try: the fewer bits, the farther the weights have to go.
+# Weights, activations, and the rate: the fewer bits, the farther the weights have to go. Of 3e-5 and 1e-4
+# (int3: 1e-4, 3e-4; int2: 3e-4, 1e-3) validation preferred these, after 1000 steps; --rates tries others.
 FORMATS = {
-    "int4[g128]": ("int4[g128]", "", (3e-5, 1e-4)),
-    "int4[g32]": ("int4[g32]", "", (3e-5, 1e-4)),
-    "int3[g32]": ("int3[g32]", "", (1e-4, 3e-4)),
-    "int2[g32]": ("int2[g32]", "", (3e-4, 1e-3)),
-    "mxfp4": ("mxfp4", "", (3e-5, 1e-4)),
-    "nvfp4": ("nvfp4", "", (3e-5, 1e-4)),
-    "int4[g32] x int8": ("int4[g32]", "int8", (3e-5, 1e-4)),
+    "int4[g128]": ("int4[g128]", "", (1e-4,)),
+    "int4[g32]": ("int4[g32]", "", (1e-4,)),
+    "int3[g32]": ("int3[g32]", "", (3e-4,)),
+    "int2[g32]": ("int2[g32]", "", (3e-4,)),
+    "mxfp4": ("mxfp4", "", (1e-4,)),
+    "nvfp4": ("nvfp4", "", (1e-4,)),
+    "int4[g32] x int8": ("int4[g32]", "int8", (1e-4,)),
 }
 BASE_RATES = (1e-4, 3e-4)
-LONGER_RATES = (1e-5, 3e-5)
+LONGER_RATES = (1e-5, 3e-5, 1e-4)
 ALGORITHMS = ("clip,gptq", "clip,gptq,descend,refit")
 SAVED = "int4[g32]"
 
@@ -83,7 +85,7 @@ def base(bench: Bench, name: str, emit: Emit) -> None:
         {key: t.contiguous() for key, t in kept.state_dict().items() if key != "lm_head.weight"}, beside
     )
     beside.replace(given.base)
-    emit(FLOAT, "", found | {"tried": tried, "base": best})
+    emit(FLOAT, "", found | {"base_tried": tried, "base": best})
 
 
 def longer(bench: Bench, name: str, emit: Emit) -> None:
@@ -139,11 +141,12 @@ def _seeds(
     known is told after each."""
     given, began = bench.given, time.perf_counter()
     prepared = any(getattr(module, "is_prepared", False) for module in model.modules())
-    steps = Steps(model, bench.model if prepared else None, bench)
+    # What is not rounded says what its teacher says already: it learns from the text, or from both.
+    tasks = given.tasks if prepared else [task for task in given.tasks if task] or [1.0]
+    steps = Steps(model, bench.model if min(tasks) < 1 else None, bench)
     found: Row = {"compiled": steps.compiled, "captured": steps.captured}
     found["ready_seconds"] = round(time.perf_counter() - began, 1)
     tried, others, longest = list[Row](), list[Row](), 0.0
-    tasks = given.tasks if prepared else (0.0,)
     plan = [(0, rate, task) for rate in rates for task in tasks]
     plan += [(seed, 0.0, 0.0) for seed in range(1, given.seeds)]
     for seed, rate, task in plan:
@@ -174,6 +177,14 @@ def _validation(row: Row) -> float:
     return float(row["judged"]["validation"])
 
 
+def on_a_card(number: Any) -> None:
+    """The processes of the pool take the cards in turns."""
+    with number.get_lock():
+        mine, number.value = number.value, number.value + 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(mine % torch.cuda.device_count())
+
+
 def work(given: argparse.Namespace, kind: str, name: str, told: Any) -> None:
     """One task, in a process of its own; what it finds goes into the queue."""
     TASKS[kind](Bench(given), name, lambda *said: told.put((kind, *said)))
@@ -184,6 +195,7 @@ def measure(given: argparse.Namespace, path: Path) -> Row:
     names = _names(given)
     tasks = [("longer", ""), *(("training", name) for name in names)]
     tasks += [("algorithms", name) for name in names] if given.algorithms else []
+    tasks = [task for task in tasks if task[0] in given.parts.split(",")]
     options = {name: str(value) for name, value in vars(given).items()}
     found: Row = {"torch": torch.__version__, "card": card(), "options": options}
     found |= {FLOAT: {}, "formats": {name: {} for name in names}, "failed": {}}
@@ -206,7 +218,10 @@ def measure(given: argparse.Namespace, path: Path) -> Row:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     fresh = multiprocessing.get_context("spawn")
-    with fresh.Manager() as manager, ProcessPoolExecutor(given.processes, mp_context=fresh) as pool:
+    pool = ProcessPoolExecutor(
+        given.processes, mp_context=fresh, initializer=on_a_card, initargs=(fresh.Value("i", 0),)
+    )
+    with fresh.Manager() as manager, pool:
         told = manager.Queue()
         for some in ([("base", "")], tasks):
             waiting = {pool.submit(work, given, *one, told): one for one in some}
@@ -234,12 +249,18 @@ def main() -> None:
     if given.draw is not None:
         _draw(json.loads(given.draw.read_text(encoding="utf-8")), given.draw.with_suffix(".png"))
         return
+    if given.join is not None:
+        found = joined(*(json.loads(path.read_text(encoding="utf-8")) for path in given.join))
+        write(given.join[0], found)
+        _draw(found, given.join[0].with_suffix(".png"))
+        print(table(found["summary"]))
+        return
     given.until = time.time() + given.seconds
     given.out.mkdir(parents=True, exist_ok=True)
     given.base = given.out / "qat-lm-base.safetensors"
     path = given.out / f"qat-lm-{card()}.json"
     found = measure(given, path)
-    if not curves(found):
+    if not curves(found) and "training" in given.parts:
         raise SystemExit(f"nothing was trained: {found['failed']}")
     print(table(found.get("summary", {})))
     try:
@@ -249,7 +270,7 @@ def main() -> None:
 
 
 def _draw(found: Row, path: Path) -> None:
-    draw(curves(found), path, "step", "divergence from the float model (nats a token)", every=20)
+    draw(curves(found), path, "step", "loss in training (nats a token)", every=20)
 
 
 def _numbers(text: str) -> list[float]:
@@ -275,15 +296,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gradient", default="lsq")
     parser.add_argument("--activation", default="clip")
     parser.add_argument("--start", default="clip", help="of learned scales: rule or clip")
+    parser.add_argument("--parts", default="longer,training,algorithms", help="some of these")
     parser.add_argument("--no-algorithms", dest="algorithms", action="store_false")
     parser.add_argument("--formats", default="", help="some of the formats, with ; between them")
-    parser.add_argument("--processes", type=int, default=1, help="at a time, on one card")
+    parser.add_argument("--processes", type=int, default=1, help="at a time, on all cards")
     parser.add_argument("--seconds", type=float, default=1e6, help="no run is begun that would end later")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--capture", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--save", action="store_true", help="write the int4[g32] model, for qat_targets.py")
     parser.add_argument("--draw", type=Path, help="only the curves of this JSON")
+    parser.add_argument(
+        "--join", type=Path, nargs=2, help="write the floats of the second JSON into the first"
+    )
     return parser.parse_args()
 
 

@@ -30,7 +30,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {FLOAT: {"file": floats["file"]["test"], "base": base}}
     best = base
     if floats.get("runs"):
-        rows[FLOAT]["longer"] = spread([run["judged"]["test"] for run in floats["runs"]])
+        rows[FLOAT]["longer"] = spread([run["judged"]["test"] for run in floats.get("runs", [])])
         best = min(base, rows[FLOAT]["longer"][0])
     for name, row in found["formats"].items():
         if "rounded" not in row:
@@ -47,10 +47,11 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             rows[name] |= {"seeds": len(tests), "rate": row["runs"][0]["rate"]}
             rows[name] |= {"recovered": share(mean, base), "recovered_strictly": share(mean, best)}
             if row.get("longer_rounded"):
-                pairs = [row["longer_rounded"].get(str(run["seed"])) for run in floats["runs"]]
-                again = spread([one["test"] for one in pairs if one is not None])[0]
-                rows[name]["longer_rounded"] = again
-                rows[name]["recovered_longer"] = share(mean, rows[FLOAT]["longer"][0], again)
+                pairs = [row["longer_rounded"].get(str(run["seed"])) for run in floats.get("runs", [])]
+                known = [one["test"] for one in pairs if one is not None]
+                if known:
+                    again = rows[name]["longer_rounded"] = spread(known)[0]
+                    rows[name]["recovered_longer"] = share(mean, rows[FLOAT]["longer"][0], again)
             rows[name]["recovered_each"] = [share(test, base) for test in tests]
             apart = [run["judged"]["divergence"] for run in row["runs"]]
             rows[name]["divergence"] = [row["rounded"]["divergence"], spread(apart)[0]]
@@ -59,6 +60,21 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
             solved = row["algorithms"][text]["test"]
             rows[name] |= {"algorithm": text, "solved": solved, "solved_recovered": share(solved, base)}
     return rows
+
+
+def joined(found: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`found` with the floats that another run went on with, which is right where both have the same base.
+
+    ValueError: the bases are not the same numbers.
+    """
+    if found[FLOAT]["base"] != other[FLOAT]["base"]:
+        raise ValueError(f"the bases differ: {found[FLOAT]['base']} and {other[FLOAT]['base']}")
+    formats = {
+        name: row | {"longer_rounded": other["formats"].get(name, {}).get("longer_rounded", {})}
+        for name, row in found["formats"].items()
+    }
+    whole = found | {FLOAT: other[FLOAT], "formats": formats, "options_of_longer": other["options"]}
+    return whole | {"summary": summary(whole)}
 
 
 def table(rows: dict[str, Any]) -> str:
@@ -87,6 +103,6 @@ def table(rows: dict[str, Any]) -> str:
 
 
 def curves(found: dict[str, Any]) -> list[Curve]:
-    """What was learned from, with the first seed, for each format."""
-    rows = found["formats"].items()
+    """The losses of the first seed, for floats that went on and for each format."""
+    rows = [("float", found[FLOAT]), *found["formats"].items()]
     return [Curve(name, 0, row["runs"][0]["curve"]) for name, row in rows if row.get("runs")]

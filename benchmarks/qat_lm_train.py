@@ -122,7 +122,7 @@ def trained(
 ) -> dict[str, Any]:
     """Train, convert a copy if it is prepared, and judge that; `model` is it."""
     began = time.perf_counter()
-    curve = steps.run(seed, rate, count, task)
+    curve = [float(f"{loss:.5g}") for loss in steps.run(seed, rate, count, task)]
     row: dict[str, Any] = {"seed": seed, "rate": rate, "task": task, "curve": curve}
     row["seconds"] = time.perf_counter() - began
     model = copy.deepcopy(steps.model).eval()

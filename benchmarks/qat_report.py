@@ -61,7 +61,7 @@ def draw(curves: Sequence[Curve], path: Path, across: str, up: str, every: int =
     axes.set_yscale("log")
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part.png")

@@ -15,7 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-from tables import ROOT, result, table
+from markdown_table import table
+from tables import ROOT, result
 
 from bitfold.formats.table import describe
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_table import table
+from training_tables import qat_images, qat_lm, qat_step
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Of peers in plots of matrix products: not a kernel that somebody would take instead.
@@ -172,6 +175,7 @@ def ptq_short(record: dict[str, Any], raw: str) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
     "demo": demo, "kernels": kernels, "llama": llama, "cpu": cpu, "ptq": ptq, "ptq_short": ptq_short,
+    "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
 }  # fmt: skip
 
 
@@ -187,9 +191,3 @@ def result(name: str, file: str, *, beside: Path) -> str:
         page = path.with_suffix(".md")
         return gemm(record, link(page, "everything"), page)
     return TABLES[name](record, link(path, "raw output"))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
