@@ -16,7 +16,8 @@ from typing import Any
 
 from ..conv import ConvSpec, has_zero
 from .build import FLAGS, Library, operator, vectors
-from .conv_source import normed, source
+from .conv_end import normed
+from .conv_source import source
 
 _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),

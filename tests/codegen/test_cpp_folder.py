@@ -43,6 +43,17 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
         broken.path()
 
 
+def test_a_library_that_cannot_be_loaded_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left where the power went between the name and the bytes."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    for number, damaged in ((11, b""), (12, b"\x7fELF and no more")):
+        library = build.Library(f'extern "C" int run() {{ return {number}; }}\n', "portable")
+        (tmp_path / f"{library.name}.so").write_bytes(damaged)
+        assert library.loaded(ctypes.CDLL).run() == number
+
+
 def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says that there is no space by refusing; elsewhere it does not."""
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
