@@ -88,21 +88,24 @@ def quantize(
         batches = Batches(calibration, example_inputs)
         codes = stored or {}
         steps = None if algorithm is None else algorithm_of(algorithm)
-        if resume is not None and (steps is None or scope == "program"):
-            raise BitfoldError("resume keeps what an algorithm finds (module scope); give algorithm= too")
+        if resume is not None and scope == "program":
+            raise BitfoldError("resume keeps what is found layer by layer; it goes with scope='module' only")
+        if resume is not None and steps is None:
+            raise BitfoldError("resume keeps what an algorithm finds; give algorithm= too")
         if scope == "program":
             return quantize_program(
                 model, wanted, batches, on, stored=codes, dynamic=dynamic, progress=progress, steps=steps
             )
         found = plan(model, wanted, stored=codes, record=recorder(model, batches), progress=progress)
         check_found(model, wanted, found)
+        if found.calibrated:  # before an algorithm begins, whose work would be lost
+            batches.check_given(next(site.path for site in found.sites if site.calibrated))
         data: Iterable[Batch] = batches
         changes: dict[str, Tensor] = {}
         if steps is not None:
             data = list(batches)  # an algorithm goes over them again and again
             changes = _solve(model, wanted, found, steps, data, resume, progress)
         if found.calibrated:
-            batches.check_given(next(site.path for site in found.sites if site.calibrated))
             with as_decided(model, changes, found):
                 calibrate_sites(model, found, data, progress)
         before = held(model)

@@ -36,7 +36,13 @@ class Algorithm:
     @property
     def needs_data(self) -> bool:
         """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
-        return bool(self.balance or self.learn or self.rotate or self.correct or self.tune) or any(
+        others = self.balance or self.learn or self.rotate or self.correct or self.tune
+        return bool(others) or self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether a solver looks at second moments of what goes into each layer."""
+        return any(
             isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
             for step in self.solve.passes
         )

@@ -64,6 +64,9 @@ def measure(
     `run` calls a batch after the other through `once`, which ends each as soon as the tensor was seen; if it
     is `repeated`, several are to be seen in one batch, and each runs to its end.
     """
+    group = [site for site in group if linears(site.gm)]
+    if not group:
+        return
     alone = [site for site in group if not _simple(site)]
     together = [site for site in group if _simple(site)]
     handles = [

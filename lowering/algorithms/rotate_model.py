@@ -25,6 +25,7 @@ from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
+from ..diagnose import first_output
 from ..module_scope import Site
 from ..parameters import parameter_names
 from ..swaps import Swaps
@@ -42,9 +43,9 @@ def rotate_model(
     rotated, and if it computes something else afterwards."""
     stream = _stream(model, batch)
     work = _Work(step, model, sites, swaps, stream)
-    before = _result(batch.run(model))
+    before = first_output(model, batch)
     work.rotate()
-    after = _result(batch.run(model))
+    after = first_output(model, batch)
     apart = float((after - before).float().norm() / before.float().norm().clamp(min=1e-12))
     if not apart <= TOLERANCE.get(before.dtype, 1e-2):
         raise BitfoldError(
@@ -64,12 +65,6 @@ def _stream(model: nn.Module, batch: Batch) -> Stream:
     if isinstance(found, Miss):
         raise BitfoldError(f"{type(model).__name__} cannot be rotated: {found.reason}")
     return found
-
-
-def _result(value: object) -> Tensor:
-    """The first floating-point tensor of a result."""
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 class _Work:

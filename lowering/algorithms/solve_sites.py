@@ -73,6 +73,7 @@ def solve_sites(
     if not algorithm.needs_data:
         for site in sites:
             solver.solve(site)
+        found.misses += solver.misses
         return {}
     if not batches:
         raise BitfoldError(f"{algorithm} measures what goes into each layer; give calibration=[batches]")
@@ -109,7 +110,7 @@ def _walk(
     algorithm = solver.algorithm
     shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
     balance = Balance(algorithm.balance, shared)
-    chain, rest = _recorded(model, sites, batches)
+    chain, rest = _recorded(model, sites, batches, algorithm.measures)
     if isinstance(chain, Miss):
         name = algorithm.on_blocks()
         if name:
@@ -124,7 +125,11 @@ def _walk(
                 inside = [site for site in sites if _within(site.path, path)]
                 with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
                     _solve_block(chain, place, inside, solver, balance)
+    name = algorithm.on_blocks()
     for site in rest:
+        if name and isinstance(chain, Chain):
+            reason = f"{name} works on the blocks {chain.paths[0]} to {chain.paths[-1]}, and this is outside them"
+            solver.misses.append(MissRecord(site.path, site.path, "", str(algorithm), reason))
         solver.solve(site)
         solver.settle(site)
     found.misses += balance.misses
@@ -167,7 +172,7 @@ class _Solver:
             return
         if self.results is not None:
             self.drafts[site.path] = drafts_of(site)
-        self.algorithm.solve.run(site.gm, verify=False)
+        self.misses += self.algorithm.solve.run(site.gm, verify=False, record=False).misses
         for node, note in annotated(site.gm):
             node.meta.pop(INPUTS, None)
             if self.algorithm.learn is not None and DRAFT not in node.meta:
@@ -209,23 +214,33 @@ class _Solver:
 
 
 def _recorded(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]
+    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measures: bool
 ) -> tuple[Chain | Miss, list[Site]]:
     """The float run: the chain, and the sites outside it, which are measured on the way."""
     chain = record(model, batches[:1])  # whether there is a chain decides what the full run measures
     if isinstance(chain, Chain):
         paths = chain.paths
         rest = [site for site in sites if not any(_within(site.path, path) for path in paths)]
-        with _watched(model, sites, rest):
+        with _watched(model, sites, rest if measures else ()) as reached:
             chain = record(model, batches)
-    if isinstance(chain, Chain):
-        _check_finite(chain)
-        _check_count(sites, chain)
-        return chain, rest
-    with _watched(model, sites, sites):
+        if isinstance(chain, Chain):
+            _check_reached(sites, reached)
+            _check_finite(chain)
+            if measures:
+                _check_count(sites, chain)
+            return chain, rest
+        _forget(rest)  # the run below sees the same batches again
+    with _watched(model, sites, sites if measures else ()) as reached:
         for batch in batches:
             batch.run(model)
+    _check_reached(sites, reached)
     return chain, list(sites)
+
+
+def _forget(sites: Sequence[Site]) -> None:
+    for site in sites:
+        for node, _ in annotated(site.gm):
+            node.meta.pop(INPUTS, None)
 
 
 def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tuple[int, str, str]]]:
@@ -238,8 +253,8 @@ def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tupl
 
 
 @contextmanager
-def _watched(model: nn.Module, sites: Sequence[Site], measured: Sequence[Site]) -> Iterator[None]:
-    """Some of the sites measured; BitfoldError afterwards if one of them all was never reached."""
+def _watched(model: nn.Module, sites: Sequence[Site], measured: Sequence[Site]) -> Iterator[set[nn.Module]]:
+    """Some of the sites measured meanwhile; which of them all were reached."""
     reached: set[nn.Module] = set()
     before: dict[nn.Module, Callable[..., Any]] = {
         site.module: lambda module, args, kwargs: reached.add(module) for site in sites
@@ -256,7 +271,10 @@ def _watched(model: nn.Module, sites: Sequence[Site], measured: Sequence[Site]) 
 
     before |= {site.module: both(site) for site in measured}
     with hooked(model, before):
-        yield
+        yield reached
+
+
+def _check_reached(sites: Sequence[Site], reached: set[nn.Module]) -> None:
     for site in sites:
         if site.module not in reached:
             raise BitfoldError(
@@ -295,7 +313,12 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
 
     pairs = Pairs() if solver.algorithm.wants_exact else None
-    exact = [chain.behind(place, batch, given) for batch, given in enumerate(chain.exact)]
+    # What the block gives in the float model. Only where learning wants it and solving wants what goes in are
+    # both there at once.
+    exact = chain.exact if pairs is None else list(chain.exact)
+    if solver.algorithm.learn is not None:
+        for batch, given in enumerate(exact):
+            exact[batch] = chain.behind(place, batch, given)
     targets = [one.hidden for one in exact]
     with Swaps() as swaps:
 
@@ -310,7 +333,7 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
             balance.apply(chain, place, sites, swaps)
         solver.begin(sites)
         for group, repeated in _order(chain, place, sites):
-            if not solver.known(group):
+            if solver.algorithm.measures and not solver.known(group):
                 measure(group, run, repeated=repeated, pairs=pairs)
             for site in group:
                 solver.solve(site)
@@ -322,6 +345,9 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
                 swaps.put(site)
         for batch, given in enumerate(chain.given):
             chain.given[batch] = chain.behind(place, batch, given)
+    if solver.algorithm.learn is None:
+        for batch, given in enumerate(exact):
+            exact[batch] = chain.exact[batch] = chain.behind(place, batch, given)
     chain.exact = exact
 
 

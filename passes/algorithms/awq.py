@@ -41,7 +41,7 @@ class AWQ(Balancer):
     def factors(self, weights: Weights) -> Tensor | None:
         inputs = weights.inputs
         assert inputs is not None
-        size = weights.group.largest(inputs.size).clamp(min=1e-8)
+        size = weights.group.largest(inputs.magnitude).clamp(min=1e-8)
         best, least = None, self._error(weights, torch.ones_like(size))
         for step in range(1, self.steps + 1):
             powered = size ** (step / self.steps)

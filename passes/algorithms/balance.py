@@ -175,6 +175,8 @@ def _alone(gm: GraphModule, node: object, k: int) -> _Made | None:
 
 
 def _product(gm: GraphModule, node: Node, k: int) -> _Made | None:
+    if node.args[0] is node.args[1]:  # a square has one user where its operand is used twice
+        return None
     for operand in node.args:
         path = parameter_path(gm, operand)
         if path is not None and isinstance(operand, Node):

@@ -41,7 +41,6 @@ class Clip(Solver):
     inputs; signed: scales below 0 are tried too, where the element has a longer side."""
 
     name: ClassVar[str] = "clip"
-    wants_inputs: ClassVar[bool] = True
     decides: ClassVar[Literal["weights", "scales", "codes", ""]] = "scales"
 
     steps: int = 40
@@ -50,6 +49,10 @@ class Clip(Solver):
     norm: float = 2.0
     weighted: bool = True
     signed: bool = True
+
+    @property
+    def wants_inputs(self) -> bool:  # type: ignore[override]  # one of its options decides
+        return self.weighted
 
     def __post_init__(self) -> None:
         if not (self.steps >= 2 and 0 < self.least < self.most < math.inf and 0 < self.norm < math.inf):

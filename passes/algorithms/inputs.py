@@ -3,7 +3,7 @@
 In: batches of activations [..., K]. Out: per layer, whatever the number of tokens, K x K numbers and a few K.
 
     seen = Inputs(256); seen.add(x); seen.moment       mean of x^T x, [256, 256]
-                        seen.peak                      largest magnitude of each channel, [256]
+                        seen.peak, seen.magnitude      each channel's largest and mean magnitude, [256]
     seen.add(x, exact=y); seen.cross                   mean of y^T x, y what the float model has there
 
 The output error of a changed weight follows from the moment alone: the mean over tokens of |(W' - W) x|^2 is
@@ -29,8 +29,7 @@ class Inputs:
         self.count = 0
         self.moment = torch.zeros(k, k, device=device)
         self.peak = torch.zeros(k, device=device)
-        self.size = torch.zeros(k, device=device)
-        self.mean = torch.zeros(k, device=device)
+        self.magnitude = torch.zeros(k, device=device)
         self.cross: Tensor | None = None
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
@@ -49,24 +48,13 @@ class Inputs:
         self.count += rows.shape[0]
         share = rows.shape[0] / self.count
         self.moment.lerp_(rows.mT @ rows / rows.shape[0], share)
-        self.mean.lerp_(rows.mean(0), share)
-        self.size.lerp_(rows.abs().mean(0), share)
+        self.magnitude.lerp_(rows.abs().mean(0), share)
         self.peak = torch.maximum(self.peak, rows.abs().amax(0))
         if exact is not None:
             aim = exact.detach().reshape(rows.shape).to(rows.device, torch.float32)
             if self.cross is None:
                 self.cross = torch.zeros_like(self.moment)
             self.cross.lerp_(aim.mT @ rows / rows.shape[0], share)
-
-    def scaled(self, by: Tensor) -> Inputs:
-        """The statistics of the same activations times `by` [K], channel by channel."""
-        other = Inputs(by.shape[0], self.moment.device)
-        other.count = self.count
-        other.moment = self.moment * by[:, None] * by
-        other.peak, other.size = self.peak * by.abs(), self.size * by.abs()
-        other.mean = self.mean * by
-        other.cross = None if self.cross is None else self.cross * by[:, None] * by
-        return other
 
     def error(self, difference: Tensor) -> Tensor:
         """Mean squared output error of each row of `difference` [N, K], [N]."""

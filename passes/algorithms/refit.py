@@ -25,6 +25,9 @@ from ...formats.fit import multipliers, with_multipliers
 from .draft import Draft
 from .solve import Solver, Task
 
+_AT_ONCE = 1 << 24
+"""Numbers of the rows' matrices that are there at a time: 64 MiB."""
+
 
 @dataclass(frozen=True)
 class Refit(Solver):
@@ -65,7 +68,13 @@ class Refit(Solver):
 
 
 def least_squares(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tensor:
-    """The multiplier of each group of each row, [N, groups]."""
+    """The multiplier of each group of each row, [N, groups]; some rows at a time, since each has a matrix."""
+    rows = max(1, _AT_ONCE // groups**2)
+    pieces = zip(weight.split(rows), codes.split(rows), strict=True)
+    return torch.cat([_solved(w, c, h, groups) for w, c in pieces])
+
+
+def _solved(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tensor:
     rows, k = weight.shape
     normal = weight.new_empty(rows, groups, groups)
     width = k // groups
@@ -75,7 +84,7 @@ def least_squares(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tens
     right = ((weight @ h) * codes).reshape(rows, groups, width).sum(-1)
     # A group whose codes are all zero has nothing to say about its scale.
     empty = normal.diagonal(dim1=-2, dim2=-1) <= 0
-    normal = normal + torch.diag_embed(empty.to(normal.dtype))
+    normal.diagonal(dim1=-2, dim2=-1).add_(empty.to(normal.dtype))
     solved, failed = torch.linalg.solve_ex(normal, right[..., None])
     return torch.where((failed != 0)[:, None], 0.0, solved[..., 0])
 

@@ -73,7 +73,7 @@ def test_inputs_add_up_over_batches() -> None:
     for piece in x.split([100, 1000, 948]):
         parts.add(piece)
     assert parts.count == whole.count
-    for name in ("moment", "peak", "size", "mean"):
+    for name in ("moment", "peak", "magnitude"):
         scale = float(getattr(whole, name).abs().max())
         assert torch.allclose(getattr(parts, name), getattr(whole, name), atol=scale * 2048 * 2**-24)
 
