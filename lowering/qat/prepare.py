@@ -104,6 +104,10 @@ def prepare_qat(
             return prepare_program(
                 model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
             )
+        if dynamic is not None:
+            raise BitfoldError(
+                "dynamic is for scope='program'; a module prepared alone takes any shape; leave it out"
+            )
         with unprepared(model) as earlier:
             # A copy of the model as it is here, with original modules.
             teacher = Teacher(model, distill) if distill is not None else None

@@ -113,7 +113,7 @@ def prepare_program(
         raise BitfoldError(
             "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
         )
-    _check_norms(model)
+    _check_momentum(model)
     rounded = next((path for path, module in model.named_modules() if isinstance(module, Prepared)), None)
     if rounded is not None:
         raise BitfoldError(
@@ -161,9 +161,11 @@ def prepare_program(
     return made.train(training)
 
 
-def _check_norms(model: nn.Module) -> None:
+def _check_momentum(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None:
+            continue
+        if module.momentum is None:
             raise BitfoldError(
                 f"batch norm {path} averages over all batches (momentum=None), which a graph does not count; "
                 "give it a momentum, or take scope='module'"
