@@ -6,7 +6,8 @@ In: a peer's name, shapes, rows of x. Out: a row each, as the last line, or why 
 
 ONNX Runtime and torchao with float activations (`int8`, `int4[g64]`) or with those in codes (`int8 x int8`),
 XNNPACK through ExecuTorch with activations in codes by row. Weights are rotated past the cache as ours are:
-several sessions, methods, modules. llama.cpp has no call for one product through llama-cpp-python.
+several sessions, methods, modules. ONNX Runtime and XNNPACK choose their vectors by themselves, torch and
+bitfold as ATEN_CPU_CAPABILITY says. llama.cpp has no call for one product through llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from cpu import PAST_CACHE, best
 from torch import Tensor, nn
 
 Calls = list[Callable[[], Any]]
-# Sessions and methods take seconds to make.
-MOST_COPIES = 20
+# Sessions and methods take some milliseconds each to make.
+MOST_COPIES = 400
 
 
 def onnxruntime(kind: str, linear: nn.Linear, x: Tensor, copies: int) -> Calls:
@@ -47,6 +48,8 @@ def onnxruntime(kind: str, linear: nn.Linear, x: Tensor, copies: int) -> Calls:
         maker.model.save_model_to_file(str(made))
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Threads of one session that wait for work by spinning would slow down the next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     given = {"x": x.numpy()}
     sessions = [
         ort.InferenceSession(str(made), options, providers=["CPUExecutionProvider"]) for _ in range(copies)

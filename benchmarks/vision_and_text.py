@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from vision_models import digits_network, efficientnet_lite0
 
 import bitfold as bf
+from bitfold.codegen.cpp.build import vectors
 
 OBSERVERS = ("minmax", "percentile:99.99", "mse", "entropy")
 
@@ -322,7 +323,8 @@ def _write(given: argparse.Namespace, name: str, rows: list[Row]) -> None:
     kept: list[dict[str, Any]] = []
     if given.out.exists():
         kept = [row for row in json.loads(given.out.read_text())["rows"] if row["model"] != name]
-    about = {"processor": processor(), "threads": given.threads, "torch": torch.__version__}
+    about = {"processor": processor(), "vectors": vectors(), "threads": given.threads}
+    about |= {"torch": torch.__version__}
     about |= {"python": platform.python_version(), "observers": given.observers}
     made = sorted(kept + [asdict(row) for row in rows], key=lambda row: list(MODELS).index(row["model"]))
     given.out.write_text(json.dumps({"about": about, "rows": made}, indent=1) + "\n")

@@ -129,6 +129,22 @@ def cpu(record: dict[str, Any], raw: str) -> str:
     )
 
 
+def cpu_linears(record: dict[str, Any], raw: str) -> str:
+    """Single products of a run of `benchmarks/cpu.py`, as speeds against float32."""
+    at = {(row["format"], row["n"], row["k"], row["m"]): row["us"] for row in record["rows"]}
+    places = list(dict.fromkeys((n, k, m) for _, n, k, m in at))
+    lines = []
+    for name in dict.fromkeys(name for name, *_ in at):
+        mine = [at.get((name, *place)) for place in places]
+        plain = [at["float32", *place] for place in places]
+        lines.append([name, *(f"{b / t:.2f}x" if t else "" for t, b in zip(mine, plain, strict=True))])
+    head = ["", *(f"{n} x {k}, M={m}" for n, k, m in places)]
+    return (
+        f"{record['machine']}, {record['threads']} threads, torch {record['torch']} "
+        f"({raw}, `python benchmarks/cpu.py --peers`):\n\n" + table(head, lines)
+    )
+
+
 def _speed(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     if row is None:
         return ""
@@ -174,8 +190,8 @@ def ptq_short(record: dict[str, Any], raw: str) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
-    "demo": demo, "kernels": kernels, "llama": llama, "cpu": cpu, "ptq": ptq, "ptq_short": ptq_short,
-    "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
+    "demo": demo, "kernels": kernels, "llama": llama, "cpu": cpu, "cpu_linears": cpu_linears, "ptq": ptq,
+    "ptq_short": ptq_short, "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
 }  # fmt: skip
 
 

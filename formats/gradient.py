@@ -29,6 +29,8 @@ from .errors import FormatError, nearest
 KINDS = ("straight", "clip", "lsq", "pact", "smooth")
 LEARNING = ("lsq", "pact")
 FLAGS = ("stochastic", "item", "keep", "kernel", "fused")
+STAIRCASE = 5.0
+"""The sharpness of `smooth`, if none is given."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Gradient:
     """kind and flags: see the file; sharpness: k of `smooth`; stochastic: how training rounds."""
 
     kind: str = "straight"
-    sharpness: float = 5.0
+    sharpness: float = STAIRCASE
     stochastic: bool = False
     item: bool = False
     keep: bool = False
@@ -50,10 +52,12 @@ class Gradient:
             )
         if self.kernel and self.fused:
             raise FormatError("a rounding is done by a kernel of its own or fused, not both")
-        if not 0 < self.sharpness <= 100:
+        if not isinstance(self.sharpness, int | float) or not 0 < self.sharpness <= 100:
             raise FormatError(
-                f"the sharpness of a staircase is above 0 and at most 100, not {self.sharpness}"
+                f"the sharpness of a staircase is above 0 and at most 100, not {self.sharpness!r}"
             )
+        if self.kind != "smooth" and self.sharpness != STAIRCASE:
+            raise FormatError(f"only smooth takes a sharpness, and {self.kind!r} was given {self.sharpness}")
 
     @property
     def learns(self) -> bool:
@@ -63,6 +67,10 @@ class Gradient:
     def of_item(self) -> Gradient:
         """The same for activations."""
         return replace(self, item=self.kind == "lsq")
+
+    def without_scales(self) -> Gradient:
+        """The same where scales are chosen anew in each call, so that there is nothing to learn."""
+        return replace(self, kind="straight", item=False) if self.learns else self
 
     @classmethod
     def parse(cls, text: str | Gradient) -> Gradient:
@@ -81,10 +89,10 @@ class Gradient:
         if colon and kind != "smooth":
             raise FormatError(f"{text!r}: only smooth takes a number")
         try:
-            sharpness = float(number) if colon else 5.0
+            sharpness = float(number) if colon else STAIRCASE
         except ValueError as error:
             raise FormatError(f"{text!r}: a sharpness is a number, such as smooth:5") from error
-        return cls(kind, sharpness, *(flag in flags for flag in FLAGS))
+        return cls(kind, sharpness, **{flag: flag in flags for flag in FLAGS})
 
     def __str__(self) -> str:
         name = f"smooth:{self.sharpness:g}" if self.kind == "smooth" else self.kind

@@ -8,11 +8,14 @@ for inference, compiled when it is first called with tensors of some sizes.
 `torch.compile(program, backend="bitfold")` gives the same numbers: it traces the program's Python, which
 takes seconds for thirty layers, and looks at guards in each call, which a small model feels. Here sizes,
 strides, dtypes and devices of the arguments are compared, and the program's tensors read where it holds them.
+What a program writes to may share memory with nothing else that it is given or holds: what is compiled keeps
+no order between the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
 from ..passes.fuse import inline
+from ..passes.shared_memory import memory, written
 from ..passes.stages import find_attribute
 from .backend import bitfold
 from .program import Program
@@ -63,6 +67,10 @@ class CompiledProgram:
             all(one == leaf for one in self._spec.child(0).children()) and not self._spec.child(1).children()
         )
         self._one = self._out == leaf
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is compiled anew: what was compiled reads the tensors of this one's program."""
+        return {**self.__dict__, "_known": {}}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
@@ -124,12 +132,39 @@ def _compile(program: GraphModule, flat: tuple[Any, ...], options: Mapping[str, 
         node.meta["example_value"] = fake
         if i >= len(flat):
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    changed = _changed(graph)
+    _refuse_shared(program, given, changed)
     inner: Compiled = bitfold(graph, given, options)
 
     def run(*inputs: Any) -> Any:
         return inner(*inputs, *[table[name] for table, name in places])
 
-    return run
+    def run_apart(*inputs: Any) -> Any:
+        values = [*inputs, *[table[name] for table, name in places]]
+        _refuse_shared(program, values, changed)
+        return inner(*values)
+
+    return run_apart if changed else run
+
+
+def _changed(graph: GraphModule) -> list[int]:
+    """Numbers of the inputs that the graph writes to."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    found = set(written(graph.graph.nodes, inputs, memory(graph.graph)))
+    return [i for i, node in enumerate(inputs) if node in found]
+
+
+def _refuse_shared(program: GraphModule, values: Sequence[Tensor], changed: Sequence[int]) -> None:
+    """One sentence if what is written to lies where another of the values does."""
+    if not changed:
+        return
+    places = [value.untyped_storage()._cdata for value in values]
+    count = Counter(places)
+    if any(count[places[i]] > 1 and values[i].numel() for i in changed):
+        raise BitfoldError(
+            "this program writes to a tensor that shares memory with another of its arguments, or with what "
+            "it holds; give it a clone(), or call the program itself"
+        )
 
 
 def _check(program: GraphModule, flat: tuple[Any, ...]) -> None:
@@ -137,18 +172,39 @@ def _check(program: GraphModule, flat: tuple[Any, ...]) -> None:
     wanted = program.graph.find_nodes(op="placeholder")
     if len(flat) != len(wanted):
         raise BitfoldError(f"this program takes {len(wanted)} inputs, not {len(flat)}")
+    known: dict[Any, tuple[str, int]] = {}
     for node, given in zip(wanted, flat, strict=True):
         value = node.meta.get("val")
-        if isinstance(value, Tensor) != isinstance(given, Tensor):
-            raise BitfoldError(f"the input {node.name} of this program is {_kind(value)}, not {_kind(given)}")
-        if not isinstance(value, Tensor):
-            continue
+        if not isinstance(given, Tensor) or not isinstance(value, Tensor):
+            raise BitfoldError(
+                f"bf.compile takes tensors, and the input {node.name} of this program is {_kind(given)}; "
+                "call the program itself, or capture it without"
+            )
         same = value.dtype == given.dtype and value.ndim == given.ndim and value.device == given.device
         fixed = zip(value.shape, given.shape, strict=False)
         if not same or any(isinstance(size, int) and size != other for size, other in fixed):
             raise BitfoldError(
                 f"the input {node.name} of this program is {_kind(value)}, not {_kind(given)}; capture it "
                 "anew, with dynamic= for sizes that vary"
+            )
+        _check_varying(node.name, value, given, known)
+
+
+def _check_varying(name: str, value: Tensor, given: Tensor, known: dict[Any, tuple[str, int]]) -> None:
+    """One sentence about a size outside of its range, or other than one that was captured as the same."""
+    for i, size in enumerate(value.shape):
+        if isinstance(size, int) or not size.node.expr.is_Symbol:
+            continue
+        length, symbol = given.shape[i], size.node.expr
+        where = f"size {i} of the input {name}"
+        bounds = size.node.shape_env.var_to_range.get(symbol)
+        # Torch captures what varies for 2 and more; one row is no other graph.
+        if bounds is not None and not (bounds.lower <= max(length, 2) and length <= bounds.upper):
+            raise BitfoldError(f"{where} is {length}; it was captured for {bounds.lower} to {bounds.upper}")
+        other, before = known.setdefault(symbol, (where, length))
+        if before != length:
+            raise BitfoldError(
+                f"{where} is {length} and {other} {before}; this program was captured for one size"
             )
 
 

@@ -62,6 +62,11 @@ def _target(target: Any) -> str:
         if target.namespace not in _NAMESPACES:
             raise _Nameless(f"the operator {target}")
         return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):  # torch.ops.library.name, as Dynamo leaves it
+        known = str(target._qualified_op_name)
+        if known.partition("::")[0] not in _NAMESPACES:
+            raise _Nameless(f"the operator {known}")
+        return known
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None)
     owner = getattr(target, "__objclass__", None) or getattr(target, "__self__", None)
     module = module or getattr(owner, "__module__", None) or type(owner).__module__

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..formats import BitfoldError
+from ..passes.training.mode import trains
 from .files.graph_data import Data
 from .files.graph_values import enum_value
 from .folded import keeping_dtype
@@ -68,7 +69,7 @@ def as_program(gm: GraphModule) -> GraphModule:
     """Make `gm`, which holds its canonical graph in its meta, a program, in place."""
     for method in ("train", "eval"):  # set on the instance by torch.export, where they raise
         gm.__dict__.pop(method, None)
-    gm.training = any(_trains(node) for node in gm.graph.nodes)
+    gm.training = any(trains(node) for node in gm.graph.nodes)
     gm.__class__ = type("GraphModuleImpl", (Program, type(gm)), {})
     return gm
 
@@ -89,17 +90,6 @@ def own_tensors(gm: GraphModule, model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and id(buffer) in theirs:
                 module._buffers[name] = made.setdefault(id(buffer), buffer.detach().clone())
-
-
-def _trains(node: Node) -> bool:
-    """Whether an operator is told that it is in training."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if node.target is torch.ops.aten.batch_norm.default and node.args[3] is None:
-        return False  # without running statistics it is told so always
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = zip(names, node.args, strict=False)
-    return any(name in ("train", "training") and value is True for name, value in given)
 
 
 def _computed_in(graph: Data) -> set[torch.dtype]:

@@ -65,7 +65,7 @@ def know_attention(specs: Iterable[AttentionSpec], words: str | None = None) -> 
 
 @cache
 def _entry(library: Library) -> int | None:
-    loaded = ctypes.CDLL(str(library.path()))
+    loaded = library.loaded(ctypes.CDLL)
     return ctypes.cast(loaded.attend, ctypes.c_void_p).value
 
 

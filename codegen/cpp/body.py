@@ -121,6 +121,19 @@ class Body:
         }
         return terms[zero]
 
+    def apart(self) -> tuple[str, str]:
+        """What is added to a number, in codes, before it is scaled, and to the value behind."""
+        element = self.spec.weight.element
+        over = self.decode.middle
+        middles = float(middle(element)) if isinstance(element, Integer) else 0.0
+        terms = {
+            "none": (f"{over!r}f", "0.0f"),
+            "int": (f"{over!r}f - zero", "0.0f"),
+            "float": (f"{over - middles!r}f", "zero"),
+            "min": (f"{over!r}f", "zero"),
+        }
+        return terms[self.scale.zero if self.scale is not None else "none"]
+
     def stretches(self) -> list[tuple[int, list[int]]]:
         """(first code, slices) of each stretch of a run whose codes share their scales."""
         found: list[tuple[int, list[int]]] = []

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -49,6 +50,7 @@ LOOPS = ("-ftree-loop-vectorize",)
 OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
 # Of loops over floats that call functions: none of those here says by errno what went wrong.
 NO_ERRNO = ("-fno-math-errno",)
+T = TypeVar("T")
 _OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -140,6 +142,21 @@ class Library:
                 return found
         raise refused or CodegenError(f"no folder can be written in which to compile {self.name}")
 
+    def loaded(self, load: Callable[[str], T]) -> T:
+        """What `load` makes of the file. One that is no library, since a power cut or a full disk left it
+        short, is compiled anew, once."""
+        path = self.path()
+        try:
+            return load(str(path))
+        except OSError:
+            try:
+                path.unlink()
+            except OSError as error:
+                raise CodegenError(
+                    f"{path} is no library, and cannot be removed ({error.strerror}); remove it"
+                ) from error
+            return load(str(self.path()))
+
     def _compiled(self, beside: Path) -> Path:
         from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
         from torch._inductor.exc import CppCompileError
@@ -175,7 +192,7 @@ def library_of(spec: GemmSpec, words: str | None = None) -> Library:
 @lru_cache(maxsize=1024)
 def _entries(library: Library) -> dict[str, int | None]:
     """The addresses of the kernel's functions; None where it has not got one."""
-    loaded = ctypes.CDLL(str(library.path()))
+    loaded = library.loaded(ctypes.CDLL)
     found = {name: getattr(loaded, name, None) for name in ("run", "many", "wants")}
     return {name: ctypes.cast(f, ctypes.c_void_p).value if f else None for name, f in found.items()}
 
@@ -187,10 +204,13 @@ def operator(name: str, told: str, build: Callable[[str], None]) -> ctypes.CDLL:
 
     All operators see each other's symbols: their types and C functions have names of their own."""
     text = (HEADERS / f"{name}.cpp").read_text(encoding="utf-8")
-    path = Library(text, vectors(), operator=True).path()
-    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    # What Inductor's C++ calls by name is looked for among all libraries that are there for all.
-    loaded = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+    def load(path: str) -> ctypes.CDLL:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        # What Inductor's C++ calls by name is looked for among all libraries that are there for all.
+        return ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+    loaded = Library(text, vectors(), operator=True).loaded(load)
     getattr(loaded, told)(_called_from_c(build))
     return loaded
 

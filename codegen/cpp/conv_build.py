@@ -16,7 +16,8 @@ from typing import Any
 
 from ..conv import ConvSpec, has_zero
 from .build import FLAGS, Library, operator, vectors
-from .conv_source import normed, source
+from .conv_end import normed
+from .conv_source import source
 
 _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),
@@ -93,7 +94,7 @@ def facts_of(spec: ConvSpec, run: int, widen: int | None) -> Facts:
 @lru_cache(maxsize=1024)
 def _entries(library: Library) -> tuple[int, int | None]:
     """The addresses of the kernel, and of what makes x ready for it, if it does not take x as it is."""
-    loaded = ctypes.CDLL(str(library.path()))
+    loaded = library.loaded(ctypes.CDLL)
     run = ctypes.cast(loaded.run, ctypes.c_void_p).value
     assert run is not None
     return run, ctypes.cast(loaded.widen, ctypes.c_void_p).value if loaded.bytes() == 2 else None

@@ -3,6 +3,7 @@
 In: a `Body`. Out: lines of C++.
 
     scales     what multiplies the sum over a group, and what is added for each unit of x's sum
+    whole      the same for values by themselves
     finish     bias, epilogue, store
 """
 
@@ -33,6 +34,29 @@ def scales(body: Body) -> list[str]:
         "}",
         "",
         *([] if body.cols is None else _many_scales(body)),
+    ]
+
+
+def whole(body: Body) -> list[str]:
+    """A value of a number f is (f + a) * s + z, each rounded as the reference does: a code that is its zero
+    point is 0, whatever the scale, and an infinity that meets it is NaN."""
+    scale = body.scale
+    kind = scale.zero if scale is not None else "none"
+    read = ["  s = 1.0f;"]
+    if scale is not None:
+        read = [f"  s = {scale.dtype}::get(w.scales, at){' * w.level[0]' if scale.two_level else ''};"]
+    if scale is not None and kind != "none":
+        of = ("i8" if body.base else "u8") if kind == "int" else scale.dtype
+        read.append(f"  const float zero = {of}::get(w.zeros, at);")
+    before, behind = body.apart()
+    return [
+        "inline void whole(const Weight& w, int64_t at, float& s, float& a, float& z) {",
+        *read,
+        f"  a = ({before}) / ({body.factor});",
+        f"  s *= {body.factor};",
+        f"  z = {behind};",
+        "}",
+        "",
     ]
 
 

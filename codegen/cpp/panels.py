@@ -17,6 +17,7 @@ import math
 from ...formats import Integer
 from .body import Body
 from .digits import alone
+from .ends import whole
 from .products import each_float, loads, registers, tail, units
 from .values import raw
 from .words import Words
@@ -50,8 +51,11 @@ def panels(body: Body) -> list[str]:
 
 def _numbers(body: Body) -> list[str]:
     """Codes first .. last - 1 of a row, a whole number of runs, as float32."""
-    level = "s *= w.level[0];" if body.scale is not None and body.scale.two_level else ""
+    before, behind = body.apart()
+    value = "f" if before == "0.0f" else "plus(f, same(a))"
+    value = f"mul({value}, same(s))" if behind == "0.0f" else f"plus(mul({value}, same(s)), same(z))"
     lines = [
+        *whole(body),
         "inline void stored(",
         "    const Call& call, const Weight& w, int64_t row, int64_t first, int64_t last, float* to) {",
         "  constexpr int R = 1;",
@@ -64,13 +68,12 @@ def _numbers(body: Body) -> list[str]:
     for first, slices in body.stretches():
         lines += [
             "      {",
-            "        float s, z;",
-            f"        scales(w, base + ({body.group(first)}) * call.scale_group, s, z);",
-            *([f"        {level}"] if level else []),
+            "        float s, a, z;",
+            f"        whole(w, base + ({body.group(first)}) * call.scale_group, s, a, z);",
         ]
         for i in slices:
             place = f"to + k - first + {i * body.walk.length} + v + part * kFloats"
-            lines += each_float(body, i, [f"storef({place}, madd(f, same(s), same(z)));"])
+            lines += each_float(body, i, [f"storef({place}, {value});"])
         lines += ["      }"]
     return [*lines, "  }", "}", ""]
 

@@ -19,6 +19,13 @@ from .body import Body
 from .values import decode, raw
 
 CHUNK = 32  # bytes of a vector
+# With several rows of x, a line of codes is worth so much work that a processor does not get to the next one
+# by itself: the rows after these are asked for. With one row its own foresight is better.
+AHEAD = (
+    "      if constexpr (M > 1)",
+    "        for (int r = 0; r < R; ++r)",
+    "          for (int b = 0; b < kUnits; b += kLine) ahead(codes_of_row + (R + r) * stride + at + b);",
+)
 _JOINED = "for (int a = 1; a < A; ++a) p[r][m][0] = plus(p[r][m][0], p[r][m][a]);"
 
 
@@ -40,7 +47,7 @@ def tile(body: Body) -> list[str]:
         "// out[r][m]: rows row .. row + R - 1 of the weight times rows m0 .. m0 + M - 1 of x.",
         "template <int R, int M>",
         "inline void tile(",
-        "    const Call& call, const Weight& w, int64_t row, int64_t m0, float (&out)[R][M]) {",
+        "    const Call& call, const Weight& w, int64_t row, int64_t m0, float (*out)[M]) {",
         f"  constexpr int A = {chains};",
         "  const int64_t padded = call.padded, stride = call.stride;",
         f"  const {element}* const rows = static_cast<const {element}*>(call.x) + m0 * padded;",
@@ -55,6 +62,7 @@ def tile(body: Body) -> list[str]:
     ]
     run = [
         *units(body),
+        *AHEAD,
         f"      const {element}* x = rows + k;",
     ]
     for first, slices in body.stretches():

@@ -60,7 +60,6 @@ def sequence(
 def _caller() -> Any:
     """The function of headers/sequence.cpp, called with the interpreter's lock."""
     text = (HEADERS / "sequence.cpp").read_text(encoding="utf-8")
-    path = Library(text, vectors(), operator=True).path()
-    call = ctypes.PyDLL(str(path)).bitfold_sequence
+    call = Library(text, vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
     call.argtypes, call.restype = [ctypes.c_void_p, ctypes.py_object], ctypes.py_object
     return call

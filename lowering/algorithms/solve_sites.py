@@ -128,9 +128,8 @@ def _walk(
     name = algorithm.on_blocks()
     for site in rest:
         if name and isinstance(chain, Chain):
-            reason = (
-                f"{name} works on the blocks {chain.paths[0]} to {chain.paths[-1]}, and this is outside them"
-            )
+            blocks = f"{chain.paths[0]} to {chain.paths[-1]}"
+            reason = f"{name} works on the blocks {blocks}, and this is outside them"
             solver.misses.append(MissRecord(site.path, site.path, "", str(algorithm), reason))
         solver.solve(site)
         solver.settle(site)

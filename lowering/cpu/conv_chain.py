@@ -35,6 +35,7 @@ from ..out_of_place import out_of_place
 from ..splice import operation, same_shape
 from .conv import parsed
 from .moved_codes import move_codes, scales_of, static
+from .pads import take_pads
 from .signs import not_negative
 
 aten = torch.ops.aten
@@ -64,6 +65,7 @@ def chain(gm: GraphModule) -> int:
         return 0
     _in_any_order(gm.graph)
     out_of_place(gm)
+    take_pads(gm)
     move_codes(gm)
     since = epochs(gm)
     positive = not_negative(gm)

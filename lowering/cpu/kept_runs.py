@@ -7,15 +7,14 @@ In: a key (`frame_key.py`), and a `Run` whose pieces were joined. Out: the same 
 
 What is kept are the names of the libraries that Inductor compiled, what each takes and makes, and the texts
 of the kernels that they call. The key says all that they depend on; where a library is gone, or a file is not
-what was written, nothing is recalled and the frame is compiled.
+what was written, nothing is recalled and the frame is compiled. Frames that were not asked for longest are
+removed (`kept_files.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from ...passes import Miss
 from ..target import Compiled
 from .beside import BESIDE, BETWEEN
 from .entries import ENTRY, Entry
+from .kept_files import read, write
 from .run_pieces import Place, Run
 
 _bitfold = torch.ops.bitfold
@@ -135,16 +135,8 @@ def place(key: str) -> Path:
 
 def keep(key: str, plan: Plan) -> None:
     """Write it. A folder that cannot be written has been told of by who compiled the kernels."""
-    path = place(key)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as beside:
-            try:
-                json.dump(asdict(plan), beside)
-                beside.close()
-                os.replace(beside.name, path)
-            except OSError:
-                Path(beside.name).unlink(missing_ok=True)
+        write(place(key), json.dumps(asdict(plan)))
     except OSError:
         return
 
@@ -153,7 +145,7 @@ def recalled(key: str) -> Compiled | Miss:
     """What a process before compiled for this key."""
     path = place(key)
     try:
-        plan = Plan.read(path.read_text(encoding="utf-8"))
+        plan = Plan.read(read(path))
     except OSError:
         return Miss("no process has compiled this frame")
     except (ValueError, TypeError, KeyError):

@@ -45,7 +45,8 @@ def gradients(
 
 
 def faster(x: Tensor, text: str) -> bool:
-    """Whether there is a kernel: measured, one is as fast as a copy of x (`benchmarks/qat_step.py`)."""
+    """Whether there is a kernel: measured, one is as fast as a copy of x (`benchmarks/rounding_kernels.py`);
+    in a whole step it is not shown to be faster than what a compiler fuses."""
     return _spec(x, text, "forward", False) is not None
 
 

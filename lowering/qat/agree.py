@@ -20,21 +20,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-SEEN = "_seen_"
-"""In the name of a buffer: the operand before it, the end of the range behind it (`low`, `high_1`)."""
+from ...passes.training.quantizers import Range
 
 
-def agree(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Widen what each range of `modules` has seen to what it has seen in all processes that train `model`."""
+def agree(model: nn.Module, ranges: Iterable[tuple[nn.Module, Range]]) -> None:
+    """Widen what each range of these modules has seen to what it has seen in all processes that train
+    `model`."""
     groups = _groups(model)
     if not groups:
         return
     # The least is asked of all, so that the upper ends go as their negatives.
     seen = [
-        (buffer, 1.0 if name.rpartition(SEEN)[2].startswith("low") else -1.0)
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None and SEEN in name
+        (module.get_buffer(name), sign)
+        for module, one in ranges
+        for name, sign in ((one.seen_low, 1.0), (one.seen_high, -1.0))
     ]
     if not seen:
         return

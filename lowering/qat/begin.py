@@ -5,7 +5,7 @@ now have the scales that `bf.prepare_qat` would begin with now.
 
     Qat("lsq", warmup=2):   advance; advance   ->   weight_step: the steps of the weight after two steps
 
-Until then no gradient reached them, so that an optimizer has nothing to forget. Scales of activations stay
+Until then their gradients are 0, so that an optimizer has no moments to forget. Scales of activations stay
 where calibration put them.
 """
 
@@ -28,6 +28,9 @@ from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, learned_start
 from .options import Qat
 from .prepared import Prepared
 
+COUNTED = "_bitfold_counted"
+"""In a module: which clock was read last, its version then, and what it said."""
+
 
 def begin_scales(found: Iterable[tuple[nn.Module, Qat]]) -> None:
     """Choose the learned scales of weights again where the warmup is over as of this step."""
@@ -36,12 +39,31 @@ def begin_scales(found: Iterable[tuple[nn.Module, Qat]]) -> None:
     waiting = [(module, how, clock) for module, how, clock in clocks if clock is not None]
     if not waiting:
         return
-    # A device is asked once for all modules.
-    device = waiting[0][2].device
-    counts = torch.stack([clock.to(device) for _, _, clock in waiting]).tolist()
+    counts = _counts([(module, clock) for module, _, clock in waiting])
     for (module, how, _), count in zip(waiting, counts, strict=True):
         if count == how.warmup:
             _begin(module, how)
+
+
+def _counts(clocks: list[tuple[nn.Module, Tensor]]) -> list[int]:
+    """What clocks that have just been moved say. A device is asked, once for all, for those alone that
+    something else wrote since (a state that was loaded, say) or that are new: in a run of steps for none, so
+    that no step waits for the device."""
+    known = [_known(module, clock) for module, clock in clocks]
+    asked = [clock for (_, clock), count in zip(clocks, known, strict=True) if count is None]
+    if asked:
+        answers = iter(torch.stack([clock.to(asked[0].device) for clock in asked]).tolist())
+        known = [next(answers) if count is None else count for count in known]
+    counts = [int(count) for count in known if count is not None]
+    for (module, clock), count in zip(clocks, counts, strict=True):
+        module.__dict__[COUNTED] = (id(clock), clock._version, count)
+    return counts
+
+
+def _known(module: nn.Module, clock: Tensor) -> int | None:
+    which, version, count = module.__dict__.get(COUNTED, (None, 0, 0))
+    # One write since is the step that has just been counted.
+    return count + 1 if which == id(clock) and clock._version == version + 1 else None
 
 
 def _begin(module: Any, how: Qat) -> None:

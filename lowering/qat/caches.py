@@ -114,9 +114,8 @@ class TrainCache(Pass):
         return Recipe.parse(self.recipe).rule(RuleSite((path, owner), CACHE, tokens, int(shape[-1]), count))
 
     def _rounded(self, gm: GraphModule, value: Node, on: Edge, attention: Node) -> Node:
-        gradient = self.gradient if not self.gradient.learns else Gradient("straight")
         counts = clock(gm, value.meta["val"].device) if self.warmup else None
-        args: Any = (value, on.format, str(gradient), [], False, counts, self.warmup)
+        args: Any = (value, on.format, str(self.gradient.without_scales()), [], False, counts, self.warmup)
         with gm.graph.inserting_after(value):
             new = gm.graph.create_node(
                 "call_function", TRAIN_QUANTIZE, args, name=f"{value.name}_{on.which}_rounded"

@@ -99,6 +99,9 @@ class _Trained:
         if self.about[path].folded_away:
             return Site(path, module, identity(path))
         site = _site(path, module, self.about[path])
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
+                raise BitfoldError(f"{path}.{name} has NaN or infinity in it; training diverged")
         for name, tensor in self.extra[path].items():
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
                 raise BitfoldError(
@@ -115,10 +118,10 @@ class _Trained:
         if site.calibrated:
             Pipeline([Observe()]).run(site.gm, record=False)
         how = self.about[site.path].options
-        Pipeline([train_pass(how, resumed=True)]).run(site.gm, record=False)
+        Pipeline([train_pass(how, loaded=True)]).run(site.gm, record=False)
         norm = self.norms.get(site.path)
         if norm is not None:
-            with_norm(site.gm, norm, how, resumed=True)
+            with_norm(site.gm, norm, how, loaded=True)
         for name, tensor in self.extra[site.path].items():
             setattr(site.gm, name, tensor)
 

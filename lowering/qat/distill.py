@@ -12,6 +12,7 @@ neither its parameters nor its state dict know it. `bf.convert` lets it go.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,16 +39,23 @@ class Distill:
     def __post_init__(self) -> None:
         if self.loss not in ("kl", "mse"):
             raise BitfoldError(f"a distillation loss is 'kl' or 'mse', not {self.loss!r}")
-        if not self.temperature > 0:
-            raise BitfoldError(f"a temperature is above 0, not {self.temperature!r}")
+        if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
+            raise BitfoldError(f"a temperature is above 0 and finite, not {self.temperature!r}")
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+            raise BitfoldError(f"the weight of a distillation is 0 or more and finite, not {self.weight!r}")
 
     def of(self, said: Tensor, wanted: Tensor) -> Tensor:
         """The loss of one output, a mean over all but the last dimension (kl) or over everything (mse)."""
+        if not said.dim():
+            raise BitfoldError(
+                "the model's first tensor of floats is a single number, a loss perhaps, which says nothing "
+                "of its outputs; give the outputs of both models to bf.Distill().of, or return them first"
+            )
         said, wanted = said.float(), wanted.float()
         if self.loss == "mse":
             return self.weight * F.mse_loss(said, wanted)
-        rows = F.log_softmax(said / self.temperature, -1).flatten(0, -2)
-        target = F.log_softmax(wanted / self.temperature, -1).flatten(0, -2)
+        rows = F.log_softmax(said / self.temperature, -1).reshape(-1, said.shape[-1])
+        target = F.log_softmax(wanted / self.temperature, -1).reshape(-1, said.shape[-1])
         divergence = F.kl_div(rows, target, reduction="batchmean", log_target=True)
         return self.weight * self.temperature**2 * divergence
 

@@ -175,13 +175,13 @@ def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shar
     return ""
 
 
-def norm_pass(how: Qat, *, resumed: bool = False) -> TrainBatchNorm:
-    """The pass that these options ask for."""
+def norm_pass(how: Qat, *, loaded: bool = False) -> TrainBatchNorm:
+    """The pass that these options ask for. loaded: learned scales come from elsewhere."""
     freeze = -1 if how.freeze_norm is None else how.freeze_norm
-    return TrainBatchNorm(freeze, how.start == "clip" and not resumed, resumed)
+    return TrainBatchNorm(freeze=freeze, clip=how.start == "clip" and not loaded, loaded=loaded)
 
 
-def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = False) -> bool:
+def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, loaded: bool = False) -> bool:
     """Put batch norm behind the convolution of a graph that trains, and fold it in; False if it stays out,
     since the result is rounded before batch norm reads it."""
     (conv,) = (node for node, _ in annotated(gm))
@@ -198,7 +198,7 @@ def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, resumed: bool = Fal
     args = (conv, *numbers.values(), False, MOMENTUM, told.eps, False)
     after = call(gm, aten.batch_norm.default, args, before=users[0], origin_from=conv)
     conv.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
-    folded = Pipeline([norm_pass(how, resumed=resumed)]).run(gm, record=False).steps[-1].rewrites
+    folded = Pipeline([norm_pass(how, loaded=loaded)]).run(gm, record=False).steps[-1].rewrites
     assert folded == 1, f"the batch norm behind {conv.name} did not fold"
     return True
 

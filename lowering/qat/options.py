@@ -23,11 +23,11 @@ STARTS = ("rule", "clip")
 @dataclass(frozen=True)
 class Qat:
     """weight, activation: gradients, as a `Gradient` or its text: straight, clip, lsq, pact, smooth:5, each
-    with +stochastic or without.
-    warmup: steps that train in floats; ranges are observed meanwhile if `observe` is larger. Learned scales
-    of weights begin at its end.
-    observe: steps in which the ranges of calibrated activations follow the data: after each step they go
-    `rate` of the way to that step's extremes. 0: they stay as calibrated.
+    with +stochastic, +keep, +kernel, +fused (`formats/gradient.py`) or without.
+    warmup: steps that train in floats. Learned scales of weights begin at its end.
+    observe: steps, from the first one on whatever `warmup` is, in which the ranges of calibrated
+    activations follow the data: after each step they go `rate` of the way to that step's extremes. 0:
+    they stay as calibrated.
     fold_norm: fold batch norm into the convolution before it, the way that trains.
     start: where learned scales of weights begin: "rule", at those of rounding; "clip", at those of the least
     square error, which cut off the largest numbers (the pass `clip`); better for 3 bits and less.
@@ -46,6 +46,8 @@ class Qat:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", Gradient.parse(self.weight))
         object.__setattr__(self, "activation", Gradient.parse(self.activation))
+        if any(Gradient.parse(given).item for given in (self.weight, self.activation)):
+            raise BitfoldError("'item' is set where a graph is made, for activations; leave it out of a Qat")
         for name in ("warmup", "observe", "freeze_norm"):
             value = getattr(self, name)
             if value is None and name == "freeze_norm":
@@ -54,15 +56,10 @@ class Qat:
                 raise BitfoldError(f"{name} is a number of steps, 0 or more, not {value!r}")
         if self.start not in STARTS:
             raise BitfoldError(f"start is one of {', '.join(STARTS)}, not {self.start!r}")
-        if not 0 < self.rate <= 1:
+        if not isinstance(self.rate, int | float) or not 0 < self.rate <= 1:
             raise BitfoldError(f"rate is above 0 and at most 1, not {self.rate!r}")
 
     @property
     def activation_learns(self) -> bool:
         """Whether scales of calibrated activations are parameters."""
         return Gradient.parse(self.activation).learns
-
-    @property
-    def counts(self) -> bool:
-        """Whether anything depends on the step."""
-        return bool(self.warmup or self.observe or self.freeze_norm is not None)

@@ -26,7 +26,7 @@ from ...passes.edges import edge
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
 from ...passes.stages import find_attribute
-from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, TrainQuantizers
+from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, TrainQuantizers, ranges
 from ..algorithms.calibration import Batches
 from ..folded import Folded
 from ..given_model import module_of
@@ -104,6 +104,10 @@ def prepare_qat(
             return prepare_program(
                 model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
             )
+        if dynamic is not None:
+            raise BitfoldError(
+                "dynamic is for scope='program'; a module prepared alone takes any shape; leave it out"
+            )
         with unprepared(model) as earlier:
             # A copy of the model as it is here, with original modules.
             teacher = Teacher(model, distill) if distill is not None else None
@@ -112,8 +116,8 @@ def prepare_qat(
             found = plan(model, wanted, stored={}, record=record, progress=progress)
             _leave_read(found)
             check_found(model, wanted, found)
-            made = _Made(model, wanted, how, calls, earlier, resumed=state is not None)
-            _observe(model, found, how, batches, made.resumed, progress)
+            made = _Made(model, wanted, how, calls, earlier, loaded=state is not None)
+            _observe(model, found, how, batches, made.ranged, progress)
             if how.fold_norm:
                 made.norms, misses = following_norms(model, found.sites)
                 found.misses += misses
@@ -186,7 +190,7 @@ def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call
 
 
 def _observe(
-    model: nn.Module, found: Plan, how: Qat, batches: Batches, resumed: bool, progress: Step | None
+    model: nn.Module, found: Plan, how: Qat, batches: Batches, ranged: bool, progress: Step | None
 ) -> None:
     """Ranges from calibration, where there is data; else observers that have seen nothing."""
     if not found.calibrated:
@@ -194,10 +198,10 @@ def _observe(
     if batches.given:
         calibrate_sites(model, found, batches, progress)
         return
-    if not how.observe and not resumed:
+    if not how.observe and not ranged:
         layer = next(site.path for site in found.sites if site.calibrated)
         raise BitfoldError(_no_range(layer))
-    if how.activation_learns and not resumed:
+    if how.activation_learns and not ranged:
         layer = next(site.path for site in found.sites if site.calibrated)
         raise BitfoldError(
             f"layer {layer} learns the range of its activations, which begins at a calibrated one; give "
@@ -226,17 +230,18 @@ class _Made:
         calls: Mapping[nn.Module, Call],
         earlier: Mapping[str, dict[str, Tensor]],
         *,
-        resumed: bool,
+        loaded: bool,
     ) -> None:
         self.recipe, self.how, self.calls, self.earlier = str(recipe), how, calls, earlier
+        self.loaded = loaded
         # Ranges that an earlier recipe had go on; numbers that it had learned are of other formats.
-        self.loaded = resumed
-        self.resumed = resumed or (bool(earlier) and not how.activation_learns)
+        ranged = loaded or (bool(earlier) and not how.activation_learns)
         clocks = [tensors[CLOCK] for tensors in earlier.values() if CLOCK in tensors]
         self.clock = max(clocks, key=int) if clocks else None
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.tables = tables
-        self.passed = train_pass(how, resumed=self.resumed)
+        self.passed = train_pass(how, ranged=ranged, loaded=loaded)
+        self.ranged = ranged
         self.bodies: dict[Hashable, Bodies] = {}
         self.shared: dict[Hashable, nn.Parameter] = {}
         self.norms: dict[str, Norm] = {}
@@ -247,7 +252,7 @@ class _Made:
         """The site's graph, ready to train; nothing is written to the model."""
         Pipeline([self.passed]).run(site.gm, record=False)
         norm = self.norms.get(site.path)
-        if norm is not None and not with_norm(site.gm, norm.module, self.how, resumed=self.resumed):
+        if norm is not None and not with_norm(site.gm, norm.module, self.how, loaded=self.loaded):
             del self.norms[site.path]
             reason = "what the convolution gives is rounded before batch norm reads it"
             self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
@@ -270,10 +275,11 @@ class _Made:
         """Raises BitfoldError if a range that nothing will move (from the step `observe` on nothing does) has
         seen nothing, now or under an earlier recipe."""
         earlier = self.earlier.get(site.path, {})
+        seen = _seen(site.gm)
         for name, held in site.gm.named_buffers():
             if name in own or not held.is_floating_point():
                 continue
-            if not bool(self._going_on(name, held, earlier).isfinite().all()):
+            if name not in seen and not bool(self._going_on(name, held, earlier, seen).isfinite().all()):
                 raise BitfoldError(_no_range(site.path))
 
     def write(self, site: Site) -> None:
@@ -286,14 +292,21 @@ class _Made:
         added = (name for name in tensors if name not in held and "." not in name)
         extra = {name: tensors[name] for name in added}
         earlier = self.earlier.get(site.path, {})
-        extra = {name: self._going_on(name, one, earlier) for name, one in extra.items()}
+        seen = _seen(site.gm)
+        extra = {name: self._going_on(name, one, earlier, seen) for name, one in extra.items()}
         self._begin_anew(extra, tensors)
         weight = module._parameters.get("weight")
         tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
         call = self.calls.get(module)
         shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
         about = Preparation(
-            site.path, self.recipe, self.how, tied, shapes, trains=trained_as(site.gm, self.how)
+            site.path,
+            self.recipe,
+            self.how,
+            tied,
+            shapes,
+            trains=trained_as(site.gm, self.how),
+            ranges=ranges(site.gm),
         )
         norm = self.norms.get(site.path)
         inside = None if norm is None else norm.module
@@ -314,9 +327,9 @@ class _Made:
             for parameter, numbers in reversed(self.overwritten):  # tied ones come twice
                 parameter.copy_(numbers)
 
-    def _going_on(self, name: str, new: Tensor, earlier: Mapping[str, Tensor]) -> Tensor:
+    def _going_on(self, name: str, new: Tensor, earlier: Mapping[str, Tensor], seen: set[str]) -> Tensor:
         """What an earlier recipe had under this name, if it can stay: a parameter, which gets new numbers, or
-        a buffer."""
+        a buffer, but for those of what a step has `seen`."""
         if name == CLOCK:
             return earlier.get(name, new if self.clock is None else self.clock.to(new.device, copy=True))
         old = earlier.get(name)
@@ -328,7 +341,7 @@ class _Made:
             return new
         if isinstance(new, nn.Parameter):
             return old
-        unseen = "_seen_" not in name and new.is_floating_point() and not bool(new.isfinite().all())
+        unseen = name not in seen and new.is_floating_point() and not bool(new.isfinite().all())
         return old if unseen else new
 
     def _begin_anew(self, extra: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
@@ -342,6 +355,11 @@ class _Made:
     def _shared(self, bodies: Bodies) -> Bodies:
         """Modules that are alike share their bodies, so that torch.compile compiles them once."""
         return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
+
+
+def _seen(gm: GraphModule) -> set[str]:
+    """Buffers that hold what a step saw."""
+    return {name for one in ranges(gm) for name in (one.seen_low, one.seen_high)}
 
 
 def of_model(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -374,13 +392,19 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             )
 
 
-def train_pass(how: Qat, *, resumed: bool = False) -> TrainQuantizers:
-    """The pass that these options ask for. One that is resumed may start from empty ranges."""
+def train_pass(how: Qat, *, ranged: bool = False, loaded: bool = False) -> TrainQuantizers:
+    """The pass that these options ask for. ranged: ranges are known elsewhere, so that observers may have
+    seen nothing; loaded: all numbers are, and none need be searched for."""
     weight: Any = how.weight
     activation: Any = how.activation
-    # What is resumed has its scales, and need not search for them.
-    clip = how.start == "clip" and not resumed
-    return TrainQuantizers(weight, activation, how.warmup, bool(how.observe), resumed, clip)
+    return TrainQuantizers(
+        weight,
+        activation,
+        warmup=how.warmup,
+        observe=bool(how.observe),
+        ranged=ranged or loaded,
+        clip=how.start == "clip" and not loaded,
+    )
 
 
 def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None:

@@ -6,10 +6,10 @@ class that is still an `nn.Linear`: its parameters are the same objects, its for
     nn.Linear(weight, bias)  ->  PreparedLinear(weight, bias, weight_step)
                                  forward(x) = body(weight, bias, weight_step, x)
 
-There are two bodies, for `.train()` and for `.eval()`, that hold no tensor: what the rounding needs beside
-the module's own tensors (learned scales, ranges, a step counter) are parameters and buffers of the module, in
-its `state_dict`, float32 whatever `.to(dtype)` says. An extra state says what all of them were trained as; a
-state dict that says otherwise is not loaded.
+There are two bodies, for `.train()` and for `.eval()` (four with a batch norm), that hold no tensor: what
+the rounding needs beside the module's own tensors (learned scales, ranges, a step counter) are parameters
+and buffers of the module, in its `state_dict`, float32 whatever `.to(dtype)` says. An extra state says what
+all of them were trained as; a state dict that says otherwise is not loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -31,6 +32,7 @@ from ...formats import BitfoldError
 from ...passes.stages import find_attribute
 from ...passes.training.batch_norm import FOLD_NORM, UNFOLD_NORM, switch_norms
 from ...passes.training.mode import TrainMode
+from ...passes.training.quantizers import Range
 from ..folded import _check_ranks, keeping_dtype
 from .options import Qat
 from .trained_as import as_bytes, check_trained_as
@@ -45,7 +47,8 @@ class Preparation:
     """What `bf.convert` needs to make the module's graph again: where it was in the model, by which recipe
     and options it was prepared, whether it is a head for being tied to an embedding, and what it is called
     with (shape, dtype of each argument) if that is not known from its kind. `folded_away`: it is a batch norm
-    that the convolution before it computes. `trains`: its numbers as `trained_as` says them.
+    that the convolution before it computes. `trains`: its numbers as `trained_as` says them. `ranges`: those
+    that follow the data, by the names of their buffers.
     """
 
     path: str
@@ -55,6 +58,7 @@ class Preparation:
     call: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None
     folded_away: bool = False
     trains: str = ""
+    ranges: tuple[Range, ...] = ()
 
 
 class Prepared(nn.Module):
@@ -161,7 +165,8 @@ def unprepared_class(module: nn.Module) -> type:
 
 
 def _is_shard(cls: type) -> bool:
-    return cls.__name__.startswith("FSDP")
+    """Whether fully_shard made the class: it gives a module one whose bases are its own and FSDPModule."""
+    return issubclass(cls, FSDPModule)
 
 
 def _blank(original: type) -> Prepared:

@@ -31,6 +31,7 @@ from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
 from ...passes.training.batch_norm import SettleBatchNorm
 from ...passes.training.mode import TrainMode, remember_dropout, without_dropout
+from ...passes.training.quantizers import ranges
 from ...passes.training.settle_quantizers import SettleQuantizers
 from ..algorithms.calibration import Batch, Batches
 from ..files.graph_data import dump
@@ -112,7 +113,7 @@ def prepare_program(
         raise BitfoldError(
             "scope='program' captures the whole model; give example_inputs=(...) that it is called with"
         )
-    _check_norms(model)
+    _check_momentum(model)
     rounded = next((path for path, module in model.named_modules() if isinstance(module, Prepared)), None)
     if rounded is not None:
         raise BitfoldError(
@@ -121,11 +122,10 @@ def prepare_program(
         )
     training = model.training
     gm = _captured(model, example, dynamic, training=False)
-    if has_attention(gm) or any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
-        try:
-            remember_dropout(gm, _captured(model, example, dynamic, training=True))
-        except CaptureError as error:
-            without_dropout(gm, f"in training mode {error}")
+    try:
+        remember_dropout(gm, _captured(model, example, dynamic, training=True))
+    except CaptureError as error:
+        without_dropout(gm, f"in training mode {error}")
     own = {name for name, _ in (*gm.named_parameters(), *gm.named_buffers())}
     notes = Pipeline([Annotate(recipe=str(recipe))]).run(gm, progress=progress).steps[-1].rewrites
     cached = speaks_of_caches(recipe) and has_attention(gm)
@@ -138,9 +138,9 @@ def prepare_program(
         Pipeline([Observe()]).run(gm, progress=progress)
         if batches.given:
             calibrate(gm, batches.raw())
-    Pipeline([train_pass(how, resumed=state is not None)]).run(gm, progress=progress)
+    Pipeline([train_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
-        Pipeline([norm_pass(how, resumed=state is not None)]).run(gm, progress=progress)
+        Pipeline([norm_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if cached:
         caches = TrainCache(str(recipe), Gradient.parse(how.activation), how.warmup)
         if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
@@ -150,6 +150,7 @@ def prepare_program(
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
     gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
+    gm.meta[PROGRAM + "_ranges"] = ranges(gm)
     gm.meta[TRAINS] = trained_as(gm, how)
     made = _of_class(gm, _Training, False)
     if state is not None:
@@ -160,9 +161,11 @@ def prepare_program(
     return made.train(training)
 
 
-def _check_norms(model: nn.Module) -> None:
+def _check_momentum(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None:
+            continue
+        if module.momentum is None:
             raise BitfoldError(
                 f"batch norm {path} averages over all batches (momentum=None), which a graph does not count; "
                 "give it a momentum, or take scope='module'"

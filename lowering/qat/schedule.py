@@ -16,21 +16,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
-from ...passes.training.quantizers import CLOCK
+from ...passes.training.quantizers import CLOCK, Range
 from ..given_model import module_of
-from .agree import SEEN, agree
+from .agree import agree
 from .begin import begin_scales
 from .options import Qat
 from .prepared import Prepared, check_norms
 
 PROGRAM = "bitfold_qat"
 """In the meta of a prepared program: its `Qat`."""
-
-LEARNED = ("step", "low", "end")
 
 
 def advance(model: nn.Module) -> None:
@@ -45,15 +43,15 @@ def advance(model: nn.Module) -> None:
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
+    following = [(module, one, how) for module, how in found for one in _ranges(module)]
     with torch.no_grad():
-        agree(model, [module for module, how in found if how.observe])
-        for module, how in found:
+        agree(model, [(module, one) for module, one, _ in following])
+        for module, one, how in following:
+            _move(module, one, how)
+        for module, _ in found:
             clock = module._buffers.get(CLOCK)
-            if clock is None:
-                continue
-            if how.observe:
-                _move(module, how, clock < how.observe)
-            clock += 1
+            if clock is not None:
+                clock += 1
         begin_scales(found)
 
 
@@ -81,23 +79,27 @@ def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, Qat]]:
             yield module, module.meta[PROGRAM]
 
 
+def _ranges(module: nn.Module) -> tuple[Range, ...]:
+    program: Any = module
+    held: tuple[Range, ...] = (
+        module.preparation.ranges if isinstance(module, Prepared) else program.meta[PROGRAM + "_ranges"]
+    )
+    return held
+
+
 def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
     program: Any = module
     names = module.extra if isinstance(module, Prepared) else program.meta[PROGRAM + "_extra"]
     return (found for name in names if (found := module._parameters.get(name)) is not None)
 
 
-def _move(module: nn.Module, how: Qat, following: Tensor) -> None:
-    """Every range of the module `rate` of the way to what it has seen in this step."""
-    for name, seen in list(module._buffers.items()):
-        owner, mark, end = name.rpartition(SEEN)
-        if not mark or seen is None:
-            continue
-        held = module._buffers[f"{owner}_{end}"]
-        assert held is not None
+def _move(module: nn.Module, one: Range, how: Qat) -> None:
+    """A range `rate` of the way to what it has seen in this step, while the data are followed."""
+    following = module.get_buffer(CLOCK) < how.observe
+    for end, seen_by, sign in ((one.low, one.seen_low, 1.0), (one.high, one.seen_high, -1.0)):
+        held, seen = module.get_buffer(end), module.get_buffer(seen_by)
         new = seen.reshape(held.shape)
         # The first range is the first data's; a step without data moves nothing.
         moved = torch.where(held.isfinite(), held + how.rate * (new - held), new)
         held.copy_(torch.where(following & new.isfinite(), moved, held))
-        # "high_1", say, where a layer has several inputs.
-        seen.fill_(torch.inf if end.startswith("low") else -torch.inf)
+        seen.fill_(sign * torch.inf)

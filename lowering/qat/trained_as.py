@@ -13,6 +13,7 @@ How a rounding is computed (`+keep`, `+kernel`, `+fused`) changes no number, and
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_trained_as(here: str, saved: Any, path: str) -> None:
     there = bytes(saved.cpu().tolist()).decode(errors="replace")
     if there == here:
         return
-    ours, theirs = set(here.split("\n")), set(there.split("\n"))
+    ours, theirs = Counter(here.split("\n")), Counter(there.split("\n"))
     layer = path.rstrip(".") or "(the model)"
     raise BitfoldError(
         f"layer {layer} is prepared as {_short(ours - theirs)!r}, and the state was trained as "
@@ -68,5 +69,6 @@ def check_trained_as(here: str, saved: Any, path: str) -> None:
     )
 
 
-def _short(lines: set[str]) -> str:
-    return "; ".join(sorted(lines)[:2]) or "less than that"
+def _short(lines: Counter[str]) -> str:
+    """The first two of the lines that only one of both has, as often as it has them more."""
+    return "; ".join(sorted(lines.elements())[:2]) or "nothing beside what both have"

@@ -90,7 +90,7 @@ class Solver(Pass):
         inputs = node.meta.get(INPUTS) if self.needs_inputs or self.wants_inputs else None
         if self.needs_inputs and inputs is None:
             return Miss(
-                f"{self.name} wants what goes into a linear; there are no such statistics of this "
+                f"{self.name} wants what goes into a linear; no such statistics are there for this "
                 f"{note.anchor}"
             )
         return Task(note.layer, fmt, draft, inputs)

@@ -42,8 +42,8 @@ UNFOLD_NORM = torch.ops.bitfold.unfold_norm.default
 
 @dataclass(frozen=True)
 class TrainBatchNorm(Pass):
-    """freeze: the step from which the running statistics stand still; -1: never; clip, resumed: as in
-    `train_quantizers`."""
+    """freeze: the step from which the running statistics stand still; -1: never; clip: as in
+    `train_quantizers`; loaded: learned scales will be loaded, and need nothing to begin from."""
 
     name: ClassVar[str] = "train_batch_norm"
     requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.fake_quantized,)
@@ -51,7 +51,7 @@ class TrainBatchNorm(Pass):
 
     freeze: int = -1
     clip: bool = False
-    resumed: bool = False
+    loaded: bool = False
 
     def apply(self, gm: GraphModule) -> int:
         """Number of batch norms folded; what stays is reported. Raises BitfoldError, with nothing written,
@@ -59,7 +59,7 @@ class TrainBatchNorm(Pass):
         norms = gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
         roundings = {node: _rounding(gm, node) for node in norms}
         for node, found in roundings.items():
-            if isinstance(found, Node) and not self.resumed:
+            if isinstance(found, Node) and not self.loaded:
                 _check_start(gm, node, found)
         folded = 0
         for node, found in roundings.items():

@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..core import Miss, Pass, report, state
+from ..edit import arguments
 from ..stages import Stage
 
 aten = torch.ops.aten
@@ -26,25 +27,9 @@ ATTENTION = aten.scaled_dot_product_attention.default
 DROPOUT = "bitfold_dropout"
 """In the meta of an attention: its probability of dropout in training."""
 
-# operator -> position of its `training` (or `train`) argument
-_TRAINING: dict[Any, int] = {
-    aten.batch_norm.default: 5,
-    aten.instance_norm.default: 5,
-    aten.dropout.default: 2,
-    aten.dropout_.default: 2,
-    aten.feature_dropout.default: 2,
-    aten.feature_dropout_.default: 2,
-    aten.alpha_dropout.default: 2,
-    aten.alpha_dropout_.default: 2,
-    aten.feature_alpha_dropout.default: 2,
-    aten.rrelu.default: 3,
-    **dict.fromkeys((aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), 6),
-    **dict.fromkeys((aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data), 7),
-    torch.ops.bitfold.train_quantize.default: 4,
-    torch.ops.bitfold.observe_range.default: 3,
-    torch.ops.bitfold.fold_norm.default: 7,
-    torch.ops.bitfold.unfold_norm.default: 9,
-}
+# What operators call the argument that says so.
+_NAMES = ("train", "training", "use_input_stats")
+_NORMS = (aten.batch_norm.default, aten.instance_norm.default)
 
 
 @dataclass(frozen=True)
@@ -68,13 +53,17 @@ class TrainMode(Pass):
     def _flip(self, gm: GraphModule, node: Node) -> int:
         if node.target is ATTENTION:
             return self._attention(gm, node)
-        at = _TRAINING.get(node.target)
-        if at is None or at >= len(node.args) or node.args[at] is self.on:
+        at = _told(node)
+        if at is None:
             return 0
-        if node.target in _NORMS and node.args[3] is None:
-            # Without running statistics a norm always uses the batch's own.
+        args = arguments(node)
+        if args[at] is self.on:
             return 0
-        node.update_arg(at, self.on)
+        # torch.export leaves out what has its default value.
+        schema: Any = node.target._schema  # type: ignore[union-attr]
+        placed = {argument.name for argument in schema.arguments[: at + 1]}
+        node.args = (*args[:at], self.on, *node.args[at + 1 :])
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name not in placed}
         return 1
 
     def _attention(self, gm: GraphModule, node: Node) -> int:
@@ -94,7 +83,20 @@ class TrainMode(Pass):
         return 1
 
 
-_NORMS = (aten.batch_norm.default, aten.instance_norm.default)
+def trains(node: Node) -> bool:
+    """Whether an operator is told that it is in training."""
+    at = _told(node)
+    return at is not None and arguments(node)[at] is True
+
+
+def _told(node: Node) -> int | None:
+    """Which argument of an operator tells it that it is in training; None if none does."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if node.target in _NORMS and node.args[3] is None:
+        return None  # without running statistics a norm always uses the batch's own
+    names = [argument.name for argument in node.target._schema.arguments]
+    return next((at for at, name in enumerate(names) if name in _NAMES), None)
 
 
 def probability(node: Node) -> float:
@@ -127,4 +129,4 @@ def without_dropout(gm: GraphModule, why: str) -> None:
 
 
 def _dropouts(gm: GraphModule) -> int:
-    return sum(node.target in (aten.dropout.default, aten.dropout_.default) for node in gm.graph.nodes)
+    return sum(_told(node) is not None and "dropout" in str(node.target) for node in gm.graph.nodes)

@@ -16,7 +16,7 @@ Learned numbers are float32 parameters, ranges float32 buffers. `train_mode` set
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -39,14 +39,26 @@ from .fake_quantize import FAKE_QUANTIZE, SEEN_BY, FakeQuantize
 
 TRAIN_QUANTIZE = torch.ops.bitfold.train_quantize.default
 OBSERVE_RANGE = torch.ops.bitfold.observe_range.default
+RANGE = "bitfold_range"
+"""In the meta of an `observe_range`: the names of the two ends that it moves."""
 CLOCK = "clock"
 """The buffer that counts steps, in a graph whose quantizers follow a schedule."""
 
 
 @dataclass(frozen=True)
+class Range:
+    """Names of buffers: the two ends of a range, and the extremes of what a step saw."""
+
+    low: str
+    high: str
+    seen_low: str
+    seen_high: str
+
+
+@dataclass(frozen=True)
 class TrainQuantizers(Pass):
     """weight, activation: their gradients; warmup: steps that train in floats; observe: ranges follow the
-    data, so that a calibrated edge need not have seen any yet; resumed: nor now, a state will be loaded;
+    data, so that a calibrated edge need not have seen any yet; ranged: nor now, ranges are known elsewhere;
     clip: learned scales of weights begin where rounding errs least, not where nothing is cut off."""
 
     name: ClassVar[str] = "train_quantizers"
@@ -57,7 +69,7 @@ class TrainQuantizers(Pass):
     activation: Gradient = field(default_factory=partial(Gradient, "clip"))
     warmup: int = 0
     observe: bool = False
-    resumed: bool = False
+    ranged: bool = False
     clip: bool = False
 
     def apply(self, gm: GraphModule) -> int:
@@ -90,7 +102,7 @@ class TrainQuantizers(Pass):
             on, observer = edge(node), find_attribute(gm, str(node.target))
             if on is None or not isinstance(observer, Observer) or observer.seen:
                 continue
-            if self.resumed or (self.observe and not self.activation.learns):
+            if self.ranged or (self.observe and not self.activation.learns):
                 gm.add_submodule(str(node.target), _unseen(self.activation))
 
     def _rewrite(self, gm: GraphModule, node: Node) -> None:
@@ -116,8 +128,7 @@ class TrainQuantizers(Pass):
         if follows:
             self._observe(gm, node, on, source, held)
         if gradient.learns and not held:
-            # Scales chosen in each call: there is nothing to learn.
-            gradient = replace(gradient, kind="straight")
+            gradient = gradient.without_scales()
         # What follows the data reads the clock too, without a step to wait for, so that the graph keeps it.
         counts = clock(gm, _device(node)) if self.warmup or follows else None
         args: Any = (source, on.format, str(gradient), held, False, counts, self.warmup)
@@ -137,6 +148,16 @@ class TrainQuantizers(Pass):
         with gm.graph.inserting_before(node):
             new = gm.graph.create_node("call_function", OBSERVE_RANGE, (source, *seen, False))
         inherit(new, [node])
+        new.meta[RANGE] = tuple(str(end.target) for end in held)
+
+
+def ranges(gm: GraphModule) -> tuple[Range, ...]:
+    """The ranges that follow the data, in a graph that this pass has just rewritten."""
+    found = []
+    for node in gm.graph.find_nodes(op="call_function", target=OBSERVE_RANGE):
+        low, high = node.meta[RANGE]
+        found.append(Range(low, high, *(str(seen.target) for seen in node.args[1:3])))
+    return tuple(found)
 
 
 def clock(gm: GraphModule, device: torch.device) -> Node:

@@ -139,19 +139,62 @@ def test_any_shape(sizes, kernel, stride, padding, dilation, image, kind) -> Non
     check(spec, operands(spec, (image[0], k * groups, *image[1:]), seed=k), HERE)
 
 
+@settings(max_examples=25)
+@given(
+    channels=st.integers(2, 40),
+    kernel=st.tuples(st.integers(1, 9), st.integers(1, 7)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(*[st.integers(0, 9)] * 4),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    image=st.tuples(st.integers(1, 2), st.integers(17, 19), st.integers(19, 23)),
+    vectors=st.sampled_from(["avx2", HERE] if "avx2" in RUNNABLE else [HERE]),
+)
+def test_any_depthwise_shape(channels, kernel, stride, padding, dilation, image, vectors) -> None:  # type: ignore[no-untyped-def]
+    """Codes that are not negative, four taps at a time: kernels whose rows are no fours, wide margins."""
+    words = [f"{channels}x1x{kernel[0]}x{kernel[1]}"]
+    words += [f"s{stride[0]}x{stride[1]}"] * (stride != (1, 1))
+    same = padding[:2] == padding[2:]
+    words += ["p" + "x".join(map(str, padding[:2] if same else padding))] * any(padding)
+    words += [f"d{dilation[0]}x{dilation[1]}"] * (dilation != (1, 1))
+    spec = spec_of(" ".join([*words, f"g{channels}", "+"]))
+    check(spec, operands(spec, (image[0], channels, *image[1:]), seed=channels), vectors)
+
+
 @pytest.mark.parametrize("vectors", RUNNABLE)
+@pytest.mark.parametrize("sizes", ["16x64x3x3", "16x1x5x5 g16"])
 @pytest.mark.parametrize("sign", ["+ ", ""])
-def test_extreme_codes_do_not_saturate(vectors: str, sign: str) -> None:
+def test_extreme_codes_do_not_saturate(vectors: str, sign: str, sizes: str) -> None:
     """Sums of the largest products: with pairs in 16 bits that saturate, these would be other numbers."""
-    spec = spec_of(f"16x64x3x3 {sign}".strip())
-    inputs = operands(spec, (1, 64, 5, 5))
+    spec = spec_of(f"{sizes} {sign}".strip())
+    inputs = operands(spec, (1, spec.k * spec.groups, 5, 5))
     inputs[0] = torch.full_like(inputs[0], 127 if spec.positive else 128)
     inputs[2] = torch.full_like(inputs[2], 128)
     inputs[1], inputs[3] = torch.ones(1), torch.ones_like(inputs[3])
     know([spec], vectors)
     (y,) = torch.ops.bitfold.conv(inputs, str(spec))
-    wanted = 64 * 9 * -128 * (127 if spec.positive else -128)
+    wanted = spec.products * -128 * (127 if spec.positive else -128)
     assert bool((y == wanted).all())
+
+
+def test_both_ways_to_end_a_sum_give_the_same_bits() -> None:
+    """In registers, and as the loop that ends of fewer channels take: the last of 40 channels are alone."""
+    for end in ("relu(add(y0,e0)) e:f32 y:int8[tensor]", "clamp(y0,0.0,6.0) y:int8[tensor]",
+                "sub(mul(y0,v0),e0) e:int8[tensor,zero] y:f32 y:int8[tensor,zero]"):  # fmt: skip
+        whole = spec_of(f"48x20x1x1 bias -> {end}")
+        inputs = operands(whole, (1, 20, 9, 9))
+        know([whole], HERE)
+        wanted = torch.ops.bitfold.conv(inputs, str(whole))
+        for n in (35, 40, 43):
+            part = spec_of(f"{n}x20x1x1 bias -> {end}")
+            weight = part.weight.pack(whole.weight.unpack(inputs[2], 20)[:n])
+            fewer = [
+                x[:, :n] if x.ndim == 4 and x.shape[1] == 48 else x[:n] if x.shape[0] == 48 else x
+                for x in inputs
+            ]
+            fewer[2] = weight
+            know([part], HERE)
+            for got, all_of in zip(torch.ops.bitfold.conv(fewer, str(part)), wanted, strict=True):
+                assert torch.equal(got, all_of[:, :n])
 
 
 @pytest.mark.parametrize("vectors", RUNNABLE)

@@ -43,6 +43,17 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
         broken.path()
 
 
+def test_a_library_that_cannot_be_loaded_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left where the power went between the name and the bytes."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    for number, damaged in ((11, b""), (12, b"\x7fELF and no more")):
+        library = build.Library(f'extern "C" int run() {{ return {number}; }}\n', "portable")
+        (tmp_path / f"{library.name}.so").write_bytes(damaged)
+        assert library.loaded(ctypes.CDLL).run() == number
+
+
 def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says that there is no space by refusing; elsewhere it does not."""
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
@@ -80,3 +91,22 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     assert [one.communicate()[0] for one in started] == ["9\n", "9\n"]
     (left,) = (tmp_path / "kernels").iterdir()
     assert ctypes.CDLL(str(left)).run() == 9
+
+
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_library_that_was_cut_short_is_made_anew(
+    cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a power cut, or by a disk that was full: once, and what cannot be loaded even so is said."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    library = build.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', "portable")
+    path = library.path()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert library.loaded(ctypes.CDLL).run() == int(f"1{cut}")
+    assert ctypes.CDLL(str(path)).run() == int(f"1{cut}")
+
+    def refuse(path: str) -> None:
+        raise OSError("never")
+
+    with pytest.raises(OSError, match="never"):
+        library.loaded(refuse)

@@ -330,6 +330,33 @@ def test_specials_propagate(compiled: None, text: str, m: int) -> None:
     assert torch.equal(y[1].isposinf(), want[1].isposinf())
 
 
+@pytest.mark.parametrize("m", [1, 3, 12])
+@pytest.mark.parametrize("text", ["uint8[zero]", "uint8[g32,f32,zero]", "uint4[g64,f32,zero]"])
+def test_an_infinity_that_meets_zero_is_nan(text: str, m: int) -> None:
+    """A code that is its zero point is 0, also where zero point times scale is no float32 number."""
+    spec = laid(text)
+    inputs = operands(spec, m, seed=3)
+    w = Quantized.from_parts(spec.weight, inputs[1:], spec.k).dequantize()
+    column = int((w == 0).sum(0).argmax())
+    assert (w[:, column] == 0).any()
+    inputs[0][0, column] = float("inf")
+    y, want = build.call(spec, inputs), inputs[0] @ w.T
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("m", [1, 3, 12])
+@pytest.mark.parametrize("text", ["int8", "int4[g64]", "uint4[g64,zero]", "float8_e4m3fn"])
+def test_large_numbers_do_not_overflow_on_the_way(text: str, m: int) -> None:
+    """3e38 times a code passes float32; times the value that it means it does not."""
+    spec = laid(text)
+    inputs = operands(spec, m, seed=4)
+    scales = inputs[1 + spec.weight.parts.index("scales")]
+    scales.mul_(2.0**-8)
+    inputs[0][0, 5] = 3e38
+    want, _ = expected(spec, inputs)
+    assert (build.call(spec, inputs).double() - want).norm() <= 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

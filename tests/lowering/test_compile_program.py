@@ -107,3 +107,89 @@ def test_what_it_cannot_take_is_one_sentence() -> None:
         fast(torch.randn(4, 32), torch.randn(4, 32))
     with pytest.raises(bf.BitfoldError, match="option"):
         bf.compile(made, nonsense=1)(torch.randn(4, 32))
+
+
+class Writing(nn.Module):
+    """Writes to its second argument; adds its third to the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, state: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        before = x.sin()
+        state.add_(1.0)
+        return self.fc(x * 2 + before) + y, state * 1.0
+
+
+def test_what_is_written_to_shares_memory_with_nothing_else() -> None:
+    given = [torch.randn(4, 32) for _ in range(3)]
+    made = bf.quantize(Writing(), "int8", scope="program", example_inputs=tuple(given))
+    assert isinstance(made, torch.fx.GraphModule)
+    fast, a = bf.compile(made), torch.randn(4, 32)
+    with torch.no_grad():
+        for first in (True, False):  # before anything is compiled, and after
+            for shared in ((a, a, given[2]), (a.view(4, 32), a, given[2]), (given[0], a, a)):
+                with pytest.raises(bf.BitfoldError, match="shares memory with another"):
+                    fast(*shared)
+            wanted, state = made(a, a.clone(), a)
+            got = fast(a, a.clone(), a)  # what is only read may be one tensor
+            torch.testing.assert_close(got[0], wanted), torch.testing.assert_close(got[1], state)
+            assert first or fast._known
+
+
+def test_a_copy_runs_its_own_program() -> None:
+    fast, x = bf.compile(program()), torch.randn(4, 32)
+    with torch.no_grad():
+        wanted = fast(x)
+        other = copy.deepcopy(fast)
+        for tensor in other.program.state_dict().values():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.add_(1.0)
+        torch.testing.assert_close(other(x), other.program(x))
+        assert not torch.allclose(other(x), wanted) and torch.equal(fast(x), wanted)
+
+
+class Scaled(nn.Module):
+    """A number among its arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        return self.fc(x) * times
+
+
+def test_a_number_among_the_arguments_is_refused() -> None:
+    made = bf.quantize(Scaled(), "int8", scope="program", example_inputs=(torch.randn(4, 32), 2))
+    assert isinstance(made, torch.fx.GraphModule)
+    with pytest.raises(bf.BitfoldError, match="takes tensors, and the input times"):
+        bf.compile(made)(torch.randn(4, 32), 2)
+
+
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x) + y
+
+
+def test_sizes_that_vary_are_those_that_were_captured() -> None:
+    n = torch.export.Dim("n", min=2, max=16)
+    made = bf.quantize(
+        Added(), "int8", scope="program", example_inputs=(torch.randn(4, 32), torch.randn(4, 32)),
+        dynamic={"x": {0: n}, "y": {0: n}},
+    )  # fmt: skip
+    assert isinstance(made, torch.fx.GraphModule)
+    fast, x, y = bf.compile(made), torch.randn(20, 32), torch.randn(20, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x[:7], y[:7]), made(x[:7], y[:7]))
+        with pytest.raises(
+            bf.BitfoldError, match=r"size 0 of the input x is 20; it was captured for 2 to 16"
+        ):
+            fast(x, y)
+        with pytest.raises(bf.BitfoldError, match=r"size 0 of the input y is 2 and size 0 of the input x 7"):
+            fast(x[:7], y[:2])

@@ -79,7 +79,33 @@ def pooled() -> nn.Module:
     )
 
 
-CASES = {"residual": (Residual, (3, 16, 16)), "line": (Line, (4, 21)), "pooled": (pooled, (1, 14, 14))}
+class Padded(nn.Module):
+    """Zeros around images by operators of their own: more on one side, for two readers, no zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16)
+        self.depth = nn.Conv2d(16, 16, 5, 2, padding=(0, 1), groups=16)
+        self.sides = nn.ModuleList(nn.Conv2d(16, 8, 3) for _ in range(2))
+        self.ones, self.cut = nn.Conv2d(16, 4, 3), nn.Conv2d(4, 4, 3)
+        self.line = nn.Conv1d(4, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pad = nn.functional.pad
+        x = nn.functional.relu6(self.norm(self.stem(pad(x, (0, 1, 0, 1)))))
+        x = pad(torch.relu(self.depth(pad(x, (1, 2)))), (1, 1, 2, 0))
+        x = torch.cat([side(x) for side in self.sides], 1)
+        x = self.ones(pad(x, (1, 1, 1, 1), value=1.0))
+        x = self.cut(pad(x, (1, -1, 1, 1)))
+        return self.line(pad(x.flatten(2), (0, 3)))
+
+
+CASES = {
+    "padded": (Padded, (3, 24, 24)),
+    "residual": (Residual, (3, 16, 16)),
+    "line": (Line, (4, 21)),
+    "pooled": (pooled, (1, 14, 14)),
+}
 
 
 def model_of(case: str) -> tuple[nn.Module, Tensor]:
@@ -148,6 +174,24 @@ def test_the_kernels_of_a_program() -> None:
         f"conv 24x1x3x3 p1x1 g24 {W}16x1t9] x:int8[tensor] bias -> hardswish(y0) y:int8[tensor]",
         "conv 5x96 x:int8[tensor] bias",
     ]
+
+
+def test_zeros_around_an_image_are_the_kernels_own() -> None:
+    """But for what is cut off, and for what is not zero."""
+    model, x = model_of("padded")
+    gm = bf.quantize(model, "int8_static", scope="program", calibration=[x])
+    assert texts(gm) == [
+        f"conv 16x3x3x3 s2x2 p0x0x1x1 {W}16x4t9] x:int8[tensor]"
+        " -> clamp(add(mul(y0,v0),v1),0.0,6.0) y:int8[tensor]",
+        f"conv 16x1x5x5 s2x2 p0x2x0x3 g16 {W}16x1t25] x:+int8[tensor] bias -> relu(y0) y:int8[tensor]",
+        f"conv 8x16x3x3 p2x1x0x1 {W}16x4t9] x:+int8[tensor] bias",
+        f"conv 8x16x3x3 p2x1x0x1 {W}16x4t9] x:+int8[tensor] bias",
+        f"conv 4x16x3x3 {W}16x4t9] x:int8[tensor] bias",
+        f"conv 4x4x3x3 {W}16x4t9] x:int8[tensor] bias -> y0 y:int8[tensor]",
+        f"conv 6x4x1x3 p0x0x0x3 {W}16x4t3] x:int8[tensor] bias",
+    ]
+    left = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.pad.default)
+    assert [node.args[1] for node in left] == [[1, 1, 1, 1], [1, -1, 1, 1]]
 
 
 def test_codes_go_through_a_view() -> None:

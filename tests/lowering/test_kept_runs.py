@@ -18,7 +18,7 @@ from torch.fx import symbolic_trace
 
 import bitfold as bf
 from bitfold.lowering import backend
-from bitfold.lowering.cpu import kept_runs
+from bitfold.lowering.cpu import kept_files, kept_runs
 from bitfold.lowering.frame_key import frame_key
 from bitfold.passes import Miss
 
@@ -53,7 +53,7 @@ def place(tmp_path: Path) -> Any:
 def test_the_next_process_calls_what_this_one_compiled(place: Path) -> None:
     first, wanted = tower(), run(tower())
     (kept,) = place.glob("*.json")
-    assert json.loads(kept.read_text())["kernels"]["fused"]
+    assert json.loads(kept_files.read(kept))["kernels"]["fused"]
     with mock.patch.object(backend, "_compile_folded", side_effect=AssertionError("it is compiled anew")):
         found = run(first)
     for ours, theirs in zip(found, wanted, strict=True):
@@ -64,21 +64,44 @@ def test_the_next_process_calls_what_this_one_compiled(place: Path) -> None:
     assert all(torch.equal(a, b.seen) for a, b in zip(seen, again.layers, strict=True))
 
 
+def test_a_loaded_program_is_called_without_compiling(place: Path, tmp_path: Path) -> None:
+    """As a language model's step starts: saved, loaded, `bf.compile`; layers write to buffers of theirs."""
+    torch.manual_seed(0)
+    model = Tower([Layer() for _ in range(4)]).eval()
+    made = bf.quantize(model, "int8", scope="program", example_inputs=inputs())
+    assert isinstance(made, torch.fx.GraphModule)
+    bf.save(made, tmp_path / "step.program")
+    with torch.inference_mode():
+        fast = bf.compile(bf.load(tmp_path / "step.program"))
+        wanted = [fast(*inputs())[0].clone() for _ in range(2)]
+    assert list(place.glob("*.json"))
+    with mock.patch.object(backend, "_compile_folded", side_effect=AssertionError("it is compiled anew")):
+        again = bf.compile(bf.load(tmp_path / "step.program"))
+        with torch.inference_mode():
+            found = [again(*inputs())[0].clone() for _ in range(2)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"steps": []}', '{"steps": [{"library": "/nowhere.so"}]}'])
 def test_a_file_that_is_not_what_was_written_is_passed_over(place: Path, text: str) -> None:
     wanted = run(tower(), 1)
     (kept,) = place.glob("*.json")
-    kept.write_text(text)
+    changed = json.loads(kept_files.read(kept)) | {"given": ["a"]}
+    for wrong in (text, json.dumps(changed), f"{'0' * 64}\n{json.dumps(changed)}"):
+        kept.write_text(wrong)
+        assert torch.equal(run(tower(), 1)[0], wanted[0])
+        assert json.loads(kept_files.read(kept))["steps"]  # and is written anew
+    kept_files.write(kept, text)  # as a version of another shape would have
     assert torch.equal(run(tower(), 1)[0], wanted[0])
-    assert json.loads(kept.read_text())["steps"]  # and is written anew
 
 
 def test_a_library_that_is_gone_is_compiled_again(place: Path) -> None:
     wanted = run(tower(), 1)
     (kept,) = place.glob("*.json")
-    told = json.loads(kept.read_text())
+    told = json.loads(kept_files.read(kept))
     told["steps"][0]["library"] += ".gone"
-    kept.write_text(json.dumps(told))
+    kept_files.write(kept, json.dumps(told))
     assert torch.equal(run(tower(), 1)[0], wanted[0])
 
 
@@ -88,6 +111,75 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     with mock.patch.object(kept_runs, "place", lambda key: file / key):
         a, b = run(tower(), 1), run(tower(), 1)
     assert torch.equal(a[0], b[0])
+
+
+def test_the_folder_of_frames_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not read longest goes, never what was just written; what a dead process left goes too."""
+    monkeypatch.setenv(kept_files.SIZE, str(3500 / 2**20))
+    for i in range(3):
+        kept_files.write(tmp_path / f"{i}.json", str(i) * 1000)
+        os.utime(tmp_path / f"{i}.json", (i + 1, i + 1))
+    assert kept_files.read(tmp_path / "0.json") == "0" * 1000
+    (tmp_path / "beside-old").write_text("half")
+    os.utime(tmp_path / "beside-old", (1, 1))
+    (tmp_path / "beside-new").write_text("half")
+    kept_files.write(tmp_path / "3.json", "3" * 1000)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"0.json", "2.json", "3.json", "beside-new"}
+    kept_files.write(tmp_path / "4.json", "4" * 9000)  # larger than all may be
+    assert {path.name for path in tmp_path.glob("*.json")} == {"4.json"}
+    monkeypatch.setenv(kept_files.SIZE, "0")
+    kept_files.write(tmp_path / "5.json", "5")
+    assert not (tmp_path / "5.json").exists()
+    for wrong in ("much", "-1", "nan"):
+        monkeypatch.setenv(kept_files.SIZE, wrong)
+        with pytest.raises(bf.BitfoldError, match="number of megabytes"):
+            kept_files.write(tmp_path / "6.json", "6")
+
+
+SHARING = """
+import sys
+from pathlib import Path
+from bitfold.lowering.cpu import kept_files
+
+place, seed = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()  # so that both begin at once
+found = 0
+for i in range(400):
+    path = place / f"{(i // 4 * 7 + seed) % 23}.json"
+    try:
+        assert kept_files.read(path) == path.name * 100
+        found += 1
+    except FileNotFoundError:
+        kept_files.write(path, path.name * 100)
+print(found, flush=True)
+"""
+
+
+def test_two_processes_share_a_folder_that_is_too_small(tmp_path: Path) -> None:
+    """Neither reads anything but what was written, nor stumbles over what the other removed."""
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARING, str(tmp_path), str(seed)],
+            env={**os.environ, kept_files.SIZE: str(6000 / 2**20)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in (0, 5)
+    ]
+    for one in both:
+        assert one.stdout is not None and one.stdout.readline() == "ready\n"
+    for one in both:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    for one in both:
+        said, _ = one.communicate(timeout=60)
+        assert one.returncode == 0 and int(said) > 0
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.json")) <= 6000
+    assert not list(tmp_path.glob("beside-*"))
 
 
 def key_of(call: Any, *given: Tensor, words: tuple[str, ...] = ()) -> str | Miss:
@@ -125,7 +217,8 @@ def test_what_has_no_key() -> None:
     held = nn.Sequential(nn.Linear(8, 8))
     assert "call_module" in key_miss(frame_key(symbolic_trace(held), [x], []))
     assert "memory that two" in key_miss(key_of(lambda a, b: a + b, x, x[:, :4]))
-    for target in (key_miss, torch.ops.mkldnn._linear_pointwise.default):  # somebody's, and another library's
+    # Somebody's, another library's, and such a one as Dynamo has it.
+    for target in (key_miss, torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise):
         gm = symbolic_trace(lambda a: torch.relu(a))
         next(node for node in gm.graph.nodes if node.op == "call_function").target = target
         assert "no name" in key_miss(frame_key(gm, [x], []))

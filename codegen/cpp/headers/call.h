@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "digits.h"
@@ -76,6 +77,18 @@ inline void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch)
   call.sum_panels = scratch.turned.data();
 }
 
+// Whether a sum of raw codes, of up to 2**32 in a register, times such numbers may pass float32 where values do not.
+inline bool large(const float* x, int64_t count) {
+  constexpr int32_t least = (127 + 64) << 23;  // 2**64, as the integer that its bits are
+  int32_t top = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    top = std::max(top, bits & 0x7fffffff);
+  }
+  return top >= least;
+}
+
 // Whether all rows are multiplied from panels; x is float32, bfloat16, float16 or bytes of codes, as the facts say.
 inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scratch) {
   scratch.trim();
@@ -95,6 +108,7 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
     call.x = scratch.codes.data();
   } else if (as_it_lies && rows.order == nullptr && !alone) {
     call.x = rows.x;
+    turn = f.many != nullptr && large(static_cast<const float*>(rows.x), call.m * f.k);
   } else if (alone && as_it_lies && in_digits(static_cast<const float*>(rows.x), f.padded, *f.wants(), scratch.digits,
                                               call)) {
     // Nothing else reads x.
@@ -107,13 +121,14 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
       if (f.x == 2) ready<f16>(rows, m, to, sums);
     }
     call.x = scratch.numbers.data();
-    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
-      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
-        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
     // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
     // sign, where no value is: then values are multiplied, decoded whole.
     const auto finite = [](float sum) { return std::isfinite(sum); };
-    turn = f.many != nullptr && !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite);
+    turn = f.many != nullptr && (large(scratch.numbers.data(), call.m * f.padded) ||
+                                 !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite));
+    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
+      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
+        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
   }
   if (turn) many(call, f, rows, scratch);
   return turn;

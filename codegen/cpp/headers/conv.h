@@ -3,12 +3,16 @@
 // An image is [images, height, width, channels] of int8, a result [pixels, n]. A weight is panels of sixteen rows;
 // one that is narrower is widened with zeros before the call. Each pixel of the result reads its taps through
 // pointers; those outside of the image point at zeros.
+//
+// An `End` takes the sums of a pixel of the result and stores it: it is made for sixteen channels, End(call, row, live),
+// of which `live` are there, and called for one pixel after the other, end(pixel, sums), or for several, end.all<rows>.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "conv_lanes.h"
+#include "columns.h"
+#include "conv_ends.h"
 
 namespace bitfold {
 
@@ -85,37 +89,33 @@ class Places {
 
 template <bool positive, int rows, int halves, class End>
 inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
-                 int64_t row, int live, const End& end) {
+                 const End& end) {
   Tile<positive, rows, halves> t;
   t.clear(c.zero);
   for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
     for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
-  alignas(64) int32_t sums[rows][kLanes] = {};
+  alignas(64) int32_t sums[rows][kLanes];
   // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) t.store(r, sums[r]);
-  for (int r = 0; r < rows; ++r) end(c, pixel + r, row, live, sums[r]);
+  if constexpr (halves == 1)
+    for (int r = 0; r < rows; ++r) std::memset(sums[r] + kLanes / 2, 0, sizeof(int32_t) * kLanes / 2);
+  end.template all<rows>(pixel, sums);
 }
 
+// `count` tiles of so many pixels, one after the other, by one panel.
 template <bool positive, int rows, class End>
-inline void panel(const Conv& c, const int8_t* const* at, int64_t first, int64_t last, int64_t pixel, const End& end) {
-  const int64_t each = c.panels_of_group();
-  for (int64_t p = first; p < last; ++p) {
-    const int64_t group = p / each, within = (p % each) * kLanes;
-    const int live = static_cast<int>(std::min<int64_t>(kLanes, c.rows - within));
-    const int64_t row = group * c.rows + within, offset = group * c.apart;
-    if (live > 8)
-      tile<positive, rows, 2>(c, at, c.panels[p], offset, pixel, row, live, end);
-    else
-      tile<positive, rows, 1>(c, at, c.panels[p], offset, pixel, row, live, end);
+inline void tiles(const Conv& c, int count_of_rows, const int8_t* const* at, const uint8_t* panel, int64_t offset,
+                  int64_t pixel, int64_t count, const End& end) {
+  if (count_of_rows == rows) {
+    for (int64_t t = 0; t < count; ++t, at += c.taps() * rows, pixel += rows)
+      if (end.live > kLanes / 2)
+        tile<positive, rows, 2>(c, at, panel, offset, pixel, end);
+      else
+        tile<positive, rows, 1>(c, at, panel, offset, pixel, end);
+    return;
   }
-}
-
-template <bool positive, int rows, class End>
-inline void some(const Conv& c, int count, const int8_t* const* at, int64_t first, int64_t last, int64_t pixel,
-                 const End& end) {
-  if (count == rows) return panel<positive, rows>(c, at, first, last, pixel, end);
-  if constexpr (rows > 1) some<positive, rows - 1>(c, count, at, first, last, pixel, end);
+  if constexpr (rows > 1) tiles<positive, rows - 1>(c, count_of_rows, at, panel, offset, pixel, count, end);
 }
 
 // x as the kernel reads it, if not as it is.
@@ -123,23 +123,58 @@ inline void widen(const Conv& c, int16_t* to) {
   widened(c.x, c.images * c.height * c.width * c.groups, c.depth, c.zero, to);
 }
 
-// Pixels [first, last) of the result times panels [from, to), tiles of nearly equal numbers of pixels.
+// Pixels [first, last) of the result times panels [from, to), tiles of nearly equal numbers of pixels. A panel stays in
+// the innermost cache while all tiles meet it.
 template <bool positive, class End>
-inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
+inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
   thread_local std::vector<const int8_t*> at;
-  at.resize(c.taps() * kRows);
-  const int64_t count = last - first, tiles = (count + kRows - 1) / kRows;
+  const int64_t taps = c.taps(), count = last - first, all = (count + kRows - 1) / kRows;
+  const int64_t less = count / all, longer = count % all;  // so many tiles have one pixel more
+  at.resize(taps * count);
   Places places(c, first, kBytes<positive>);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t a = first + count * t / tiles, b = first + count * (t + 1) / tiles;
-    for (int64_t r = 0; r < b - a; ++r) places.next(at.data() + r, b - a);
-    some<positive, kRows>(c, static_cast<int>(b - a), at.data(), from, to, a, end);
+  const int8_t** tile_at = at.data();
+  for (int64_t t = 0; t < all; ++t) {
+    const int64_t rows = less + (t < longer);
+    for (int64_t r = 0; r < rows; ++r) places.next(tile_at + r, rows);
+    tile_at += taps * rows;
+  }
+  const int64_t each = c.panels_of_group(), split = longer * (less + 1);
+  for (int64_t p = from; p < to; ++p) {
+    const int64_t group = p / each, within = (p % each) * kLanes, offset = group * c.apart;
+    const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kLanes, c.rows - within)));
+    tiles<positive, kRows>(c, static_cast<int>(less + 1), at.data(), c.panels[p], offset, first, longer, end);
+    tiles<positive, kRows>(c, static_cast<int>(less), at.data() + taps * split, c.panels[p], offset, first + split,
+                           all - longer, end);
   }
 }
 
+#if defined(BITFOLD_COLUMNS)
+// Depthwise, where no number of x is negative.
+template <class End>
+inline void by_columns(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
+  Quads<Conv> quads(c);
+  alignas(64) int32_t sums[kLanes];
+  for (int64_t p = from; p < to; ++p) {
+    quads.weight(c.panels[p]);
+    const End end(c, p * kLanes, static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes)));
+    for (int64_t a = first; a < last; a += c.out_width) {
+      quads.line(a, p * kLanes);
+      const int64_t count = std::min(c.out_width, last - a);
+      for (int64_t i = 0; i < count; ++i) {
+        quads.sums(i, sums);
+        end(a + i, sums);
+      }
+    }
+  }
+}
+#endif
+
 // The same where each group is one channel of x: panels are sixteen channels, of which each tap is one line.
-template <bool zero, class End>
-inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to, const End& end) {
+template <bool positive, bool zero, class End>
+inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
+#if defined(BITFOLD_COLUMNS)
+  if constexpr (positive) return by_columns<End>(c, first, last, from, to);
+#endif
   thread_local std::vector<const int8_t*> at;
   thread_local std::vector<int16_t> weight;
   const int taps = static_cast<int>(c.taps());
@@ -155,12 +190,13 @@ inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, 
     for (int64_t p = from; p < to; ++p) {
       const int live = static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes));
       const int16_t* w = weight.data() + (p - from) * size;
+      const End end(c, p * kLanes, live);
       for (int64_t i = 0; i < count; ++i) {
         if (taps == 9)
           each_channel<9, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
         else
           each_channel<0, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
-        end(c, a + i, p * kLanes, live, sums);
+        end(a + i, sums);
       }
     }
   }

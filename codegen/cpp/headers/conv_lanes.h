@@ -123,7 +123,27 @@ template <bool positive, int rows, int halves> struct Tile {
 inline void widened(const int8_t* from, int64_t count, int64_t depth, int32_t zero, int16_t* to) {
   const auto less = [zero](int8_t v) { return static_cast<int16_t>(v - zero); };
   if (depth % 4 != 0) {
-    for (int64_t i = 0; i < count; ++i, from += depth)
+    int64_t done = 0;
+#if defined(__AVX2__)
+    if (depth < 4) {  // an image's colours: four pixels at once, as long as there are sixteen bytes to load
+      alignas(16) int8_t places[16];
+      alignas(32) int16_t live[16];
+      for (int i = 0; i < 16; ++i) {
+        const int channel = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
+        places[i] = static_cast<int8_t>(i / 4 * depth + channel);
+        live[i] = channel < depth ? -1 : 0;
+      }
+      const __m128i take = _mm_load_si128(reinterpret_cast<const __m128i*>(places));
+      const __m256i keep = _mm256_load_si256(reinterpret_cast<const __m256i*>(live));
+      const __m256i none = _mm256_set1_epi16(static_cast<int16_t>(zero));
+      for (; (count - done) * depth >= 16; done += 4, from += 4 * depth, to += 16) {
+        const __m128i read = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), take);
+        const __m256i v = _mm256_and_si256(_mm256_sub_epi16(_mm256_cvtepi8_epi16(read), none), keep);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v);
+      }
+    }
+#endif
+    for (int64_t i = done; i < count; ++i, from += depth)
       for (int64_t j = 0; j < depth; j += 4, to += 4) {
         to[0] = less(from[j]);
         to[1] = j + 2 < depth ? less(from[j + 2]) : 0;

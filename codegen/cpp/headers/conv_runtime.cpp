@@ -6,13 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdio>
 #include <mutex>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "called.h"
 #include "conv.h"
 
 using torch::headeronly::ScalarType;
@@ -340,22 +340,8 @@ extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, in
                                               AtenTensorHandle* y6, AtenTensorHandle* y7) {
   static_assert(bitfold::kWrites == 8);
   AtenTensorHandle* const to[] = {y0, y1, y2, y3, y4, y5, y6, y7};
-  try {
-    std::vector<Tensor> given;
-    given.reserve(count);
-    for (int64_t i = 0; i < count; ++i) {
-      AtenTensorHandle again;
-      if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-      given.emplace_back(again);
-    }
-    const std::vector<Tensor> found = bitfold::conv(std::move(given), text);
-    for (size_t i = 0; i < found.size() && to[i] != nullptr; ++i)
-      if (aoti_torch_new_tensor_handle(found[i].get(), to[i]) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-    return AOTI_TORCH_SUCCESS;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return AOTI_TORCH_FAILURE;
-  }
+  return bitfold::called(inputs, count, to, bitfold::kWrites,
+                         [&](auto given) { return bitfold::conv(std::move(given), text); });
 }
 
 extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::build = made; }

@@ -6,9 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <mutex>
 #include <shared_mutex>
@@ -19,7 +17,9 @@
 #include "kernel.h"
 #include VECTORS
 #include "call.h"
+#include "called.h"
 #include "pages.h"
+#include "shares.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -158,8 +158,6 @@ void run_turned(const Prepared& one) {
   });
 }
 
-constexpr int64_t kPieces = 8;  // for each thread
-
 // Products one behind the other, as one piece of work for all threads: starting them is worth some microseconds.
 void run(const Prepared* all, int count) {
   int64_t tasks = 0, codes = 0, ends[kWeights];
@@ -172,20 +170,14 @@ void run(const Prepared* all, int count) {
     ends[i] = tasks;
   }
   if (tasks == 0) return;
-  // A thread is worth starting for some thirty thousand codes; a task takes four rows at a time. Threads take pieces in
-  // turn, not an equal share each: to one that starts late, or is held up, less is left.
+  // A thread is worth starting for some thirty thousand codes; a task takes four rows at a time.
   const int64_t least = 1 + (1 << 15) / (codes + 1);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (tasks + least - 1) / least);
-  const int64_t piece = threads > 1 ? std::max<int64_t>(1, tasks / (kPieces * threads)) : tasks;
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first; (first = next.fetch_add(piece, std::memory_order_relaxed)) < tasks;) {
-      const int64_t last = std::min(first + piece, tasks);
-      int64_t start = 0;
-      for (int i = 0; i < count; start = ends[i++]) {
-        const int64_t from = std::max(first, start) - start, to = std::min(last, ends[i]) - start;
-        if (from < to) all[i].facts.run(&all[i].call, 4 * from, std::min(4 * to, all[i].facts.n));
-      }
+  shared_out(tasks, threads, [&](int64_t first, int64_t last) {
+    int64_t start = 0;
+    for (int i = 0; i < count; start = ends[i++]) {
+      const int64_t from = std::max(first, start) - start, to = std::min(last, ends[i]) - start;
+      if (from < to) all[i].facts.run(&all[i].call, 4 * from, std::min(4 * to, all[i].facts.n));
     }
   });
 }
@@ -232,34 +224,10 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
   m.impl("fused_beside", TORCH_BOX(&bitfold::beside));
 }
 
-namespace {
-
-// The same for C++ that Inductor writes: no dispatcher in between. Its tensors stay its own.
-template <class F>
-AOTITorchError called(const AtenTensorHandle* inputs, int64_t count, AtenTensorHandle** y, size_t results, F&& compute) {
-  try {
-    std::vector<Tensor> given;
-    given.reserve(count);
-    for (int64_t i = 0; i < count; ++i) {
-      AtenTensorHandle again;
-      if (aoti_torch_new_tensor_handle(inputs[i], &again) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-      given.emplace_back(again);
-    }
-    const std::vector<Tensor> found = compute(std::move(given));
-    for (size_t i = 0; i < results; ++i)
-      if (aoti_torch_new_tensor_handle(found[i].get(), y[i]) != AOTI_TORCH_SUCCESS) return AOTI_TORCH_FAILURE;
-    return AOTI_TORCH_SUCCESS;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return AOTI_TORCH_FAILURE;
-  }
-}
-
-}  // namespace
-
+// The same for C++ that Inductor writes; its tensors stay its own.
 extern "C" AOTITorchError aoti_torch_cpu_fused(const AtenTensorHandle* inputs, int64_t count, const char* text,
                                                AtenTensorHandle* y) {
-  return called(inputs, count, &y, 1, [&](auto given) { return bitfold::fused(std::move(given), text); });
+  return bitfold::called(inputs, count, &y, 1, [&](auto given) { return bitfold::fused(std::move(given), text); });
 }
 
 // Behind the texts a place for each result.
@@ -273,7 +241,7 @@ extern "C" AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle* in
   va_start(places, texts);
   for (size_t i = 0; i < results; ++i) y[i] = va_arg(places, AtenTensorHandle*);
   va_end(places);
-  return called(inputs, count, y, results, [&](auto given) { return bitfold::beside(std::move(given), texts); });
+  return bitfold::called(inputs, count, y, results, [&](auto given) { return bitfold::beside(std::move(given), texts); });
 }
 
 extern "C" void bitfold_builder(bitfold::Build made) { bitfold::build = made; }
