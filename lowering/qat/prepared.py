@@ -7,8 +7,9 @@ class that is still an `nn.Linear`: its parameters are the same objects, its for
                                  forward(x) = body(weight, bias, weight_step, x)
 
 There are two bodies, for `.train()` and for `.eval()` (four with a batch norm), that hold no tensor:
-what the rounding needs beside the module's own tensors (learned scales, ranges, a step counter) are parameters and buffers of the module, in
-its `state_dict`, float32 whatever `.to(dtype)` says. An extra state says what all of them were trained as; a
+what the rounding needs beside the module's own tensors (learned scales, ranges, a step counter) are
+parameters and buffers of the module, in its `state_dict`, float32 whatever `.to(dtype)` says.
+An extra state says what all of them were trained as; a
 state dict that says otherwise is not loaded.
 """
 
