@@ -35,6 +35,7 @@ from ...passes.algorithms.draft import DRAFT, Draft, draft_of
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
+from ...passes.observing.calibrate import usable
 from ..module_scope import Plan, Site, Step
 from ..parameters import parameter_names
 from ..swaps import Swaps
@@ -231,7 +232,7 @@ def _recorded(
     if isinstance(chain, Chain):
         paths = chain.paths
         rest = [site for site in sites if not any(_within(site.path, path) for path in paths)]
-        with _watched(model, sites, rest if measures else ()) as reached:
+        with _watched(model, sites, rest, measures) as reached:
             chain = record(model, batches)
         if isinstance(chain, Chain):
             _check_reached(sites, reached)
@@ -240,7 +241,7 @@ def _recorded(
                 _check_count(sites, chain)
             return chain, rest
         _forget(rest)  # the run below sees the same batches again
-    with _watched(model, sites, sites if measures else ()) as reached:
+    with _watched(model, sites, sites, measures) as reached:
         for batch in batches:
             batch.run(model)
     _check_reached(sites, reached)
@@ -263,25 +264,38 @@ def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tupl
 
 
 @contextmanager
-def _watched(model: nn.Module, sites: Sequence[Site], measured: Sequence[Site]) -> Iterator[set[nn.Module]]:
-    """Some of the sites measured meanwhile; which of them all were reached."""
+def _watched(
+    model: nn.Module, sites: Sequence[Site], measured: Sequence[Site], measures: bool
+) -> Iterator[set[nn.Module]]:
+    """Some of the sites measured meanwhile; which of them all were reached. An algorithm that measures
+    nothing would not see NaN: all are looked at for that then."""
     reached: set[nn.Module] = set()
-    before: dict[nn.Module, Callable[..., Any]] = {
-        site.module: lambda module, args, kwargs: reached.add(module) for site in sites
-    }
 
-    def both(site: Site) -> Callable[..., None]:
-        gather = gatherer(site)
-
+    def watch(look: Callable[..., None] | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             reached.add(module)
-            gather(module, args, kwargs)
+            if look is not None:
+                look(module, args, kwargs)
 
         return hook
 
-    before |= {site.module: both(site) for site in measured}
-    with hooked(model, before):
+    chosen, look = (measured, gatherer) if measures else (sites, _finite)
+    looks = {site.module: look(site) for site in chosen}
+    with hooked(model, {site.module: watch(looks.get(site.module)) for site in sites}):
         yield reached
+
+
+def _finite(site: Site) -> Callable[..., None]:
+    """A hook that refuses NaN and infinity in what goes into a site first."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(iter(in_order(module, args, kwargs)), None)
+        if isinstance(x, Tensor) and x.is_floating_point() and not usable(x):
+            raise BitfoldError(
+                f"layer {site.path}: NaN or infinity goes into it; look at the calibration data"
+            )
+
+    return hook
 
 
 def _check_reached(sites: Sequence[Site], reached: set[nn.Module]) -> None:

@@ -190,3 +190,23 @@ def test_the_program_scope_tells_of_calibration(batches: list[Tensor]) -> None:
 def test_what_would_be_thrown_away_is_said(algorithm: str, sentence: str) -> None:
     with pytest.raises(bf.BitfoldError, match=sentence):
         bf.quantize(Model(), "int4[g32]", algorithm=algorithm, calibration=[torch.randn(4, 32)])
+
+
+class Overflows(Model):
+    """Behind its blocks, where no check of the chain looks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x) * 1e38 * 1e38)
+
+
+@pytest.mark.parametrize("algorithm", ["hqq,correct_bias", "learn{steps=2}", "gptq"])
+def test_numbers_that_overflow_are_named_without_moments_too(algorithm: str, batches: list[Tensor]) -> None:
+    model = Overflows().eval()
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    with pytest.raises(bf.BitfoldError, match="layer last: NaN or infinity goes into it"):
+        bf.quantize(model, "int4[row]", algorithm=algorithm, calibration=batches, target="reference")
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
