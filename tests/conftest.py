@@ -1,7 +1,9 @@
 """What every test shares: a fixed seed, no network, and a loud skip for what this machine lacks."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,3 +30,32 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     torch._dynamo.reset()
     yield
+
+
+@pytest.fixture
+def at_once() -> Callable[..., list[str]]:
+    """Run one text of Python in several processes, each with its own words, and give what each said last. The
+    text prints "ready" and reads a line before what is to happen in all of them at the same time."""
+
+    def run(text: str, words: Sequence[Sequence[str]], **more: str) -> list[str]:
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", text, *own],
+                env={**os.environ, **more},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for own in words
+        ]
+        for one in started:
+            assert one.stdout is not None and one.stdout.readline() == "ready\n"
+        for one in started:
+            assert one.stdin is not None
+            one.stdin.write("\n")
+            one.stdin.flush()
+        said = [one.communicate(timeout=120)[0] for one in started]
+        assert [one.returncode for one in started] == [0] * len(started)
+        return said
+
+    return run

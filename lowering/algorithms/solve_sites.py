@@ -18,9 +18,7 @@ chain of blocks, are measured in the float run and solved by themselves.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -35,7 +33,6 @@ from ...passes.algorithms.draft import DRAFT, Draft, draft_of
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
-from ...passes.observing.calibrate import usable
 from ..module_scope import Plan, Site, Step
 from ..parameters import parameter_names
 from ..swaps import Swaps
@@ -45,9 +42,9 @@ from .balance_block import Balance
 from .blocks import Chain, without_cache
 from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
+from .float_run import recorded, within
 from .learn_block import learn_block
-from .measure import Pairs, gatherer, measure, once
-from .record_blocks import record
+from .measure import Pairs, measure, once
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
 from .tune_model import tune_model
@@ -111,7 +108,7 @@ def _walk(
     algorithm = solver.algorithm
     shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
     balance = Balance(algorithm.balance, shared)
-    chain, rest = _recorded(model, sites, batches, algorithm.measures)
+    chain, rest = recorded(model, sites, batches, algorithm.measures)
     if isinstance(chain, Miss):
         name = algorithm.on_blocks()
         if name:
@@ -123,7 +120,7 @@ def _walk(
             chain.exact = list(chain.given)
         with hooked(model, {}):
             for place, path in enumerate(chain.paths):
-                inside = [site for site in sites if _within(site.path, path)]
+                inside = [site for site in sites if within(site.path, path)]
                 with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
                     _solve_block(chain, place, inside, solver, balance)
     name = algorithm.on_blocks()
@@ -224,36 +221,6 @@ def _operand(node: Node) -> Tensor:
     return value
 
 
-def _recorded(
-    model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measures: bool
-) -> tuple[Chain | Miss, list[Site]]:
-    """The float run: the chain, and the sites outside it, which are measured on the way."""
-    chain = record(model, batches[:1])  # whether there is a chain decides what the full run measures
-    if isinstance(chain, Chain):
-        paths = chain.paths
-        rest = [site for site in sites if not any(_within(site.path, path) for path in paths)]
-        with _watched(model, sites, rest, measures) as reached:
-            chain = record(model, batches)
-        if isinstance(chain, Chain):
-            _check_reached(sites, reached)
-            _check_finite(chain)
-            if measures:
-                _check_count(sites, chain)
-            return chain, rest
-        _forget(rest)  # the run below sees the same batches again
-    with _watched(model, sites, sites, measures) as reached:
-        for batch in batches:
-            batch.run(model)
-    _check_reached(sites, reached)
-    return chain, list(sites)
-
-
-def _forget(sites: Sequence[Site]) -> None:
-    for site in sites:
-        for node, _ in annotated(site.gm):
-            node.meta.pop(INPUTS, None)
-
-
 def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tuple[int, str, str]]]:
     """Anchors whose weight is a parameter of several modules: which it is, how it is read, in what format."""
     for node, note in annotated(site.gm):
@@ -263,79 +230,8 @@ def _tied_weights(site: Site, tied: frozenset[int]) -> Iterator[tuple[Node, tupl
             yield node, (id(chain.parameter), chain.text, str(note.weight))
 
 
-@contextmanager
-def _watched(
-    model: nn.Module, sites: Sequence[Site], measured: Sequence[Site], measures: bool
-) -> Iterator[set[nn.Module]]:
-    """Some of the sites measured meanwhile; which of them all were reached. An algorithm that measures
-    nothing would not see NaN: all are looked at for that then."""
-    reached: set[nn.Module] = set()
-
-    def watch(look: Callable[..., None] | None) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            reached.add(module)
-            if look is not None:
-                look(module, args, kwargs)
-
-        return hook
-
-    chosen, look = (measured, gatherer) if measures else (sites, _finite)
-    looks = {site.module: look(site) for site in chosen}
-    with hooked(model, {site.module: watch(looks.get(site.module)) for site in sites}):
-        yield reached
-
-
-def _finite(site: Site) -> Callable[..., None]:
-    """A hook that refuses NaN and infinity in what goes into a site first."""
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        x = next(iter(in_order(module, args, kwargs)), None)
-        if isinstance(x, Tensor) and x.is_floating_point() and not usable(x):
-            raise BitfoldError(
-                f"layer {site.path}: NaN or infinity goes into it; look at the calibration data"
-            )
-
-    return hook
-
-
-def _check_reached(sites: Sequence[Site], reached: set[nn.Module]) -> None:
-    for site in sites:
-        if site.module not in reached:
-            raise BitfoldError(
-                f"no calibration batch reaches layer {site.path}; give batches that do, or let a rule of the "
-                "recipe skip it"
-            )
-
-
-def _check_finite(chain: Chain) -> None:
-    for batch, hidden in enumerate(chain.hidden):
-        if not bool(torch.isfinite(hidden).all()):
-            raise BitfoldError(
-                f"calibration batch {batch} gives NaN or infinity before {chain.paths[0]}; leave it out"
-            )
-
-
-def _check_count(sites: Sequence[Site], chain: Chain) -> None:
-    tokens = sum(hidden.numel() // hidden.shape[-1] for hidden in chain.hidden)
-    k = max((note_k for site in sites for note_k in _widths(site)), default=0)
-    if tokens < k:
-        warnings.warn(
-            f"calibration has {tokens} tokens for layers of up to {k} channels; give several times as many "
-            "tokens as channels, or the codes will fit these tokens and little else",
-            stacklevel=2,
-        )
-
-
-def _widths(site: Site) -> Iterator[int]:
-    for node, note in annotated(site.gm):
-        operand = node.args[TARGETS[node.target][2]]
-        if note.anchor == "linear" and isinstance(operand, Node):
-            yield int(operand.meta["val"].shape[-1])
-
-
 def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, balance: Balance) -> None:
     """Solve the sites of one block, then bring every batch behind it, through its rounded weights."""
-
     pairs = Pairs() if solver.algorithm.wants_exact else None
     # What the block gives in the float model. Only where learning wants it and solving wants what goes in are
     # both there at once.
@@ -405,7 +301,3 @@ def _order(chain: Chain, place: int, sites: Sequence[Site]) -> list[tuple[list[S
         found += [([site], True) for site in group if site.module in again]
     # Those that the first batch does not reach may run any number of times for another.
     return found + [([site], True) for site in sites if site.module not in seen]
-
-
-def _within(path: str, block: str) -> bool:
-    return path == block or path.startswith(block + ".")

@@ -50,7 +50,8 @@ from .prepared import (
     unprepared,
 )
 from .schedule import PROGRAM
-from .trained_as import check_trained_as, trained_as
+from .states import check_state, of_model
+from .trained_as import trained_as
 
 
 @torch.inference_mode(False)  # scales that are made in it could never be trained
@@ -360,36 +361,6 @@ class _Made:
 def _seen(gm: GraphModule) -> set[str]:
     """Buffers that hold what a step saw."""
     return {name for one in ranges(gm) for name in (one.seen_low, one.seen_high)}
-
-
-def of_model(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state, without what torch.compile and DistributedDataParallel put before all of its names."""
-    for prefix in ("_orig_mod.", "module."):
-        own = any(name.startswith(prefix) for name in model.state_dict())
-        if state and not own and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Raises BitfoldError if a state dict is not of this prepared model or program."""
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, Prepared):
-            check_trained_as(module.preparation.trains, state.get(f"{prefix}_extra_state"), path)
-    here = model.state_dict()
-    for name in (*here, *state):
-        if name not in state or name not in here:
-            where = "the model" if name in here else "the state"
-            raise BitfoldError(
-                f"only {where} has {name!r}: the state is of a model that was prepared by another recipe or "
-                "other options; give the same ones"
-            )
-        shapes = [getattr(held[name], "shape", None) for held in (here, state)]
-        if shapes[0] != shapes[1]:
-            raise BitfoldError(
-                f"{name} is {list(shapes[1] or ())} in the state and {list(shapes[0] or ())} here"
-            )
 
 
 def train_pass(how: Qat, *, ranged: bool = False, loaded: bool = False) -> TrainQuantizers:

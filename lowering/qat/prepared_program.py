@@ -43,9 +43,10 @@ from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
 from .norms import norm_pass
 from .options import Qat
-from .prepare import check_state, of_model, share_learned, train_pass
+from .prepare import share_learned, train_pass
 from .prepared import Prepared
 from .schedule import PROGRAM
+from .states import check_state, of_model
 from .trained_as import as_bytes, check_trained_as, trained_as
 
 CACHES = PROGRAM + "_caches"

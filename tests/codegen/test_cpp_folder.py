@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,24 +70,9 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list((tmp_path / "kernels").iterdir())
 
 
-def test_two_processes_share_a_folder(tmp_path: Path) -> None:
+def test_two_processes_share_a_folder(tmp_path: Path, at_once: Callable[..., list[str]]) -> None:
     """Each finds a whole library, and one is left, with nothing beside it."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARED, str(tmp_path / "kernels")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    for one in started:
-        assert one.stdout is not None and one.stdout.readline() == "ready\n"
-    for one in started:
-        assert one.stdin is not None
-        one.stdin.write("go\n")
-        one.stdin.flush()
-    assert [one.communicate()[0] for one in started] == ["9\n", "9\n"]
+    assert at_once(SHARED, [[str(tmp_path / "kernels")]] * 2) == ["9\n", "9\n"]
     (left,) = (tmp_path / "kernels").iterdir()
     assert ctypes.CDLL(str(left)).run() == 9
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -157,27 +158,12 @@ print(found, flush=True)
 """
 
 
-def test_two_processes_share_a_folder_that_is_too_small(tmp_path: Path) -> None:
+def test_two_processes_share_a_folder_that_is_too_small(
+    tmp_path: Path, at_once: Callable[..., list[str]]
+) -> None:
     """Neither reads anything but what was written, nor stumbles over what the other removed."""
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", SHARING, str(tmp_path), str(seed)],
-            env={**os.environ, kept_files.SIZE: str(6000 / 2**20)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in (0, 5)
-    ]
-    for one in both:
-        assert one.stdout is not None and one.stdout.readline() == "ready\n"
-    for one in both:
-        assert one.stdin is not None
-        one.stdin.write("\n")
-        one.stdin.flush()
-    for one in both:
-        said, _ = one.communicate(timeout=60)
-        assert one.returncode == 0 and int(said) > 0
+    words = [[str(tmp_path), str(seed)] for seed in (0, 5)]
+    assert all(int(said) > 0 for said in at_once(SHARING, words, **{kept_files.SIZE: str(6000 / 2**20)}))
     assert sum(path.stat().st_size for path in tmp_path.glob("*.json")) <= 6000
     assert not list(tmp_path.glob("beside-*"))
 
