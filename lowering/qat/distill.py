@@ -98,12 +98,13 @@ def teach(model: nn.Module, teacher: Teacher) -> None:
     model.__dict__[TEACHER] = (teacher, handle)
 
 
-def dismiss(model: nn.Module) -> None:
-    """Let the teachers of a model, and of models in it, go."""
-    for module in model.modules():
-        _, handle = module.__dict__.pop(TEACHER, (None, None))
-        if handle is not None:
-            handle.remove()
+def dismiss(model: nn.Module) -> int:
+    """Let the teachers of a model, and of models in it, go; how many there were."""
+    teaching = [module for module in model.modules() if TEACHER in module.__dict__]
+    for module in teaching:
+        _, handle = module.__dict__.pop(TEACHER)
+        handle.remove()
+    return len(teaching)
 
 
 def distillation(model: nn.Module) -> Tensor:

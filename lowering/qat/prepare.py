@@ -117,7 +117,7 @@ def prepare_qat(
             found = plan(model, wanted, stored={}, record=record, progress=progress)
             _leave_read(found)
             check_found(model, wanted, found)
-            made = _Made(model, wanted, how, calls, earlier, loaded=state is not None)
+            made = _Made(model, wanted, how, calls, earlier.extra, loaded=state is not None)
             _observe(model, found, how, batches, made.ranged, progress)
             if how.fold_norm:
                 made.norms, misses = following_norms(model, found.sites)

@@ -225,24 +225,46 @@ def _count(norm: nn.Module) -> None:
         norm.num_batches_tracked.add_(1)  # type: ignore[operator]
 
 
-@contextmanager
-def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """The model with original modules; yields what training had added to each, by path. If the block raises,
-    every module is prepared again, as it was."""
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, Prepared)}
-    kept = {path: (type(module), dict(module.__dict__)) for path, module in modules.items()}
-    held = {path: [dict(module.__dict__[table]) for table in _TABLES] for path, module in modules.items()}
-    try:
-        yield {path: unprepare(module) for path, module in modules.items()}
-    except BaseException:
-        for path, module in modules.items():
-            module.__class__, attributes = kept[path]
-            module.__dict__.clear()
-            module.__dict__.update(attributes, **dict(zip(_TABLES, held[path], strict=True)))
-        raise
-
-
 _TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Unprepared:
+    """Modules that are original again for a while, and what brings each of them back. `extra`: what training
+    had added to each, by path."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = {path: one for path, one in model.named_modules() if isinstance(one, Prepared)}
+        self.extra: dict[str, dict[str, Tensor]] = {}
+        self._kept = {
+            path: (type(one), dict(one.__dict__), [dict(one.__dict__[table]) for table in _TABLES])
+            for path, one in self.modules.items()
+        }
+
+    def forget(self, path: str) -> None:
+        """Let a module stay what it has become, and go of what training had of it, its weight included."""
+        for held in (self.modules, self.extra, self._kept):
+            held.pop(path, None)
+
+    def restore(self) -> None:
+        """Every module that is not forgotten as it was, whatever it has become."""
+        for path, module in self.modules.items():
+            module.__class__, attributes, tables = self._kept[path]
+            module.__dict__.clear()
+            module.__dict__.update(attributes, **dict(zip(_TABLES, tables, strict=True)))
+
+
+@contextmanager
+def unprepared(model: nn.Module) -> Iterator[Unprepared]:
+    """The model with original modules. If the block raises, every module that it did not forget is prepared
+    again, with all it had learned."""
+    back = Unprepared(model)
+    try:
+        for path, module in back.modules.items():
+            back.extra[path] = unprepare(module)
+        yield back
+    except BaseException:
+        back.restore()
+        raise
 
 
 def check_norms(model: nn.Module) -> None:
