@@ -16,8 +16,8 @@ In: nothing. Out: a `Gradient`, which prints and parses, so that an operator can
 only. `item`: LSQ's factor counts the numbers of one item of the batch, as the paper has it for activations.
 `keep`: a compiled step keeps the rounded numbers for its backward pass, where it would round once more.
 `kernel`: by an operator of its own, for which a GPU has one kernel a direction (`round_groups.py`); `fused`:
-in plain torch, which a compiler fuses into what stands around. Neither: by a kernel where one is known to be
-faster (`straight`, on a GPU), else fused.
+in plain torch, which a compiler fuses into what stands around. Neither: `straight` by a kernel where a GPU
+has one, everything else fused.
 """
 
 from __future__ import annotations

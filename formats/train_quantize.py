@@ -31,7 +31,7 @@ from .errors import FormatError
 from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
-from .round_groups import faster
+from .round_groups import has_kernel
 from .text import format
 
 
@@ -59,7 +59,7 @@ def train_quantize(
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
     x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
-    if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
+    if how.kind == "straight" and not (noisy or how.fused) and has_kernel(x, str(fmt)):
         how = replace(how, kernel=True)
     alone = how.kernel and how.kind == "straight" and not noisy
     with torch.no_grad():
@@ -204,9 +204,11 @@ def backward(
 
 
 def lsq_factor(x: Tensor, step: Tensor, high: float, how: Gradient) -> Any:
-    """LSQ's 1 / sqrt(N Qp): N numbers share a step, or make up one item of the batch."""
+    """LSQ's 1 / sqrt(N Qp): N numbers share a step, or make up one item of the batch. Qp is the largest
+    value, but at least 1: an element may end below (int2f1) or at 0, where the paper's factor is large or
+    none."""
     count = x.numel() // x.shape[0] if how.item and x.ndim > 1 else x.numel() // step.numel()
-    return (max(high, 1.0) * count) ** -0.5 if isinstance(count, int) else 1.0 / torch.sym_sqrt(high * count)
+    return 1.0 / torch.sym_sqrt(max(high, 1.0) * count)  # a number of sizes that are known, else a symbol
 
 
 def _total(grain: Granularity, blocks: Tensor, like: Tensor) -> Tensor:

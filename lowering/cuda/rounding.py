@@ -44,9 +44,9 @@ def gradients(
     return [found[0], *(one.reshape(part.shape).to(part.dtype) for one, part in zip(sums, held, strict=True))]
 
 
-def faster(x: Tensor, text: str) -> bool:
-    """Whether there is a kernel: measured, one is as fast as a copy of x (`benchmarks/rounding_kernels.py`);
-    in a whole step it is not shown to be faster than what a compiler fuses."""
+def has_kernel(x: Tensor, text: str) -> bool:
+    """Whether there is one. Alone it takes the time of a copy of x (`benchmarks/rounding_kernels.py`); in a
+    whole step (`benchmarks/qat_step.py`) it is not shown to be faster than what a compiler fuses."""
     return _spec(x, text, "forward", False) is not None
 
 

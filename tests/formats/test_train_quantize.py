@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfold.formats import FormatError, describe, format, learned, round_groups
@@ -134,6 +135,20 @@ def test_lsq_of_an_activation_counts_one_item() -> None:
     assert torch.allclose(item, whole * math.sqrt(5))
 
 
+@pytest.mark.parametrize("text", ["int2f1[g16]", "int4[g16]"])
+def test_lsq_counts_alike_where_sizes_are_symbols(text: str) -> None:
+    """Also where the largest value, 0.5 of int2f1, is below 1, which is the least that counts."""
+
+    def of_step(x: Tensor, step: Tensor) -> Tensor:
+        value = OP(x, text, "lsq+item", [step])
+        return torch.autograd.grad((value * x.detach().sin()).sum(), step)[0]
+
+    x, step = torch.randn(6, 3, 16), torch.full((6, 3, 1), 0.2, requires_grad=True)
+    traced = make_fx(of_step, tracing_mode="symbolic")(x, step)
+    assert "sym_size" in traced.code
+    torch.testing.assert_close(traced(x, step), of_step(x, step), rtol=1e-6, atol=0)
+
+
 def test_pact_is_the_papers_formula() -> None:
     """1805.06085: dy/dalpha = 1 where x >= alpha, else 0; dy/dx = 1 below alpha. Signed: -1 below as well."""
     end = torch.tensor([[1.5]])
@@ -240,10 +255,10 @@ def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
     "kind,seen",
     [("straight", 1), ("straight+fused", 0), ("straight+kernel", 1), ("clip", 0), ("clip+kernel", 1)],
 )
-def test_an_operator_of_its_own_is_taken_where_a_device_says_it_is_faster(
+def test_an_operator_of_its_own_is_taken_where_a_device_has_a_kernel(
     monkeypatch: pytest.MonkeyPatch, kind: str, seen: int
 ) -> None:
-    monkeypatch.setitem(round_groups.FASTER, "cpu", lambda x, text: text == "int4[g16]")
+    monkeypatch.setitem(round_groups.KERNELS, "cpu", lambda x, text: text == "int4[g16]")
     calls = []
 
     class Watch(TorchDispatchMode):
