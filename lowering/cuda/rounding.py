@@ -16,8 +16,8 @@ from ...codegen.attention import TYPES
 from ...codegen.rounding import RoundingSpec, rounding_spec
 from ...codegen.triton import rounding_build
 from ...formats import format, round_groups
+from ...formats.estimators import Back
 from ...formats.gradient import Gradient
-from ...formats.train_quantize import lsq_factor
 
 
 def rounded(x: Tensor, scales: Sequence[Tensor], text: str) -> Tensor:
@@ -33,14 +33,15 @@ def gradients(
 ) -> list[Tensor]:
     """`round_groups_backward`."""
     how = Gradient.parse(kind)
-    spec = _spec(x, text, how.kind, True) if gradient.dtype == x.dtype else None
+    spec = _spec(x, text, how.name, True) if gradient.dtype == x.dtype else None
     if spec is None:
         return round_groups.round_groups_backward(gradient, x, scales, held, text, kind)
     found = rounding_build.gradients(spec, x.contiguous(), scales, gradient.contiguous())
-    if not spec.learns:
+    if not spec.learned:
         return [found[0]]
-    factor = lsq_factor(x, held[0], format(text).element.high, how) if how.kind == "lsq" else 1.0
-    sums = (part * factor for part in found[1:])
+    back = Back(format(text), x, tuple(scales), held, gradient, how.number, how.item)
+    factor = how.estimator.factor(back)
+    sums = (part if factor is None else part * factor for part in found[1:])
     return [found[0], *(one.reshape(part.shape).to(part.dtype) for one, part in zip(sums, held, strict=True))]
 
 

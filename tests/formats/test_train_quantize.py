@@ -12,8 +12,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfold.formats import FormatError, describe, format, learned, round_groups
-from bitfold.formats.cells import neighbours, staircase_slope
-from bitfold.formats.gradient import KINDS, Gradient
+from bitfold.formats.cells import neighbours
+from bitfold.formats.estimators import ESTIMATORS
+from bitfold.formats.estimators.smooth import staircase_slope
+from bitfold.formats.gradient import Gradient
 from bitfold.formats.train_quantize import params
 
 OP = torch.ops.bitfold.train_quantize
@@ -238,14 +240,17 @@ def test_an_unseen_range_is_that_of_the_batch_and_observing_widens() -> None:
     assert (low.item(), high.item()) == (-1.0, 3.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ESTIMATORS)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_gradient_prints_and_parses(kind: str, stochastic: bool) -> None:
-    one = Gradient(kind, 7.0 if kind == "smooth" else 5.0, stochastic)
-    assert Gradient.parse(str(one)) == one
+    for number in (None, 7.0, 5.123456789, 1e-20) if kind == "smooth" else (None,):
+        one = Gradient(kind, number, stochastic)
+        assert Gradient.parse(str(one)) == one
 
 
-@pytest.mark.parametrize("text", ["lsqq", "lsq:3", "smooth:x", "clip+wild", "smooth:0"])
+@pytest.mark.parametrize(
+    "text", ["lsqq", "lsq:3", "smooth:x", "clip+wild", "smooth:0", "smooth:nan", "clip+stochastic+kernel"]
+)
 def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
     with pytest.raises(FormatError):
         Gradient.parse(text)

@@ -34,7 +34,7 @@ def test_lines_that_a_state_has_more_often_are_told() -> None:
         (lambda: bf.Qat("lsq+item"), "'item' is set"),
         (lambda: bf.Distill(temperature="a"), "temperature is above 0"),  # type: ignore[arg-type]
         (lambda: bf.Distill(weight=math.nan), "weight of a distillation"),
-        (lambda: Gradient("straight", sharpness=50), "only smooth takes a sharpness"),
+        (lambda: Gradient("straight", 50), "straight takes no number"),
         (lambda: bf.Distill().of(torch.tensor(1.0), torch.tensor(2.0)), "single number"),
         (lambda: bf.prepare_qat(made(), "int8", dynamic="nonsense"), "dynamic is for scope='program'"),
     ],
