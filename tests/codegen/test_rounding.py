@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +92,11 @@ def test_lines_that_a_user_adds_are_a_kernel(interpret: Any, added: Ewgs, text: 
     spec = rounding_spec(fmt, "bf16", 96, "ewgs:0.5", True)
     found = interpret(what="rounding", spec=spec, x=x, scales=list(scales), gradient=gradient, added=added)
     assert same(found["made"][0], wanted) and not same(wanted, gradient)
+
+
+def test_the_notes_show_what_is_tested_here() -> None:
+    notes = (Path(__file__).parents[2] / "docs" / "notes" / "qat.md").read_text(encoding="utf-8")
+    assert inspect.getsource(Ewgs) in notes
 
 
 def test_lines_that_a_user_adds_compile(added: Ewgs) -> None:
