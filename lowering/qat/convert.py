@@ -39,9 +39,12 @@ from ..module_scope import Call, Plan, Site, Step, site_of
 from ..parameters import parameter_names
 from ..tracing import TRACING
 from .distill import dismiss
-from .norms import identity, with_norm
-from .prepare import train_pass
-from .prepared import Preparation, Prepared, Unprepared, check_norms, unprepared
+from .passes_of import train_pass
+from .preparation import Preparation
+from .prepared import Prepared, check_norms
+from .prepared_program import convert_program
+from .unprepared import Unprepared, unprepared
+from .with_norm import identity, with_norm
 
 
 @torch.inference_mode(False)
@@ -57,8 +60,6 @@ def convert(model: nn.Module, *, target: str | None = None, progress: Step | Non
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         on = resolve_target(target, device)
         if isinstance(model, GraphModule) and not any(isinstance(one, Prepared) for one in model.modules()):
-            from .prepared_program import convert_program
-
             return convert_program(model, on, progress)
         if not any(isinstance(one, Prepared) for one in model.modules()):
             if dismiss(model):  # what stopped an earlier call came after the last layer
@@ -72,14 +73,14 @@ def convert(model: nn.Module, *, target: str | None = None, progress: Step | Non
         trained = {
             path: _Trained(path, one, one.preparation, next(iter(one.folded_norm), None))
             for path, one in model.named_modules()
-            if isinstance(one, Prepared)
+            if isinstance(one, Prepared) and not one.preparation.freezes
         }
         with unprepared(model) as back:
             again = _Again(parameter_names(model))
             sites = [one.site(back.extra[path], again) for path, one in trained.items()]
             # A batch norm is nothing once the convolution computes it, and not before.
             sites.sort(key=lambda site: trained[site.path].about.folded_away)
-            done = _Done(back, back.modules.items())
+            done = _Done(back, ((path, one.module) for path, one in trained.items()))
             before = held(model)
             fold_sites(
                 model,
