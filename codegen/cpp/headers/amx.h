@@ -14,6 +14,7 @@
 
 #if defined(__AMX_INT8__) || defined(BITFOLD_AMX_MODEL)
 #define BITFOLD_TILES
+#include <immintrin.h>
 
 namespace bitfold {
 
