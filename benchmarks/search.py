@@ -33,9 +33,10 @@ from text_windows import windows
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.lowering.search.search import fastest, pareto
-from bitfold.lowering.search.sensitivity import Choice, Sensitivity, divergence, sensitivity
-from bitfold.lowering.search.times import measured
+from bitfold.lowering.outputs import divergence
+from bitfold.lowering.search.integer_program import fewest_losses_in_time, pareto
+from bitfold.lowering.search.sensitivity import Choice, Sensitivity, sensitivity
+from bitfold.lowering.search.times import measure_times
 from bitfold.lowering.search.trace import trace_sensitivity
 from bitfold.passes.recipes import Recipe
 from bitfold.tools.demo import environment
@@ -128,7 +129,7 @@ def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> No
     model, batch = _timed_model(given, model)
     record["asked"] = {"model": type(model).__name__, "tokens": list(batch.shape)}
     began = time.perf_counter()
-    times = measured(model, [batch], TIMED, repeats=15)
+    times = measure_times(model, [batch], TIMED, repeats=15)
     table = trace_sensitivity(model, [(batch,)], TIMED, draws=1)
     record["seconds"]["times"] = round(time.perf_counter() - began, 1)
     spans = [[times.of(c.layer, c.format) for c in table.of(layer)] for layer in table.numel]
@@ -136,7 +137,7 @@ def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> No
     made = []
     for share in (0.1, 0.5, 0.9):
         budget = ends[0] + share * (ends[1] - ends[0])
-        chosen = fastest(table, times, budget)
+        chosen = fewest_losses_in_time(table, times, budget)
         counts = dict(Counter(choice.format for choice in chosen))
         row = {"budget": budget, "predicted": times.total(chosen), "layers": counts}
         made.append((row, bf.quantize(copy.deepcopy(model), table.recipe(chosen, "timed")), []))

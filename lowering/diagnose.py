@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
 from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
 from .given_model import module_of
+from .outputs import first_output, numbers
 from .signal_to_noise import Ratio
 
 
@@ -137,22 +137,6 @@ def diagnose(
     return Diagnosis(tuple(found), output.db)
 
 
-def first_output(model: nn.Module, batch: Batch) -> Tensor:
-    """The first floating-point tensor that the model returns."""
-    result = batch.run(model)
-    leaves = pytree.tree_leaves(getattr(result, "logits", result))
-    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
-    if tensor is None:
-        raise BitfoldError(f"{type(model).__name__} returned no floating-point tensor to compare")
-    return tensor
-
-
-def _numbers(result: Any) -> list[Tensor]:
-    """The floating-point tensors of what a layer returned."""
-    leaves = pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 @contextmanager
 def replaced(model: nn.Module, module: nn.Module, by: nn.Module) -> Iterator[None]:
     """The model with another module in the place of one: under each of its names, and where it is called by
@@ -216,8 +200,8 @@ def _compare(
 
     def keep(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            exact = _numbers(result)
-            layer.isolated.compare(exact, _numbers(layer.folded.forward(*args, **kwargs)))
+            exact = numbers(result)
+            layer.isolated.compare(exact, numbers(layer.folded.forward(*args, **kwargs)))
             # A copy: what comes next may write to it (ReLU(inplace=True)).
             kept[layer.path].append([one.clone() for one in exact])
 
@@ -226,7 +210,7 @@ def _compare(
     def against(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             if kept[layer.path]:
-                layer.cumulative.compare(kept[layer.path].pop(0), _numbers(result))
+                layer.cumulative.compare(kept[layer.path].pop(0), numbers(result))
 
         return hook
 

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import draft_of
 from ...passes.note import annotated
-from ...passes.recipes import Recipe
-from ...passes.rules import Rule
 from ..algorithms.calibration import Batches, hooked
-from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Site, Step, plan
-from .sensitivity import Choice, Reached, Sensitivity, none_fits
+from ..module_scope import Site, Step
+from ..outputs import first_output
+from .sensitivity import Choice, Reached, Sensitivity, none_fits, planned
 
 
 def trace_sensitivity(
@@ -49,7 +47,7 @@ def trace_sensitivity(
     if not batches or draws < 1:
         raise BitfoldError("a trace is estimated on one batch and one draw at least")
     texts = list(dict.fromkeys(str(format(one)) for one in formats))
-    plans = {text: plan(model, _uniform(text), stored={}).sites for text in texts}
+    plans = {text: planned(model, text).sites for text in texts}
     reached = Reached(site for sites in plans.values() for site in sites)
     modules = {site.path: site.module for sites in plans.values() for site in sites}
     weights = {path: _weight(module) for path, module in modules.items()}
@@ -125,7 +123,3 @@ def _trainable(weights: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for weight, asked in before:
             weight.requires_grad_(asked)
-
-
-def _uniform(text: str) -> Recipe:
-    return Recipe(text, (Rule(weight=text, on_misfit="report"),))

@@ -15,7 +15,7 @@ import bitfold as bf
 from bitfold.codegen.device import device
 from bitfold.lowering.folded import Folded
 from bitfold.lowering.search.sensitivity import sensitivity
-from bitfold.lowering.search.times import measured, modeled
+from bitfold.lowering.search.times import measure_times, model_times
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
 
@@ -62,14 +62,14 @@ def test_a_layer_that_the_first_batch_does_not_reach_takes_no_time() -> None:
 
 def test_formats_that_fit_no_layer_take_no_time() -> None:
     torch.manual_seed(0)
-    times = measured(Unequal().eval(), data(), ("int8[g128]", "int4[g32]"), repeats=1)
+    times = measure_times(Unequal().eval(), data(), ("int8[g128]", "int4[g32]"), repeats=1)
     assert {text for _, text in times.layers} == {"int4[g32]"}
 
 
 def test_a_gpus_times_are_of_every_layer_whatever_fits_first() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
-    times = modeled(model, [torch.randn(4, 256)], ("int8[g128]", "int4[g32]"), card=device("NVIDIA H200"))
+    times = model_times(model, [torch.randn(4, 256)], ("int8[g128]", "int4[g32]"), card=device("NVIDIA H200"))
     assert set(times.layers) == {("0", "int8[g128]"), ("0", "int4[g32]"), ("2", "int4[g32]")}
     assert min(times.layers.values()) > 0
 
