@@ -36,8 +36,20 @@ def numbers(result: Any) -> list[Tensor]:
 
 def divergence(exact: Tensor, found: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the softmax of the last dimension, the mean over the others, in nats."""
+    check_predictions(exact)
     before, after = exact.float().log_softmax(-1), found.float().log_softmax(-1)
     # What both mask by -inf is the same prediction, and not the difference of two infinities.
     masked = (before == -math.inf) & (after == -math.inf)
     before, after = before.masked_fill(masked, 0.0), after.masked_fill(masked, 0.0)
-    return F.kl_div(after.flatten(0, -2), before.flatten(0, -2), reduction="batchmean", log_target=True)
+    rows = (-1, exact.shape[-1])
+    return F.kl_div(after.reshape(rows), before.reshape(rows), reduction="batchmean", log_target=True)
+
+
+def check_predictions(output: Tensor) -> None:
+    """BitfoldError for an output whose last dimension has one number: every softmax of it is 1, and no
+    rounding would seem to cost anything."""
+    if output.ndim == 0 or output.shape[-1] == 1:
+        raise BitfoldError(
+            f"an output of shape {list(output.shape)} holds no predictions whose divergence could be taken; "
+            "give another measure (loss= of bf.search, aim=result of tune)"
+        )

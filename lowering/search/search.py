@@ -31,9 +31,11 @@ from torch import nn
 
 from ...formats import BitfoldError
 from ...passes.recipes import Recipe
+from ..algorithms.calibration import Batches
 from ..given_model import module_of
 from ..module_scope import Step
 from ..outputs import divergence
+from ..parameters import check_parameters
 from .integer_program import check_time, fewest_losses, fewest_losses_in_time, scipy
 from .sensitivity import Loss, Sensitivity, sensitivity
 from .smallest import smallest
@@ -54,7 +56,7 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """ "4.2 bits", "40 ms" or "0.5% perplexity". Raises BitfoldError for anything else."""
-        pattern = r"\s*(\d+(?:\.\d+)?)\s*(bits|ms|us|%\s*perplexity)\s*"
+        pattern = r"\s*([0-9]+(?:\.[0-9]+)?)\s*(bits|ms|us|%\s*perplexity)\s*"
         found = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if found is None or float(found[1]) <= 0:
             raise BitfoldError(
@@ -94,12 +96,17 @@ def search(
     """
     wanted = Budget.parse(budget)
     model = module_of(model, "bf.search")
+    check_parameters(model)
+    _check(formats, loss, table, times)
     scipy()
-    batches = list(data)
+    Batches(data, None)  # a tensor is one batch, and would be taken apart into rows
+    batches = [] if data is None else list(data)
+    if table is not None:
+        table.check_of(model)
     if wanted.kind == "seconds":  # first, being done sooner than the table of losses
         times = times or _times(model, batches, formats)
         check_time(times, times.fastest, wanted.amount)
-    found = table or _table(model, batches, formats, loss, by, progress)
+    found = _table(model, batches, formats, loss, by, progress) if table is None else table
     name = f"search {budget}"
     if wanted.kind == "bits":
         return found.recipe(fewest_losses(found, wanted.amount), name)
@@ -107,6 +114,17 @@ def search(
         chosen = fewest_losses_in_time(found, times, wanted.amount)
         return found.recipe(chosen, name, f"; {1e3 * times.total(chosen):.3g} ms ({times.about})")
     return smallest(model, batches, found, wanted.amount, name, loss or divergence, progress)
+
+
+def _check(formats: Any, loss: Any, table: Any, times: Any) -> None:
+    """BitfoldError for arguments of another kind."""
+    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
+        raise BitfoldError(f"formats is a list of formats such as ['int8', 'int4[g32]'], not {formats!r}")
+    for name, given, kind in (("table", table, Sensitivity), ("times", times, Times)):
+        if given is not None and not isinstance(given, kind):
+            raise BitfoldError(f"{name} is a {kind.__name__}, not a {type(given).__name__}")
+    if loss is not None and not callable(loss):
+        raise BitfoldError(f"loss is a function of (float output, output), not {loss!r}")
 
 
 def _table(

@@ -38,6 +38,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of the float model, output) -> a scalar, 0 where they agree."""
 
 
+def lost(loss: Loss, exact: Tensor, found: Tensor) -> float:
+    """What a loss says of two outputs. Raises BitfoldError if that is no number."""
+    value = loss(exact, found)
+    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    if not one:
+        what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise BitfoldError(f"loss= takes (float output, output) and returns one number, not {what}")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Choice:
     """One format for one layer: bits that its weight takes, and the loss that it brings."""
@@ -68,6 +78,19 @@ class Sensitivity:
         if found is None:
             raise BitfoldError(f"layer {layer!r} was not measured in {text}")
         return found.loss
+
+    def check_of(self, model: nn.Module) -> None:
+        """BitfoldError unless this was measured on such a model: one that has these layers, as large."""
+        modules = dict(model.named_modules())
+        for layer, count in self.numel.items():
+            held = modules[layer].parameters() if layer in modules else ()
+            if sum(parameter.numel() for parameter in held) < count:
+                raise BitfoldError(
+                    f"the table is of another model: it has a layer {layer!r} of {count} numbers, and this "
+                    f"{type(model).__name__} has not; measure the table anew"
+                )
+        if not self.choices:
+            raise BitfoldError("the table has no layers; measure it anew")
 
     def recipe(self, chosen: Sequence[Choice], name: str, more: str = "") -> Recipe:
         """A rule for each layer, those of the commonest format by one rule before them. `more`: said of it,
@@ -114,10 +137,7 @@ def sensitivity(
     reached = Reached(site for _, found in plans for site in found.sites)
     with hooked(model, {}):
         with hooked(model, reached.hooks):
-            exact = [first_output(model, batch) for batch in batches]
-        spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)
-        if spoilt is not None:
-            raise BitfoldError(f"the float model's output for {spoilt.name} has NaN in it; leave it out")
+            exact = [float_output(model, batch) for batch in batches]
         unreached = reached.warn_of_others()
         apart = loss or divergence
         choices, numel = [], {}
@@ -132,10 +152,23 @@ def sensitivity(
                 choices.append(Choice(site.path, text, bits, brought))
     if not numel:
         raise BitfoldError(none_fits(model, formats))
-    lost = sorted(set(numel) - {choice.layer for choice in choices})
-    if lost:
-        raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {lost[0]} is not finite")
+    endless = sorted(set(numel) - {choice.layer for choice in choices})
+    if endless:
+        raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {endless[0]} is not finite")
     return Sensitivity(tuple(choices), numel, unreached)
+
+
+def float_output(model: nn.Module, batch: Batch) -> Tensor:
+    """What the float model gives. Raises BitfoldError for NaN, naming a parameter that has it, if one has."""
+    output = first_output(model, batch)
+    if bool(output.isnan().any()):
+        held = model.named_parameters()
+        spoilt = next((name for name, one in held if not bool(one.isfinite().all())), None)
+        raise BitfoldError(
+            f"the float model's output for {batch.name} has NaN in it; "
+            + ("leave it out" if spoilt is None else f"so has {spoilt}, or infinity; mend the weights first")
+        )
+    return output
 
 
 def percent(loss: float) -> str:
@@ -206,7 +239,7 @@ def _brought(
     with Swaps() as swaps:
         swaps.put(site)
         for batch, before in zip(batches, exact, strict=True):
-            total += float(loss(before, first_output(model, batch)))
+            total += lost(loss, before, first_output(model, batch))
     for node, _ in annotated(site.gm):
         node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
     return total / len(batches)

@@ -29,7 +29,7 @@ from ..module_scope import Step, plan
 from ..outputs import first_output
 from ..swaps import Swaps
 from .integer_program import bits_of, fewest_bits, fewest_losses, finest
-from .sensitivity import Choice, Loss, Sensitivity, percent, round_site
+from .sensitivity import Choice, Loss, Sensitivity, lost, percent, round_site
 
 _RUNS = 12
 _SCALED = 3  # runs whose size the losses say; after them sizes are halved
@@ -49,32 +49,36 @@ def smallest(
     rounded one on all of `data` up to twelve times. Raises BitfoldError if the finest recipe loses more."""
     runs = _Runs(model, data, table, name, loss, progress)
     most, held = math.log1p(share), finest(table)
-    if not runs.loss(held) <= most:
+    if not math.isfinite(runs.loss(held)):
+        raise BitfoldError("with the finest format for each layer the model's loss is not finite")
+    if runs.loss(held) > most:
         raise BitfoldError(
             f"the finest formats for each layer lose {percent(runs.loss(held))} together, more than "
             f"{percent(most)}; add finer ones"
         )
+    ends = [sum(pick(c.loss for c in table.of(layer)) for layer in table.numel) for pick in (min, max)]
     least = bits_of(table, (min(table.of(layer), key=lambda one: one.bits) for layer in table.numel))
     low, high, bound = least - _APART / 2, bits_of(table, held), most
     while high - low > _APART and len(runs.seen) < _RUNS:
-        size = (low + high) / 2
-        chosen = fewest_bits(table, max(bound, sum(choice.loss for choice in finest(table))))
-        if len(runs.seen) <= _SCALED and low < bits_of(table, chosen) < high:
-            size = bits_of(table, chosen)
-        else:
+        chosen = fewest_bits(table, min(max(bound, ends[0]), ends[1]))
+        size = bits_of(table, chosen)
+        if len(runs.seen) > _SCALED or not low < size < high:
+            size = (low + high) / 2
             chosen = _smallest_of_front(table, max(size, least))
-        if runs.loss(chosen) <= most:
+        seen = runs.loss(chosen)
+        if seen <= most:
             held, high = chosen, bits_of(table, chosen)
         else:
             low = size
-        bound = most * sum(choice.loss for choice in chosen) / max(runs.loss(chosen), 1e-30)
+        if math.isfinite(seen):
+            bound = most * sum(choice.loss for choice in chosen) / max(seen, 1e-30)
     return table.recipe(held, name, runs.about(held, high - low))
 
 
 def _smallest_of_front(table: Sensitivity, bits: float) -> list[Choice]:
     """The least sum of losses within so many bits a weight, in as few of them as do."""
     best = sum(choice.loss for choice in fewest_losses(table, bits + 1e-9))
-    return fewest_bits(table, best * (1 + 1e-9))
+    return fewest_bits(table, best + 1e-9 * abs(best))
 
 
 @dataclass
@@ -103,8 +107,10 @@ class _Runs:
     def about(self, held: Sequence[Choice], apart: float) -> str:
         """Behind the bits and losses of the recipe that was found."""
         found = f"; {percent(self.loss(held))} of perplexity, run as a whole"
-        if _formats(held) == _formats(finest(self.table)):
-            return f"{found}; the finest format of each layer: {len(self.seen) - 1} smaller recipes lost more"
+        others = len(self.seen) - 1
+        if others and _formats(held) == _formats(finest(self.table)):
+            said = "smaller recipe" if others == 1 else "smaller recipes"
+            return f"{found}; the finest format of each layer: {others} {said} lost more"
         return found + ("" if apart <= _APART else f"; ended after {_RUNS} recipes, {apart:.2f} bits apart")
 
 
@@ -125,7 +131,7 @@ def rounded_loss(model: nn.Module, recipe: Recipe, data: Sequence[Any], loss: Lo
         for batch in Batches(data, None):
             with swaps.lifted():
                 exact = first_output(model, batch)
-            total += float(loss(exact, first_output(model, batch)))
+            total += lost(loss, exact, first_output(model, batch))
             count += 1
             del exact  # before the next one is made
     return total / count

@@ -27,8 +27,8 @@ from ...passes.note import annotated
 from ..algorithms.calibration import Batches, hooked
 from ..given_model import module_of
 from ..module_scope import Site, Step
-from ..outputs import first_output
-from .sensitivity import Choice, Reached, Sensitivity, none_fits, planned
+from ..outputs import check_predictions
+from .sensitivity import Choice, Reached, Sensitivity, float_output, none_fits, planned
 
 
 def trace_sensitivity(
@@ -76,7 +76,9 @@ def _squares(
 ) -> dict[str, float]:
     """One draw: trace(H) of the mean over rows, for each layer."""
     with torch.enable_grad():
-        rows = first_output(model, batch).float().flatten(0, -2).log_softmax(-1)
+        result = float_output(model, batch)
+        check_predictions(result)
+        rows = result.float().reshape(-1, result.shape[-1]).log_softmax(-1)
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()

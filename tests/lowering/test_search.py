@@ -12,6 +12,7 @@ import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,6 +132,51 @@ def test_budgets_parse() -> None:
     for text in ("4.2", "bits", "-1 bits", "0 bits", "40 s", "0.5 perplexity", 4):
         with pytest.raises(bf.BitfoldError, match="a budget is text such as"):
             Budget.parse(text)  # type: ignore[arg-type]
+
+
+def spoilt(model: nn.Module) -> nn.Module:
+    model.first.weight.data[0, 0] = math.nan  # type: ignore[union-attr, operator, index]
+    return model
+
+
+NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "no formats": ({"formats": ()}, r"formats is a list of formats such as .* not \(\)"),
+    "one format": ({"formats": "int4"}, "formats is a list of formats such as .* not 'int4'"),
+    "no data": ({"data": None}, "no batches to measure"),
+    "a batch for data": ({"data": torch.randn(4, 64)}, "calibration is a Tensor; give a list"),
+    "another table": ({"table": table()}, "the table is of another model: it has a layer 'layer0' of 1000"),
+    "an empty table": ({"table": Sensitivity((), {})}, "the table has no layers"),
+    "no table": ({"table": {}}, "table is a Sensitivity, not a dict"),
+    "no times": ({"times": {}, "budget": "4 ms"}, "times is a Times, not a dict"),
+    "no loss": ({"loss": "kl"}, "loss is a function of .* not 'kl'"),
+    "no number": ({"loss": lambda exact, found: found - exact}, r"returns one number, not \[32, 32\]"),
+    "no weights": ({"model": unequal().to("meta")}, "on the meta device"),
+    "a weight with NaN": ({"model": spoilt(unequal())}, r"has NaN in it; so has first\.weight"),
+    "one output": (
+        {"model": nn.Sequential(unequal(), nn.Linear(32, 1))},
+        r"an output of shape \[32, 1\] holds no predictions",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["measured", "trace"])
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_said(case: str, by: str, data: list[Tensor]) -> None:
+    more, said = NONSENSE[case]
+    if by == "trace" and "loss" in more:
+        return
+    given = {"model": unequal(), "data": data, "budget": "4.5 bits", "formats": FORMATS, "by": by} | more
+    with pytest.raises(
+        bf.BitfoldError, match=said if "batches" not in said or by == "measured" else "one batch"
+    ):
+        bf.search(given.pop("model"), given.pop("data"), **given)
+
+
+def test_an_output_of_one_dimension_is_one_row(model: nn.Module, data: list[Tensor]) -> None:
+    one = sensitivity(model, [data[0][:1]], FORMATS)
+    flat = sensitivity(model, [data[0][0]], FORMATS)
+    for a, b in zip(one.choices, flat.choices, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
 
 
 def test_no_data_is_said(model: nn.Module) -> None:
