@@ -34,7 +34,7 @@ from torch import Tensor
 
 import bitfold as bf
 from bitfold.lowering.outputs import divergence
-from bitfold.lowering.search.integer_program import fewest_losses_in_time, pareto
+from bitfold.lowering.search.integer_program import bits_of, fewest_losses_in_time, pareto
 from bitfold.lowering.search.sensitivity import Choice, Sensitivity, sensitivity
 from bitfold.lowering.search.times import measure_times
 from bitfold.lowering.search.trace import trace_sensitivity
@@ -69,26 +69,29 @@ def judged(model: Any, exact: Any, recipe: Recipe, text: Tensor) -> tuple[float,
 
 
 def uniform(table: Sensitivity, text: str) -> list[Choice]:
-    """The choices of one format; a layer that it does not fit has the finest of the same element."""
+    """The choices of one format, of the layers that it fits."""
     return [choice for choice in table.choices if choice.format == text]
 
 
 def sizes(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None:
     data = [(piece,) for piece in windows(given.data, "train", given.windows).split(8)]
     text = windows(given.data, "validation", given.judge)
-    total = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    record["asked"] = {"windows": given.windows, "judge": given.judge, "formats": list(FORMATS)}
     tables = {}
     for name, make in (("measured", sensitivity), ("trace", trace_sensitivity)):
         parts = [_kept(given, f"{name}, {fmt}", partial(make, model, data, (fmt,))) for fmt in FORMATS]
         choices = [Choice(**choice) for part in parts for choice in part["choices"]]
-        tables[name] = Sensitivity(tuple(choices), parts[0]["numel"])
+        numel = {layer: count for part in parts for layer, count in part["numel"].items()}
+        tables[name] = Sensitivity(tuple(choices), numel)
         record["seconds"][name] = round(sum(part["seconds"] for part in parts), 1)
     points = {}
     for fmt in UNIFORM:
         chosen = uniform(tables["measured"], fmt)
-        if sum(tables["measured"].numel[c.layer] for c in chosen) != total:
+        left_out = set(tables["measured"].numel) - {choice.layer for choice in chosen}
+        if left_out:
+            print(f"{fmt}: no row, since it does not fit {', '.join(sorted(left_out))}", flush=True)
             continue
-        bits = sum(choice.bits for choice in chosen) / total
+        bits = bits_of(tables["measured"], chosen)
         points[fmt] = bits, sum(choice.loss for choice in chosen)
         row = {"format": fmt, "bits": bits, "uniform": judged(model, model, Recipe.parse(fmt), text)}
         for name, table in tables.items():
