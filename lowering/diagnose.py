@@ -31,9 +31,12 @@ from torch import Tensor, nn
 from ..formats import BitfoldError
 from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
-from .given_model import module_of
-from .outputs import first_output, numbers
+from .given_model import is_graph, module_of
+from .outputs import first_output, float_output, numbers
 from .signal_to_noise import Ratio
+
+NO_NUMBER = "no number"
+"""Said of a ratio where the quantized layer, or model, gives NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class LayerLoss:
     cumulative: float
     alone: float = math.nan
     reached: bool = True
+
+    @property
+    def by_itself(self) -> str:
+        """`isolated` as a table has it."""
+        return (decibel(self.isolated) or NO_NUMBER) if self.reached else "not reached"
 
 
 @dataclass(frozen=True)
@@ -64,9 +72,7 @@ class Diagnosis:
     def __str__(self) -> str:
         head = ("layer", "format", "isolated", "cumulative", "alone")
         rows = [
-            (one.path, one.format, *map(decibel, (one.isolated, one.cumulative, one.alone)))
-            if one.reached
-            else (one.path, one.format, "not reached", "", "")
+            (one.path, one.format, one.by_itself, decibel(one.cumulative), decibel(one.alone))
             for one in self.worst()
         ]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -74,7 +80,7 @@ class Diagnosis:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (head, *rows)
         ]
-        return "\n".join([*lines, f"the model's output: {decibel(self.output)}"])
+        return "\n".join([*lines, f"the model's output: {decibel(self.output) or NO_NUMBER}"])
 
 
 def _rank(layer: LayerLoss) -> tuple[bool, float]:
@@ -186,6 +192,15 @@ def _paired(model: nn.Module, quantized: nn.Module) -> list[_Layer]:
             f"this {type(quantized).__name__} is one layer and no model with layers in it; put both into an "
             "nn.Sequential"
         )
+    if not found and any(isinstance(module, Folded) for module in known.values()):
+        raise BitfoldError(
+            "the first of the two models is quantized and the second is not; give the float model first"
+        )
+    if not found and is_graph(quantized):
+        raise BitfoldError(
+            "bf.diagnose compares modules, and a program's layers are operators; `bitfold explain` compares "
+            "those"
+        )
     if not found:
         name = type(quantized).__name__
         raise BitfoldError(f"no layer of this {name} is quantized; call bf.quantize first")
@@ -215,7 +230,7 @@ def _compare(
         return hook
 
     with hooked(model, {}, {layer.module: keep(layer) for layer in layers}):
-        end = first_output(model, batch)
+        end = float_output(model, batch)
     with hooked(quantized, {}, {layer.folded: against(layer) for layer in layers}):
         result = first_output(quantized, batch)
     if end.shape != result.shape:

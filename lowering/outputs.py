@@ -28,6 +28,19 @@ def first_output(model: nn.Module, batch: Batch) -> Tensor:
     return found[0]
 
 
+def float_output(model: nn.Module, batch: Batch) -> Tensor:
+    """What the float model gives. Raises BitfoldError for NaN, naming a parameter that has it, if one has."""
+    output = first_output(model, batch)
+    if bool(output.isnan().any()):
+        held = model.named_parameters()
+        spoilt = next((name for name, one in held if not bool(one.isfinite().all())), None)
+        raise BitfoldError(
+            f"the float model's output for {batch.name} has NaN in it; "
+            + ("leave it out" if spoilt is None else f"so has {spoilt}, or infinity; mend the weights first")
+        )
+    return output
+
+
 def numbers(result: Any) -> list[Tensor]:
     """The floating-point tensors in what was returned, in order."""
     leaves = pytree.tree_leaves(result)

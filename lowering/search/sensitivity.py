@@ -31,7 +31,7 @@ from ...passes.rules import Rule, exactly
 from ..algorithms.calibration import Batch, Batches, hooked
 from ..given_model import module_of
 from ..module_scope import Plan, Site, Step, plan
-from ..outputs import divergence, first_output
+from ..outputs import divergence, first_output, float_output
 from ..swaps import Swaps
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -156,19 +156,6 @@ def sensitivity(
     if endless:
         raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {endless[0]} is not finite")
     return Sensitivity(tuple(choices), numel, unreached)
-
-
-def float_output(model: nn.Module, batch: Batch) -> Tensor:
-    """What the float model gives. Raises BitfoldError for NaN, naming a parameter that has it, if one has."""
-    output = first_output(model, batch)
-    if bool(output.isnan().any()):
-        held = model.named_parameters()
-        spoilt = next((name for name, one in held if not bool(one.isfinite().all())), None)
-        raise BitfoldError(
-            f"the float model's output for {batch.name} has NaN in it; "
-            + ("leave it out" if spoilt is None else f"so has {spoilt}, or infinity; mend the weights first")
-        )
-    return output
 
 
 def percent(loss: float) -> str:

@@ -27,8 +27,8 @@ from ...passes.note import annotated
 from ..algorithms.calibration import Batches, hooked
 from ..given_model import module_of
 from ..module_scope import Site, Step
-from ..outputs import check_predictions
-from .sensitivity import Choice, Reached, Sensitivity, float_output, none_fits, planned
+from ..outputs import check_predictions, float_output
+from .sensitivity import Choice, Reached, Sensitivity, none_fits, planned
 
 
 def trace_sensitivity(
