@@ -42,7 +42,10 @@ def fewest_bits(table: Sensitivity, loss: float) -> list[Choice]:
 
 def fewest_losses_in_time(table: Sensitivity, times: Times, seconds: float) -> list[Choice]:
     """One choice a layer: the least sum of losses within so many seconds of the whole model."""
-    each = {choice: times.of(choice.layer, choice.format) for choice in table.choices}
+    each = {
+        choice: sum(times.of(one.layer, one.format) for one in table.everywhere([choice]))
+        for choice in table.choices
+    }
     least = times.rest + sum(min(each[choice] for choice in table.of(layer)) for layer in table.numel)
     check_time(times, least, seconds)
     losses = [choice.loss for choice in table.choices]

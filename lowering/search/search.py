@@ -112,7 +112,9 @@ def search(
         return found.recipe(fewest_losses(found, wanted.amount), name)
     if wanted.kind == "seconds" and times is not None:
         chosen = fewest_losses_in_time(found, times, wanted.amount)
-        return found.recipe(chosen, name, f"; {1e3 * times.total(chosen):.3g} ms ({times.about})")
+        return found.recipe(
+            chosen, name, f"; {1e3 * times.total(found.everywhere(chosen)):.3g} ms ({times.about})"
+        )
     return smallest(model, batches, found, wanted.amount, name, loss or divergence, progress)
 
 

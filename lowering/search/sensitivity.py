@@ -15,24 +15,24 @@ first order, what its cross-entropy rises by, with far less noise. `loss=` gives
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError, format
-from ...passes.algorithms.draft import DRAFT, draft_of
+from ...passes.algorithms.draft import DRAFT
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
 from ..algorithms.calibration import Batch, Batches, hooked
 from ..given_model import module_of
-from ..module_scope import Plan, Site, Step, plan
+from ..module_scope import Site, Step
 from ..outputs import divergence, first_output, float_output
 from ..swaps import Swaps
+from .layers import Reached, none_fits, one_weight, planned, round_site, tied
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of the float model, output) -> a scalar, 0 where they agree."""
@@ -61,15 +61,25 @@ class Choice:
 @dataclass(frozen=True)
 class Sensitivity:
     """Every choice that was measured. `numel`: numbers in each layer's weight; `unreached`: the layers that
-    the data do not reach, of which nothing is known: a recipe leaves them as they are."""
+    the data do not reach, of which nothing is known: a recipe leaves them as they are; `tied`: the other
+    layers that read a layer's weight, which is stored once: they have one choice, under the first's path."""
 
     choices: tuple[Choice, ...]
     numel: dict[str, int]
     unreached: tuple[str, ...] = ()
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, layer: str) -> tuple[Choice, ...]:
         """The choices that one layer has."""
         return tuple(choice for choice in self.choices if choice.layer == layer)
+
+    def everywhere(self, chosen: Iterable[Choice]) -> list[Choice]:
+        """The choices of all layers, those of tied ones under each path."""
+        return [
+            replace(choice, layer=path)
+            for choice in chosen
+            for path in (choice.layer, *self.tied.get(choice.layer, ()))
+        ]
 
     def loss(self, layer: str, fmt: str) -> float:
         """Raises BitfoldError for what was not measured."""
@@ -102,7 +112,7 @@ class Sensitivity:
         rules = [Rule(weight=common, on_misfit="report")]
         rules += [
             Rule(match=exactly(choice.layer), weight=choice.format)
-            for choice in chosen
+            for choice in self.everywhere(chosen)
             if choice.format != common
         ]
         rules += [Rule(match=exactly(layer), skip="the data do not reach it") for layer in self.unreached]
@@ -141,21 +151,21 @@ def sensitivity(
         unreached = reached.warn_of_others()
         apart = loss or divergence
         choices, numel = [], {}
-        sites = [(text, site) for text, found in plans for site in reached.of(found.sites)]
-        for done, (text, site) in enumerate(sites):
+        groups = [(text, group) for text, found in plans for group in one_weight(reached.of(found.sites))]
+        for done, (text, group) in enumerate(groups):
+            path = group[0].path
             if progress is not None:
-                progress(f"{site.path} in {text}", done, len(sites))
-            bits, count = round_site(site)
-            numel[site.path] = count
-            brought = _brought(model, site, batches, exact, apart)
+                progress(f"{path} in {text}", done, len(groups))
+            (bits, numel[path]), *_ = map(round_site, group)
+            brought = _brought(model, group, batches, exact, apart)
             if math.isfinite(brought):  # a format that overflows is no choice
-                choices.append(Choice(site.path, text, bits, brought))
+                choices.append(Choice(path, text, bits, brought))
     if not numel:
         raise BitfoldError(none_fits(model, formats))
     endless = sorted(set(numel) - {choice.layer for choice in choices})
     if endless:
         raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {endless[0]} is not finite")
-    return Sensitivity(tuple(choices), numel, unreached)
+    return Sensitivity(tuple(choices), numel, unreached, tied(group for _, group in groups))
 
 
 def percent(loss: float) -> str:
@@ -163,70 +173,16 @@ def percent(loss: float) -> str:
     return f"{100 * math.expm1(loss):.3g}%"
 
 
-def none_fits(model: nn.Module, formats: Sequence[str]) -> str:
-    """Why there is nothing to choose from."""
-    return f"none of {', '.join(formats)} fits a linear of this {type(model).__name__} that the data reach"
-
-
-class Reached:
-    """Which of some layers run while `hooks` are on a model."""
-
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self.paths = {site.module: site.path for site in sites}
-        self.seen: set[nn.Module] = set()
-        self.hooks = dict.fromkeys(self.paths, self._note)
-
-    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen.add(module)
-
-    def of(self, sites: Iterable[Site]) -> list[Site]:
-        """Those that have run."""
-        return [site for site in sites if site.module in self.seen]
-
-    def warn_of_others(self) -> tuple[str, ...]:
-        """The paths of the others. A layer that never runs would cost nothing in the smallest format."""
-        others = tuple(path for module, path in self.paths.items() if module not in self.seen)
-        if others:
-            warnings.warn(
-                f"no batch reaches layer {', '.join(others)}, so nothing is known of what its rounding "
-                "costs, and the recipe leaves it alone; give batches that reach it",
-                stacklevel=3,
-            )
-        return others
-
-
-def planned(model: nn.Module, text: str) -> Plan:
-    """The layers that take a format, of all linears."""
-    return plan(model, everywhere(text), stored={})
-
-
-def everywhere(text: str) -> Recipe:
-    """One format for every linear that it fits."""
-    return Recipe(text, (Rule(weight=text, on_misfit="report"),))
-
-
-def round_site(site: Site) -> tuple[float, int]:
-    """Put rounded codes on the site's anchors; the bits they take and the numbers they stand for."""
-    bits, count = 0.0, 0
-    for node, note in annotated(site.gm):
-        draft = draft_of(site.gm, node, note)
-        if draft is None or not note.weight:
-            continue
-        fmt = format(note.weight)
-        node.meta[DRAFT] = draft.quantized(fmt)
-        bits += fmt.bits_per_element(draft.weight.shape) * draft.weight.numel()
-        count += draft.weight.numel()
-    return bits, count
-
-
 def _brought(
-    model: nn.Module, site: Site, batches: Sequence[Batch], exact: Sequence[Tensor], loss: Loss
+    model: nn.Module, group: Sequence[Site], batches: Sequence[Batch], exact: Sequence[Tensor], loss: Loss
 ) -> float:
     total = 0.0
     with Swaps() as swaps:
-        swaps.put(site)
+        for site in group:
+            swaps.put(site)
         for batch, before in zip(batches, exact, strict=True):
             total += lost(loss, before, first_output(model, batch))
-    for node, _ in annotated(site.gm):
-        node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
+    for site in group:
+        for node, _ in annotated(site.gm):
+            node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
     return total / len(batches)

@@ -29,7 +29,8 @@ from ..module_scope import Step, plan
 from ..outputs import first_output
 from ..swaps import Swaps
 from .integer_program import bits_of, fewest_bits, fewest_losses, finest
-from .sensitivity import Choice, Loss, Sensitivity, lost, percent, round_site
+from .layers import round_site
+from .sensitivity import Choice, Loss, Sensitivity, lost, percent
 
 _RUNS = 12
 _SCALED = 3  # runs whose size the losses say; after them sizes are halved

@@ -36,7 +36,8 @@ from ...passes.note import annotated
 from ..algorithms.calibration import Batch, Batches, hooked
 from ..module_scope import Site
 from ..quantize import quantize
-from .sensitivity import Choice, everywhere, planned
+from .layers import everywhere, planned
+from .sensitivity import Choice
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from ..algorithms.calibration import Batches, hooked
 from ..given_model import module_of
 from ..module_scope import Site, Step
 from ..outputs import check_predictions, float_output
-from .sensitivity import Choice, Reached, Sensitivity, none_fits, planned
+from .layers import Reached, none_fits, one_weight, planned, tied
+from .sensitivity import Choice, Sensitivity
 
 
 def trace_sensitivity(
@@ -61,14 +62,14 @@ def trace_sensitivity(
                 for path, value in _squares(model, batch, weights, generator).items():
                     traces[path] += value / (len(batches) * draws)
     choices, numel = [], {}
-    for text, sites in plans.items():
-        for site in reached.of(sites):
-            bits, moved, count = _moved(site, text)
-            numel[site.path] = count
-            choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
+    groups = [(text, group) for text, sites in plans.items() for group in one_weight(reached.of(sites))]
+    for text, (site, *_) in groups:
+        bits, moved, count = _moved(site, text)
+        numel[site.path] = count
+        choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
     if not numel:
         raise BitfoldError(none_fits(model, formats))
-    return Sensitivity(tuple(choices), numel, reached.warn_of_others())
+    return Sensitivity(tuple(choices), numel, reached.warn_of_others(), tied(group for _, group in groups))
 
 
 def _squares(
