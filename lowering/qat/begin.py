@@ -34,7 +34,7 @@ COUNTED = "_bitfold_counted"
 
 def begin_scales(found: Iterable[tuple[nn.Module, Qat]]) -> None:
     """Choose the learned scales of weights again where the warmup is over as of this step."""
-    learning = ((module, how) for module, how in found if how.warmup and Gradient.parse(how.weight).learns)
+    learning = ((module, how) for module, how in found if how.warmup and how.weight.learns)
     clocks = [(module, how, module._buffers.get(CLOCK)) for module, how in learning]
     waiting = [(module, how, clock) for module, how, clock in clocks if clock is not None]
     if not waiting:

@@ -36,6 +36,7 @@ from ..quantize import Scope, calibrate_sites, check_found, check_scope, recorde
 from ..report import ATTRIBUTE
 from ..tracing import TRACING
 from .distill import Distill, Teacher, dismiss, teach
+from .kernels import check_kernels
 from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
 from .options import Qat
 from .prepared import (
@@ -257,6 +258,7 @@ class _Made:
             del self.norms[site.path]
             reason = "what the convolution gives is rounded before batch norm reads it"
             self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
+        self.misses += check_kernels(site.gm)
         share_learned(site.gm, self.shared)
         own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
         own |= {f"{PREFIX}.{name}" for name in NAMES}
@@ -366,11 +368,9 @@ def _seen(gm: GraphModule) -> set[str]:
 def train_pass(how: Qat, *, ranged: bool = False, loaded: bool = False) -> TrainQuantizers:
     """The pass that these options ask for. ranged: ranges are known elsewhere, so that observers may have
     seen nothing; loaded: all numbers are, and none need be searched for."""
-    weight: Any = how.weight
-    activation: Any = how.activation
     return TrainQuantizers(
-        weight,
-        activation,
+        how.weight,
+        how.activation,
         warmup=how.warmup,
         observe=bool(how.observe),
         ranged=ranged or loaded,
@@ -389,7 +389,7 @@ def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None
             source = source.args[0].args[0]
         chain = expression(gm, source)
         assert chain is not None, f"{node.name} reads no parameter"
-        for part in node.args[3]:
+        for which, part in enumerate(node.args[3]):
             name = str(part.target)
-            key = (id(chain.parameter), chain.text, node.args[1:3], name.rpartition("_")[2])
+            key = (id(chain.parameter), chain.text, node.args[1:3], which)
             gm._parameters[name] = shared.setdefault(key, gm.get_parameter(name))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
-from ...formats.gradient import Gradient
 from ...passes import CaptureError, Fold, Pass, Pipeline, capture
+from ...passes import state as state_of
 from ...passes.annotate import Annotate
 from ...passes.edges import first_calibrated
 from ...passes.observing.calibrate import calibrate
@@ -41,6 +41,7 @@ from ..kv_cache.quantize import speaks_of_caches
 from ..module_scope import Step
 from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
+from .kernels import check_kernels
 from .norms import norm_pass
 from .options import Qat
 from .prepare import share_learned, train_pass
@@ -143,10 +144,11 @@ def prepare_program(
     if how.fold_norm:
         Pipeline([norm_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if cached:
-        caches = TrainCache(str(recipe), Gradient.parse(how.activation), how.warmup)
+        caches = TrainCache(str(recipe), how.activation, how.warmup)
         if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
             raise BitfoldError(f"recipe {recipe.name!r} found no cache and no attention that it can round")
         gm.meta[CACHES] = str(recipe)
+    state_of(gm).misses += check_kernels(gm)
     share_learned(gm, {})
     gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...formats import BitfoldError, Format, FormatError, format, learned
+from ...formats import BitfoldError, Format, FormatError, format
 from ...formats.gradient import Gradient
 from ..algorithms.clip import Clip
 from ..constants import add_constant, constant, erase_dead_constants, expression
@@ -92,7 +92,7 @@ class TrainQuantizers(Pass):
                 if not text or (which != "weight" and not note.observer):
                     continue
                 try:
-                    learned.check(format(text), gradient)
+                    gradient.check(format(text))
                 except FormatError as error:
                     raise BitfoldError(f"the {which} of layer {note.layer}: {error}") from error
 
@@ -184,12 +184,7 @@ def _unseen(gradient: Gradient) -> Observer:
 def learned_start(fmt: Format, gradient: Gradient, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
     """The learned numbers that a weight begins with, as `gradient` holds them."""
     with torch.no_grad():
-        return _as_held(fmt, gradient, first_scales(fmt, numbers, clip))
-
-
-def _as_held(fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    step, *low = learned.learned(fmt, start)
-    return (step * learned.end(fmt.element),) if gradient.kind == "pact" else (step, *low)
+        return gradient.estimator.start(fmt, first_scales(fmt, numbers, clip))
 
 
 def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
@@ -211,8 +206,8 @@ def _numbers(gm: GraphModule, source: Node) -> Tensor:
 def _learned(
     gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
 ) -> list[Node]:
-    names = ("end",) if gradient.kind == "pact" else ("step", "low")
-    parts = zip(names, _as_held(fmt, gradient, start), strict=False)
+    learns = gradient.estimator
+    parts = zip(learns.names(fmt), learns.start(fmt, start), strict=True)
     return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
 
 

@@ -103,12 +103,11 @@ def _settle(gm: GraphModule, node: Node) -> None:
             state(gm).stored[key] = fmt.quantize(_numbers(gm, source), scales)
         on = replace(on, stored=key)
     elif scales is not None:
-        names = [part for part in fmt.parts if part not in ("codes", "indices")]
         layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
         label = "_".join(word for word in (layer, on.which) if word)
         made = [
             add_constant(gm, f"{label}_{name}", part, like=node)
-            for name, part in zip(names, scales, strict=True)
+            for name, part in zip(fmt.params_names, scales, strict=True)
         ]
         args = (*args, made)
     with gm.graph.inserting_before(node):
