@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.tune import Tune
-from ..diagnose import first_output
 from ..module_scope import Plan, Step
+from ..outputs import divergence, first_output
 from ..parameters import parameter_names
-from ..search.sensitivity import divergence
 from ..swaps import Swaps
 from .calibration import Batch, hooked
 from .learnable import Descent, Learnt, as_read, called, roundings
