@@ -44,6 +44,7 @@ from .calibration import Batch, hooked, in_order
 from .correct_biases import FLOAT, correct_biases
 from .float_run import recorded, within
 from .learn_block import learn_block
+from .learnable import falls_short
 from .measure import Pairs, measure, once
 from .results import Results, drafts_of
 from .rotate_model import rotate_model
@@ -95,6 +96,7 @@ def solve_sites(
     found.misses += solver.misses
     with without_cache(model):
         if algorithm.tune is not None:
+            found.misses += falls_short(algorithm.tune, found.sites)
             changes |= tune_model(algorithm.tune, model, found, batches, changes, progress)
         if algorithm.correct is not None:
             changes |= correct_biases(algorithm.correct, model, found, batches, changes)
@@ -251,6 +253,8 @@ def _solve_block(chain: Chain, place: int, sites: list[Site], solver: _Solver, b
 
         if balance.steps:
             balance.apply(chain, place, sites, swaps)
+        if solver.algorithm.learn is not None:
+            solver.misses += falls_short(solver.algorithm.learn, sites)
         solver.begin(sites)
         for group, repeated in _order(chain, place, sites):
             if solver.algorithm.measures and not solver.known(group):

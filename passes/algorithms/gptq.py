@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...formats import BitfoldError, Format
 from ...formats.fit import Columns
+from ..core import Miss
 from .columns import column_device
 from .draft import Draft
 from .solve import Solver, Task
@@ -59,6 +60,17 @@ class GPTQ(Solver):
                 "with actorder a group's columns come one here, one there, so its scales are chosen before: "
                 "use groups=static, or actorder=false"
             )
+
+    def falls_short(self, task: Task) -> Miss | None:
+        f = task.format
+        if self.groups == "static" or f.cols is None or f.cols == task.weight.shape[-1]:
+            return None  # one group: its first column is the weight's
+        static = "so groups are static"
+        if task.draft.params is not None:
+            return Miss(f"its scales are chosen already by what comes before, {static}")
+        if not _by_groups(f):
+            return Miss(f"scales of {f} depend on more than one group of one row, {static}")
+        return None
 
     def solve(self, task: Task) -> Draft:
         f, w = task.format, task.weight

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...formats import BitfoldError
 from ...formats.fit import multipliers, with_multipliers
+from ..core import Miss
 from .draft import Draft
 from .solve import Solver, Task
 
@@ -44,12 +45,21 @@ class Refit(Solver):
         if not 0 <= self.damping < math.inf:
             raise BitfoldError(f"refit takes damping of 0 or more, not {self}")
 
+    def falls_short(self, task: Task) -> Miss | None:
+        scale = task.format.scale
+        assert scale is not None
+        if scale.zero != "none":
+            return Miss(f"{task.format} has zero points, beside which scales alone are not fitted; they stay")
+        if scale.granularity.rows != 1:
+            return Miss(f"{task.format} has scales that several rows share; they stay")
+        return None
+
     def solve(self, task: Task) -> Draft:
         f, draft = task.format, task.draft
+        if self.falls_short(task) is not None:
+            return draft
         assert f.scale is not None
         grain = f.scale.granularity
-        if grain.rows != 1 or f.scale.zero != "none":
-            return draft
         if draft.values is None:
             raise BitfoldError(f"layer {task.layer}: refit wants codes that are decided; put gptq before it")
         params = draft.chosen(f)

@@ -65,7 +65,7 @@ class Solver(Pass):
     keeps_codes: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of weights decided about; the others keep plain rounding, and a miss says why."""
+        """Number of weights decided about; of the others, and of what one does not get, a miss says why."""
         made = 0
         for node, note in annotated(gm):
             if not note.weight or note.stored:
@@ -74,9 +74,17 @@ class Solver(Pass):
             if isinstance(task, Miss):
                 report(gm, node, task, asked=self.name)
                 continue
+            short = self.falls_short(task)
+            if short is not None:
+                report(gm, node, short, asked=self.name)
             node.meta[DRAFT] = self.solve(task)
-            made += 1
+            made += node.meta[DRAFT] is not task.draft
         return made
+
+    def falls_short(self, task: Task) -> Miss | None:
+        """What this weight does not get of what the options ask for, and why: some formats have no place for
+        it."""
+        return None
 
     def _task(self, gm: GraphModule, node: Node, note: Note) -> Task | Miss:
         assert note.weight is not None

@@ -67,6 +67,44 @@ def test_what_solvers_leave_is_in_the_report(batches: list[Tensor]) -> None:
     assert "no such statistics" in said(model)
 
 
+@pytest.mark.parametrize(
+    ("text", "algorithm", "sentence"),
+    [
+        ("uint4[g32,bf16,zero:int]", "gptq,refit", "has zero points"),
+        ("int4[4x32]", "gptq,refit", "refit: int4[4x32] has scales that several rows share"),
+        ("int4[g32]", "clip,gptq{actorder=false,groups=sequential}", "scales are chosen already"),
+        ("nvfp4", "gptq{actorder=false,groups=sequential}", "depend on more than one group"),
+        ("int4[4x32]", "gptq{actorder=false,groups=sequential}", "depend on more than one group"),
+        ("mxfp4", "learn{steps=1}", "learn: scales of mxfp4 are powers of two"),
+        ("uint4[g32,bf16,zero:int]", "gptq,tune{steps=1}", "tune: scales of uint4"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_in_the_report(
+    text: str, algorithm: str, sentence: str, batches: list[Tensor]
+) -> None:
+    model = bf.quantize(Model().eval(), text, algorithm=algorithm, calibration=batches, target="reference")
+    lines = [line for line in said(model).split("\n") if sentence in line]
+    assert any(line.startswith("blocks.2.down: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["gptq,refit", "gptq{actorder=false,groups=sequential}", "learn{steps=1}"]
+)
+def test_what_gets_all_is_not_in_the_report(algorithm: str, batches: list[Tensor]) -> None:
+    model = Model().eval()
+    recipe = bf.Recipe("blocks", (bf.Rule(match="blocks.*", weight="int4[g32]"),))
+    bf.quantize(model, recipe, algorithm=algorithm, calibration=batches, target="reference")
+    assert not said(model)
+
+
+def test_an_embedding_that_clip_cannot_weigh_is_in_the_report(batches: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 8)).eval()
+    recipe = bf.Recipe("both", (bf.Rule(op="embedding|linear", weight="int4[g32]"),))
+    words = [torch.randint(64, (4, 20))] * 2
+    bf.quantize(model, recipe, algorithm="clip", calibration=words, target="reference")
+    assert "0: clip: there are no statistics of what goes into it" in said(model)
+
+
 def test_ties_are_said_of_without_data_too() -> None:
     model = Model().eval()
     model.blocks[1].up.weight = model.blocks[0].up.weight
