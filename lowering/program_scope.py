@@ -28,6 +28,7 @@ from ..passes.observing.share import Share
 from ..passes.recipes import Recipe
 from .algorithms.algorithm import Algorithm
 from .algorithms.calibration import Batches
+from .algorithms.enough_data import measured, warn_of_few
 from .algorithms.measure import Gatherer, linears
 from .files.graph_data import dump
 from .folded import Canonical
@@ -103,4 +104,6 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step
             if progress is not None:
                 progress(f"measure batch {index}", index, len(batches))
             run.run(*flat_arguments(gm, index, batch))
+        if steps.measures:
+            warn_of_few(measured(gm))
     steps.solve.run(gm, progress=progress)

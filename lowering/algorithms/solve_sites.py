@@ -12,8 +12,9 @@ of the plan's graphs, where `fold` finds them; the model itself is as it was.
         block 1 ...
 
 So beside the model and the codes there are one block's rounded weights, the second moments of layers that
-share an input, and one hidden value a batch. Layers outside the blocks, and all layers of a model that is no
-chain of blocks, are measured in the float run and solved by themselves.
+share an input, and one hidden value a batch. An encoder and a decoder are walked one after the other, each
+from what the float model gives it. Layers outside the blocks, and all layers of a model that is no chain of
+blocks, are measured in the float run and solved by themselves.
 """
 
 from __future__ import annotations
@@ -110,31 +111,40 @@ def _walk(
     algorithm = solver.algorithm
     shared = used_more_than_once(model, batches[0]) if algorithm.balance else frozenset()
     balance = Balance(algorithm.balance, shared)
-    chain, rest = recorded(model, sites, batches, algorithm.measures)
-    if isinstance(chain, Miss):
-        name = algorithm.on_blocks()
-        if name:
-            raise BitfoldError(f"{name} works on a chain of blocks, and this model is none: {chain.reason}")
-        reason = f"{chain.reason}, so each layer is measured in the float model"
-        found.misses.append(MissRecord("", "", "", str(algorithm), reason))
-    else:
-        if algorithm.learn is not None or algorithm.wants_exact:
-            chain.exact = list(chain.given)
-        with hooked(model, {}):
-            for place, path in enumerate(chain.paths):
-                inside = [site for site in sites if within(site.path, path)]
-                with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
-                    _solve_block(chain, place, inside, solver, balance)
+    chains, rest = recorded(model, sites, batches, algorithm.measures)
     name = algorithm.on_blocks()
+    if isinstance(chains, Miss):
+        if name:
+            raise BitfoldError(f"{name} works on a chain of blocks, and this model is none: {chains.reason}")
+        reason = f"{chains.reason}, so each layer is measured in the float model"
+        found.misses.append(MissRecord("", "", "", str(algorithm), reason))
+        chains = []
+    for chain in chains:
+        _walk_chain(model, chain, sites, solver, balance)
     for site in rest:
-        if name and isinstance(chain, Chain):
-            blocks = f"{chain.paths[0]} to {chain.paths[-1]}"
+        if name and chains:
+            blocks = " and ".join(f"{chain.paths[0]} to {chain.paths[-1]}" for chain in chains)
             reason = f"{name} works on the blocks {blocks}, and this is outside them"
             solver.misses.append(MissRecord(site.path, site.path, "", str(algorithm), reason))
         solver.solve(site)
         solver.settle(site)
     found.misses += balance.misses
     return balance.changes
+
+
+def _walk_chain(
+    model: nn.Module, chain: Chain, sites: Sequence[Site], solver: _Solver, balance: Balance
+) -> None:
+    """Its blocks one after the other."""
+    if solver.algorithm.learn is not None or solver.algorithm.wants_exact:
+        chain.exact = list(chain.given)
+    with hooked(model, {}):
+        for place, path in enumerate(chain.paths):
+            inside = [site for site in sites if within(site.path, path)]
+            with hooked(chain.blocks[place], {}):  # each of its runs starts from the same buffers
+                _solve_block(chain, place, inside, solver, balance)
+    # Hidden values of a chain that is done need not stay while the next one is walked.
+    chain.given, chain.exact, chain.calls = [], [], []
 
 
 @dataclass

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from chain_model import Block, Model
+from chain_model import Block, Model, codes
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -112,26 +113,64 @@ def test_ties_are_said_of_without_data_too() -> None:
     assert "its weight is that of blocks.0.up too" in said(model)
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
+class Run(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.enc = nn.ModuleList(Block(32) for _ in range(2))
-        self.dec = nn.ModuleList(Block(32) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(32) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.enc, *self.dec):
+        for block in self.blocks:
             x = block(x)
         return x
 
 
-@pytest.mark.parametrize("algorithm", ["awq,clip", "follow,gptq", "learn{steps=2}"])
-def test_layers_outside_the_chain_are_said(algorithm: str, batches: list[Tensor]) -> None:
+class Two(nn.Module):
+    """Two lists of blocks, and one of layers that all read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = Run(2), Run(3)
+        self.heads = nn.ModuleList(nn.Linear(32, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dec(self.enc(x))
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq,clip", "follow,gptq", "learn{steps=2}"])
+def test_each_list_of_blocks_is_walked(algorithm: str, batches: list[Tensor]) -> None:
+    """Each has the codes that it gets as a model of its own, on what the float model gives it."""
+    asked = {"algorithm": algorithm, "target": "reference"}
     model = Two().eval()
-    bf.quantize(model, "int4[g32]", algorithm=algorithm, calibration=batches, target="reference")
-    found = [miss for miss in bf.report(model).misses if "outside them" in miss.reason]
-    assert sorted(miss.module_path for miss in found) == sorted(
-        f"enc.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")
-    )
+    enc, dec = copy.deepcopy(model.enc), copy.deepcopy(model.dec)
+    with torch.no_grad():
+        between = [enc(x) for x in batches]
+    bf.quantize(model, "int4[g32]", calibration=batches, **asked)
+    for part, alone, data in ((model.enc, enc, batches), (model.dec, dec, between)):
+        wanted = codes(bf.quantize(alone, "int4[g32]", calibration=data, **asked))
+        found = codes(part)
+        assert found.keys() == wanted.keys() and len(found) in (6, 9)
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+    outside = [miss.module_path for miss in bf.report(model).misses if "outside them" in miss.reason]
+    assert outside == ([] if algorithm == "gptq" else ["heads.0", "heads.1"])
+
+
+class Sometimes(Two):
+    """The encoder is no chain for small batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.enc.blocks[1](x) if x.shape[0] == 2 else x)
+
+
+def test_a_lesser_list_that_breaks_later_is_measured_in_float(batches: list[Tensor]) -> None:
+    model = Sometimes().eval()
+    data = [batches[0], batches[1][:2]]
+    bf.quantize(model, "int4[g32]", algorithm="follow,gptq", calibration=data, target="reference")
+    found = {miss.module_path for miss in bf.report(model).misses if "outside them" in miss.reason}
+    layers = {f"enc.blocks.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")}
+    assert found == {*layers, "heads.0", "heads.1"}
 
 
 def test_clip_without_inputs_needs_no_data() -> None:
