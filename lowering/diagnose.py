@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
+from ..passes.core import Progress
 from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
 from .given_model import module_of
@@ -100,7 +101,7 @@ def diagnose(
     batches: Iterable[Any],
     *,
     alone: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Compare the folded layers of `quantized` with the layers of `model` at the same paths.
 

@@ -16,7 +16,7 @@ from .constants import (
     is_parameter_expr,
     source_parameter,
 )
-from .core import Miss, MissRecord, Pass, State, WeightStore, report, state
+from .core import Miss, MissRecord, Pass, Progress, State, WeightStore, report, state
 from .edit import argument, arguments, call, fake_mode, replace
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
@@ -68,6 +68,7 @@ __all__ = [
     "Pass",
     "Pattern",
     "Pipeline",
+    "Progress",
     "Recipe",
     "Region",
     "Rule",

@@ -252,7 +252,10 @@ def test_the_program_scope_tells_of_calibration(batches: list[Tensor]) -> None:
         target="reference",
         progress=lambda what, done, total: steps.append(what),
     )
-    assert "calibrate" in steps
+    assert [step for step in steps if step.startswith("calibrate")] == [
+        *(f"calibrate on batch {index}" for index in range(len(batches))),
+        "calibrated",
+    ]
 
 
 @pytest.mark.parametrize(
