@@ -23,7 +23,7 @@ from .fuse import Fuse, Region, inline, region_of
 from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
 from .note import Note, annotated, note
 from .observing.calibrate import calibrate
-from .observing.histograms import observer
+from .observing.kinds import observer, observer_names, register_observer
 from .observing.observe import Observe
 from .observing.observers import Observer
 from .observing.share import Share
@@ -104,9 +104,11 @@ __all__ = [
     "is_training_graph",
     "note",
     "observer",
+    "observer_names",
     "origin",
     "pass_names",
     "region_of",
+    "register_observer",
     "register_pass",
     "replace",
     "report",
