@@ -14,6 +14,6 @@ In the order in which they may stand in an algorithm:
 
 and what they are made of: `solve.py` is what a solver sees and gives (`Task` -> `draft.py`), `on_model.py`
 the places of passes that work on blocks or the whole model, `inputs.py` the statistics of what goes into a
-layer, `columns.py` where columns are rounded one after the other, `rounding.py` what gradients learn of a
-rounding, `residual.py` where a model's residual stream is.
+layer, `moments.py` what is computed of them, `columns.py` where columns are rounded one after the other,
+`rounding.py` what gradients learn of a rounding, `residual.py` where a model's residual stream is.
 """

@@ -30,6 +30,7 @@ from ...formats.fit import Columns
 from ..core import Miss
 from .columns import column_device
 from .draft import Draft
+from .moments import inverse_factor
 from .solve import Solver, Task
 
 RoundColumn = Callable[[Tensor, int], Tensor]
@@ -75,7 +76,7 @@ class GPTQ(Solver):
     def solve(self, task: Task) -> Draft:
         f, w = task.format, task.weight
         if w.ndim != 2:
-            raise BitfoldError(f"layer {task.layer}: gptq rounds matrices, not a weight of {list(w.shape)}")
+            raise BitfoldError(f"gptq rounds matrices, not a weight of {list(w.shape)}")
         order = torch.arange(w.shape[1], device=w.device)
         if self.actorder:
             order = task.moment.diagonal().argsort(descending=True, stable=True)
@@ -110,35 +111,6 @@ class GPTQ(Solver):
             left[:, start + cols :] -= errors @ factor[group, start + cols :]
             pieces.append(values)
         return Draft(w, tuple(found), torch.cat(pieces, 1))
-
-
-def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped moment, float32 [K, K].
-
-    In float64: the inverse of a nearly singular float32 matrix is noise. Channels that were never active get
-    the diagonal's mean, and so cost nothing and take nothing. Where the damping does not suffice, ten times
-    as much.
-    """
-    diagonal = moment.diagonal().to(torch.float64)
-    mean = diagonal.mean()
-    if not bool(mean > 0):
-        return torch.eye(moment.shape[0], device=moment.device)
-    diagonal = torch.where(diagonal == 0, mean, diagonal)
-    for _ in range(6):
-        # Each matrix ends before the next but one begins: at 14336 channels one is 1.6 GB.
-        work = moment.to(torch.float64, copy=True)
-        work.diagonal().copy_(diagonal + damping * mean)
-        work, failed = torch.linalg.cholesky_ex(work)
-        if not bool(failed):
-            work = torch.cholesky_inverse(work)
-            work, failed = torch.linalg.cholesky_ex(work, upper=True)
-            if not bool(failed):
-                factor: Tensor = work.to(torch.float32)
-                return factor
-        damping *= 10
-    raise BitfoldError(
-        "the second moment of the inputs is not a positive matrix; look at the calibration data"
-    )
 
 
 def compensate(

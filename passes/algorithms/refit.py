@@ -24,6 +24,7 @@ from ...formats import BitfoldError
 from ...formats.fit import multipliers, with_multipliers
 from ..core import Miss
 from .draft import Draft
+from .moments import damped, row_error
 from .solve import Solver, Task
 
 _AT_ONCE = 1 << 24
@@ -61,7 +62,7 @@ class Refit(Solver):
         assert f.scale is not None
         grain = f.scale.granularity
         if draft.values is None:
-            raise BitfoldError(f"layer {task.layer}: refit wants codes that are decided; put gptq before it")
+            raise BitfoldError("refit wants codes that are decided; put gptq before it")
         params = draft.chosen(f)
         old = multipliers(f, params)
         groups = old.shape[-1]
@@ -72,7 +73,7 @@ class Refit(Solver):
         wanted = torch.where(wanted * old > 0, wanted, old)
         fitted = with_multipliers(f, params, wanted)
         values = (codes * multipliers(f, fitted)[..., None]).reshape(task.weight.shape)
-        better = _error(values - task.weight, h) < _error(draft.values - task.weight, h)
+        better = row_error(values - task.weight, h) < row_error(draft.values - task.weight, h)
         scales = torch.where(better[:, None], fitted[0], params[0])
         return Draft(task.weight, (scales, *params[1:]), torch.where(better[:, None], values, draft.values))
 
@@ -97,13 +98,3 @@ def _solved(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tensor:
     normal.diagonal(dim1=-2, dim2=-1).add_(empty.to(normal.dtype))
     solved, failed = torch.linalg.solve_ex(normal, right[..., None])
     return torch.where((failed != 0)[:, None], 0.0, solved[..., 0])
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """The moment with a share of its mean diagonal added: what gptq minimizes too."""
-    mean = moment.diagonal().mean()
-    return moment + damping * mean * torch.eye(moment.shape[0], device=moment.device, dtype=moment.dtype)
-
-
-def _error(difference: Tensor, h: Tensor) -> Tensor:
-    return (difference @ h * difference).sum(-1)

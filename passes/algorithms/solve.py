@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...formats import Format, format
+from ...formats import BitfoldError, Format, format
 from ...formats.sparsity import Dense
 from ..core import Miss, Pass, report
 from ..note import Note, annotated
@@ -77,7 +77,10 @@ class Solver(Pass):
             short = self.falls_short(task)
             if short is not None:
                 report(gm, node, short, asked=self.name)
-            node.meta[DRAFT] = self.solve(task)
+            try:
+                node.meta[DRAFT] = self.solve(task)
+            except BitfoldError as error:
+                raise BitfoldError(f"layer {task.layer}: {error}") from error
             made += node.meta[DRAFT] is not task.draft
         return made
 
@@ -105,4 +108,5 @@ class Solver(Pass):
 
     @abstractmethod
     def solve(self, task: Task) -> Draft:
-        """The draft, made more definite."""
+        """The draft, made more definite; the task's own, if nothing is decided. What it raises is said of the
+        layer."""
