@@ -118,6 +118,10 @@ class State:
         """The path in the model of what the captured module calls `name`."""
         return ".".join(part for part in (self.path_prefix, name) if part)
 
+    def local(self, path: str) -> str:
+        """What the captured module calls a path of the model; "" for the module itself."""
+        return "" if path == self.path_prefix else path.removeprefix(f"{self.path_prefix}.").strip(".")
+
     def copy(self) -> State:
         """A state for a copy of the graph: its own records, the same tensors and the same store."""
         twin = State(
