@@ -18,12 +18,13 @@ from torch.fx import Node
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, expression, state
 from ..passes.anchors import TARGETS
+from ..passes.core import Progress
 from ..passes.fold import DEQUANTIZE, Fold
 from ..passes.note import annotated
 from ..passes.stages import find_attribute
 from .files.graph_data import dump, tensor_names
 from .install import Installer, Source, Sources
-from .module_scope import Plan, Site, Step
+from .module_scope import Plan, Site
 from .parameters import parameter_names
 from .report import ATTRIBUTE
 from .steps_back import back_from
@@ -50,7 +51,7 @@ def fold_sites(
     model: nn.Module,
     found: Plan,
     target: str,
-    progress: Step | None = None,
+    progress: Progress | None = None,
     *,
     before: Callable[[Site], None] | None = None,
     after: Callable[[str], None] | None = None,

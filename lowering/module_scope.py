@@ -29,6 +29,7 @@ from ..formats import BitfoldError, Quantized, nearest
 from ..passes import Miss, MissRecord, Pipeline, capture_module, example_for, joints, rules, state
 from ..passes.anchors import anchors
 from ..passes.annotate import Annotate
+from ..passes.core import Progress
 from ..passes.joints import speaks_of_joints
 from ..passes.note import annotated
 from ..passes.recipes import Recipe
@@ -44,9 +45,6 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 Record = Callable[[Iterable[nn.Module]], Mapping[nn.Module, Call]]
 """Runs the model on example data: the calls that the given modules got."""
-
-Step = Callable[[str, int, int], None]
-"""Called with what is being done, how many are done, and how many there are."""
 
 
 @dataclass
@@ -90,7 +88,7 @@ def plan(
     *,
     stored: Mapping[str, Quantized],
     record: Record | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Capture and annotate each module that the recipe means. Raises BitfoldError with nothing written."""
     codes = with_all_names(stored, model)

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["program", "frame", "module"]
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are (0: not known)."""
+
 META_KEY = "bitfold"
 """Where a graph keeps its `State` (`gm.meta`) and a node its annotation (`node.meta`)."""
 

@@ -4,9 +4,8 @@ In: a name. Out: the `Estimator` it stands for, or an error with the nearest nam
 
     register(Half())    then  bf.Qat(weight="half")  and every other text of a gradient may name it
 
-What callers add is, beside the table of formats, mutable state of the package. A package may also name an
-entry point in the group `bitfold.estimators` that is an estimator; it is loaded when a text first asks for
-that name.
+A package may also name an estimator, made, as an entry point in the group `bitfold.estimators`; it is loaded
+when a text first asks for its name.
 """
 
 from __future__ import annotations

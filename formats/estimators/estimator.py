@@ -96,7 +96,8 @@ class Kernel:
 
     They read `v` (the numbers), `g` (the gradient of what came out), `u`, `value` and `safe` (the step, never
     0) as `Back` has them, [blocks, numbers] each; `step` [blocks], as it is stored; `least` [blocks, 1], the
-    value of the smallest code, if the format has a zero point. Divide by `tl.div_rn`, as torch does.
+    value of the smallest code, if the format has a zero point. Divide by `tl.div_rn`, as torch does. Names of
+    two letters or more are free but for these, `at`, `keep`, `back`, `bits` and the arguments'.
     """
 
     for_x: str

@@ -27,6 +27,7 @@ from torch.fx import GraphModule
 from ...formats import BitfoldError
 from ...passes import Miss, Pipeline
 from ...passes.annotate import Annotate
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.observing.observe import Observe
 from ...passes.training.batch_norm import SettleBatchNorm
@@ -35,7 +36,7 @@ from ..fold_sites import fold_sites, sources_of
 from ..given_model import module_of
 from ..install import resolve_target
 from ..memory import held, release
-from ..module_scope import Call, Plan, Site, Step, site_of
+from ..module_scope import Call, Plan, Site, site_of
 from ..parameters import parameter_names
 from ..tracing import TRACING
 from .distill import dismiss
@@ -48,7 +49,7 @@ from .with_norm import identity, with_norm
 
 
 @torch.inference_mode(False)
-def convert(model: nn.Module, *, target: str | None = None, progress: Step | None = None) -> Any:
+def convert(model: nn.Module, *, target: str | None = None, progress: Progress | None = None) -> Any:
     """Fold a prepared model, in place, or a prepared program. `target` and `progress`: as for `bf.quantize`.
 
     Returns the model, or the program. Raises BitfoldError, with the model as it was, if nothing is prepared,

@@ -21,12 +21,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...formats import BitfoldError
 from ...passes import MissRecord, Pipeline
+from ...passes.core import Progress
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
 from ..algorithms.calibration import Batches
 from ..folded import Folded
 from ..given_model import module_of
-from ..module_scope import Call, Plan, Step, plan
+from ..module_scope import Call, Plan, plan
 from ..parameters import check_parameters
 from ..quantize import Scope, calibrate_sites, check_found, check_scope, recorder
 from ..report import ATTRIBUTE
@@ -55,7 +56,7 @@ def prepare_qat(
     distill: Distill | None = None,
     example_inputs: Any = None,
     dynamic: Any = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Prepare `model` for training under `recipe`, which means what it means to `bf.quantize`.
 
@@ -190,7 +191,7 @@ def _remembering(model: nn.Module, batches: Batches, calls: dict[nn.Module, Call
 
 
 def _observe(
-    model: nn.Module, found: Plan, how: Qat, batches: Batches, ranged: bool, progress: Step | None
+    model: nn.Module, found: Plan, how: Qat, batches: Batches, ranged: bool, progress: Progress | None
 ) -> None:
     """Ranges from calibration, where there is data; else observers that have seen nothing."""
     if not found.calibrated:

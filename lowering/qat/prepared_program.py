@@ -25,6 +25,7 @@ from ...formats import BitfoldError
 from ...passes import CaptureError, Fold, Pass, Pipeline, capture
 from ...passes import state as state_of
 from ...passes.annotate import Annotate
+from ...passes.core import Progress
 from ...passes.edges import first_calibrated
 from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
@@ -40,7 +41,6 @@ from ..files.graph_data import dump
 from ..folded import Canonical
 from ..install import CANONICAL, lower_graph
 from ..kv_cache.quantize import speaks_of_caches
-from ..module_scope import Step
 from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
 from .kernels import check_kernels
@@ -103,7 +103,7 @@ def prepare_program(
     *,
     dynamic: Any = None,
     state: Mapping[str, Any] | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> GraphModule:
     """Capture, annotate, calibrate if the recipe asks for it, and make the graph one that trains."""
     example = batches.example()
@@ -135,7 +135,7 @@ def prepare_program(
             batches.check_given(observed)
         Pipeline([Observe()]).run(gm, progress=progress)
         if batches.given:
-            calibrate(gm, batches.raw())
+            calibrate(gm, batches.raw(), progress)
     Pipeline([train_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
         Pipeline([norm_pass(how, loaded=state is not None)]).run(gm, progress=progress)
@@ -186,7 +186,7 @@ def _captured(model: nn.Module, example: Batch, dynamic: Any, *, training: bool)
             module.training = mode
 
 
-def convert_program(gm: GraphModule, target: str, progress: Step | None) -> GraphModule:
+def convert_program(gm: GraphModule, target: str, progress: Progress | None) -> GraphModule:
     """A lowered program from a prepared one, which is left as it was."""
     if PROGRAM not in gm.meta:
         raise BitfoldError(

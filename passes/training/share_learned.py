@@ -32,7 +32,7 @@ def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None
             source = source.args[0].args[0]
         chain = expression(gm, source)
         assert chain is not None, f"{node.name} reads no parameter"
-        for part in node.args[3]:
+        for which, part in enumerate(node.args[3]):
             name = str(part.target)
-            key = (id(chain.parameter), chain.text, node.args[1:3], name.rpartition("_")[2])
+            key = (id(chain.parameter), chain.text, node.args[1:3], which)
             gm._parameters[name] = shared.setdefault(key, gm.get_parameter(name))

@@ -71,9 +71,13 @@ def test_it_prints_and_parses_like_those_that_are_there() -> None:
         Gradient("widht")
 
 
-def test_its_gradients_are_those_that_it_says() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_its_gradients_are_those_that_it_says(compiled: bool) -> None:
+    def rounding(x: Tensor) -> Tensor:
+        return OP(x, "int4[g16]", "scaled:0.5", [])
+
     x, flow = X.clone().requires_grad_(), torch.randn_like(X)
-    y = OP(x, "int4[g16]", "scaled:0.5", [])
+    y = torch.compile(rounding, backend="aot_eager", fullgraph=True)(x) if compiled else rounding(x)
     y.backward(flow)
     step = format("int4[g16]").choose(X)[0].float()
     wanted = flow * (1 + 0.5 * flow.sign() * (X - y.detach()) / step)
