@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats import BitfoldError
+from ..passes.core import Progress
 from .algorithms.calibration import Batch, Batches, hooked
 from .folded import Folded
 from .given_model import is_graph, module_of
@@ -106,7 +107,7 @@ def diagnose(
     batches: Iterable[Any],
     *,
     alone: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Diagnosis:
     """Compare the folded layers of `quantized` with the layers of `model` at the same paths.
 

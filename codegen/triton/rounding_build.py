@@ -30,6 +30,7 @@ def kernel(spec: RoundingSpec, plain: bool = False) -> Any:
     return module(source(spec, plain)).kernel
 
 
+@lru_cache(maxsize=256)
 def options(spec: RoundingSpec) -> dict[str, Any]:
     """How it is compiled: a product fused into a sum would round once where the format rounds twice."""
     warps = 4 if spec.direction == "forward" else 2

@@ -9,6 +9,7 @@ with one scale for everything, say) is an error, not the reference, which no com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,8 +55,12 @@ def has_kernel(x: Tensor, text: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
 def spec(dtype: torch.dtype, k: int, text: str, direction: str, *, given: bool) -> RoundingSpec:
-    """The kernel for rows of k numbers. Raises CodegenError, one sentence, if there is none."""
+    """The kernel for rows of k numbers. Raises CodegenError, one sentence, if there is none.
+
+    Kept, since it is asked for at each call: reading the texts takes as long as a kernel of some million
+    numbers, and a GPU that has nothing queued waits for it."""
     lane = next((name for name, held in TYPES.items() if held == dtype), str(dtype).removeprefix("torch."))
     return rounding_spec(format(text), lane, k, direction, given)
 

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from ...formats import BitfoldError
+from ...passes.core import Progress
 from ...passes.recipes import Recipe
 from ..algorithms.calibration import Batches
 from ..given_model import module_of
-from ..module_scope import Step
 from ..outputs import divergence
 from ..parameters import check_parameters
 from .integer_program import check_time, fewest_losses, fewest_losses_in_time, scipy
@@ -80,7 +80,7 @@ def search(
     table: Sensitivity | None = None,
     by: Literal["measured", "trace"] = "measured",
     times: Times | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Recipe:
     """The recipe for the model's linears within `budget`; the model is only run.
 
@@ -135,7 +135,7 @@ def _table(
     formats: Sequence[str],
     loss: Loss | None,
     by: str,
-    step: Step | None,
+    step: Progress | None,
 ) -> Sensitivity:
     if by == "measured":
         return sensitivity(model, data, formats, loss=loss, progress=step)

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import DRAFT
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
 from ..algorithms.calibration import Batch, Batches, hooked
 from ..given_model import module_of
-from ..module_scope import Site, Step
+from ..module_scope import Site
 from ..outputs import divergence, first_output, float_output
 from ..swaps import Swaps
 from .layers import Reached, none_fits, one_weight, planned, round_site, tied
@@ -130,7 +131,7 @@ def sensitivity(
     formats: Sequence[str],
     *,
     loss: Loss | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure every linear in every format that fits it. The model is as it was afterwards.
 

@@ -22,10 +22,11 @@ from torch import nn
 
 from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ..algorithms.calibration import Batches, hooked
-from ..module_scope import Step, plan
+from ..module_scope import plan
 from ..outputs import first_output
 from ..swaps import Swaps
 from .integer_program import bits_of, fewest_bits, fewest_losses, finest
@@ -44,7 +45,7 @@ def smallest(
     share: float,
     name: str,
     loss: Loss,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Recipe:
     """The recipe, which says in `about` what it loses and where the search ended. Runs the float model and a
     rounded one on all of `data` up to twelve times. Raises BitfoldError if the finest recipe loses more."""
@@ -91,7 +92,7 @@ class _Runs:
     table: Sensitivity
     name: str
     apart: Loss
-    progress: Step | None
+    progress: Progress | None
     seen: dict[tuple[str, ...], float] = field(default_factory=dict)
 
     def loss(self, chosen: Sequence[Choice]) -> float:

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import draft_of
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ..algorithms.calibration import Batches, hooked
 from ..given_model import module_of
-from ..module_scope import Site, Step
+from ..module_scope import Site
 from ..outputs import check_predictions, float_output
 from .layers import Reached, none_fits, one_weight, planned, tied
 from .sensitivity import Choice, Sensitivity
@@ -39,7 +40,7 @@ def trace_sensitivity(
     *,
     draws: int = 4,
     seed: int = 0,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Estimates for every linear in every format that fits it: `draws` backward passes a batch in all. The
     model is as it was afterwards. Raises BitfoldError for no data."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.observing.calibrate import calibrate
+    from .passes.observing.kinds import register_observer
     from .passes.recipes import Recipe
     from .passes.rules import Rule
     from .tools.explain import explain
@@ -80,6 +81,7 @@ _LATER = {
     "quantize": ("lowering.quantize", "quantize"),
     "register_estimator": ("formats.estimators", "register"),
     "register_format": ("formats", "register"),
+    "register_observer": ("passes.observing.kinds", "register_observer"),
     "register_pass": ("passes", "register_pass"),
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
@@ -126,6 +128,7 @@ __all__ = [
     "quantize",
     "register_estimator",
     "register_format",
+    "register_observer",
     "register_pass",
     "register_target",
     "report",

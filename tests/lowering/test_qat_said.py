@@ -1,4 +1,4 @@
-"""What is said to a user of training on rounded numbers who gives something wrong, and what a step asks."""
+"""What is said to a user of training on rounded numbers who gives something wrong."""
 
 import copy
 import dataclasses
@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from qat_cases import ALL, Net, loss
+from torch import nn
 
 import bitfold as bf
 from bitfold.formats.gradient import Gradient
+from bitfold.lowering.qat.prepared import Prepared
 from bitfold.lowering.qat.trained_as import as_bytes, check_trained_as
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
@@ -65,31 +67,6 @@ def test_a_batch_norm_without_statistics_needs_no_momentum_in_a_program() -> Non
     norm = nn.BatchNorm1d(32, momentum=None, track_running_stats=False)
     model = nn.Sequential(nn.Linear(16, 32), norm, nn.Linear(32, 16))
     bf.prepare_qat(model, "int8", scope="program", example_inputs=(X,))
-
-
-def test_no_step_after_the_first_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq", warmup=3))
-    asked: list[Tensor] = []
-    ask = Tensor.tolist
-    monkeypatch.setattr(
-        Tensor, "tolist", lambda one: (one.dtype == torch.uint8 or asked.append(one), ask(one))[1]
-    )
-    bf.advance(model)
-    state = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for _ in range(4):
-        bf.advance(model)
-    assert len(asked) == 1
-    # A state is another count: scales begin at the end of its warmup.
-    model.load_state_dict(state, strict=False)
-    bf.advance(model)
-    assert len(asked) == 2
-    scale = next(p for name, p in model.named_parameters() if name.endswith("weight_step"))
-    with torch.no_grad():
-        scale.mul_(2)
-    before = scale.detach().clone()
-    bf.advance(model)
-    assert len(asked) == 2
-    assert not torch.equal(scale, before)
 
 
 @pytest.mark.parametrize("scope", ["module", "program"])
@@ -150,3 +127,50 @@ def test_gradients_of_options_are_gradients() -> None:
         assert same == how and hash(same) == hash(how) and isinstance(same.weight, Gradient)
     with pytest.raises(dataclasses.FrozenInstanceError):
         how.weight = "clip"  # type: ignore[misc]
+
+
+def test_mistakes_are_one_sentence_and_change_nothing() -> None:
+    model = Net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wrong = [
+        (lambda: bf.prepare_qat(model, "int8_static"), "calibrat"),
+        (
+            lambda: bf.prepare_qat(model, "int8_static", bf.Qat(activation="lsq", observe=3)),
+            "begins at a calibrated one",
+        ),
+        (lambda: bf.prepare_qat(model, "int8", bf.Qat("lsqq")), "lsq"),
+        (lambda: bf.prepare_qat(model, "int8", "lsq"), "bf.Qat"),
+        (lambda: bf.prepare_qat(model, "uint4[g16,zero]", bf.Qat("pact")), "zero point"),
+        (lambda: bf.prepare_qat(model, "float8_e4m3fn[unscaled]", bf.Qat("lsq")), "no scale"),
+        (lambda: bf.prepare_qat(model, "int4[g24]"), "24"),
+        (lambda: bf.convert(model), "nothing"),
+        (lambda: bf.advance(model), "nothing"),
+    ]
+    for call, says in wrong:
+        with pytest.raises(bf.BitfoldError, match=says):
+            call()
+        assert type(model.fc) is nn.Linear
+        assert set(before) == set(model.state_dict())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    bf.prepare_qat(model, ALL, bf.Qat("lsq"))
+    with pytest.raises(bf.BitfoldError, match="24"):
+        bf.prepare_qat(model, "int4[g24]")
+    assert isinstance(model.fc, Prepared) and isinstance(model.embed, Prepared)
+    with torch.no_grad():
+        model.fc.weight_step[0] = math.nan
+    with pytest.raises(bf.BitfoldError, match="not finite"):
+        bf.convert(model)
+    assert isinstance(model.fc, Prepared) and isinstance(model.conv, Prepared)
+    loss(model).backward()
+    with torch.no_grad():
+        model.fc.weight_step[0] = 1.0
+    bf.convert(model)
+    with pytest.raises(bf.BitfoldError, match="codes do not train"):
+        bf.prepare_qat(model, ALL)
+
+
+def test_a_range_without_data_is_not_converted() -> None:
+    model = bf.prepare_qat(Net(), "int8_static", bf.Qat(observe=3))
+    with pytest.raises(bf.BitfoldError, match="no data"):
+        bf.convert(model)
+    assert isinstance(model.fc, Prepared)
