@@ -7,15 +7,17 @@ In: specs. Out: `bitfold::fused` knows them, so that a call goes from the graph 
 
 Operators themselves (`headers/runtime.cpp`, `attention.cpp`) are compiled once for a machine. A library
 lies in a folder beside torch's own compile caches, named by all that went into it; it is built beside its
-place and renamed in, so that processes may share the folder. Where that folder cannot be written, one of this
-process's own serves.
+place and renamed in, so that processes may share the folder, which is held to a size (`kept_files.py`). Where
+that folder cannot be written, or is to hold nothing, one of this process's own serves.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -31,6 +33,7 @@ import torch
 from ...formats.granularity import Granularity
 from ..spec import CodegenError, GemmSpec
 from .body import Body
+from .kept_files import BESIDE, KERNELS, put, used
 from .source import source
 
 HEADERS = Path(__file__).with_name("headers")
@@ -90,7 +93,14 @@ def folder() -> Path:
 
 @cache
 def _private() -> Path:
-    return Path(tempfile.mkdtemp(prefix="bitfold"))
+    """This process's own, gone with it."""
+    made, owner = Path(tempfile.mkdtemp(prefix="bitfold")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(made, ignore_errors=True) if os.getpid() == owner else None)
+    return made
+
+
+# Libraries that this process uses: it removes none of them, however little the folder may hold.
+_held: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -120,14 +130,17 @@ class Library:
     def path(self) -> Path:
         """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
         refused, why = None, ""
-        for place in (folder(), _private):
-            here = place if isinstance(place, Path) else place()
-            if (found := here / f"{self.name}.so").exists():
+        for place in (folder, _private) if KERNELS.bytes() > 0 else (_private,):
+            here = place()
+            found = here / f"{self.name}.so"
+            _held.add(found)
+            if found.exists():
+                used(found)
                 return found
             try:
                 here.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=here) as beside:
-                    os.replace(self._compiled(Path(beside)), found)
+                with tempfile.TemporaryDirectory(dir=here, prefix=BESIDE) as beside:
+                    put(self._compiled(Path(beside)), found, KERNELS, _held)
             except OSError as error:
                 why = str(error.strerror)
             except CodegenError as error:  # for the text's sake, or a full disk's
@@ -144,13 +157,13 @@ class Library:
 
     def loaded(self, load: Callable[[str], T]) -> T:
         """What `load` makes of the file. One that is no library, since a power cut or a full disk left it
-        short, is compiled anew, once."""
+        short, or that another process has just removed, is compiled anew, once."""
         path = self.path()
         try:
             return load(str(path))
         except OSError:
             try:
-                path.unlink()
+                path.unlink(missing_ok=True)
             except OSError as error:
                 raise CodegenError(
                     f"{path} is no library, and cannot be removed ({error.strerror}); remove it"

@@ -8,7 +8,7 @@ In: a key (`frame_key.py`), and a `Run` whose pieces were joined. Out: the same 
 What is kept are the names of the libraries that Inductor compiled, what each takes and makes, and the texts
 of the kernels that they call. The key says all that they depend on; where a library is gone, or a file is not
 what was written, nothing is recalled and the frame is compiled. Frames that were not asked for longest are
-removed (`kept_files.py`).
+removed (`codegen/cpp/kept_files.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ...codegen import CodegenError
 from ...codegen.attention import AttentionSpec
 from ...codegen.conv import ConvSpec
 from ...codegen.cpp.build import folder
+from ...codegen.cpp.kept_files import FRAMES, read, write
 from ...codegen.cpp.sequence_build import Native, sequence
 from ...codegen.spec import GemmSpec
 from ...formats import BitfoldError
@@ -36,7 +37,6 @@ from ...passes import Miss
 from ..target import Compiled
 from .beside import BESIDE, BETWEEN
 from .entries import ENTRY, Entry
-from .kept_files import read, write
 from .run_pieces import Place, Run
 
 _bitfold = torch.ops.bitfold
@@ -136,7 +136,7 @@ def place(key: str) -> Path:
 def keep(key: str, plan: Plan) -> None:
     """Write it. A folder that cannot be written has been told of by who compiled the kernels."""
     try:
-        write(place(key), json.dumps(asdict(plan)))
+        write(place(key), json.dumps(asdict(plan)), FRAMES)
     except OSError:
         return
 
