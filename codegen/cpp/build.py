@@ -37,14 +37,27 @@ from .kept_files import BESIDE, KERNELS, put, used
 from .source import source
 
 HEADERS = Path(__file__).with_name("headers")
-# Vectors -> how GCC and Clang are told of them. What Inductor adds for speed must not drop NaN.
+
+
+def _arm() -> str:
+    """The least of ARM's architectures that has what this processor does and kernels use."""
+    told = Path("/proc/cpuinfo")
+    apple = sys.platform == "darwin" and os.uname().machine == "arm64"
+    has = apple or (told.exists() and "asimddp" in told.read_text(encoding="utf-8", errors="replace"))
+    return "armv8.2-a+dotprod" if has else "armv8-a"
+
+
+_PLAIN = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",), "arm64": ("-march=armv8-a",)}
+# Vectors -> how GCC and Clang are told of them. Each says an architecture: Inductor's -march=native would let code
+# in plain C++ become the vectors of the processor that compiles it, and libraries be shared with one that has none.
 FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4",),
     "avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
-    "neon": (),
-    "portable": (),
+    "neon": (f"-march={_arm()}",),
+    "portable": _PLAIN.get(os.uname().machine, ()),
 }
+# What Inductor adds for speed must not drop NaN.
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
