@@ -54,8 +54,18 @@ FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4",),
     "avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "amx": ("-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    # Tiles in plain C++, for tests where there are none.
+    "amx_model": ("-march=x86-64-v4", "-mavx512vnni", "-DBITFOLD_AMX_MODEL"),
     "neon": (f"-march={_arm()}",),
     "portable": _PLAIN.get(os.uname().machine, ()),
+}
+_AVX512 = ("avx512vnni", "amx", "amx_model")
+# Vectors -> narrower ones that the same processor has.
+_ALSO = {
+    "amx": ("avx512vnni", "avx512", "avx2", "amx_model"),
+    "avx512vnni": ("avx512", "avx2", "amx_model"),
+    "avx512": ("avx2",),
 }
 # What Inductor adds for speed must not drop NaN.
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
@@ -91,10 +101,36 @@ def vectors() -> str:
     """The widest vectors that this processor has and a header is written for."""
     found = torch.backends.cpu.get_cpu_capability()
     if found == "AVX512":
-        return "avx512vnni" if torch.cpu._is_vnni_supported() else "avx512"
+        if not torch.cpu._is_vnni_supported():
+            return "avx512"
+        return "amx" if _has_tiles() else "avx512vnni"
     if found == "AVX2":
         return "avx2"
     return "neon" if os.uname().machine in ("aarch64", "arm64") else "portable"
+
+
+def runnable() -> tuple[str, ...]:
+    """All vectors that kernels can be written in and that this processor runs: what tests go through."""
+    return tuple(dict.fromkeys((vectors(), *_ALSO.get(vectors(), ()), "portable")))
+
+
+def _has_tiles() -> bool:
+    """Whether this process may use AMX: the system keeps tiles for those that ask (`arch_prctl`, once)."""
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    if torch.cpu._init_amx():
+        return True
+    warnings.warn(
+        "this processor has AMX, but the system does not let this process use it, so kernels do with AVX-512 "
+        "VNNI; a kernel of Linux 5.16 or newer that is not sandboxed grants it",
+        stacklevel=2,
+    )
+    return False
+
+
+def header(vectors: str) -> str:
+    """The file that these vectors are written in."""
+    return "avx512.h" if vectors in _AVX512 else f"{vectors}.h"
 
 
 def folder() -> Path:
@@ -189,8 +225,7 @@ class Library:
 
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
-        header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *self.flags]
+        flags = [f"-DVECTORS='\"{header(self.vectors)}\"'", f"-I{HEADERS}", *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

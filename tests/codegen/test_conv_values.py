@@ -34,8 +34,7 @@ from conv_cases import coded, operands, spec_of
 
 U = 2.0**-24
 HERE = build.vectors()
-NARROWER = {"avx512vnni": ["avx512", "avx2"], "avx512": ["avx2"]}.get(HERE, [])
-RUNNABLE = list(dict.fromkeys([HERE, *NARROWER, "portable"]))
+RUNNABLE = build.runnable()
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 CASES = {
     "one by one": ("20x12x1x1 bias", (1, 12, 5, 5)),
