@@ -14,7 +14,13 @@ import os
 from bitfold.codegen.cpp import build
 
 FLAGS = (
-    *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"),
+    *(
+        "-O1",
+        "-g1",
+        "-fno-omit-frame-pointer",
+        "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize=vptr",
+    ),
     *("-fno-sanitize-recover=all", "-D_GLIBCXX_SANITIZE_VECTOR", "-D_GLIBCXX_ASSERTIONS"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -59,6 +60,17 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(
         assert library.loaded(ctypes.CDLL).run() == number
 
 
+def test_folders_may_have_spaces_in_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of compiled kernels, and that in which this package is installed."""
+    here = tmp_path / "my kernels"
+    monkeypatch.setattr(build, "folder", lambda: here)
+    shutil.copytree(build.HEADERS, tmp_path / "my headers")
+    monkeypatch.setattr(build, "HEADERS", tmp_path / "my headers")
+    text = '#include "kernel.h"\nextern "C" int run() { return bitfold::kWeights; }\n'
+    library = build.Library(text, "portable")
+    assert library.loaded(ctypes.CDLL).run() == 4 and library.path().parent == here
+
+
 def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says that there is no space by refusing; elsewhere it does not."""
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
@@ -98,7 +110,7 @@ def test_a_library_that_was_cut_short_is_made_anew(
     def refuse(path: str) -> None:
         raise OSError("never")
 
-    with pytest.raises(OSError, match="never"):
+    with pytest.raises(CodegenError, match=r"just compiled and cannot be loaded \(never\)"):
         library.loaded(refuse)
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from sanitized_faults import FAULTS
 
-from bitfold.codegen.cpp.build import vectors
+from bitfold.codegen.cpp.build import runnable, vectors
 
 FOUND = 99  # what a process ends with in which a sanitizer found something
 HERE = Path(__file__).parent
-# What torch is told of the processor, for a kind of vectors.
-CAPABILITY = {"portable": "default", "avx2": "avx2", "avx512": "avx512", "avx512vnni": "avx512"}
-RUNNABLE = ["portable", *{"avx512vnni": ["avx2"], "avx512": ["avx2"]}.get(vectors(), []), vectors()]
+# What torch is told of the processor, for a kind of vectors; the widest is what it has.
+CAPABILITY = {"portable": {"ATEN_CPU_CAPABILITY": "default"}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2"}}
+WORDS = [word for word in dict.fromkeys(("portable", "avx2", vectors())) if word in runnable()]
 PARTS = {
     "products": ["test_cpp_values.py::test_formats", "test_cpp_values.py::test_specials_propagate"],
     # Digits and words of one row, a share of rows for each of several threads, products that are one call.
@@ -41,6 +41,15 @@ PARTS = {
 }
 # Of tests that run other vectors, too.
 ONLY = ("convolutions", "attention")
+RUNS = [(part, words) for part in PARTS for words in WORDS]
+# Tiles of AMX, or their model.
+RUNS += [("tiles", vectors())] * ("amx_model" in runnable())
+PARTS["tiles"] = [
+    "test_cpp_tiles.py::test_formats",
+    "test_cpp_tiles.py::test_epilogues",
+    "test_cpp_tiles.py::test_x_without_digits_goes_the_way_of_floats",
+    *(f"test_conv_values.py::test_values[{case}-amx_model]" for case in ("all at once", "a stem", "groups")),
+]
 
 
 def shared(name: str) -> str:
@@ -59,7 +68,7 @@ def watched(tests: list[str], words: str, folder: Path, *more: str) -> subproces
         "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={FOUND}",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": os.pathsep.join([str(HERE), *(p for p in sys.path if p)]),
-        "ATEN_CPU_CAPABILITY": CAPABILITY[words],
+        **CAPABILITY.get(words, {}),
         "TORCHINDUCTOR_CACHE_DIR": str(folder),
     }
     command = [sys.executable, "-m", "pytest", "-s", "-x", "-p", "sanitizers", "-p", "no:cacheprovider"]
@@ -68,11 +77,11 @@ def watched(tests: list[str], words: str, folder: Path, *more: str) -> subproces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", dict.fromkeys(word for word in RUNNABLE if word in CAPABILITY))
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("part", "words"), RUNS)
 def test_under_sanitizers(part: str, words: str, tmp_path: Path) -> None:
-    only = ["-k", words] if part in ONLY else []
-    done = watched(PARTS[part], words, tmp_path, "-m", "not slow", *only)
+    chosen = [] if part == "tiles" else ["-m", "not slow"]  # a model of tiles is
+    chosen += ["-k", f"{words} and not model"] if part in ONLY else []
+    done = watched(PARTS[part], words, tmp_path, *chosen)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
 
