@@ -14,7 +14,7 @@ import torch
 from conv_cases import operands as operands_of_conv
 from conv_cases import spec_of
 from test_conv_values import check as check_conv
-from test_cpp_values import check, operands, pair
+from test_cpp_values import check, expected, operands, pair
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import build
@@ -105,16 +105,17 @@ def test_which_blocks_x_is_cut_into() -> None:
 
 
 def test_x_without_digits_goes_the_way_of_floats(compiled: None) -> None:
-    """Not finite, past 2**64, and a block whose numbers lie far below its largest."""
+    """Not finite, past 2**64, and a block whose numbers lie far below its largest: where they stand, while
+    rows around them have digits."""
     spec = pair("int4[g64]")
     build.know([spec], TILES)
-    inputs = operands(spec, 20, seed=1)
+    inputs = operands(spec, 150, seed=1)
     x = inputs[0]
     far = x.clone()
-    far[3] *= 2.0**-20
-    far[3, ::64] = 1.0
+    far[33] *= 2.0**-20
+    far[33, ::64] = 1.0
     large = x.clone()
-    large[2, 7] = 2.0**70
+    large[149, 7] = large[2, 7] = 2.0**70
     for given in (far, large):
         (y,) = torch.ops.bitfold.fused([given, *inputs[1:]], str(spec))
         build.know([spec], "avx512vnni")
@@ -126,6 +127,18 @@ def test_x_without_digits_goes_the_way_of_floats(compiled: None) -> None:
     broken[0, 5], broken[1, 6] = float("nan"), float("inf")
     (y,) = torch.ops.bitfold.fused([broken, *inputs[1:]], str(spec))
     assert y[0].isnan().all() and not y[1].isfinite().any() and y[2:].isfinite().all()
+
+
+def test_one_row_that_has_digits_and_is_read_in_panels(compiled: None) -> None:
+    """Numbers so large that sums of codes might pass float32, where values do not."""
+    spec = pair("int4[g64]")
+    build.know([spec], TILES)
+    inputs = operands(spec, 1, seed=4)
+    inputs[2].mul_(2.0**-8)
+    inputs[0][0, 5] = 3e38
+    want, _ = expected(spec, inputs)
+    (y,) = torch.ops.bitfold.fused(inputs, str(spec))
+    assert (y.double() - want).norm() <= 1e-5 * want.norm()
 
 
 CONVS = {

@@ -77,10 +77,10 @@ inline bool cut_block(const float* x, int64_t count, int8_t (*digits)[kAside][kM
   return 4 * small <= count;
 }
 
-// x, `m` rows of `padded` float32, in digits: tasks begin .. end - 1. units: [blocks][across]. False if some row has no
-// digits.
-inline bool digits_tiled(const float* x, int64_t m, int64_t padded, const Wants& wants, int64_t across, int8_t* to,
-                         float* units, int64_t begin, int64_t end) {
+// x, `m` rows of `padded` float32, in digits: tasks begin .. end - 1. units: [blocks][across]; refused: a byte for each
+// `width` rows, not 0 if one of them has no digits.
+inline void digits_tiled(const float* x, int64_t m, int64_t padded, const Wants& wants, int64_t across, int8_t* to,
+                         float* units, uint8_t* refused, int64_t begin, int64_t end) {
   const int64_t block = wants.many, step = wants.step;
   alignas(64) int8_t digits[3][kAside][kMostOfBlock] = {};
   for (int64_t task = begin; task < end; ++task) {
@@ -93,7 +93,8 @@ inline bool digits_tiled(const float* x, int64_t m, int64_t padded, const Wants&
       float* const of_block = units + k / block * across + row;
       std::fill_n(of_block, kAside, 0.0f);
       for (int64_t r = 0; r < rows; ++r)
-        if (!cut_block(x + (row + r) * padded + k, count, digits, r, of_block[r])) return false;
+        if (!cut_block(x + (row + r) * padded + k, count, digits, r, of_block[r]))
+          __atomic_store_n(&refused[row / wants.width], uint8_t(1), __ATOMIC_RELAXED);  // by any of some tasks
       for (int64_t at = 0; at < count; at += step)
         for (int d = 0; d < 3; ++d) {
           int8_t* const tile = panel + (3 * (k + at) + d * step) * kAside;
@@ -106,7 +107,6 @@ inline bool digits_tiled(const float* x, int64_t m, int64_t padded, const Wants&
         }
     }
   }
-  return true;
 }
 
 }  // namespace bitfold
