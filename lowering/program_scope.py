@@ -10,7 +10,6 @@ takes; what is not quantized shares the model's memory, buffers excepted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, capture, state
 from ..passes.annotate import Annotate
+from ..passes.core import Progress
 from ..passes.edges import first_calibrated
 from ..passes.fold import Fold
 from ..passes.observing.calibrate import calibrate, flat_arguments
@@ -28,12 +28,12 @@ from ..passes.observing.share import Share
 from ..passes.recipes import Recipe
 from .algorithms.algorithm import Algorithm
 from .algorithms.calibration import Batches
+from .algorithms.enough_data import measured, warn_of_few
 from .algorithms.measure import Gatherer, linears
 from .files.graph_data import dump
 from .folded import Canonical
 from .install import CANONICAL, lower_graph
 from .kv_cache.quantize import QuantizeCache, speaks_of_caches
-from .module_scope import Step
 from .parameters import with_all_names
 from .program import as_program, own_tensors
 
@@ -46,7 +46,7 @@ def quantize_program(
     *,
     stored: Mapping[str, Quantized],
     dynamic: Any = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
     steps: Algorithm | None = None,
 ) -> GraphModule:
     """Capture, annotate, calibrate if the recipe asks for it, fold and lower. Mistakes are BitfoldErrors."""
@@ -77,8 +77,7 @@ def quantize_program(
     if observed is not None:
         batches.check_given(observed)
         Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
-        said = None if progress is None else partial(progress, "calibrate")
-        calibrate(gm, data if steps is not None else batches.raw(), said)
+        calibrate(gm, data if steps is not None else batches.raw(), progress)
     Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)
@@ -87,12 +86,11 @@ def quantize_program(
 
 
 @torch.no_grad()
-def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step | None) -> None:
+def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Progress | None) -> None:
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
-    whole = steps.rotate or steps.correct or steps.tune
-    name = whole.name if whole else steps.on_blocks()
+    name = steps.on_whole() or steps.on_blocks()
     if name:
         raise BitfoldError(f"{name} works on the modules of a model; use scope='module'")
     if steps.needs_data:
@@ -103,4 +101,6 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Step
             if progress is not None:
                 progress(f"measure batch {index}", index, len(batches))
             run.run(*flat_arguments(gm, index, batch))
+        if steps.measures:
+            warn_of_few(measured(gm))
     steps.solve.run(gm, progress=progress)

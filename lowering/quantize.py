@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
+from ..passes.core import Progress
 from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.training.fake_quantize import check_observers
@@ -35,7 +36,7 @@ from .folded import Folded
 from .given_model import module_of
 from .install import CANONICAL, resolve_target
 from .memory import held, release
-from .module_scope import Plan, Record, Step, plan
+from .module_scope import Plan, Record, plan
 from .parameters import check_parameters
 from .program_scope import quantize_program
 from .swaps import as_decided, changed
@@ -55,7 +56,7 @@ def quantize(
     stored: Mapping[str, Quantized] | None = None,
     example_inputs: Any = None,
     dynamic: Any = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
     algorithm: str | Pipeline | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Any:
@@ -170,7 +171,7 @@ def _solve(
     steps: Algorithm,
     batches: list[Batch],
     resume: str | os.PathLike[str] | None,
-    progress: Step | None,
+    progress: Progress | None,
 ) -> dict[str, Tensor]:
     results = None
     if resume is not None:
@@ -178,7 +179,9 @@ def _solve(
     return solve_sites(model, found, steps, batches, results=results, progress=progress)
 
 
-def calibrate_sites(model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Step | None) -> None:
+def calibrate_sites(
+    model: nn.Module, found: Plan, batches: Iterable[Batch], progress: Progress | None
+) -> None:
     observed = {}
     for site in found.sites:
         if site.calibrated:

@@ -16,14 +16,14 @@ from .constants import (
     is_parameter_expr,
     source_parameter,
 )
-from .core import Miss, MissRecord, Pass, State, WeightStore, report, state
+from .core import Miss, MissRecord, Pass, Progress, State, WeightStore, report, state
 from .edit import argument, arguments, call, fake_mode, replace
 from .fold import Fold, FoldError
 from .fuse import Fuse, Region, inline, region_of
 from .graph_snapshot import GraphSnapshot, NodeSnapshot, snapshot
 from .note import Note, annotated, note
 from .observing.calibrate import calibrate
-from .observing.histograms import observer
+from .observing.kinds import observer, observer_names, register_observer
 from .observing.observe import Observe
 from .observing.observers import Observer
 from .observing.share import Share
@@ -68,6 +68,7 @@ __all__ = [
     "Pass",
     "Pattern",
     "Pipeline",
+    "Progress",
     "Recipe",
     "Region",
     "Rule",
@@ -103,9 +104,11 @@ __all__ = [
     "is_training_graph",
     "note",
     "observer",
+    "observer_names",
     "origin",
     "pass_names",
     "region_of",
+    "register_observer",
     "register_pass",
     "replace",
     "report",

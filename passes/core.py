@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 Scope = Literal["program", "frame", "module"]
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are (0: not known)."""
+
 META_KEY = "bitfold"
 """Where a graph keeps its `State` (`gm.meta`) and a node its annotation (`node.meta`)."""
 
@@ -114,6 +117,10 @@ class State:
     def path(self, name: str) -> str:
         """The path in the model of what the captured module calls `name`."""
         return ".".join(part for part in (self.path_prefix, name) if part)
+
+    def local(self, path: str) -> str:
+        """What the captured module calls a path of the model; "" for the module itself."""
+        return "" if path == self.path_prefix else path.removeprefix(f"{self.path_prefix}.").strip(".")
 
     def copy(self) -> State:
         """A state for a copy of the graph: its own records, the same tensors and the same store."""

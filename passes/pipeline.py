@@ -15,22 +15,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
 from ..formats.errors import BitfoldError
-from .core import MissRecord, Pass, State, state
+from .core import MissRecord, Pass, Progress, State, state
 from .graph_snapshot import GraphSnapshot, Recorder
 from .options import parse_passes, print_pass, split_options
 from .registry import find_pass
 from .stages import Stage, VerificationError
 from .trace import Change, Step, Trace, compare
 from .verify import verify
-
-Progress = Callable[[str, int, int], None]
-"""Called before each pass with its text, how many passes are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,8 @@ class Pipeline:
         anything is changed by it), VerificationError when a pass leaves a graph that breaks its stage.
 
         record: whether the trace holds the graph as plain data at every step, for the page. Without, its
-        steps say what was rewritten, missed and how long it took, and nothing of the graph is copied."""
+        steps say what was rewritten, missed and how long it took, and nothing of the graph is copied;
+        progress: called before each pass, with its text."""
         if not isinstance(gm, GraphModule):
             raise BitfoldError(
                 f"a pipeline runs on a graph, not on a {type(gm).__name__}; capture(model, inputs) makes one"

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 from ..formats import BitfoldError, format, nearest
-from .observing.histograms import observer
+from .observing.kinds import observer
 
 CACHE = "cache"
 JOINTS = ("add", "mul", "pool", "softmax", "attention")

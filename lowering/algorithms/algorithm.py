@@ -2,7 +2,10 @@
 
 In: text such as "awq,clip,gptq{actorder=true}", or a pipeline of such passes. Out: an `Algorithm`, checked.
 
-    algorithm_of("awq,clip,gptq")  ->  Algorithm((AWQ(),), Pipeline((Clip(), GPTQ())), None)
+    algorithm_of("awq,clip,gptq,learn")   ->   block before: awq;  solve: clip, gptq;  block after: learn
+
+Solvers decide about one weight at a time (`passes/algorithms/solve.py`); the others have a place before or
+after them (`passes/algorithms/on_model.py`).
 """
 
 from __future__ import annotations
@@ -13,121 +16,118 @@ from itertools import pairwise
 
 from ...formats import BitfoldError
 from ...passes import Pass, Pipeline, find_pass
-from ...passes.algorithms.balance import Balancer
-from ...passes.algorithms.correct_bias import CorrectBias
-from ...passes.algorithms.learn import Learn
-from ...passes.algorithms.rotate import Rotate
+from ...passes.algorithms.on_model import OnModel, Place
 from ...passes.algorithms.solve import Solver
-from ...passes.algorithms.tune import Tune
 from ...passes.registry import pass_names
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is done to the whole model (`rotate`), to the channels of a block, then to each weight, and then
-    to the weights of the block together."""
+    """Passes in order: on the whole model, on a block, on each weight, on the block again, on the model
+    again."""
 
-    balance: tuple[Balancer, ...]
-    solve: Pipeline
-    learn: Learn | None = None
-    rotate: Rotate | None = None
-    correct: CorrectBias | None = None
-    tune: Tune | None = None
+    steps: tuple[Solver | OnModel, ...]
+
+    def at(self, place: Place) -> tuple[OnModel, ...]:
+        """The passes that have this place."""
+        return tuple(step for step in self.steps if isinstance(step, OnModel) and step.place == place)
+
+    @property
+    def solvers(self) -> tuple[Solver, ...]:
+        return tuple(step for step in self.steps if isinstance(step, Solver))
+
+    @property
+    def solve(self) -> Pipeline:
+        return Pipeline(self.solvers)
 
     @property
     def needs_data(self) -> bool:
         """Whether it measures what goes into layers (or, to balance, what blocks are called with)."""
-        others = self.balance or self.learn or self.rotate or self.correct or self.tune
-        return bool(others) or self.measures
+        return self.measures or len(self.solvers) < len(self.steps)
 
     @property
     def measures(self) -> bool:
         """Whether a solver looks at second moments of what goes into each layer."""
-        return any(
-            isinstance(step, Solver) and (step.needs_inputs or step.wants_inputs)
-            for step in self.solve.passes
-        )
+        return any(step.needs_inputs or step.wants_inputs for step in self.solvers)
 
     @property
     def wants_exact(self) -> bool:
         """Whether it compares what goes into layers with what goes into them in the float model."""
-        return any(isinstance(step, Solver) and step.wants_exact for step in self.solve.passes)
+        return any(step.wants_exact for step in self.solvers)
+
+    @property
+    def together(self) -> bool:
+        """Whether codes of a block are decided together, when its last weight is solved."""
+        return bool(self.at("block after"))
 
     @property
     def wants_floats(self) -> bool:
         """Whether it looks at float weights again when all codes are decided."""
-        return self.correct is not None or self.tune is not None
+        return bool(self.at("model after"))
 
     @property
     def changes_weights(self) -> bool:
         """Whether what is rounded is another float weight than the model's."""
-        return bool(self.rotate or self.balance or self.wants_exact)
+        return bool(self.at("model before") or self.at("block before") or self.wants_exact)
+
+    def on_whole(self) -> str:
+        """The name of the first pass that wants the whole model, or ""."""
+        return next((step.name for step in (*self.at("model before"), *self.at("model after"))), "")
 
     def on_blocks(self) -> str:
         """The name of the first pass that wants a model of blocks, or ""."""
-        wanting = (
-            step.name
-            for step in self._steps()
-            if isinstance(step, Balancer | Learn) or (isinstance(step, Solver) and step.wants_exact)
-        )
-        return next(wanting, "")
+        blocks = (*self.at("block before"), *self.at("block after"))
+        exact = [step for step in self.solvers if step.wants_exact]
+        return next((step.name for step in self.steps if step in blocks or step in exact), "")
 
     def __str__(self) -> str:
-        return str(Pipeline(self._steps()))
-
-    def _steps(self) -> tuple[Pass, ...]:
-        first = (self.rotate,) if self.rotate else ()
-        last = tuple(step for step in (self.learn, self.tune, self.correct) if step is not None)
-        return (*first, *self.balance, *self.solve.passes, *last)
+        return str(Pipeline(self.steps))
 
 
 def algorithm_of(given: str | Pipeline) -> Algorithm:
-    """The passes. Raises BitfoldError for one that decides no codes, naming those that do, and for channels
-    that
-    are to be balanced after codes are decided."""
+    """The passes. Raises BitfoldError for one that decides no codes, naming those that do, and for an order
+    in which one would throw away what another has decided."""
     steps = Pipeline.parse(given) if isinstance(given, str) else given
     if not isinstance(steps, Pipeline) or not steps.passes:
         raise BitfoldError(f"an algorithm is text such as 'clip,gptq', not {given!r}; there are {_known()}")
-    balance: list[Balancer] = []
-    solve: list[Pass] = []
-    learn: Learn | None = None
-    rotate: Rotate | None = None
-    correct: CorrectBias | None = None
-    tune: Tune | None = None
-    for first, second in pairwise(steps.passes):
-        if first.name == second.name and not isinstance(first, Tune | CorrectBias):
-            raise BitfoldError(f"{first.name} is there twice, one after the other; leave one out")
+    found: list[Solver | OnModel] = []
     for step in steps.passes:
-        last = correct or tune
-        if last is not None and isinstance(step, Tune | CorrectBias):
-            raise BitfoldError(
-                f"{last.name} and {step.name} both have the last word, on each layer and on the whole model; "
-                "leave one out"
-            )
-        if last is not None:
-            raise BitfoldError(f"{last.name} looks at what all others have decided; put it after {step.name}")
-        if isinstance(step, Tune):
-            tune = step
-        elif isinstance(step, CorrectBias):
-            correct = step
-        elif learn is not None:
-            raise BitfoldError(f"learn goes on from what the others have decided; put it after {step.name}")
-        elif isinstance(step, Rotate):
-            if balance or solve or rotate:
-                raise BitfoldError("rotate turns what all others look at; put it first, once")
-            rotate = step
-        elif isinstance(step, Learn):
-            learn = step
-        elif isinstance(step, Solver):
-            solve.append(step)
-        elif not isinstance(step, Balancer):
+        if not isinstance(step, Solver | OnModel):
             raise BitfoldError(f"the pass {step.name!r} decides no codes; an algorithm is made of {_known()}")
-        elif solve:
-            raise BitfoldError(f"{step.name} changes what is rounded; put it before {solve[0].name}")
-        else:
-            balance.append(step)
-    _check_order([step for step in solve if isinstance(step, Solver)])
-    return Algorithm(tuple(balance), Pipeline(solve), learn, rotate, correct, tune)
+        found.append(step)
+    for first, second in pairwise(found):
+        if first.name == second.name and _place(first) != "model after":
+            raise BitfoldError(f"{first.name} is there twice, one after the other; leave one out")
+        _check_places(first, second, found)
+    algorithm = Algorithm(tuple(found))
+    _check_order(algorithm.solvers)
+    return algorithm
+
+
+_PLACES = ("model before", "block before", "solve", "block after", "model after")
+
+
+def _place(step: Solver | OnModel) -> str:
+    return step.place if isinstance(step, OnModel) else "solve"
+
+
+def _check_places(first: Solver | OnModel, second: Solver | OnModel, steps: Sequence[Pass]) -> None:
+    """BitfoldError if the turn of `second` is before that of `first`, or both are for the whole model."""
+    here, there = _place(first), _place(second)
+    if here == there == "model after":
+        raise BitfoldError(
+            f"{first.name} and {second.name} both have the last word, on each layer and on the whole model; "
+            "leave one out"
+        )
+    if _PLACES.index(here) <= _PLACES.index(there) and not here == there == "model before":
+        return
+    if here in ("block after", "model after"):
+        what = "goes on from" if here == "block after" else "looks at"
+        raise BitfoldError(f"{first.name} {what} what the others have decided; put it after {second.name}")
+    if there == "model before":
+        raise BitfoldError(f"{second.name} changes what all others look at; put it first, once")
+    solver = next(step for step in steps if isinstance(step, Solver))
+    raise BitfoldError(f"{second.name} changes what is rounded; put it before {solver.name}")
 
 
 def _check_order(steps: Sequence[Solver]) -> None:
@@ -152,8 +152,5 @@ def _check_order(steps: Sequence[Solver]) -> None:
         last = step
 
 
-_KINDS = (Solver, Balancer, Learn, Rotate, CorrectBias, Tune)
-
-
 def _known() -> str:
-    return ", ".join(name for name in pass_names() if issubclass(find_pass(name), _KINDS))
+    return ", ".join(name for name in pass_names() if issubclass(find_pass(name), Solver | OnModel))

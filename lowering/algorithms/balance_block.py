@@ -1,7 +1,7 @@
-"""Balancers applied to one block: factors chosen, weights and vectors changed, and the block shown to be the
+"""A balancer applied to one block: factors chosen, weights and vectors changed, and the block shown to be the
 same.
 
-In: a block with what it is called with, its sites, and balancers (awq, smooth, equalize). Out: drafts of
+In: a block with what it is called with, its sites, and a balancer (awq, smooth, equalize). Out: drafts of
 scaled weights on the sites' anchors; new values for the parameters that take no codes; both in place in the
 block for as long as its swaps last.
 
@@ -13,8 +13,7 @@ Where a divided vector is rounded to its dtype, the columns are multiplied by th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ...formats import BitfoldError, Format, format
-from ...passes import Miss, MissRecord, capture, expression
+from ...passes import Miss, capture, expression
 from ...passes.algorithms.balance import Balancer, Group, Weights, groups
 from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.inputs import Inputs
@@ -31,119 +30,100 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
-from ..swaps import Swaps
 from ..turned import turned
 from .blocks import Chain
 from .calibration import hooked, in_order
 from .described import described_module
 from .measure import Gatherer
+from .places import Block, work
 
 # Relative to the result's norm, over a chain of four products: float32 rounds 2^-24 at each of some thousand
 # sums, and bfloat16 2^-9 at each tensor.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
-@dataclass
-class Balance:
-    """Applies `steps` to a chain's blocks. `shared`: identities of the parameters that something outside
-    their group reads too (`used_once.py`); `changes`: new values of parameters that take no codes, by
-    path."""
+@work.register
+def balance_block(step: Balancer, at: Block) -> None:
+    """Balance a block. Raises BitfoldError if it then computes something else."""
+    found = _groups(at)
+    if isinstance(found, Miss):
+        at.whole.miss(at.path, step.name, found.reason)
+        return
+    if not found:
+        reason = (
+            "nothing in it can be balanced: no channels that linears read are made by a plain vector or the "
+            "rows of a linear"
+        )
+        at.whole.miss(at.path, step.name, reason)
+    now = _Work(at)
+    found = [group for group in found if _may_be_scaled(step, group, now)]
+    before = at.chain.run(at.place, 0)
+    inputs = _inputs(at.chain, at.place, found, now) if step.needs_inputs else {}
+    for group in found:
+        factors = step.factors(now.weights(group, inputs.get(group.readers[0])))
+        if factors is not None:
+            now.scale(group, factors)
+    after = at.chain.run(at.place, 0)
+    apart = float((after - before).float().norm() / before.float().norm().clamp(min=1e-12))
+    if not apart <= TOLERANCE.get(before.dtype, 1e-2):  # NaN, of a weight past its dtype's range, neither
+        raise BitfoldError(
+            f"{at.path} computes something else after balancing (by {apart:.1e}): its channels are mixed in "
+            f"a way that is not seen; leave {step.name} out for this model"
+        )
+    at.whole.changes |= now.changes
 
-    steps: Sequence[Balancer]
-    shared: frozenset[int] = frozenset()
-    changes: dict[str, Tensor] = field(default_factory=dict)
-    misses: list[MissRecord] = field(default_factory=list)
-    known: dict[Hashable, list[Group] | Miss] = field(default_factory=dict)
 
-    def apply(self, chain: Chain, place: int, sites: Sequence[Site], swaps: Swaps) -> None:
-        """Balance block `place`. Raises BitfoldError if it then computes something else."""
-        block, path = chain.blocks[place], chain.paths[place]
-        found = self._groups(chain, place)
-        if isinstance(found, Miss):
-            self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), found.reason))
-            return
-        if not found:
-            reason = (
-                "nothing in it can be balanced: no channels that linears read are made by a plain vector or "
-                "the rows of a linear"
-            )
-            self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
-        found = [group for group in found if self._alone(group, block, path)]
-        work = _Work(block, path, sites, swaps)
-        found = [group for group in found if self._free(group, work) and self._seen(group, work)]
-        before = chain.run(place, 0)
-        for step in self.steps:
-            inputs = _inputs(chain, place, found, work) if step.needs_inputs else {}
-            for group in found:
-                factors = step.factors(work.weights(group, inputs.get(group.readers[0])))
-                if factors is not None:
-                    work.scale(group, factors)
-        after = chain.run(place, 0)
-        apart = float((after - before).float().norm() / before.float().norm().clamp(min=1e-12))
-        if not apart <= TOLERANCE.get(before.dtype, 1e-2):  # NaN, of a weight past its dtype's range, neither
-            raise BitfoldError(
-                f"{path} computes something else after balancing (by {apart:.1e}): its channels are mixed "
-                f"in a way that is not seen; leave {self.steps[0].name} out for this model"
-            )
-        self.changes |= work.changes
-
-    def _alone(self, group: Group, block: nn.Module, path: str) -> bool:
-        """Whether nothing but this group reads its parameters; a miss says which one has another reader."""
-        names = (*(one.path for one in group.producers), *group.readers)
-        for name in names:
-            if id(block.get_parameter(name)) in self.shared:
-                reason = (
-                    f"{path}.{name} is used in more than one place, so {group.readers[0]} is not balanced"
-                )
-                self.misses.append(MissRecord(path, path, "", str(self.steps[0].name), reason))
-                return False
-        return True
-
-    def _free(self, group: Group, work: _Work) -> bool:
-        """Whether none of its parameters has codes of its own already, which no factor changes."""
-        for name in (*(one.path for one in group.producers), *group.readers):
-            if name in work.anchors and work.anchors[name][2].stored:
-                reason = f"{work.path}.{name} has codes of its own (stored), so its channels stay as they are"
-                self.misses.append(MissRecord(work.path, work.path, "", str(self.steps[0].name), reason))
-                return False
-        return True
-
-    def _seen(self, group: Group, work: _Work) -> bool:
-        """Whether it can be measured what goes into its readers, if a step wants to know."""
-        name = group.readers[0]
-        if work.watched(name) or not any(step.needs_inputs for step in self.steps):
-            return True
-        reason = f"{work.path}.{name} is multiplied inside a module of its own forward, which takes no codes"
-        self.misses.append(MissRecord(work.path, work.path, "", str(self.steps[0].name), reason))
+def _may_be_scaled(step: Balancer, group: Group, now: _Work) -> bool:
+    """Whether nothing but this group reads its parameters, none has codes of its own already, which no factor
+    changes, and it can be measured what goes into its readers if the step wants to know; else a miss."""
+    whole, path = now.at.whole, now.at.path
+    names = (*(one.path for one in group.producers), *group.readers)
+    reader = group.readers[0]
+    for name in names:
+        if id(now.at.module.get_parameter(name)) in whole.shared:
+            reason = f"{path}.{name} is used in more than one place, so {reader} is not balanced"
+            whole.miss(path, step.name, reason)
+            return False
+    for name in names:
+        if name in now.anchors and now.anchors[name][2].stored:
+            reason = f"{path}.{name} has codes of its own (stored), so its channels stay as they are"
+            whole.miss(path, step.name, reason)
+            return False
+    if step.needs_inputs and not now.watched(reader):
+        reason = f"{path}.{reader} is multiplied inside a module of its own forward, which takes no codes"
+        whole.miss(path, step.name, reason)
         return False
+    return True
 
-    def _groups(self, chain: Chain, place: int) -> list[Group] | Miss:
-        """The block's groups; blocks that hold the same but for their numbers are captured once."""
-        block = chain.blocks[place]
-        modules = tuple((name, described_module(module)) for name, module in block.named_modules())
-        key = (modules, tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
-        if key not in self.known:
-            args, kwargs = chain.arguments(place)
-            try:
-                self.known[key] = groups(capture(block, args, kwargs=kwargs))
-            except CaptureError as error:
-                self.known[key] = Miss(f"cannot be balanced: {error}")
-        return self.known[key]
+
+def _groups(at: Block) -> list[Group] | Miss:
+    """The block's groups; blocks that hold the same but for their numbers are captured once."""
+    modules = tuple((name, described_module(module)) for name, module in at.module.named_modules())
+    parameters = tuple((name, tuple(p.shape)) for name, p in at.module.named_parameters())
+    key = ("groups", modules, parameters)
+    if key not in at.whole.kept:
+        args, kwargs = at.chain.arguments(at.place)
+        try:
+            at.whole.kept[key] = groups(capture(at.module, args, kwargs=kwargs))
+        except CaptureError as error:
+            at.whole.kept[key] = Miss(f"cannot be balanced: {error}")
+    known: list[Group] | Miss = at.whole.kept[key]
+    return known
 
 
 class _Work:
     """The parameters of one block, by their path in it, while they are changed."""
 
-    def __init__(self, block: nn.Module, path: str, sites: Sequence[Site], swaps: Swaps) -> None:
-        self.block, self.path, self.swaps = block, path, swaps
+    def __init__(self, at: Block) -> None:
+        self.at, self.block = at, at.module
         self.changes: dict[str, Tensor] = {}
         self.anchors: dict[str, tuple[Site, Node, Note]] = {}
-        for site in sites:
+        for site in at.sites:
             for node, note in annotated(site.gm):
                 operand = node.args[TARGETS[node.target][2]]
                 chain = expression(site.gm, operand) if isinstance(operand, Node) else None
                 if chain is not None and not chain.text and note.anchor == "linear" and note.weight:
-                    self.anchors[chain.path.removeprefix(path).strip(".")] = (site, node, note)
+                    self.anchors[chain.path.removeprefix(at.path).strip(".")] = (site, node, note)
 
     def weights(self, group: Group, inputs: Inputs | None) -> Weights:
         readers: list[tuple[Tensor, Format | None]] = []
@@ -208,11 +188,11 @@ class _Work:
             node = self.anchors[name][1]
             node.meta[DRAFT] = Draft(torch.ops.bitfold.hadamard(value) if turned(node) else value)
         else:
-            self.changes[f"{self.path}.{name}"] = value.to(held.dtype)
-        self.swaps.replace(owner, own, value.to(held.dtype))
+            self.changes[f"{self.at.path}.{name}"] = value.to(held.dtype)
+        self.at.swaps.replace(owner, own, value.to(held.dtype))
 
 
-def _inputs(chain: Chain, place: int, found: Sequence[Group], work: _Work) -> dict[str, Inputs]:
+def _inputs(chain: Chain, place: int, found: Sequence[Group], now: _Work) -> dict[str, Inputs]:
     """Statistics of what each group reads, by its first reader's path."""
     block = chain.blocks[place]
     seen: dict[str, Inputs] = {}
@@ -224,7 +204,7 @@ def _inputs(chain: Chain, place: int, found: Sequence[Group], work: _Work) -> di
 
     with contextlib.ExitStack() as hooks:
         for group in found:
-            module, hook = work.watch(group.readers[0], add)
+            module, hook = now.watch(group.readers[0], add)
             hooks.enter_context(hooked(block, {module: hook}))
         for batch in range(len(chain.hidden)):
             chain.run(place, batch)

@@ -87,9 +87,14 @@ class Chain:
         return _filled(call, given.hidden.clone())
 
 
+def first_part(result: Any) -> Any:
+    """A block's result, or the first part of it."""
+    return result[0] if isinstance(result, tuple | list) and result else result
+
+
 def first_tensor(result: Any) -> Tensor:
-    """What a block hands on: its result, or the first part of it."""
-    value = result[0] if isinstance(result, tuple | list) and result else result
+    """What a block hands on."""
+    value = first_part(result)
     if not isinstance(value, Tensor):
         raise BitfoldError(f"a block returned a {type(value).__name__}, not a tensor")
     return value

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
+from ...passes.core import Progress
 from ...passes.observing.calibrate import named, usable
 from ...passes.scopes.program import traceable
 from .buffers import Buffers
@@ -146,7 +147,7 @@ def observe_modules(
     model: nn.Module,
     batches: Iterable[Batch],
     observers: Mapping[nn.Module, Callable[..., Any]],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Run every batch, and each module's arguments through its observer (a graph); the number of batches."""
 

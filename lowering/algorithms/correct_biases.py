@@ -11,7 +11,6 @@ afterwards, so their rounding is not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +18,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ...formats import format
-from ...passes import Miss, MissRecord
+from ...passes import Miss
 from ...passes.algorithms.correct_bias import CorrectBias
 from ...passes.algorithms.draft import DRAFT, draft_of
 from ...passes.note import Note, annotated
 from ...passes.provenance import inherit
 from ...passes.scopes.module import is_stock
-from ..module_scope import Plan, Site
+from ..module_scope import Site
 from ..swaps import as_decided
-from .calibration import Batch, hooked
+from .calibration import hooked
+from .places import Whole, work
 
 FLOAT = "bitfold_float"
 """In `node.meta` of a linear's anchor: its weight before rounding, where that is not the module's."""
@@ -36,23 +36,23 @@ _BIAS = 2
 """Where linear and convolutions take it."""
 
 
-def correct_biases(
-    step: CorrectBias, model: nn.Module, found: Plan, batches: Sequence[Batch], changes: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+@work.register
+def correct_biases(step: CorrectBias, at: Whole) -> None:
     """New biases. What is left alone is among the plan's misses."""
+    model, found, changes = at.model, at.found, at.changes
     chosen: dict[nn.Module, _Error] = {}
     for site in found.sites:
         _decide(site)
         picked = _anchor(site, step)
         if isinstance(picked, Miss):
-            found.misses.append(MissRecord(site.path, site.path, "", step.name, picked.reason))
+            at.miss(site.path, step.name, picked.reason)
         elif picked is not None:
             chosen[site.module] = _Error(site, *picked)
     before = {module: one.before for module, one in chosen.items()}
     after = {module: one.after for module, one in chosen.items()}
     # In this order: the hooks that round a layer's input come behind those that note what it is given.
     with hooked(model, before, after), as_decided(model, changes, found):
-        for batch in batches:
+        for batch in at.batches:
             batch.run(model)
     corrected: dict[str, Tensor] = {}
     for module, one in chosen.items():
@@ -64,7 +64,7 @@ def correct_biases(
             _add_bias(one.site.gm, one.node, one.mean)
             held = torch.zeros_like(one.mean)
         corrected[path] = (held.detach() + one.mean.to(held.device)).to(one.weight.dtype)
-    return corrected
+    at.changes |= corrected
 
 
 def _decide(site: Site) -> None:

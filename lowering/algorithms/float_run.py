@@ -1,60 +1,63 @@
 """The float run: every batch once through the model as it is, before anything is decided.
 
-In: a model, the sites to solve and calibration batches. Out: the chain of blocks, with what each is called
+In: a model, the sites to solve and calibration batches. Out: the chains of blocks, with what each is called
 with, or why there is none; and the sites outside of it, which are measured on the way.
 
-    recorded(model, sites, batches, measures=True)   ->   Chain(blocks 0 to 29), [the head]
+    recorded(model, sites, batches, measures=True)   ->   [Chain(blocks 0 to 29)], [the head]
 
-Bad data is found here: NaN, a layer that no batch reaches, fewer tokens than channels. Where the chain breaks
-at a later batch, what was measured is forgotten, and all sites are measured in a second run.
+Bad data is found here: NaN, a layer that no batch reaches, fewer tokens than channels. Where a chain breaks
+at a later batch, what was measured is forgotten, and its sites too are measured in another run.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from ...formats import BitfoldError
 from ...passes import Miss
 from ...passes.algorithms.inputs import INPUTS
-from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.observing.calibrate import usable
 from ..module_scope import Site
 from .blocks import Chain
 from .calibration import Batch, hooked, in_order
+from .enough_data import expected, measured, warn_of_few
 from .measure import gatherer
-from .record_blocks import record
+from .record_blocks import block_lists, record
 
 
 def recorded(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measures: bool
-) -> tuple[Chain | Miss, list[Site]]:
-    """The float run: the chain, and the sites outside it, which are measured on the way."""
-    chain = record(model, batches[:1])  # whether there is a chain decides what the full run measures
-    if isinstance(chain, Chain):
-        paths = chain.paths
+) -> tuple[list[Chain] | Miss, list[Site]]:
+    """The float run: the chains, and the sites outside them, which are measured on the way."""
+    lists = block_lists(model)
+    found = record(model, batches[:1], lists)  # which are chains decides what the full run measures
+    while found and isinstance(found[0], Chain):
+        lists = [one for one, seen in zip(lists, found, strict=True) if isinstance(seen, Chain)]
+        paths = [path for one in lists for path, _ in one]
         rest = [site for site in sites if not any(within(site.path, path) for path in paths)]
         with _watched(model, sites, rest, measures) as reached:
-            chain = record(model, batches)
-        if isinstance(chain, Chain):
+            found = record(model, batches, lists)
+        chains = [one for one in found if isinstance(one, Chain)]
+        if len(chains) == len(lists):
             _check_reached(sites, reached)
-            _check_finite(chain)
             if measures:
-                _check_count(sites, chain)
-            return chain, rest
-        _forget(rest)  # the run below sees the same batches again
+                warn_of_few((*_in_chains(sites, chains), *(one for s in rest for one in measured(s.gm))))
+            return chains, rest
+        _forget(rest)  # the next run sees the same batches again
     with _watched(model, sites, sites, measures) as reached:
         for batch in batches:
             batch.run(model)
     _check_reached(sites, reached)
-    return chain, list(sites)
+    if measures:
+        warn_of_few(one for site in sites for one in measured(site.gm))
+    why = found[0] if found else Miss("it has no ModuleList of blocks")
+    assert isinstance(why, Miss)
+    return why, list(sites)
 
 
 def _forget(sites: Sequence[Site]) -> None:
@@ -107,30 +110,13 @@ def _check_reached(sites: Sequence[Site], reached: set[nn.Module]) -> None:
             )
 
 
-def _check_finite(chain: Chain) -> None:
-    for batch, hidden in enumerate(chain.hidden):
-        if not bool(torch.isfinite(hidden).all()):
-            raise BitfoldError(
-                f"calibration batch {batch} gives NaN or infinity before {chain.paths[0]}; leave it out"
-            )
-
-
-def _check_count(sites: Sequence[Site], chain: Chain) -> None:
-    tokens = sum(hidden.numel() // hidden.shape[-1] for hidden in chain.hidden)
-    k = max((note_k for site in sites for note_k in _widths(site)), default=0)
-    if tokens < k:
-        warnings.warn(
-            f"calibration has {tokens} tokens for layers of up to {k} channels; give several times as many "
-            "tokens as channels, or the codes will fit these tokens and little else",
-            stacklevel=2,
-        )
-
-
-def _widths(site: Site) -> Iterator[int]:
-    for node, note in annotated(site.gm):
-        operand = node.args[TARGETS[node.target][2]]
-        if note.anchor == "linear" and isinstance(operand, Node):
-            yield int(operand.meta["val"].shape[-1])
+def _in_chains(sites: Sequence[Site], chains: Sequence[Chain]) -> Iterator[tuple[int, int]]:
+    """(tokens, channels) of the linears of blocks."""
+    for chain in chains:
+        tokens = sum(hidden.numel() // hidden.shape[-1] for hidden in chain.hidden)
+        for site in sites:
+            if any(within(site.path, path) for path in chain.paths):
+                yield from expected(site.gm, tokens)
 
 
 def within(path: str, block: str) -> bool:

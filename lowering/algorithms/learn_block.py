@@ -3,7 +3,7 @@
 In: a chain at a block, the float block's outputs, the block's sites with drafts. Out: drafts of better
 values.
 
-    learn_block(Learn(steps=200), chain, 0, targets, sites)
+    work(Learn(steps=200), Block(whole, chain, 0, sites, swaps, targets))
 
 A step takes one calibration batch through the block on rounded weights, and moves the weights. Every tenth of
 the steps all data are looked at, and the best weights kept, the first ones included: learning never makes it
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.learn import Learn
-from ..module_scope import Site
 from .blocks import Chain, first_tensor
-from .learnable import Descent, Learnt, as_read, called, roundings
+from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
+from .places import Block, work
 
 
-def learn_block(
-    step: Learn, chain: Chain, place: int, targets: Sequence[Tensor], sites: Sequence[Site]
-) -> None:
+@work.register
+def learn_block(step: Learn, at: Block) -> None:
     """Learn, and put the new drafts on the sites' anchors. Embeddings, convolutions and experts are left."""
-    block = chain.blocks[place]
-    learnt = roundings(sites, chain.paths[place])
+    block, chain, place, targets = at.module, at.chain, at.place, at.targets
+    at.whole.found.misses += falls_short(step, at.sites)
+    learnt = roundings(at.sites, at.path)
     if not learnt:
         return
     least = _loss(block, chain, place, targets, learnt, first=True)
@@ -38,6 +38,8 @@ def learn_block(
     draw = torch.Generator().manual_seed(0)
     descent = Descent(learnt, (step.rate, step.scales))
     for number in range(step.steps):
+        if at.whole.progress is not None:
+            at.whole.progress(f"{step.name} {at.path}, step {number}", number, step.steps)
         index = int(torch.randint(len(chain.hidden), (), generator=draw))
         values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
         gradients = _gradients(block, chain, place, index, targets[index], values, learnt)

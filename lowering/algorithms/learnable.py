@@ -12,7 +12,7 @@ Embeddings, convolutions, experts and weights that are a computed part of a para
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,11 @@ from torch.fx import Node
 
 from ...formats import Quantized, format
 from ...formats.sparsity import Dense
-from ...passes import expression
+from ...passes import Miss, MissRecord, expression
 from ...passes.algorithms.draft import DRAFT, Draft, rows_of
-from ...passes.algorithms.rounding import Rounding
+from ...passes.algorithms.learn import Learn
+from ...passes.algorithms.rounding import Rounding, moves
+from ...passes.algorithms.tune import Tune
 from ...passes.anchors import TARGETS
 from ...passes.note import Note, annotated
 from ..module_scope import Site
@@ -40,16 +42,44 @@ def roundings(sites: Sequence[Site], root: str) -> Learnt:
     found: Learnt = {}
     for site in sites:
         for node, note in annotated(site.gm):
-            operand = node.args[TARGETS[node.target][2]]
-            held = expression(site.gm, operand) if isinstance(operand, Node) else None
-            if held is None or held.text or note.anchor != "linear" or not note.weight or note.stored:
+            if not note.weight or note.stored:
                 continue
-            fmt, draft = format(note.weight), _draft(site, node, note)
-            if draft is None or fmt.scale is None or not isinstance(fmt.sparsity, Dense):
+            path, draft = _learnable(site, node, note), _draft(site, node, note)
+            if isinstance(path, Miss) or draft is None:
                 continue
-            name = _full(site.path, held.path).removeprefix(root).strip(".")
-            found[name] = node, Rounding(fmt, draft, turned(node))
+            name = _full(site.path, path).removeprefix(root).strip(".")
+            found[name] = node, Rounding(format(note.weight), draft, turned(node))
     return found
+
+
+def falls_short(step: Learn | Tune, sites: Sequence[Site]) -> Iterator[MissRecord]:
+    """What weights of these sites do not get of `step`, and why."""
+    for site in sites:
+        for node, note in annotated(site.gm):
+            if not note.weight or note.stored:
+                continue
+            path, fmt = _learnable(site, node, note), format(note.weight)
+            if isinstance(path, Miss):
+                yield MissRecord(site.path, site.path, "", step.name, path.reason)
+            elif step.scales and not moves(fmt):
+                reason = f"scales of {fmt} are powers of two or have zeros beside them; they are not learned"
+                yield MissRecord(site.path, site.path, "", step.name, reason)
+
+
+def _learnable(site: Site, node: Node, note: Note) -> str | Miss:
+    """The path of the parameter that an anchor's rounding is learned for, or why it is not."""
+    fmt = format(str(note.weight))
+    if note.anchor != "linear":
+        return Miss(f"learning is for linears; this {note.anchor} keeps the codes that it has")
+    operand = node.args[TARGETS[node.target][2]]
+    held = expression(site.gm, operand) if isinstance(operand, Node) else None
+    if held is None or held.text:
+        return Miss("its weight is computed from a parameter, so its rounding is not learned")
+    if fmt.scale is None:
+        return Miss(f"{fmt} has no scales: each number is cast by itself")
+    if not isinstance(fmt.sparsity, Dense):
+        return Miss(f"{fmt} stores some of the columns only, and learning is for dense formats")
+    return held.path
 
 
 def as_read(values: Mapping[str, Tensor], learnt: Learnt) -> dict[str, Tensor]:

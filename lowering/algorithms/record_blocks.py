@@ -1,13 +1,14 @@
 """Whether a model is a chain of blocks, and what each of its blocks is called with: the float run.
 
-In: a model and calibration batches. Out: its blocks in order and, for every batch, what goes into each; or
-the reason why the model is no such chain.
+In: a model and calibration batches. Out: the blocks of each of its lists in order and, for every batch, what
+goes into each; or the reason why a list is no such chain.
 
-    record(llama, batches)  ->  Chain(model.layers.0 .. 31, hidden [32 batches], the other arguments of each
-    call)
+    record(llama, batches, block_lists(llama))
+    ->  [Chain(model.layers.0 .. 31, given [32 batches], the other arguments of each call)]
 
-The blocks are the elements of the largest ModuleList whose elements each run once, in order, the first tensor
-that one returns being the first that the next is given, untouched. Other tensors that earlier blocks returned
+Blocks are the elements of a ModuleList that each run once, in order, the first tensor that one returns being
+the first that the next is given, untouched. An encoder and a decoder are two chains, each of which begins
+with what the float model gives it. Other tensors that earlier blocks returned
 (a residual, a bias of positions) are followed too: a block is given what they really return. A block that
 writes to one of these would change what its next run starts from, and is no link of a chain; nor is one that
 fills a cache of keys and values, or that reads what its arguments do not say (a global, autocast).
@@ -25,37 +26,46 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import Miss
-from .blocks import Call, Chain, Given, Handed, first_tensor
+from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
 from .calibration import Batch, hooked
 
-
-def record(model: nn.Module, batches: Sequence[Batch]) -> Chain | Miss:
-    """Run the float model once on every batch. The caller has it in eval mode, without gradients."""
-    found = _largest_list(model)
-    if found is None:
-        return Miss("it has no ModuleList of blocks")
-    chain = Chain(tuple(path for path, _ in found), tuple(block for _, block in found))
-    results: list[Tensor] = []
-    for batch in batches:
-        seen = _record_batch(model, batch, chain)
-        if isinstance(seen, Miss):
-            return seen
-        results = results or [seen.detach().clone()]
-    # After the last batch: what the model's forward left for the blocks to find is then of that one.
-    why = _by_themselves(model, chain, results[0])
-    return Miss(why) if why else chain
+Blocks = list[tuple[str, nn.Module]]
+"""The elements of a ModuleList, with their paths."""
 
 
-def _largest_list(model: nn.Module) -> list[tuple[str, nn.Module]] | None:
+def block_lists(model: nn.Module) -> list[Blocks]:
+    """The largest ModuleList, then those that have no module in common with one before."""
     lists = [
         (path, module)
         for path, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) > 1
     ]
-    if not lists:
-        return None
-    path, blocks = max(lists, key=lambda one: sum(p.numel() for p in one[1].parameters()))
-    return [(f"{path}.{index}" if path else str(index), block) for index, block in enumerate(blocks)]
+    found: list[Blocks] = []
+    taken: set[nn.Module] = set()
+    for path, blocks in sorted(lists, key=lambda one: -sum(p.numel() for p in one[1].parameters())):
+        inside = set(blocks.modules())
+        if not inside & taken:
+            taken |= inside
+            found.append([(f"{path}.{i}" if path else str(i), block) for i, block in enumerate(blocks)])
+    return found
+
+
+def record(model: nn.Module, batches: Sequence[Batch], lists: Sequence[Blocks]) -> list[Chain | Miss]:
+    """Run the float model once on every batch: for each list its chain, or why it is none; no further than to
+    the batch that shows that of one. The caller has the model in eval mode, without gradients."""
+    chains = [Chain(tuple(p for p, _ in one), tuple(block for _, block in one)) for one in lists]
+    results: list[Tensor] = []
+    for batch in batches:
+        seen = _record_batch(model, batch, chains)
+        if any(isinstance(one, Miss) for one in seen):
+            return [one if isinstance(one, Miss) else chain for chain, one in zip(chains, seen, strict=True)]
+        results = results or [one.detach().clone() for one in seen if isinstance(one, Tensor)]
+    # After the last batch: what the model's forward left for the blocks to find is then of that one.
+    found: list[Chain | Miss] = []
+    for chain, result in zip(chains, results, strict=True):
+        why = _by_themselves(model, chain, result)
+        found.append(Miss(why) if why else chain)
+    return found
 
 
 def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
@@ -80,12 +90,19 @@ def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
     return ""
 
 
-def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> Tensor | Miss:
-    """Note one batch; the last block's result, or the reason why the blocks are no chain."""
-    seen = _Seen(chain, batch.name)
-    before, after = dict.fromkeys(chain.blocks, seen.before), dict.fromkeys(chain.blocks, seen.after)
+def _record_batch(model: nn.Module, batch: Batch, chains: Sequence[Chain]) -> list[Tensor | Miss]:
+    """Note one batch; each last block's result, or the reason why the blocks are no chain."""
+    # Bad data shows in the largest list; what lesser ones hand on need be no hidden value at all.
+    seen = [_Seen(chain, batch.name, strict=place == 0) for place, chain in enumerate(chains)]
+    before = {block: one.before for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
+    after = {block: one.after for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
     with hooked(model, before, after, outside=True):
         batch.run(model)
+    return [_noted(one, chain) for one, chain in zip(seen, chains, strict=True)]
+
+
+def _noted(seen: _Seen, chain: Chain) -> Tensor | Miss:
+    """What was seen of a batch, put into the chain."""
     if seen.broken:
         return Miss(seen.broken[0])
     if seen.order != list(range(len(chain.blocks))) or seen.next is None:
@@ -98,8 +115,8 @@ def _record_batch(model: nn.Module, batch: Batch, chain: Chain) -> Tensor | Miss
 class _Seen:
     """One batch's calls of blocks, while they come."""
 
-    def __init__(self, chain: Chain, batch: str) -> None:
-        self.batch = batch
+    def __init__(self, chain: Chain, batch: str, strict: bool) -> None:
+        self.batch, self.strict = batch, strict
         self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
         self.index = {block: i for i, block in enumerate(chain.blocks)}
         self.order: list[int] = []
@@ -117,6 +134,7 @@ class _Seen:
             self.broken.append(f"block {path} is given no tensor")
             return
         if not self.order:
+            self._check_finite(value, f"before {path}")
             self.start.append(value.detach().clone())
         elif self.next is not value:
             self.broken.append(f"block {path} is not given what the one before it returned")
@@ -138,13 +156,21 @@ class _Seen:
             self.broken.append(
                 f"block {self.paths[block]} writes to what it is given beside the first tensor"
             )
+        if not isinstance(first_part(result), Tensor):
+            self.broken.append(f"block {self.paths[block]} returns no tensor first")
+            return
         self.next = first_tensor(result)
-        if not bool(torch.isfinite(self.next).all()):
-            raise BitfoldError(f"{self.batch} gives NaN or infinity behind {self.paths[block]}; leave it out")
+        self._check_finite(self.next, f"behind {self.paths[block]}")
         for leaf, one in enumerate(pytree.tree_leaves(result)):
             if isinstance(one, Tensor):
                 known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
                 self.handed[id(one)] = known
+
+    def _check_finite(self, value: Tensor, where: str) -> None:
+        if not bool(torch.isfinite(value).all()):
+            if self.strict:
+                raise BitfoldError(f"{self.batch} gives NaN or infinity {where}; leave it out")
+            self.broken.append(f"there is NaN or infinity {where}")
 
     def _changed(self, tensor: Tensor) -> bool:
         ref, version, _ = self.handed.get(id(tensor), _NOTHING)

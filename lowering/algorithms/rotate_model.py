@@ -25,26 +25,26 @@ from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
-from ..diagnose import first_output
 from ..module_scope import Site
+from ..outputs import first_output
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turn
 from .calibration import Batch
+from .places import Whole, work
 
 # Relative to the result's norm: every linear's weight and every sum of the stream is rounded anew.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def rotate_model(
-    step: Rotate, model: nn.Module, batch: Batch, sites: Sequence[Site], swaps: Swaps
-) -> dict[str, Tensor]:
-    """Rotate, until `swaps` end. Raises BitfoldError, naming the operator, for a model that is not to be
+@work.register
+def rotate_model(step: Rotate, at: Whole) -> None:
+    """Rotate, until the swaps end. Raises BitfoldError, naming the operator, for a model that is not to be
     rotated, and if it computes something else afterwards."""
-    stream = _stream(model, batch)
-    work = _Work(step, model, sites, swaps, stream)
+    model, batch = at.model, at.batches[0]
+    turned = _Work(step, model, at.sites, at.swaps, _stream(model, batch))
     before = first_output(model, batch)
-    work.rotate()
+    turned.rotate()
     after = first_output(model, batch)
     apart = float((after - before).float().norm() / before.float().norm().clamp(min=1e-12))
     if not apart <= TOLERANCE.get(before.dtype, 1e-2):
@@ -53,8 +53,8 @@ def rotate_model(
             f"{apart:.1e}); leave rotate out for this model"
         )
     if step.online:
-        work.turn_writers()
-    return work.changes
+        turned.turn_writers()
+    at.changes |= turned.changes
 
 
 def _stream(model: nn.Module, batch: Batch) -> Stream:

@@ -3,7 +3,7 @@
 In: a model, its sites with codes on their anchors, batches, new values of parameters so far. Out: better
 codes on the anchors, and new values of the model's vectors (norms, biases).
 
-    tune_model(Tune(steps=200), model, found, batches, changes)  ->  {"model.norm.weight": ...}
+    work(Tune(steps=200), at)    at.changes has "model.norm.weight" then, and anchors have other codes
 
 The float model runs beside the rounded one on each batch, so that nothing of it is kept. An eighth of the
 batches (one at least, if there are two) is never learned from: what does best there is kept, what was given
@@ -22,38 +22,34 @@ from torch import Tensor, nn
 from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.tune import Tune
-from ..diagnose import first_output
-from ..module_scope import Plan, Step
+from ...passes.core import Progress
+from ..outputs import divergence, first_output
 from ..parameters import parameter_names
-from ..search.sensitivity import divergence
 from ..swaps import Swaps
 from .calibration import Batch, hooked
-from .learnable import Descent, Learnt, as_read, called, roundings
+from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
+from .places import Whole, work
 
 _ASIDE = 8
 
 
-def tune_model(
-    step: Tune,
-    model: nn.Module,
-    found: Plan,
-    batches: Sequence[Batch],
-    changes: Mapping[str, Tensor],
-    progress: Step | None = None,
-) -> dict[str, Tensor]:
+@work.register
+def tune_model(step: Tune, at: Whole) -> None:
     """Learn; the model itself is as it was. Raises BitfoldError where the loss is no number."""
+    model, found, batches = at.model, at.found, at.batches
+    found.misses += falls_short(step, found.sites)
     learnt = roundings(found.sites, "")
     with Swaps() as swaps, hooked(model, {}):
         for site in found.sites:
             swaps.put(site)  # what is not learned is rounded too, and so are inputs
-        work = _Work(step, model, learnt, changes, swaps)
+        run = _Work(step, model, learnt, at.changes, swaps)
         every = min(_ASIDE, len(batches))
         aside = batches[::every]
         taught = [batch for place, batch in enumerate(batches) if place % every] or aside
-        work.run(taught, aside, progress)
+        run.run(taught, aside, at.progress)
     for node, rounding in learnt.values():
         node.meta[DRAFT] = rounding.draft().quantized(rounding.format)
-    return work.best
+    at.changes |= run.best
 
 
 class _Work:
@@ -76,7 +72,7 @@ class _Work:
                 found[names[0]] = held.detach().float().clone(), names
         return found
 
-    def run(self, taught: Sequence[Batch], aside: Sequence[Batch], progress: Step | None) -> None:
+    def run(self, taught: Sequence[Batch], aside: Sequence[Batch], progress: Progress | None) -> None:
         more = [(value, self.step.vectors * float(value.abs().mean())) for value, _ in self.vectors.values()]
         descent = Descent(self.learnt, (self.step.rate, self.step.scales), more)
         self._check_gradients(taught)

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from ..._version import __version__
 from ...formats import BitfoldError, Quantized, format
 from ...passes import Stage, state
+from ...passes.core import Progress
 from ...passes.stages import find_attribute
 from ..folded import Canonical, Folded, FoldedWeight, original_class
 from ..given_model import is_graph, module_of
@@ -40,7 +41,7 @@ def save(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write `model` to `path`. Raises BitfoldError if it is not quantized, or the file cannot be written.
 

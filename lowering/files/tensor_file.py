@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...passes.core import Progress
 from .paths import FileError, is_file, named, place_of
 
 VERSION = 1
@@ -63,7 +64,7 @@ def write(
     tensors: Mapping[str, Tensor | Callable[[], Tensor]],
     header: dict[str, Any],
     shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write `tensors` (or what makes each, called when its turn has come) and `header` to `path`.
 

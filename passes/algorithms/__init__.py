@@ -12,7 +12,8 @@ In the order in which they may stand in an algorithm:
     tune                       scales and vectors of the whole model, by gradients
     correct_bias               biases that take off the mean error
 
-and what they are made of: `solve.py` is what a solver sees and gives (`Task` -> `draft.py`), `inputs.py` the
-statistics of what goes into a layer, `columns.py` where columns are rounded one after the other,
+and what they are made of: `solve.py` is what a solver sees and gives (`Task` -> `draft.py`), `on_model.py`
+the places of passes that work on blocks or the whole model, `inputs.py` the statistics of what goes into a
+layer, `moments.py` what is computed of them, `columns.py` where columns are rounded one after the other,
 `rounding.py` what gradients learn of a rounding, `residual.py` where a model's residual stream is.
 """

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...formats import BitfoldError, Format
+from ...formats import Format
 from ..anchors import TARGETS
 from ..constants import expression
-from ..core import Pass
-from ..stages import Stage
 from .inputs import Inputs
+from .on_model import OnModel, Place
 
 aten = torch.ops.aten
 
@@ -91,17 +90,11 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Balancer(Pass):
+class Balancer(OnModel):
     """Chooses factors; `lowering` applies them to a model's blocks, before codes are decided."""
 
-    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    place: ClassVar[Place] = "block before"
     needs_inputs: ClassVar[bool] = False
-
-    def apply(self, gm: GraphModule) -> int:
-        """Not on a graph of its own: what produces a channel may be in another module's."""
-        raise BitfoldError(
-            f"{self.name} balances the blocks of a model: bf.quantize(model, ..., algorithm=...)"
-        )
 
     @abstractmethod
     def factors(self, weights: Weights) -> Tensor | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...formats import BitfoldError, Format, Integer
 from ...formats.fit import Params, shrunk
+from ..core import Miss
 from .draft import Draft
 from .solve import Solver, Task
 
@@ -60,6 +61,11 @@ class Clip(Solver):
                 "clip tries 2 or more shares from least to most, by a positive norm, not "
                 f"steps={self.steps}, least={self.least}, most={self.most}, norm={self.norm}"
             )
+
+    def falls_short(self, task: Task) -> Miss | None:
+        if self.weighted and task.inputs is None:
+            return Miss("there are no statistics of what goes into it, so every column's error counts alike")
+        return None
 
     def solve(self, task: Task) -> Draft:
         inputs = task.inputs if self.weighted else None

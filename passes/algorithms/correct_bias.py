@@ -15,23 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule
-
-from ...formats import BitfoldError
-from ..core import Pass
-from ..stages import Stage
+from .on_model import OnModel, Place
 
 
 @dataclass(frozen=True)
-class CorrectBias(Pass):
+class CorrectBias(OnModel):
     """add: give a bias to linears and convolutions that have none (such a model is loaded into a skeleton
     whose layers have one)."""
 
     name: ClassVar[str] = "correct_bias"
-    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    place: ClassVar[Place] = "model after"
 
     add: bool = False
-
-    def apply(self, gm: GraphModule) -> int:
-        """Not on a graph alone: it compares modules on a model's data."""
-        raise BitfoldError(f"{self.name} runs a model on data: bf.quantize(..., algorithm='..,{self.name}')")

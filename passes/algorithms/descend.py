@@ -23,7 +23,7 @@ from ...formats import BitfoldError
 from ...formats.fit import Columns
 from .columns import column_device
 from .draft import Draft
-from .refit import damped
+from .moments import damped
 from .solve import Solver, Task
 
 
@@ -45,9 +45,7 @@ class Descend(Solver):
     def solve(self, task: Task) -> Draft:
         f, w = task.format, task.weight
         if w.ndim != 2:
-            raise BitfoldError(
-                f"layer {task.layer}: descend rounds matrices, not a weight of {list(w.shape)}"
-            )
+            raise BitfoldError(f"descend rounds matrices, not a weight of {list(w.shape)}")
         params, there = task.draft.chosen(f), column_device(w)
         columns = Columns(f, [part.to(there) for part in params], w.shape[0])
         h, weight = damped(task.moment, self.damping).to(there), w.to(there)

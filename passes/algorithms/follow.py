@@ -21,7 +21,7 @@ import torch
 
 from ...formats import BitfoldError
 from .draft import Draft
-from .refit import damped
+from .moments import factored
 from .solve import Solver, Task
 
 
@@ -46,18 +46,12 @@ class Follow(Solver):
         draft, inputs = task.draft, task.inputs
         assert inputs is not None
         if draft.params is not None:
-            raise BitfoldError(f"layer {task.layer}: follow changes what is rounded; put it first")
+            raise BitfoldError("follow changes what is rounded; put it first")
         if inputs.cross is None:  # measured in the float model: nothing before it is rounded
             return draft
         if not bool(inputs.moment.any()):  # nothing but zeros came in, on which all weights agree
             return draft
         apart = (inputs.cross - inputs.moment).double()
-        h = damped(inputs.moment.double(), self.damping)
-        lower, failed = torch.linalg.cholesky_ex(h)
-        if bool(failed):
-            raise BitfoldError(
-                f"layer {task.layer}: the second moment of the inputs is not a positive matrix; look at the "
-                "calibration data"
-            )
+        lower = factored(inputs.moment, self.damping)
         change = torch.cholesky_solve((draft.weight.double() @ apart).mT, lower).mT
         return Draft(draft.weight + self.share * change.to(draft.weight.dtype))

@@ -27,8 +27,10 @@ from torch import Tensor
 
 from ...formats import BitfoldError, Format
 from ...formats.fit import Columns
+from ..core import Miss
 from .columns import column_device
 from .draft import Draft
+from .moments import inverse_factor
 from .solve import Solver, Task
 
 RoundColumn = Callable[[Tensor, int], Tensor]
@@ -60,10 +62,21 @@ class GPTQ(Solver):
                 "use groups=static, or actorder=false"
             )
 
+    def falls_short(self, task: Task) -> Miss | None:
+        f = task.format
+        if self.groups == "static" or f.cols is None or f.cols == task.weight.shape[-1]:
+            return None  # one group: its first column is the weight's
+        static = "so groups are static"
+        if task.draft.params is not None:
+            return Miss(f"its scales are chosen already by what comes before, {static}")
+        if not _by_groups(f):
+            return Miss(f"scales of {f} depend on more than one group of one row, {static}")
+        return None
+
     def solve(self, task: Task) -> Draft:
         f, w = task.format, task.weight
         if w.ndim != 2:
-            raise BitfoldError(f"layer {task.layer}: gptq rounds matrices, not a weight of {list(w.shape)}")
+            raise BitfoldError(f"gptq rounds matrices, not a weight of {list(w.shape)}")
         order = torch.arange(w.shape[1], device=w.device)
         if self.actorder:
             order = task.moment.diagonal().argsort(descending=True, stable=True)
@@ -98,35 +111,6 @@ class GPTQ(Solver):
             left[:, start + cols :] -= errors @ factor[group, start + cols :]
             pieces.append(values)
         return Draft(w, tuple(found), torch.cat(pieces, 1))
-
-
-def inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped moment, float32 [K, K].
-
-    In float64: the inverse of a nearly singular float32 matrix is noise. Channels that were never active get
-    the diagonal's mean, and so cost nothing and take nothing. Where the damping does not suffice, ten times
-    as much.
-    """
-    diagonal = moment.diagonal().to(torch.float64)
-    mean = diagonal.mean()
-    if not bool(mean > 0):
-        return torch.eye(moment.shape[0], device=moment.device)
-    diagonal = torch.where(diagonal == 0, mean, diagonal)
-    for _ in range(6):
-        # Each matrix ends before the next but one begins: at 14336 channels one is 1.6 GB.
-        work = moment.to(torch.float64, copy=True)
-        work.diagonal().copy_(diagonal + damping * mean)
-        work, failed = torch.linalg.cholesky_ex(work)
-        if not bool(failed):
-            work = torch.cholesky_inverse(work)
-            work, failed = torch.linalg.cholesky_ex(work, upper=True)
-            if not bool(failed):
-                factor: Tensor = work.to(torch.float32)
-                return factor
-        damping *= 10
-    raise BitfoldError(
-        "the second moment of the inputs is not a positive matrix; look at the calibration data"
-    )
 
 
 def compensate(

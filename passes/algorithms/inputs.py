@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...formats import BitfoldError
+from .moments import row_error
 
 INPUTS = "bitfold_inputs"
 """In `node.meta` of an anchor: the `Inputs` that were seen there."""
@@ -58,4 +59,4 @@ class Inputs:
 
     def error(self, difference: Tensor) -> Tensor:
         """Mean squared output error of each row of `difference` [N, K], [N]."""
-        return (difference @ self.moment * difference).sum(-1)
+        return row_error(difference, self.moment)

@@ -18,20 +18,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule
-
 from ...formats import BitfoldError
-from ..core import Pass
-from ..stages import Stage
+from .on_model import OnModel, Place
 
 
 @dataclass(frozen=True)
-class Learn(Pass):
+class Learn(OnModel):
     """steps: of descent, for each block, a calibration batch each; rate: the first step, in spacings; scales:
     that of scales, as a share of themselves (0: they stay)."""
 
     name: ClassVar[str] = "learn"
-    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    place: ClassVar[Place] = "block after"
 
     steps: int = 200
     rate: float = 0.002
@@ -43,7 +40,3 @@ class Learn(Pass):
                 "learn takes 1 or more steps, a rate between 0 and 1, and one of scales from 0 to 1, not "
                 f"{self}"
             )
-
-    def apply(self, gm: GraphModule) -> int:
-        """Not on a graph of its own: the aim is the output of a model's block."""
-        raise BitfoldError(f"{self.name} looks at a model's blocks: bf.quantize(..., algorithm=...)")

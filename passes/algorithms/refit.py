@@ -22,7 +22,9 @@ from torch import Tensor
 
 from ...formats import BitfoldError
 from ...formats.fit import multipliers, with_multipliers
+from ..core import Miss
 from .draft import Draft
+from .moments import damped, row_error
 from .solve import Solver, Task
 
 _AT_ONCE = 1 << 24
@@ -44,14 +46,23 @@ class Refit(Solver):
         if not 0 <= self.damping < math.inf:
             raise BitfoldError(f"refit takes damping of 0 or more, not {self}")
 
+    def falls_short(self, task: Task) -> Miss | None:
+        scale = task.format.scale
+        assert scale is not None
+        if scale.zero != "none":
+            return Miss(f"{task.format} has zero points, beside which scales alone are not fitted; they stay")
+        if scale.granularity.rows != 1:
+            return Miss(f"{task.format} has scales that several rows share; they stay")
+        return None
+
     def solve(self, task: Task) -> Draft:
         f, draft = task.format, task.draft
+        if self.falls_short(task) is not None:
+            return draft
         assert f.scale is not None
         grain = f.scale.granularity
-        if grain.rows != 1 or f.scale.zero != "none":
-            return draft
         if draft.values is None:
-            raise BitfoldError(f"layer {task.layer}: refit wants codes that are decided; put gptq before it")
+            raise BitfoldError("refit wants codes that are decided; put gptq before it")
         params = draft.chosen(f)
         old = multipliers(f, params)
         groups = old.shape[-1]
@@ -62,7 +73,7 @@ class Refit(Solver):
         wanted = torch.where(wanted * old > 0, wanted, old)
         fitted = with_multipliers(f, params, wanted)
         values = (codes * multipliers(f, fitted)[..., None]).reshape(task.weight.shape)
-        better = _error(values - task.weight, h) < _error(draft.values - task.weight, h)
+        better = row_error(values - task.weight, h) < row_error(draft.values - task.weight, h)
         scales = torch.where(better[:, None], fitted[0], params[0])
         return Draft(task.weight, (scales, *params[1:]), torch.where(better[:, None], values, draft.values))
 
@@ -87,13 +98,3 @@ def _solved(weight: Tensor, codes: Tensor, h: Tensor, groups: int) -> Tensor:
     normal.diagonal(dim1=-2, dim2=-1).add_(empty.to(normal.dtype))
     solved, failed = torch.linalg.solve_ex(normal, right[..., None])
     return torch.where((failed != 0)[:, None], 0.0, solved[..., 0])
-
-
-def damped(moment: Tensor, damping: float) -> Tensor:
-    """The moment with a share of its mean diagonal added: what gptq minimizes too."""
-    mean = moment.diagonal().mean()
-    return moment + damping * mean * torch.eye(moment.shape[0], device=moment.device, dtype=moment.dtype)
-
-
-def _error(difference: Tensor, h: Tensor) -> Tensor:
-    return (difference @ h * difference).sum(-1)

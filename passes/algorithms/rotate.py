@@ -20,29 +20,20 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from ...formats import BitfoldError
 from ...formats.hadamard import hadamard_matrix
-from ..core import Pass
-from ..stages import Stage
+from .on_model import OnModel, Place
 
 
 @dataclass(frozen=True)
-class Rotate(Pass):
+class Rotate(OnModel):
     """seed: of the signs; online: also before linears that write into the stream, by an operator."""
 
     name: ClassVar[str] = "rotate"
-    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    place: ClassVar[Place] = "model before"
 
     seed: int = 0
     online: bool = True
-
-    def apply(self, gm: GraphModule) -> int:
-        """Not on a module's graph: what makes the stream and what reads it are in many."""
-        raise BitfoldError(
-            f"{self.name} turns a whole model: bf.quantize(model, ..., algorithm='rotate,...')"
-        )
 
     def matrix(self, width: int, device: torch.device) -> Tensor:
         """R, float64 [width, width]."""

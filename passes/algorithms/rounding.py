@@ -36,7 +36,7 @@ class Rounding:
         self.shift = torch.zeros_like(draft.weight)
         if draft.values is not None:
             self.shift = self._start(draft.values)
-        self.stretch = torch.zeros_like(multipliers(fmt, self.first)) if _moves(fmt) else None
+        self.stretch = torch.zeros_like(multipliers(fmt, self.first)) if moves(fmt) else None
         self.best = draft if draft.values is not None else Draft(draft.weight, self.first)
 
     def _start(self, decided: Tensor) -> Tensor:
@@ -95,6 +95,6 @@ class Rounding:
         return self.best
 
 
-def _moves(fmt: Format) -> bool:
+def moves(fmt: Format) -> bool:
     """Whether scales may take any size: not powers of two, and nothing beside them that they would move."""
     return fmt.scale is not None and fmt.scale.dtype != "e8m0" and fmt.scale.zero == "none"

@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ...formats import Format, format
+from ...formats import BitfoldError, Format, format
 from ...formats.sparsity import Dense
 from ..core import Miss, Pass, report
 from ..note import Note, annotated
@@ -65,7 +65,7 @@ class Solver(Pass):
     keeps_codes: ClassVar[bool] = True
 
     def apply(self, gm: GraphModule) -> int:
-        """Number of weights decided about; the others keep plain rounding, and a miss says why."""
+        """Number of weights decided about; of the others, and of what one does not get, a miss says why."""
         made = 0
         for node, note in annotated(gm):
             if not note.weight or note.stored:
@@ -74,9 +74,20 @@ class Solver(Pass):
             if isinstance(task, Miss):
                 report(gm, node, task, asked=self.name)
                 continue
-            node.meta[DRAFT] = self.solve(task)
-            made += 1
+            short = self.falls_short(task)
+            if short is not None:
+                report(gm, node, short, asked=self.name)
+            try:
+                node.meta[DRAFT] = self.solve(task)
+            except BitfoldError as error:
+                raise BitfoldError(f"layer {task.layer}: {error}") from error
+            made += node.meta[DRAFT] is not task.draft
         return made
+
+    def falls_short(self, task: Task) -> Miss | None:
+        """What this weight does not get of what the options ask for, and why: some formats have no place for
+        it."""
+        return None
 
     def _task(self, gm: GraphModule, node: Node, note: Note) -> Task | Miss:
         assert note.weight is not None
@@ -97,4 +108,5 @@ class Solver(Pass):
 
     @abstractmethod
     def solve(self, task: Task) -> Draft:
-        """The draft, made more definite."""
+        """The draft, made more definite; the task's own, if nothing is decided. What it raises is said of the
+        layer."""

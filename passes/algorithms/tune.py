@@ -18,21 +18,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch.fx import GraphModule
-
 from ...formats import BitfoldError
-from ..core import Pass
-from ..stages import Stage
+from .on_model import OnModel, Place
 
 
 @dataclass(frozen=True)
-class Tune(Pass):
+class Tune(OnModel):
     """steps: of descent, a calibration batch each; rate: the first step of a number, in spacings of its
     format; scales, vectors: those of scales and of vectors, as shares of (the mean of) themselves (0: they
     stay); aim: "predictions", the softmax of the result's last dimension, or "result", its squared error."""
 
     name: ClassVar[str] = "tune"
-    requires: ClassVar[Stage | tuple[Stage, ...] | None] = (Stage.annotated, Stage.observed)
+    place: ClassVar[Place] = "model after"
 
     steps: int = 200
     rate: float = 0.005
@@ -46,9 +43,3 @@ class Tune(Pass):
             raise BitfoldError(
                 f"tune takes 1 or more steps and rates from 0 to 1, one of them above 0, not {self}"
             )
-
-    def apply(self, gm: GraphModule) -> int:
-        """Not on a module's graph: the aim is the output of the whole model."""
-        raise BitfoldError(
-            f"{self.name} looks at a whole model: bf.quantize(model, ..., algorithm='..,{self.name}')"
-        )

@@ -13,7 +13,7 @@ Every batch is checked against the graph's inputs, and for NaN, before the first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
-from ..core import state
+from ..core import Progress, state
 from ..stages import Stage
 from .observers import finite
-
-Progress = Callable[[int, int], None]
-"""Called with the batches done and their number."""
 
 
 def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> int:
@@ -51,11 +48,11 @@ def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None
     with torch.no_grad():
         for index, (args, kwargs) in enumerate(given):
             if progress is not None:
-                progress(index, len(given))
+                progress(f"calibrate on batch {index}", index, len(given))
             with named(f"calibration batch {index}"):
                 gm(*args, **kwargs)
     if progress is not None:
-        progress(len(given), len(given))
+        progress("calibrated", len(given), len(given))
     return len(given)
 
 

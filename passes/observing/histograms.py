@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...formats import BitfoldError, Format, nearest
-from .observers import Average, MinMax, Moving, Observer
+from ...formats import BitfoldError, Format
+from .observers import Observer
 
 
 class Histogram(Observer):
@@ -81,6 +81,8 @@ class Histogram(Observer):
 
 class Percentile(Histogram):
     """The range that leaves out the same small share of numbers at either end."""
+
+    number = "a percentile is a number such as 99.9"
 
     def __init__(self, percent: float = 99.9) -> None:
         super().__init__()
@@ -180,45 +182,3 @@ def _divergence(counts: Tensor, model: Tensor) -> float:
     q = (q + small / len(q)) / (1 + small)
     held = p > 0
     return float((p[held] * (p[held] / q[held]).log()).sum())
-
-
-_KINDS: dict[str, type[Observer]] = {
-    "minmax": MinMax,
-    "average": Average,
-    "moving": Moving,
-    "percentile": Percentile,
-    "mse": LeastSquares,
-    "entropy": Entropy,
-}
-_NUMBERS = {
-    "percentile": "a percentile is a number such as 99.9",
-    "moving": "a share is a number such as 0.1",
-}
-"""Observers that take a number, and how it is meant."""
-
-
-def register_observer(name: str, kind: type[Observer]) -> None:
-    """`name` in a recipe's `observer` stands for `kind`, made without arguments. Raises BitfoldError for
-    a name that is taken by another, or that would not parse."""
-    if not name.isidentifier():
-        raise BitfoldError(f"an observer's name is a word of letters, digits and _, not {name!r}")
-    if _KINDS.get(name, kind) is not kind:
-        raise BitfoldError(f"the observer {name} is {_KINDS[name].__name__} already; take another name")
-    _KINDS[name] = kind
-
-
-def observer(text: str) -> Observer:
-    """The observer that `text` names. Raises BitfoldError with the nearest names for an unknown one."""
-    name, _, option = text.partition(":")
-    if name not in _KINDS:
-        raise BitfoldError(
-            f"unknown observer {name!r}{nearest(name, _KINDS)}; observers are {', '.join(_KINDS)}"
-        )
-    if not option:
-        return _KINDS[name]()
-    if name not in _NUMBERS:
-        raise BitfoldError(f"the observer {name} takes no option, and {text!r} gives it one")
-    try:
-        return _KINDS[name](float(option))  # type: ignore[call-arg]
-    except ValueError as error:
-        raise BitfoldError(f"{text!r}: {_NUMBERS[name]} ({error})") from error

@@ -21,7 +21,7 @@ from ..edges import Edge, split_activations
 from ..edit import free_name
 from ..provenance import inherit
 from ..stages import Stage
-from .histograms import observer
+from .kinds import observer
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ In: tensors.  Out: the same tensors; a range, from which a format's `from_range`
     average          the mean over batches of each batch's extremes: one odd batch does not decide
     moving           an exponential moving average of them; `moving:0.01` moves a hundredth of the way
 
-Those that keep a histogram are in `histograms.py`; `observer` there knows all of them. A range is of numbers:
-NaN and infinity are refused when they come, not made a scale.
+Those that keep a histogram are in `histograms.py`; `kinds.py` knows all of them by name. A range is of
+numbers: NaN and infinity are refused when they come, not made a scale.
 """
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class Observer(nn.Module):
     in the model."""
 
     is_observer = True
+    number: ClassVar[str] = ""
+    """What the number behind its name is (`moving:0.01`), for kinds that take one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,6 +147,8 @@ class Moving(Observer):
     MovingAverageMinMaxObserver, whose default is 0.01, for thousands of batches of training; calibration has
     a few dozen).
     """
+
+    number = "a share is a number such as 0.1"
 
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .formats.estimators import register as register_estimator
     from .formats.gradient import Gradient
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .lowering.target import Target, get_target, register_target
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.observing.calibrate import calibrate
+    from .passes.observing.kinds import register_observer
     from .passes.recipes import Recipe
     from .passes.rules import Rule
     from .tools.explain import explain
@@ -77,7 +79,9 @@ _LATER = {
     "parameter_groups": ("lowering.qat.schedule", "parameter_groups"),
     "prepare_qat": ("lowering.qat.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
+    "register_estimator": ("formats.estimators", "register"),
     "register_format": ("formats", "register"),
+    "register_observer": ("passes.observing.kinds", "register_observer"),
     "register_pass": ("passes", "register_pass"),
     "register_target": ("lowering.target", "register_target"),
     "report": ("lowering.report", "report"),
@@ -122,7 +126,9 @@ __all__ = [
     "parameter_groups",
     "prepare_qat",
     "quantize",
+    "register_estimator",
     "register_format",
+    "register_observer",
     "register_pass",
     "register_target",
     "report",

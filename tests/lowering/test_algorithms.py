@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,6 @@ def test_a_model_without_blocks_is_measured_in_float_and_says_so(batches: list[T
 
 
 def test_the_program_scope_solves_too(model: Model, batches: list[Tensor]) -> None:
-    module = copy.deepcopy(model)
-    bf.quantize(module, "int4[g32]", algorithm="gptq", calibration=batches, target="reference")
     exact = model(batches[0])
     plain = bf.quantize(model, "int3[g32]", scope="program", example_inputs=(batches[0],), target="reference")
     solved = bf.quantize(
@@ -186,8 +185,22 @@ def test_numbers_that_overflow_inside_are_named(model: Model, batches: list[Tens
 
 
 def test_too_few_tokens_are_warned_of(model: Model, batches: list[Tensor]) -> None:
-    with pytest.warns(UserWarning, match="20 tokens for layers of up to 64 channels"):
-        bf.quantize(model, "int4[g32]", algorithm="gptq", calibration=[batches[0][:1]], target="reference")
+    said = "20 tokens for layers of up to 64 channels"
+    asked = {"algorithm": "gptq", "calibration": [batches[0][:1]], "target": "reference"}
+    alone = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    for given, scope in ((model, "module"), (alone, "module"), (alone, "program")):
+        with pytest.warns(UserWarning, match=said) as seen:
+            bf.quantize(copy.deepcopy(given), "int4[g32]", scope=scope, **asked)
+        assert [warning.filename for warning in seen] == [__file__]
+
+
+@pytest.mark.parametrize("algorithm", ["hqq,correct_bias", "learn{steps=1}"])
+def test_where_no_moment_is_looked_at_a_token_is_enough(
+    model: Model, batches: list[Tensor], algorithm: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bf.quantize(model, "int4[g32]", algorithm=algorithm, calibration=[batches[0][:1]], target="reference")
 
 
 def test_what_is_no_algorithm_is_said(model: Model) -> None:

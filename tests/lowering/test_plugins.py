@@ -73,11 +73,58 @@ class Twice(Target):
         return region
 '''
 
+ALGORITHM = '''
+"""`toward_zero` rounds a block's weights toward zero; `quieter` makes the model's last vector smaller."""
+from dataclasses import dataclass
+from typing import ClassVar
+from bitfold.formats import format
+from bitfold.formats.fit import spacing
+from bitfold.lowering.algorithms.places import Block, Whole, work
+from bitfold.passes import annotated, register_pass
+from bitfold.passes.algorithms.draft import DRAFT, Draft
+from bitfold.passes.algorithms.on_model import OnModel, Place
+
+@register_pass
+@dataclass(frozen=True)
+class TowardZero(OnModel):
+    name: ClassVar[str] = "toward_zero"
+    place: ClassVar[Place] = "block after"
+    steps: float = 0.5
+
+@work.register
+def toward_zero(step: TowardZero, at: Block) -> None:
+    assert len(at.targets) == len(at.whole.batches)
+    for site in at.sites:
+        for node, note in annotated(site.gm):
+            fmt, draft = format(note.weight), node.meta[DRAFT]
+            params = draft.chosen(fmt)
+            inner = draft.weight - step.steps * spacing(fmt, params, draft.weight) * draft.weight.sign()
+            node.meta[DRAFT] = Draft(draft.weight, params, fmt.fake_quantize(inner, params))
+
+@register_pass
+@dataclass(frozen=True)
+class Quieter(OnModel):
+    name: ClassVar[str] = "quieter"
+    place: ClassVar[Place] = "model after"
+
+@work.register
+def quieter(step: Quieter, at: Whole) -> None:
+    at.changes["norm.weight"] = at.model.norm.weight / 2
+    at.miss("norm", step.name, "it could be quieter still")
+
+@register_pass
+@dataclass(frozen=True)
+class Idle(OnModel):
+    name: ClassVar[str] = "idle"
+    place: ClassVar[Place] = "block before"
+'''
+
 
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("plugins")
-    for name, text in {"p_format": FORMAT, "p_pass": PASS, "p_target": TARGET}.items():
+    files = {"p_format": FORMAT, "p_pass": PASS, "p_target": TARGET, "p_algorithm": ALGORITHM}
+    for name, text in files.items():
         path = folder / f"{name}.py"
         path.write_text(text)
         spec = importlib.util.spec_from_file_location(name, path)
@@ -191,3 +238,35 @@ def test_taken_names_are_refused(plugins: None) -> None:
     with pytest.raises(bf.BitfoldError, match="exists already"):
         bf.register_target(type("Other", (bf.Target,), {"name": "cpu"}))
     assert state(bf.capture(Model(), (X,))).scope == "program"
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def test_an_algorithm(plugins: None) -> None:
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    exact, asked = copy.deepcopy(model), {"calibration": [torch.randn(40, 32)] * 2, "target": "reference"}
+    bf.quantize(model, "int4[g32]", algorithm="clip,toward_zero,quieter", **asked)
+    for block, float_block in zip(model.blocks, exact.blocks, strict=True):
+        assert bool((block.weight.abs() <= float_block.weight.abs() + 1e-6).all())
+    assert torch.equal(model.norm.weight, exact.norm.weight / 2)
+    assert "it could be quieter still" in str(bf.report(model))
+    for text, said in (
+        ("toward_zero,gptq", "goes on from what the others have decided; put it after gptq"),
+        ("quieter,correct_bias", "both have the last word"),
+        ("gptq,idle", "idle changes what is rounded; put it before gptq"),
+        ("idle,gptq", "nothing is registered for idle to do"),
+        ("gptq,{}", "toward_zero"),
+    ):
+        with pytest.raises(bf.BitfoldError, match=said):
+            bf.quantize(copy.deepcopy(exact), "int4[g32]", algorithm=text.format("fold"), **asked)

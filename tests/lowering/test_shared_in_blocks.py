@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import bitfold as bf
 from bitfold.lowering.algorithms.blocks import Chain
 from bitfold.lowering.algorithms.calibration import as_batch, hooked
-from bitfold.lowering.algorithms.record_blocks import record
+from bitfold.lowering.algorithms.record_blocks import block_lists, record
 from bitfold.passes import Pipeline
 from bitfold.passes.algorithms.balance import Balancer, Weights
 
@@ -118,7 +118,7 @@ class Adds(Block):
 def test_a_block_that_writes_into_its_input_starts_from_the_same_again() -> None:
     torch.manual_seed(0)
     model = Model(Adds).eval()
-    chain = record(model, [as_batch(_batches(1)[0], "batch")])
+    (chain,) = record(model, [as_batch(_batches(1)[0], "batch")], block_lists(model))
     assert isinstance(chain, Chain)
     with hooked(model, {}):
         first = chain.run(0, 0).clone()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from chain_model import Block, Model
+from chain_model import Block, Model, codes
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -67,6 +68,44 @@ def test_what_solvers_leave_is_in_the_report(batches: list[Tensor]) -> None:
     assert "no such statistics" in said(model)
 
 
+@pytest.mark.parametrize(
+    ("text", "algorithm", "sentence"),
+    [
+        ("uint4[g32,bf16,zero:int]", "gptq,refit", "has zero points"),
+        ("int4[4x32]", "gptq,refit", "refit: int4[4x32] has scales that several rows share"),
+        ("int4[g32]", "clip,gptq{actorder=false,groups=sequential}", "scales are chosen already"),
+        ("nvfp4", "gptq{actorder=false,groups=sequential}", "depend on more than one group"),
+        ("int4[4x32]", "gptq{actorder=false,groups=sequential}", "depend on more than one group"),
+        ("mxfp4", "learn{steps=1}", "learn: scales of mxfp4 are powers of two"),
+        ("uint4[g32,bf16,zero:int]", "gptq,tune{steps=1}", "tune: scales of uint4"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_in_the_report(
+    text: str, algorithm: str, sentence: str, batches: list[Tensor]
+) -> None:
+    model = bf.quantize(Model().eval(), text, algorithm=algorithm, calibration=batches, target="reference")
+    lines = [line for line in said(model).split("\n") if sentence in line]
+    assert any(line.startswith("blocks.2.down: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["gptq,refit", "gptq{actorder=false,groups=sequential}", "learn{steps=1}"]
+)
+def test_what_gets_all_is_not_in_the_report(algorithm: str, batches: list[Tensor]) -> None:
+    model = Model().eval()
+    recipe = bf.Recipe("blocks", (bf.Rule(match="blocks.*", weight="int4[g32]"),))
+    bf.quantize(model, recipe, algorithm=algorithm, calibration=batches, target="reference")
+    assert not said(model)
+
+
+def test_an_embedding_that_clip_cannot_weigh_is_in_the_report(batches: list[Tensor]) -> None:
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 8)).eval()
+    recipe = bf.Recipe("both", (bf.Rule(op="embedding|linear", weight="int4[g32]"),))
+    words = [torch.randint(64, (4, 20))] * 2
+    bf.quantize(model, recipe, algorithm="clip", calibration=words, target="reference")
+    assert "0: clip: there are no statistics of what goes into it" in said(model)
+
+
 def test_ties_are_said_of_without_data_too() -> None:
     model = Model().eval()
     model.blocks[1].up.weight = model.blocks[0].up.weight
@@ -74,26 +113,64 @@ def test_ties_are_said_of_without_data_too() -> None:
     assert "its weight is that of blocks.0.up too" in said(model)
 
 
-class Two(nn.Module):
-    def __init__(self) -> None:
+class Run(nn.Module):
+    """Blocks one after the other."""
+
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.enc = nn.ModuleList(Block(32) for _ in range(2))
-        self.dec = nn.ModuleList(Block(32) for _ in range(3))
+        self.blocks = nn.ModuleList(Block(32) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in (*self.enc, *self.dec):
+        for block in self.blocks:
             x = block(x)
         return x
 
 
-@pytest.mark.parametrize("algorithm", ["awq,clip", "follow,gptq", "learn{steps=2}"])
-def test_layers_outside_the_chain_are_said(algorithm: str, batches: list[Tensor]) -> None:
+class Two(nn.Module):
+    """Two lists of blocks, and one of layers that all read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.dec = Run(2), Run(3)
+        self.heads = nn.ModuleList(nn.Linear(32, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dec(self.enc(x))
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "awq,clip", "follow,gptq", "learn{steps=2}"])
+def test_each_list_of_blocks_is_walked(algorithm: str, batches: list[Tensor]) -> None:
+    """Each has the codes that it gets as a model of its own, on what the float model gives it."""
+    asked = {"algorithm": algorithm, "target": "reference"}
     model = Two().eval()
-    bf.quantize(model, "int4[g32]", algorithm=algorithm, calibration=batches, target="reference")
-    found = [miss for miss in bf.report(model).misses if "outside them" in miss.reason]
-    assert sorted(miss.module_path for miss in found) == sorted(
-        f"enc.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")
-    )
+    enc, dec = copy.deepcopy(model.enc), copy.deepcopy(model.dec)
+    with torch.no_grad():
+        between = [enc(x) for x in batches]
+    bf.quantize(model, "int4[g32]", calibration=batches, **asked)
+    for part, alone, data in ((model.enc, enc, batches), (model.dec, dec, between)):
+        wanted = codes(bf.quantize(alone, "int4[g32]", calibration=data, **asked))
+        found = codes(part)
+        assert found.keys() == wanted.keys() and len(found) in (6, 9)
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
+    outside = [miss.module_path for miss in bf.report(model).misses if "outside them" in miss.reason]
+    assert outside == ([] if algorithm == "gptq" else ["heads.0", "heads.1"])
+
+
+class Sometimes(Two):
+    """The encoder is no chain for small batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.enc.blocks[1](x) if x.shape[0] == 2 else x)
+
+
+def test_a_lesser_list_that_breaks_later_is_measured_in_float(batches: list[Tensor]) -> None:
+    model = Sometimes().eval()
+    data = [batches[0], batches[1][:2]]
+    bf.quantize(model, "int4[g32]", algorithm="follow,gptq", calibration=data, target="reference")
+    found = {miss.module_path for miss in bf.report(model).misses if "outside them" in miss.reason}
+    layers = {f"enc.blocks.{i}.{name}" for i in range(2) for name in ("gate", "up", "down")}
+    assert found == {*layers, "heads.0", "heads.1"}
 
 
 def test_clip_without_inputs_needs_no_data() -> None:
@@ -175,7 +252,10 @@ def test_the_program_scope_tells_of_calibration(batches: list[Tensor]) -> None:
         target="reference",
         progress=lambda what, done, total: steps.append(what),
     )
-    assert "calibrate" in steps
+    assert [step for step in steps if step.startswith("calibrate")] == [
+        *(f"calibrate on batch {index}" for index in range(len(batches))),
+        "calibrated",
+    ]
 
 
 @pytest.mark.parametrize(

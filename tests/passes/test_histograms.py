@@ -1,12 +1,16 @@
 """Observers that search: the chosen range against every other one on the numbers themselves."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.passes import observer
+from bitfold.passes import observer, observer_names
+from bitfold.passes.observing import kinds
 from bitfold.passes.observing.histograms import Histogram
+from bitfold.passes.observing.observers import MinMax
 
 
 def seen(text: str, *batches: Tensor) -> Histogram:
@@ -160,17 +164,47 @@ def test_the_least_number_of_float32_is_a_number(kind: str) -> None:
 
 
 def test_observers_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitfold.passes.observing import histograms
+    monkeypatch.setattr(kinds, "_registered", {})
 
-    class Mine(histograms.MinMax):
-        pass
+    class Most(MinMax):
+        """That many of a batch's numbers, from the first on."""
 
-    monkeypatch.setattr(histograms, "_KINDS", dict(histograms._KINDS))
-    with pytest.raises(bf.BitfoldError, match="unknown observer 'mine'"):
-        histograms.observer("mine")
-    histograms.register_observer("mine", Mine)
-    assert type(histograms.observer("mine")) is Mine
+        number = "how many is a number such as 3"
+
+        def __init__(self, most: float = 2) -> None:
+            super().__init__()
+            self.most = int(most)
+
+        def note(self, x: Tensor) -> None:
+            super().note(x.flatten()[: self.most])
+
+    with pytest.raises(bf.BitfoldError, match="unknown observer 'most'"):
+        observer("most")
+    bf.register_observer("most", Most)
+    bf.register_observer("most", Most)  # a module that is loaded again
+    assert observer_names()[-1] == "most"
+    rule = bf.Rule(weight="int8", input="int8[tensor]", observer="most:3")
+    x = torch.tensor([[1.0, -2.0, 3.0, 50.0]]).repeat(1, 8)
+    quantized = bf.quantize(nn.Sequential(nn.Linear(32, 8)), bf.Recipe("mine", (rule,)), calibration=[x])
+    (scale,) = (
+        value for name, value in quantized.state_dict().items() if "input" in name and value.numel() == 1
+    )
+    assert float(scale) == pytest.approx(3.0 / 127.5, rel=1e-2)
+    with pytest.raises(bf.BitfoldError, match="how many is a number such as 3"):
+        observer("most:few")
     with pytest.raises(bf.BitfoldError, match="is MinMax already"):
-        histograms.register_observer("minmax", Mine)
+        bf.register_observer("minmax", Most)
     with pytest.raises(bf.BitfoldError, match="letters, digits"):
-        histograms.register_observer("mi:ne", Mine)
+        bf.register_observer("mo:st", Most)
+    with pytest.raises(bf.BitfoldError, match="subclass of Observer"):
+        bf.register_observer("linear", nn.Linear)
+
+
+def test_documents_name_every_observer() -> None:
+    root = Path(__file__).parents[2]
+    for text in (
+        str(bf.Rule.__doc__),
+        (root / "docs/notes/calibration.md").read_text(),
+        (root / "README.md").read_text(),
+    ):
+        assert all(name in text for name in observer_names())

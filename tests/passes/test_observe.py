@@ -60,7 +60,7 @@ def test_calibrated_scales_are_those_of_the_whole_data() -> None:
     gm = observed(dynamic="batch")
     batches = [torch.randn(3, 8), torch.randn(5, 8) * 4]
     done = []
-    assert calibrate(gm, batches, lambda now, total: done.append((now, total))) == 2
+    assert calibrate(gm, batches, lambda what, now, total: done.append((now, total))) == 2
     assert done == [(0, 2), (1, 2), (2, 2)]
     Pipeline.parse("fold").run(gm)
     data = torch.cat(batches)
