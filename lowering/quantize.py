@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
 from ..passes.core import Progress
+from ..passes.observing.calibrate import NO_BATCHES
 from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.training.fake_quantize import check_observers
@@ -188,7 +189,7 @@ def calibrate_sites(
             Pipeline([Observe()]).run(site.gm, record=False)
             observed[site.module] = site.gm
     if observe_modules(model, batches, observed, progress) == 0:
-        raise BitfoldError("calibration has no batches; give at least one")
+        raise BitfoldError(NO_BATCHES)
     for site in found.sites:
         try:
             check_observers(site.gm)

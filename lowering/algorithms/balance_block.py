@@ -26,6 +26,7 @@ from ...passes.algorithms.balance import Balancer, Group, Weights, groups
 from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.inputs import Inputs
 from ...passes.anchors import TARGETS
+from ...passes.core import below
 from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
@@ -123,7 +124,7 @@ class _Work:
                 operand = node.args[TARGETS[node.target][2]]
                 chain = expression(site.gm, operand) if isinstance(operand, Node) else None
                 if chain is not None and not chain.text and note.anchor == "linear" and note.weight:
-                    self.anchors[chain.path.removeprefix(at.path).strip(".")] = (site, node, note)
+                    self.anchors[below(chain.path, at.path)] = (site, node, note)
 
     def weights(self, group: Group, inputs: Inputs | None) -> Weights:
         readers: list[tuple[Tensor, Format | None]] = []

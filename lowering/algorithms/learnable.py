@@ -28,6 +28,7 @@ from ...passes.algorithms.learn import Learn
 from ...passes.algorithms.rounding import Rounding, moves
 from ...passes.algorithms.tune import Tune
 from ...passes.anchors import TARGETS
+from ...passes.core import below
 from ...passes.note import Note, annotated
 from ..module_scope import Site
 from ..turned import turned
@@ -47,7 +48,7 @@ def roundings(sites: Sequence[Site], root: str) -> Learnt:
             path, draft = _learnable(site, node, note), _draft(site, node, note)
             if isinstance(path, Miss) or draft is None:
                 continue
-            name = _full(site.path, path).removeprefix(root).strip(".")
+            name = below(path, root)
             found[name] = node, Rounding(format(note.weight), draft, turned(node))
     return found
 
@@ -145,7 +146,3 @@ def _draft(site: Site, node: Node, note: Note) -> Draft | None:
     elif turned(node):
         weight = torch.ops.bitfold.hadamard(weight)
     return None if weight is None else Draft(weight.float(), tuple(found.params), found.dequantize())
-
-
-def _full(path: str, own: str) -> str:
-    return own if not path or own.startswith(path + ".") else f"{path}.{own}"

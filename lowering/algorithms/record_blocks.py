@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from ...formats import BitfoldError
 from ...passes import Miss
 from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
+from .buffers import written
 from .calibration import Batch, hooked
 
 Blocks = list[tuple[str, nn.Module]]
@@ -147,12 +148,12 @@ class _Seen:
             self.broken.append(
                 f"block {path} is not given what the one before it returned: it was changed in place since"
             )
-        self.others = [(one, _version(one)) for one in others]
+        self.others = [(one, written(one)) for one in others]
         self.order.append(self.index[block])
         self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if any(_version(one) != version for one, version in self.others):
+        if any(written(one) != version for one, version in self.others):
             self.broken.append(
                 f"block {self.paths[block]} writes to what it is given beside the first tensor"
             )
@@ -163,7 +164,7 @@ class _Seen:
         self._check_finite(self.next, f"behind {self.paths[block]}")
         for leaf, one in enumerate(pytree.tree_leaves(result)):
             if isinstance(one, Tensor):
-                known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
+                known = weakref.ref(one), written(one), Handed(self.index[block], leaf)
                 self.handed[id(one)] = known
 
     def _check_finite(self, value: Tensor, where: str) -> None:
@@ -174,7 +175,7 @@ class _Seen:
 
     def _changed(self, tensor: Tensor) -> bool:
         ref, version, _ = self.handed.get(id(tensor), _NOTHING)
-        return ref() is tensor and version != _version(tensor)
+        return ref() is tensor and version != written(tensor)
 
     def _named(self, tensor: Tensor) -> Tensor | Handed:
         ref, _, name = self.handed.get(id(tensor), _NOTHING)
@@ -182,11 +183,6 @@ class _Seen:
 
 
 _NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
-
-
-def _version(tensor: Tensor) -> int:
-    """Goes up with every write, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:

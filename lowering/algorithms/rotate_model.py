@@ -82,11 +82,7 @@ class _Work:
                 operand = node.args[TARGETS[node.target][2]]
                 chain = expression(site.gm, operand) if isinstance(operand, torch.fx.Node) else None
                 if chain is not None and not chain.text and note.weight:
-                    self.anchors[self._full(site.path, chain.path)] = site, node, note
-
-    @staticmethod
-    def _full(path: str, own: str) -> str:
-        return own if own.startswith(path + ".") or not path else f"{path}.{own}"
+                    self.anchors[chain.path] = site, node, note
 
     def rotate(self) -> None:
         """Every parameter of the stream."""

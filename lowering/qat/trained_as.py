@@ -41,7 +41,7 @@ def trained_as(gm: GraphModule, how: Qat) -> str:
         assert on is not None, f"{node.name} stands on no edge"
         gradient = replace(Gradient.parse(str(node.args[2])), keep=False, kernel=False, fused=False)
         which = "input" if on.which == CACHED else on.which
-        layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
+        layer = state(gm).own(on.layer)
         lines.append(" ".join(word for word in (layer, which, on.format, str(gradient)) if word))
     lines += ["batch norm folded in"] * len(gm.graph.find_nodes(op="call_function", target=FOLD_NORM))
     schedule = (f"{name} {getattr(how, name)}" for name in ("warmup", "observe", "rate", "freeze_norm"))

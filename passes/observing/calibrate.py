@@ -27,6 +27,8 @@ from ..core import Progress, state
 from ..stages import Stage
 from .observers import finite
 
+NO_BATCHES = "calibration has no batches; give at least one"
+
 
 def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None = None) -> int:
     """Run every batch (a tensor, a tuple of arguments, or a dict of keywords) without gradients.
@@ -41,7 +43,7 @@ def calibrate(gm: GraphModule, batches: Iterable[Any], progress: Progress | None
         )
     given = [_arguments(batch) for batch in batches]
     if not given:
-        raise BitfoldError("calibration has no batches; give at least one")
+        raise BitfoldError(NO_BATCHES)
     inputs = gm.graph.find_nodes(op="placeholder")
     for index, (args, kwargs) in enumerate(given):
         _check(index, inputs, _flat(gm, index, args, kwargs, len(inputs)))

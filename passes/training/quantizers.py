@@ -218,7 +218,7 @@ def _learned(
 
 def _hold(gm: GraphModule, node: Node, on: Edge, part: str, value: Tensor, *, trains: bool = False) -> Node:
     """`value` as a parameter or a buffer of the graph's module, called after the layer and the operand."""
-    layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
+    layer = state(gm).own(on.layer)
     name = free_name(gm, "_".join(word for word in (layer, on.which, part) if word))
     made = add_constant(gm, name, value.detach().clone().to(torch.float32), like=node)
     if trains:

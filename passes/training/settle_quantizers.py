@@ -104,7 +104,7 @@ def _settle(gm: GraphModule, node: Node) -> None:
         on = replace(on, stored=key)
     elif scales is not None:
         names = [part for part in fmt.parts if part not in ("codes", "indices")]
-        layer = on.layer.removeprefix(state(gm).path_prefix).strip(".")
+        layer = state(gm).own(on.layer)
         label = "_".join(word for word in (layer, on.which) if word)
         made = [
             add_constant(gm, f"{label}_{name}", part, like=node)
