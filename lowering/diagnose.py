@@ -31,7 +31,8 @@ from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
 from ..passes.core import Progress
-from .algorithms.calibration import Batch, Batches, hooked
+from ..passes.observing.batch import Batch
+from .algorithms.calibration import Batches, hooked
 from .folded import Folded
 from .given_model import module_of
 from .signal_to_noise import Ratio

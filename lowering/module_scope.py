@@ -45,8 +45,6 @@ Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 Record = Callable[[Iterable[nn.Module]], Mapping[nn.Module, Call]]
 """Runs the model on example data: the calls that the given modules got."""
 
-Step = Progress
-
 
 @dataclass
 class Site:

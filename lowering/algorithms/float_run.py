@@ -21,10 +21,10 @@ from ...formats import BitfoldError
 from ...passes import Miss
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.note import annotated
-from ...passes.observing.calibrate import usable
+from ...passes.observing.batch import Batch, usable
 from ..module_scope import Site
 from .blocks import Chain
-from .calibration import Batch, hooked, in_order
+from .calibration import hooked, in_order
 from .enough_data import expected, measured, warn_of_few
 from .measure import gatherer
 from .record_blocks import block_lists, record

@@ -26,9 +26,10 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import Miss
+from ...passes.observing.batch import Batch
 from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
 from .buffers import written
-from .calibration import Batch, hooked
+from .calibration import hooked
 
 Blocks = list[tuple[str, nn.Module]]
 """The elements of a ModuleList, with their paths."""

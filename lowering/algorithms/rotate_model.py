@@ -23,6 +23,7 @@ from ...passes.algorithms.residual import Stream, residual
 from ...passes.algorithms.rotate import Rotate
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..diagnose import first_output
@@ -30,7 +31,6 @@ from ..module_scope import Site
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turn
-from .calibration import Batch
 from .places import Whole, work
 
 # Relative to the result's norm: every linear's weight and every sum of the stream is rounded anew.

@@ -28,13 +28,14 @@ from ...formats import BitfoldError
 from ...passes import Miss, MissRecord
 from ...passes.core import Progress
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ..module_scope import Plan
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from . import balance_block, correct_biases, learn_block, rotate_model, tune_model  # what `work` does
 from .algorithm import Algorithm
 from .blocks import without_cache
-from .calibration import Batch, hooked
+from .calibration import hooked
 from .decide import Decider
 from .float_run import recorded
 from .places import Whole, work

@@ -23,11 +23,12 @@ from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.tune import Tune
 from ...passes.core import Progress
+from ...passes.observing.batch import Batch
 from ..diagnose import first_output
 from ..parameters import parameter_names
 from ..search.sensitivity import divergence
 from ..swaps import Swaps
-from .calibration import Batch, hooked
+from .calibration import hooked
 from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
 from .places import Whole, work
 

@@ -32,12 +32,13 @@ from torch import nn
 
 from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ..algorithms.calibration import Batches, hooked
 from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Step, plan
+from ..module_scope import plan
 from ..swaps import Swaps
 from .sensitivity import Choice, Loss, Sensitivity, divergence, round_site, sensitivity
 from .times import Times, measured, modeled
@@ -83,7 +84,7 @@ def search(
     table: Sensitivity | None = None,
     by: Literal["measured", "trace"] = "measured",
     times: Times | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Recipe:
     """The recipe for the model's linears within `budget`; the model is only run.
 
@@ -150,7 +151,7 @@ def _table(
     formats: Sequence[str],
     loss: Loss | None,
     by: str,
-    step: Step | None,
+    step: Progress | None,
 ) -> Sensitivity:
     if by == "measured":
         return sensitivity(model, data, formats, loss=loss, progress=step)

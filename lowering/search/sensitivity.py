@@ -26,13 +26,15 @@ from torch.nn import functional as F
 
 from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import DRAFT, draft_of
+from ...passes.core import Progress
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
-from ..algorithms.calibration import Batch, Batches, hooked
+from ..algorithms.calibration import Batches, hooked
 from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Plan, Site, Step, plan
+from ..module_scope import Plan, Site, plan
 from ..swaps import Swaps
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -98,7 +100,7 @@ def sensitivity(
     formats: Sequence[str],
     *,
     loss: Loss | None = None,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Measure every linear in every format that fits it. The model is as it was afterwards.
 

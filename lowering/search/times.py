@@ -33,9 +33,10 @@ from ...codegen.spec import CodegenError, GemmSpec
 from ...formats import BitfoldError, format
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
-from ..algorithms.calibration import Batch, Batches, hooked
+from ..algorithms.calibration import Batches, hooked
 from ..module_scope import Site, plan
 from ..quantize import quantize
 from .sensitivity import Choice

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import draft_of
+from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
 from ..algorithms.calibration import Batches, hooked
 from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Site, Step, plan
+from ..module_scope import Site, plan
 from .sensitivity import Choice, Reached, Sensitivity, none_fits
 
 
@@ -40,7 +41,7 @@ def trace_sensitivity(
     *,
     draws: int = 4,
     seed: int = 0,
-    progress: Step | None = None,
+    progress: Progress | None = None,
 ) -> Sensitivity:
     """Estimates for every linear in every format that fits it: `draws` backward passes a batch in all. The
     model is as it was afterwards. Raises BitfoldError for no data."""

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 import bitfold as bf
 from bitfold.lowering.algorithms.blocks import Chain
-from bitfold.lowering.algorithms.calibration import as_batch, hooked
+from bitfold.lowering.algorithms.calibration import hooked
 from bitfold.lowering.algorithms.record_blocks import block_lists, record
 from bitfold.passes import Pipeline
 from bitfold.passes.algorithms.balance import Balancer, Weights
+from bitfold.passes.observing.batch import as_batch
 
 WIDTH = 32
 
