@@ -32,7 +32,8 @@ from torch.utils import _pytree as pytree
 from ..formats import BitfoldError
 from ..passes.core import Progress
 from ..passes.observing.batch import Batch
-from .algorithms.calibration import Batches, hooked
+from .algorithms.at_rest import at_rest, hooked
+from .algorithms.calibration import Batches
 from .folded import Folded
 from .given_model import module_of
 from .signal_to_noise import Ratio
@@ -112,7 +113,7 @@ def diagnose(
     model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
     layers = _paired(model, quantized)
     output, count = Ratio(), 0
-    with hooked(model, {}), hooked(quantized, {}):
+    with at_rest(model), at_rest(quantized):
         for batch in Batches(batches, None):
             count += 1
             if progress is not None:

@@ -32,8 +32,8 @@ from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
 from ..turned import turned
+from .at_rest import hooked, in_order
 from .blocks import Chain
-from .calibration import hooked, in_order
 from .described import described_module
 from .measure import Gatherer
 from .places import Block, work

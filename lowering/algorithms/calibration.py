@@ -9,20 +9,17 @@ and without gradients, and is then as it was.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError
 from ...passes.core import Progress
 from ...passes.observing.batch import Batch, as_batch
 from ...passes.observing.calibrate import named
-from .buffers import Buffers
+from .at_rest import hooked, in_order
 
 
 class Batches:
@@ -94,51 +91,3 @@ def observe_modules(
             batch.run(model)
             count += 1
     return count
-
-
-def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call in the order of the signature, which is how a module's graph takes them."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).args if kwargs else args
-
-
-@contextmanager
-def hooked(
-    model: nn.Module,
-    before: Mapping[nn.Module, Callable[..., Any]],
-    after: Mapping[nn.Module, Callable[..., Any]] | None = None,
-    *,
-    outside: bool = False,
-) -> Iterator[None]:
-    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was.
-
-    Every call of the model meanwhile starts from the buffers that it has now. The hooks see what the forwards
-    themselves are given and return, or, if `outside`, what the modules are called with and hand on: the
-    user's own hooks, which go on working, lie between the two.
-    """
-    training = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outside)
-        for module, hook in before.items()
-    ]
-    handles += [
-        module.register_forward_hook(hook, with_kwargs=True, prepend=not outside)
-        for module, hook in (after or {}).items()
-    ]
-    buffers = Buffers(model)
-
-    def back(*_: object) -> None:
-        if not torch.compiler.is_compiling():  # a capture must not have it in its graph
-            buffers.back()
-
-    if len(buffers):
-        handles.append(model.register_forward_pre_hook(back, prepend=True))
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        buffers.back()
-        for module, mode in training.items():
-            module.training = mode

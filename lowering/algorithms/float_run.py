@@ -23,8 +23,8 @@ from ...passes.algorithms.inputs import INPUTS
 from ...passes.note import annotated
 from ...passes.observing.batch import Batch, usable
 from ..module_scope import Site
+from .at_rest import hooked, in_order
 from .blocks import Chain
-from .calibration import hooked, in_order
 from .enough_data import expected, measured, warn_of_few
 from .measure import gatherer
 from .record_blocks import block_lists, record

@@ -24,7 +24,7 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ..module_scope import Site
 from ..turned import turned
-from .calibration import in_order
+from .at_rest import in_order
 
 
 class Pairs:

@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 from ...formats import BitfoldError
 from ...passes import Miss
 from ...passes.observing.batch import Batch
+from .at_rest import at_rest, hooked
 from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
 from .buffers import written
-from .calibration import hooked
 
 Blocks = list[tuple[str, nn.Module]]
 """The elements of a ModuleList, with their paths."""
@@ -74,7 +74,7 @@ def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
     """Why the blocks do not give for the first batch what they gave in the model; "" if they do."""
     given = chain.given[0]
     try:
-        with hooked(model, {}):
+        with at_rest(model):
             for place in range(len(chain.blocks)):
                 given = chain.behind(place, 0, given)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:

@@ -34,8 +34,8 @@ from ..parameters import parameter_names
 from ..swaps import Swaps
 from . import balance_block, correct_biases, learn_block, rotate_model, tune_model  # what `work` does
 from .algorithm import Algorithm
+from .at_rest import at_rest
 from .blocks import without_cache
-from .calibration import hooked
 from .decide import Decider
 from .float_run import recorded
 from .places import Whole, work
@@ -69,10 +69,10 @@ def solve_sites(
             return {}
         _check(whole, algorithm, results)
         for step in algorithm.at("model before"):
-            with hooked(model, {}):
+            with at_rest(model):
                 work(step, whole)
         _solve(whole, decider)
-    with without_cache(model), hooked(model, {}):
+    with without_cache(model), at_rest(model):
         for step in algorithm.at("model after"):
             work(step, whole)
     return whole.changes

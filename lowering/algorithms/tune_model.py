@@ -28,7 +28,7 @@ from ..diagnose import first_output
 from ..parameters import parameter_names
 from ..search.sensitivity import divergence
 from ..swaps import Swaps
-from .calibration import hooked
+from .at_rest import at_rest
 from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
 from .places import Whole, work
 
@@ -41,7 +41,7 @@ def tune_model(step: Tune, at: Whole) -> None:
     model, found, batches = at.model, at.found, at.batches
     found.misses += falls_short(step, found.sites)
     learnt = roundings(found.sites, "")
-    with Swaps() as swaps, hooked(model, {}):
+    with Swaps() as swaps, at_rest(model):
         for site in found.sites:
             swaps.put(site)  # what is not learned is rounded too, and so are inputs
         run = _Work(step, model, learnt, at.changes, swaps)

@@ -35,7 +35,8 @@ from ...passes.algorithms.draft import DRAFT
 from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import at_rest
+from ..algorithms.calibration import Batches
 from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import plan
@@ -261,7 +262,7 @@ def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], m
 def _measured(model: nn.Module, recipe: Recipe, data: Sequence[Any], loss: Loss) -> float:
     """The loss of the whole recipe, weights rounded to the nearest."""
     batches = list(Batches(data, None))
-    with hooked(model, {}):
+    with at_rest(model):
         exact = [first_output(model, batch) for batch in batches]
         with Swaps() as swaps:
             for site in plan(model, recipe, stored={}).sites:

@@ -31,7 +31,8 @@ from ...passes.note import annotated
 from ...passes.observing.batch import Batch
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import at_rest, hooked
+from ..algorithms.calibration import Batches
 from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import Plan, Site, plan
@@ -113,7 +114,7 @@ def sensitivity(
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
     plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
     reached = Reached(site for _, found in plans for site in found.sites)
-    with hooked(model, {}):
+    with at_rest(model):
         with hooked(model, reached.hooks):
             exact = [first_output(model, batch) for batch in batches]
         spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)

@@ -36,7 +36,8 @@ from ...passes.note import annotated
 from ...passes.observing.batch import Batch
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import hooked
+from ..algorithms.calibration import Batches
 from ..module_scope import Site, plan
 from ..quantize import quantize
 from .sensitivity import Choice

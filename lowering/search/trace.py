@@ -27,7 +27,8 @@ from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import hooked
+from ..algorithms.calibration import Batches
 from ..diagnose import first_output
 from ..given_model import module_of
 from ..module_scope import Site, plan

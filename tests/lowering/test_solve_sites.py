@@ -64,7 +64,9 @@ def test_a_chain_that_breaks_later_is_measured_once(
 def test_what_solvers_leave_is_in_the_report(batches: list[Tensor]) -> None:
     model = nn.Sequential(nn.Conv1d(4, 32, 3), nn.Flatten(1), nn.Linear(32 * 18, 8)).eval()
     recipe = bf.Recipe("both", (bf.Rule(op="conv", weight="int4[row]"), bf.Rule(weight="int4[row]")))
-    bf.quantize(model, recipe, algorithm="gptq", calibration=[torch.randn(8, 4, 20)] * 2, target="reference")
+    bf.quantize(
+        model, recipe, algorithm="gptq", calibration=[torch.randn(300, 4, 20)] * 2, target="reference"
+    )
     assert "no such statistics" in said(model)
 
 
