@@ -37,7 +37,7 @@ from .algorithm import Algorithm
 from .at_rest import at_rest
 from .blocks import without_cache
 from .decide import Decider
-from .float_run import recorded
+from .float_run import measure_in_floats, portions, recorded
 from .places import Whole, work
 from .results import Results
 from .walk import walk
@@ -110,9 +110,12 @@ def _solve(whole: Whole, decider: Decider) -> None:
     for chain in chains:
         walk(whole, chain, decider)
     blocks = " and ".join(f"{chain.paths[0]} to {chain.paths[-1]}" for chain in chains)
-    for site in rest:
-        if name and chains:
-            reason = f"{name} works on the blocks {blocks}, and this is outside them"
-            whole.miss(site.path, str(algorithm), reason)
-        decider.solve(site)
-        decider.settle(site)
+    for number, portion in enumerate(portions(rest)):
+        if number and algorithm.measures and not decider.restored(portion):
+            measure_in_floats(whole.model, portion, whole.batches)
+        for site in portion:
+            if name and chains:
+                reason = f"{name} works on the blocks {blocks}, and this is outside them"
+                whole.miss(site.path, str(algorithm), reason)
+            decider.solve(site)
+            decider.settle(site)
