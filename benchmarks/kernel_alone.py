@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import source
-from bitfold.codegen.cpp.build import FLAGS, HEADERS, facts_of
+from bitfold.codegen.cpp.build import FLAGS, HEADERS, facts_of, header
 
 MAIN = Path(__file__).with_name("kernel_main.cpp")
 
@@ -35,8 +35,7 @@ def built(
     """The program, in `folder`; CalledProcessError with the compiler's words if it refuses."""
     text, program = folder / "kernel.cpp", folder / "kernel"
     text.write_text(source(spec), encoding="utf-8")
-    header = vectors.removesuffix("vnni")
-    told = [f'-DVECTORS="{header}.h"', f"-I{HEADERS}", *FLAGS[vectors], "-std=c++17", *flags]
+    told = [f'-DVECTORS="{header(vectors)}"', f"-I{HEADERS}", *FLAGS[vectors], "-std=c++17", *flags]
     subprocess.run([*compiler, *told, str(text), str(MAIN), "-o", str(program)], check=True)
     return program
 

@@ -10,10 +10,12 @@
 #include "digits.h"
 #include "numbers.h"
 #include "ready.h"
+#include "tiled.h"
 
 using namespace bitfold;
 extern "C" void run(const Call*, int64_t, int64_t);
-extern "C" __attribute__((weak)) void many(const Call*, int64_t, int64_t);
+extern "C" __attribute__((weak)) void many(const Call*, int64_t, int64_t, int64_t,
+                                                   int64_t);
 extern "C" const Wants* wants();
 
 struct Given {
@@ -33,8 +35,8 @@ int main(int, char** names) {
   }
   std::fclose(file);
   const Rows rows = {parts[0], g.m, g.k, g.padded, g.sum_cols, wants()->order};
-  std::vector<float> sums(g.m * rows.sums()), turned_, numbers;
-  std::vector<int8_t> codes;
+  std::vector<float> sums(g.m * rows.sums()), turned_, numbers, units;
+  std::vector<int8_t> codes, cut;
   std::vector<int16_t> wide;
   Digits digits;
   std::vector<char> y(g.m * g.n * g.out);
@@ -49,7 +51,24 @@ int main(int, char** names) {
   if (g.turn != 0) {
     const int64_t width = wants()->width, panels = (g.m + width - 1) / width;
     call.across = panels * width;
-    if (g.codes == 0) {
+    const int64_t blocks = wants()->many > 0 ? (g.padded + wants()->many - 1) / wants()->many : 0;
+    bool in_tiles = false;
+    if (blocks > 0) {
+      numbers.resize(g.m * g.padded), cut.resize(3 * call.across * g.padded), units.resize(blocks * call.across);
+      for (int64_t m = 0; m < g.m; ++m) ready<f32>(rows, m, numbers.data() + m * g.padded, sums.data());
+      in_tiles = digits_tiled(numbers.data(), g.m, g.padded, *wants(), call.across, cut.data(), units.data(), 0,
+                              tasks_of_tiled(g.m, g.padded));
+      call.digits = in_tiles ? cut.data() : nullptr, call.steps = units.data();
+    }
+    if (in_tiles) {
+      // Nothing else reads x.
+    } else if (g.codes != 0 && wants()->tiles) {
+      std::vector<int8_t> as_given(g.m * g.padded);
+      for (int64_t m = 0; m < g.m; ++m) ready<i8>(rows, m, as_given.data() + m * g.padded, sums.data());
+      codes.resize(call.across * g.padded);
+      bytes_tiled(as_given.data(), g.m, g.padded, g.padded, codes.data(), 0, tasks_of_tiled(g.m, g.padded));
+      call.panels = codes.data();
+    } else if (g.codes == 0) {
       numbers.resize(call.across * g.padded);
       turned<f32, float>(rows, *wants(), 0, panels, numbers.data(), sums.data());
       call.panels = numbers.data();
@@ -77,7 +96,7 @@ int main(int, char** names) {
       placed(numbers.data(), g.m * g.padded, rows.order);
   }
   call.x_sums = sums.data();
-  for (int64_t i = 0; i < g.repeats; ++i) (g.turn != 0 ? many : run)(&call, 0, g.n);
+  for (int64_t i = 0; i < g.repeats; ++i) g.turn != 0 ? many(&call, 0, g.n, 0, g.m) : run(&call, 0, g.n);
   std::FILE* result = std::fopen(names[2], "wb");
   if (result == nullptr || std::fwrite(y.data(), 1, y.size(), result) != y.size()) return 3;
   std::fclose(result);

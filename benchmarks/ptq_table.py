@@ -42,7 +42,8 @@ def _line(row: dict[str, Any], lost: float) -> str:
     # Of the float model's predictions, in thousandths of a nat: has no sampling noise of the text's own.
     apart = f"{1000 * row['divergence']:.2f}" if "divergence" in row else ""
     if "won_divergence" in row:
-        apart += f" ({row['won_divergence']:.0%} less)"
+        less = row["won_divergence"]
+        apart += f" ({abs(less):.0%} {'less' if less >= 0 else 'more'})"
     variant = f" (`{row['variant']}`)" if row["variant"] else ""
     return (
         f"| {row['format']} | {row['algorithm']}{variant} | {row['bits']:.2f} | "

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from qat_images import Images, digits, mnist, validation
-from qat_report import RESULTS, Curve, card, draw, spread, won_back, write
+from qat_report import RESULTS, Curve, device_word, draw, spread, won_back, write
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -261,7 +261,7 @@ def main() -> None:
     found = {
         "torch": torch.__version__,
         "processor": platform.machine(),
-        "device": card(),
+        "device": device_word(),
         "threads": torch.get_num_threads(),
         "epochs": given.epochs,
         "summary": rows,

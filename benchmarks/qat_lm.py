@@ -35,7 +35,7 @@ import torch
 from qat_lm_step import Steps
 from qat_lm_table import FLOAT, curves, joined, summary, table
 from qat_lm_train import Bench, judged, trained
-from qat_report import RESULTS, card, draw, write
+from qat_report import RESULTS, device_word, draw, write
 from safetensors.torch import save_file
 from torch import nn
 
@@ -197,7 +197,7 @@ def measure(given: argparse.Namespace, path: Path) -> Row:
     tasks += [("algorithms", name) for name in names] if given.algorithms else []
     tasks = [task for task in tasks if task[0] in given.parts.split(",")]
     options = {name: str(value) for name, value in vars(given).items()}
-    found: Row = {"torch": torch.__version__, "card": card(), "options": options}
+    found: Row = {"torch": torch.__version__, "card": device_word(), "options": options}
     found |= {FLOAT: {}, "formats": {name: {} for name in names}, "failed": {}}
 
     def done(kind: str, name: str, part: str, row: Row) -> None:
@@ -258,7 +258,7 @@ def main() -> None:
     given.until = time.time() + given.seconds
     given.out.mkdir(parents=True, exist_ok=True)
     given.base = given.out / "qat-lm-base.safetensors"
-    path = given.out / f"qat-lm-{card()}.json"
+    path = given.out / f"qat-lm-{device_word()}.json"
     found = measure(given, path)
     if not curves(found) and "training" in given.parts:
         raise SystemExit(f"nothing was trained: {found['failed']}")

@@ -30,7 +30,7 @@ class Curve:
     losses: Sequence[float]
 
 
-def card() -> str:
+def device_word() -> str:
     """The GPU's name as a part of a file's name, or cpu."""
     if not torch.cuda.is_available():
         return "cpu"

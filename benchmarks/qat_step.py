@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat_report import RESULTS, card, write
+from qat_report import RESULTS, device_word, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -246,8 +246,8 @@ def main() -> None:
     given = parser.parse_args()
     rows = measure(given)
     options = {name: str(value) for name, value in vars(given).items()}
-    record = {"torch": torch.__version__, "card": card(), "options": options, "rows": rows}
-    write(given.out / f"qat-step-{card()}.json", record)
+    record = {"torch": torch.__version__, "card": device_word(), "options": options, "rows": rows}
+    write(given.out / f"qat-step-{device_word()}.json", record)
     print(table(rows))
 
 

@@ -11,7 +11,6 @@ and writes gradients. The numbers are 28672 x 4096 in bfloat16, 235 MB.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from unittest import mock
 
 import torch
 from gpu_timing import card, microseconds
+from qat_report import write
 from torch import Tensor
 
 from bitfold.codegen.rounding import RoundingSpec, rounding_spec
@@ -78,7 +78,7 @@ def main() -> None:
     x = torch.randn(28672, 4096, device="cuda", dtype=torch.bfloat16)
     copy = microseconds([lambda: x.clone()], 9)
     rows = [row for text, direction in CASES for row in rows_of(x, text, direction, copy)]
-    out.write_text(json.dumps({**card(), "copy_us": copy, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write(out, {**card(), "copy_us": copy, "rows": rows})
     for row in rows:
         if not row["tile"]:
             print(f"{row['format']} {row['direction']}: {row['us']:.1f} us, {row['of a copy']:.2f} of a copy")

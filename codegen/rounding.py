@@ -5,6 +5,8 @@ In: a format and the length of a row. Out: a `RoundingSpec`, or a CodegenError t
     RoundingSpec("int4[g32]", "bf16", 32, "forward", given=False)    scales from the numbers, in one pass
     RoundingSpec("int4[g32]", "bf16", 32, "lsq", given=True)         both gradients, scales being given
 
+A direction is `forward`, or a gradient's name (`formats/estimators/`), whose lines the kernel has.
+
 Numbers that share a scale are `group` numbers in a row of memory: a group, or the row.
 """
 
@@ -12,12 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..formats import Format, Integer, format
+from ..formats import Format, FormatError, Integer, format
+from ..formats.estimators import Kernel
+from ..formats.gradient import Gradient
 from ..formats.sparsity import Dense
 from .attention import RULES, SCALE_TYPES, TYPES
 from .spec import CodegenError
 
-DIRECTIONS = ("forward", "clip", "lsq", "pact")
+FORWARD = "forward"
 WIDEST = 16384
 """Numbers of a row that one program holds in registers."""
 
@@ -25,12 +29,12 @@ WIDEST = 16384
 @dataclass(frozen=True)
 class RoundingSpec:
     """format: its text; lane: bf16, f16 or f32; group: numbers that share a scale; direction: forward, or a
-    gradient; given: whether scales (and zero points) are inputs, or chosen from the numbers."""
+    gradient's name; given: whether scales (and zero points) are inputs, or chosen from the numbers."""
 
     format: str
     lane: str
     group: int
-    direction: str = "forward"
+    direction: str = FORWARD
     given: bool = False
 
     def __post_init__(self) -> None:
@@ -55,9 +59,19 @@ class RoundingSpec:
         return scale is not None and scale.zero == "int"
 
     @property
-    def learns(self) -> bool:
-        """Whether a gradient of the scales is made too."""
-        return self.direction in ("lsq", "pact")
+    def backward(self) -> Kernel | None:
+        """The lines of the gradient; None for the other direction."""
+        if self.direction == FORWARD:
+            return None
+        how = Gradient.parse(self.direction)
+        return how.estimator.kernel(format(self.format), how.number)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """What else has a gradient, which is made too."""
+        if self.direction == FORWARD:
+            return ()
+        return Gradient.parse(self.direction).estimator.names(format(self.format))
 
 
 def rounding_spec(fmt: Format, x_lane: str, k: int, direction: str, given: bool) -> RoundingSpec:
@@ -70,8 +84,8 @@ def rounding_spec(fmt: Format, x_lane: str, k: int, direction: str, given: bool)
 
 def _obstacle(fmt: Format, spec: RoundingSpec) -> str:
     scale, element = fmt.scale, fmt.element
-    if spec.lane not in TYPES or spec.direction not in DIRECTIONS:
-        return f"numbers are {', '.join(TYPES)}, directions {', '.join(DIRECTIONS)}"
+    if spec.lane not in TYPES:
+        return f"numbers are {', '.join(TYPES)}"
     if not 1 < spec.group <= WIDEST:
         return f"a program holds 2 to {WIDEST} numbers that share a scale, not {spec.group}"
     if scale is None or not isinstance(fmt.sparsity, Dense):
@@ -88,4 +102,22 @@ def _obstacle(fmt: Format, spec: RoundingSpec) -> str:
         return "unsigned codes need a zero point"
     if element.bits < 2:
         return "one bit has no zero"
+    return "" if spec.direction == FORWARD else _no_lines(fmt, spec)
+
+
+def _no_lines(fmt: Format, spec: RoundingSpec) -> str:
+    try:
+        how = Gradient.parse(spec.direction)
+        how.check(fmt)
+    except FormatError as error:
+        return str(error)
+    if how != Gradient(how.kind, how.number):
+        return f"a direction is a gradient without flags, {how.name}"
+    lines = spec.backward
+    if lines is None:
+        return f"the gradient {how.name} has no lines of Triton"
+    if len(lines.for_held) != len(spec.learned):
+        return (
+            f"the gradient {how.name} has {len(lines.for_held)} sums for {len(spec.learned)} learned numbers"
+        )
     return ""

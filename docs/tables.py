@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from markdown_table import table
+from ptq_tables import ptq, ptq_short, search_sizes, search_times
 from training_tables import qat_images, qat_lm, qat_step
+from vision_tables import vision, vision_times
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -152,46 +153,10 @@ def _speed(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
     return f"{row['tokens_s']:.1f}{ratio}"
 
 
-def ptq(record: dict[str, Any], raw: str) -> str:
-    """All of a run of `benchmarks/ptq.py`."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from ptq_table import table as whole
-
-    return (
-        f"{record['where']['device']}, {record['windows']['test'][0]} windows of test text, "
-        f"{record['asked']['calibration']} of calibration ({raw}, `python benchmarks/ptq.py`). "
-        + whole(record)
-        + "\n"
-    )
-
-
-def ptq_short(record: dict[str, Any], raw: str) -> str:
-    """Three numbers a format: what rounding, GPTQ alone, and the best by the validation text lose."""
-    by_format: dict[str, dict[str, Any]] = {}
-    for row in record["rows"]:
-        by_format.setdefault(row["format"], {})[row["algorithm"]] = row
-    rows = [
-        [
-            f"`{name}`",
-            f"{ways['rounding']['bits']:.2f}",
-            f"{ways['rounding']['change']:+.2%}",
-            f"{ways['gptq']['change']:+.2%}",
-            f"{ways['best']['change']:+.2%} (`{ways['best']['variant']}`)",
-            f"{ways['best']['won_divergence']:.0%}",
-        ]
-        for name, ways in by_format.items()
-        if {"rounding", "gptq", "best"} <= set(ways)
-    ]
-    head = ("format", "bits", "rounding", "`gptq`", "best", "less divergence")
-    return (
-        f"{record['where']['device']}, perplexity {record['float']['test']:.2f} in floats "
-        f"({raw}, `python benchmarks/ptq.py`):\n\n" + table(head, rows)
-    )
-
-
 TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
     "demo": demo, "kernels": kernels, "llama": llama, "cpu": cpu, "cpu_linears": cpu_linears, "ptq": ptq,
-    "ptq_short": ptq_short, "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
+    "ptq_short": ptq_short, "search_sizes": search_sizes, "search_times": search_times, "vision": vision,
+    "vision_times": vision_times, "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
 }  # fmt: skip
 
 

@@ -25,6 +25,6 @@ def add(text: str) -> None:
 
 
 def sources() -> str:
-    """The code of this folder: what the operators compute."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """The code of this folder and those in it: what the operators compute."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return "\n".join(file.read_text(encoding="utf-8") for file in files)

@@ -49,22 +49,6 @@ def dithered(fmt: Format, x: Tensor, params: tuple[Tensor, ...]) -> Tensor:
     return ((moved - first) * step + low).reshape(x.shape)
 
 
-def staircase_slope(element: Element, u: Tensor, sharpness: float) -> Tensor:
-    """Derivative of the smooth staircase at u: k / 2 sech^2(k (f - 1/2)) / tanh(k / 2) where f is the way
-    through the cell, which averages to 1 over it; 0 outside of the range. Up to half a cell beyond the ends,
-    whose values are those ends', it is as wide as the cell within."""
-    below, above = neighbours(element, u)
-    first, last = end_cells(element)
-    width = above - below
-    way = (u - below) / torch.where(width == 0, 1.0, width)
-    way = torch.where(u > element.high, (u - element.high) / last, way)
-    way = torch.where(u < element.low, (element.low - u) / first, way)
-    bend = torch.tanh(sharpness * (way - 0.5))
-    slope = 0.5 * sharpness * (1.0 - bend * bend) / math.tanh(sharpness / 2)
-    least, most = reach(element)
-    return torch.where((u < least) | (u > most), 0.0, slope)
-
-
 def reach(element: Element) -> tuple[float, float]:
     """What rounding to nearest takes in: half of a cell beyond the smallest and the largest value. 2**-8
     more, since a scale that is stored with 8 bits of mantissa may be that much too small for the number that

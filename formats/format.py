@@ -69,6 +69,11 @@ class Format:
         return tuple(names)
 
     @property
+    def params_names(self) -> tuple[str, ...]:
+        """Names of what `choose` gives: the parts that decode codes, in the order of the parts."""
+        return tuple(name for name in self.parts if name not in ("codes", "indices"))
+
+    @property
     def cols(self) -> int | None:
         """Numbers of a row that share a scale; None where all do, or there is none."""
         return self.scale.granularity.cols if self.scale is not None else None
@@ -171,7 +176,7 @@ class Format:
     def _params(self, kept: Tensor, params: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if params is None:
             return self._choose(kept)
-        wanted = [name for name in self.parts if name not in ("codes", "indices")]
+        wanted = self.params_names
         if len(params) != len(wanted):
             raise FormatError(f"{self} takes the parameters ({', '.join(wanted)}), not {len(params)} tensors")
         return params
@@ -285,7 +290,7 @@ class Quantized:
     @property
     def params(self) -> list[Tensor]:
         """Scales, zeros, tensor scale: what `Format.quantize` takes as `params`."""
-        return [getattr(self, name) for name in self.format.parts if name not in ("codes", "indices")]
+        return [getattr(self, name) for name in self.format.params_names]
 
     @property
     def nbytes(self) -> int:

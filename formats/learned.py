@@ -19,31 +19,11 @@ import torch
 from torch import Tensor
 
 from .element import Element
-from .errors import FormatError
 from .format import Format
-from .gradient import Gradient
 from .granularity import Granularity
 from .integer import Integer
 from .rules import middle
 from .scale import LARGEST, SMALLEST, Scale
-from .sparsity import Dense
-
-
-def check(fmt: Format, gradient: Gradient) -> None:
-    """Raises FormatError, one sentence, for a format whose scales cannot be learned so."""
-    if not gradient.learns:
-        return
-    if fmt.scale is None:
-        raise FormatError(f"{fmt} has no scale to learn; take the gradient 'straight' or 'clip'")
-    if not isinstance(fmt.sparsity, Dense):
-        raise FormatError(f"scales of the sparse format {fmt} are not learned; take 'straight' or 'clip'")
-    if gradient.kind == "pact" and fmt.scale.zero != "none":
-        raise FormatError(f"pact learns one end of a range, and {fmt} has a zero point; take 'lsq'")
-
-
-def end(element: Element) -> float:
-    """The value that a learned end of the range stands for: the largest, for -1 and 0 the other."""
-    return element.high if element.high > 0 else -element.low
 
 
 def learned(fmt: Format, params: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -14,9 +14,14 @@ So what is rounded is what will be folded (Jacob et al., 1712.05877, section 3.2
 rounded once, as `passes/batch_norm.py` does it. Where gamma is 0 (the last norm of a residual block often
 begins so), the batch's statistics and gamma's gradient are those of rows that gamma has not erased: g is then
 1 / sqrt(var + eps) while batches count.
+
+A batch norm that nothing folds freezes too: `freeze_norm` is batch norm before `freeze`, and after it, in
+training as in evaluation, the map of the running statistics, which stand still.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -94,6 +99,33 @@ def unfold_norm(
     return z if follows is None else torch.where(follows, z, y)
 
 
+def freeze_norm(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    eps: float,
+    training: bool,
+    clock: Tensor,
+    freeze: int,
+) -> Tensor:
+    """Batch norm of x [B, O, ..]; moves mean and var until the step `freeze`."""
+    fast = torch.backends.cudnn.enabled
+    if not training:
+        return torch.batch_norm(x, gamma, beta, mean, var, False, momentum, eps, fast)
+    # Copies: what follows writes to the statistics, and the way back needs them as they were.
+    still, moved = (mean.clone(), var.clone()), (mean.clone(), var.clone())
+    by_batch = torch.batch_norm(x, gamma, beta, *moved, True, momentum, eps, fast)
+    by_running = torch.batch_norm(x, gamma, beta, *still, False, momentum, eps, fast)
+    follows = clock < freeze
+    with torch.no_grad():
+        for held, new in zip((mean, var), moved, strict=True):
+            held.copy_(torch.where(follows, new, held))
+    return torch.where(follows, by_batch, by_running)
+
+
 SCHEMAS = {
     "fold_norm": (
         "(Tensor rows, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps,"
@@ -103,7 +135,21 @@ SCHEMAS = {
         "(Tensor y, Tensor g, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) var,"
         " float momentum, float eps, bool training=False, Tensor? clock=None, int freeze=0) -> Tensor"
     ),
+    "freeze_norm": (
+        "(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) var, float momentum, float eps,"
+        " bool training, Tensor clock, int freeze) -> Tensor"
+    ),
 }
-for _function in (fold_norm, unfold_norm):
+for _function in (fold_norm, unfold_norm, freeze_norm):
     ops._library.define(_function.__name__ + SCHEMAS[_function.__name__])
     ops._library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+
+
+def _places(operator: torch._ops.OpOverload) -> Mapping[str, int]:
+    """Where each argument of an operator stands, by its name."""
+    return {argument.name: place for place, argument in enumerate(operator._schema.arguments)}
+
+
+FOLD = _places(torch.ops.bitfold.fold_norm.default)
+UNFOLD = _places(torch.ops.bitfold.unfold_norm.default)
+FREEZE = _places(torch.ops.bitfold.freeze_norm.default)

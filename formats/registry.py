@@ -4,8 +4,8 @@ In: a name. Out: the element, layout or format it stands for, or an error with t
 
     register("trits", Codebook("trits", (0.0, 1.0, -1.0)))      then  format("trits[g32]")  parses everywhere
 
-The one table here is the package's only mutable module state. A package may also name an entry point in the
-group `bitfold.formats`; it is loaded when a text first asks for that name.
+The one table here is mutable module state, as that of `estimators` is. A package may also name an entry
+point in the group `bitfold.formats`; it is loaded when a text first asks for that name.
 """
 
 from __future__ import annotations

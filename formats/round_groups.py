@@ -6,7 +6,7 @@ In: x [..., K], stored scales (none: they are chosen from x), a format. Out: x r
     round_groups_backward(g, x, scales, held, ..)       ->   [for x, for each number held]
 
 What stands here is the reference, which any device runs that has no kernel registered (`lowering/cuda`).
-`train_quantize` calls it where its gradient says `+kernel`, and where `faster` says that a kernel is.
+`train_quantize` calls it where its gradient says `+kernel`, and for `straight` where `has_kernel`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from . import ops
 from .text import format
 
-FASTER: dict[str, Callable[[Tensor, str], bool]] = {}
-"""By type of device: whether it has a kernel for numbers such as x in a format, faster than plain torch."""
+KERNELS: dict[str, Callable[[Tensor, str], bool]] = {}
+"""By type of device: whether a kernel of it rounds numbers such as x to a format."""
 
 
-def faster(x: Tensor, text: str) -> bool:
-    """Whether x is rounded faster by a kernel than by plain torch, compiled."""
-    return x.device.type in FASTER and FASTER[x.device.type](x, text)
+def has_kernel(x: Tensor, text: str) -> bool:
+    """Whether x's device has a kernel that rounds x to the format."""
+    return x.device.type in KERNELS and KERNELS[x.device.type](x, text)
 
 
 def round_groups(x: Tensor, scales: Sequence[Tensor], text: str) -> Tensor:

@@ -26,12 +26,13 @@ from torch.fx import traceback
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import learned, ops
-from .cells import dithered, reach, staircase_slope
+from .cells import dithered
 from .errors import FormatError
+from .estimators import Back
 from .format import Format
 from .gradient import Gradient
 from .granularity import Granularity
-from .round_groups import faster
+from .round_groups import has_kernel
 from .text import format
 
 
@@ -39,10 +40,8 @@ def params(fmt: Format, gradient: Gradient, held: Sequence[Tensor]) -> tuple[Ten
     """Stored scales from what is held; None if they are chosen from the data in each call."""
     if not held:
         return None
-    if gradient.kind == "lsq":
-        return learned.stored(fmt, held)
-    if gradient.kind == "pact":
-        return learned.stored(fmt, (held[0] / learned.end(fmt.element),))
+    if gradient.learns:
+        return gradient.estimator.scales(fmt, held)
     return fmt.from_range(held[0], held[1])
 
 
@@ -59,9 +58,10 @@ def train_quantize(
     fmt, how = format(text), Gradient.parse(gradient)
     noisy = training and how.stochastic
     x = x.contiguous()  # as codes are: a matmul adds in another order for other strides
-    if how.kind == "straight" and not (noisy or how.fused) and faster(x, str(fmt)):
+    straight = how.estimator.identity
+    if straight and not (noisy or how.fused) and has_kernel(x, str(fmt)):
         how = replace(how, kernel=True)
-    alone = how.kernel and how.kind == "straight" and not noisy
+    alone = how.kernel and straight and not noisy
     with torch.no_grad():
         scales = params(fmt, how, _seen(x, held, how))
         if scales is None:
@@ -83,7 +83,7 @@ def train_quantize(
 def _straight(x: Tensor, fmt: Format, how: Gradient, scales: tuple[Tensor, ...], noisy: bool) -> Tensor:
     """Under torch.func, which takes no autograd function within an operator: x - x.detach() is 0 with
     gradient 1, so the value stays as it is."""
-    if how.kind != "straight":
+    if not how.estimator.identity:
         raise FormatError(
             f"torch.func differentiates the gradient 'straight' only, not {str(how)!r}; take loss.backward()"
         )
@@ -142,18 +142,19 @@ class _Rounding(torch.autograd.Function):
     ) -> Tensor:
         ctx.about = (fmt, how, len(held))
         # Nothing is kept where the gradient goes straight through.
-        ctx.save_for_backward(*(() if how.kind == "straight" else (x, *scales, *held)))
+        ctx.save_for_backward(*(() if how.estimator.identity else (x, *scales, *held)))
         return _rounded(fmt, how, x, scales, noisy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         fmt, how, count = ctx.about
-        if how.kind == "straight":
+        if how.estimator.identity:
             return gradient, *(None,) * (4 + count)
         x, *rest = ctx.saved_tensors
         scales, held = tuple(rest[: len(rest) - count]), rest[len(rest) - count :]
-        if how.kernel and how.kind in ("clip", "lsq", "pact") and (held or not how.learns):
+        one = how.kernel and how.estimator.kernel(fmt, how.number) is not None
+        if one and (held or not how.learns):
             for_x, *found = torch.ops.bitfold.round_groups_backward(
                 gradient, x, list(scales), held, str(fmt), str(how)
             )
@@ -171,42 +172,15 @@ def backward(
     held: Sequence[Tensor],
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The gradients of x and of what is held, from that of the rounded x."""
-    none = (None,) * len(held)
-    u, step, low = learned.units(fmt, x, scales)
-    flow = learned.grain_of(fmt).split(gradient.to(torch.float32))
-    element = fmt.element
-    if how.kind == "smooth":
-        slope = staircase_slope(element, u, how.sharpness)
-        return (flow * slope).reshape(x.shape).to(x.dtype), none
-    if how.kind == "clip":
-        least, most = reach(element)
-        below, above = u < least, u > most
-    else:  # the papers' own: at the ends the range is what counts
-        below, above = u <= element.low, u >= element.high
-    inside = ~(below | above)
-    for_x = torch.where(inside, flow, 0.0).reshape(x.shape).to(x.dtype)
+    estimator = how.estimator
+    back = Back(fmt, x, scales, held, gradient, how.number, how.item)
+    for_x = estimator.for_x(back).reshape(x.shape).to(x.dtype)
     if not how.learns or not held:
-        return for_x, none
-    grain = learned.grain_of(fmt)
-    if how.kind == "pact":
-        top = learned.end(element)
-        ends = torch.where(above, element.high / top, torch.where(below, element.low / top, 0.0))
-        return for_x, (_total(grain, flow * ends, held[0]),)
-    with torch.no_grad():
-        value = grain.split(fmt.fake_quantize(x.to(torch.float32), scales))
-    blocks = grain.split(x.to(torch.float32))
-    by_step = torch.where(inside, value - blocks, value - low) / step
-    factor = lsq_factor(x, held[0], element.high, how)
-    for_step = _total(grain, flow * by_step, held[0]) * factor
-    if len(held) == 1:
-        return for_x, (for_step,)
-    return for_x, (for_step, _total(grain, torch.where(inside, 0.0, flow), held[1]) * factor)
-
-
-def lsq_factor(x: Tensor, step: Tensor, high: float, how: Gradient) -> Any:
-    """LSQ's 1 / sqrt(N Qp): N numbers share a step, or make up one item of the batch."""
-    count = x.numel() // x.shape[0] if how.item and x.ndim > 1 else x.numel() // step.numel()
-    return (max(high, 1.0) * count) ** -0.5 if isinstance(count, int) else 1.0 / torch.sym_sqrt(high * count)
+        return for_x, (None,) * len(held)
+    factor, grain = estimator.factor(back), learned.grain_of(fmt)
+    parts = zip(estimator.for_held(back), held, strict=True)
+    sums = (_total(grain, part, like) for part, like in parts)
+    return for_x, tuple(found if factor is None else found * factor for found in sums)
 
 
 def _total(grain: Granularity, blocks: Tensor, like: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
 from ..passes.core import Progress
@@ -35,8 +34,12 @@ from ..passes.observing.batch import Batch
 from .algorithms.at_rest import at_rest, hooked
 from .algorithms.calibration import Batches
 from .folded import Folded
-from .given_model import module_of
+from .given_model import is_graph, module_of
+from .outputs import first_output, float_output, numbers
 from .signal_to_noise import Ratio
+
+NO_NUMBER = "no number"
+"""Said of a ratio where the quantized layer, or model, gives NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class LayerLoss:
     cumulative: float
     alone: float = math.nan
     reached: bool = True
+
+    @property
+    def by_itself(self) -> str:
+        """`isolated` as a table has it."""
+        return (decibel(self.isolated) or NO_NUMBER) if self.reached else "not reached"
 
 
 @dataclass(frozen=True)
@@ -67,9 +75,7 @@ class Diagnosis:
     def __str__(self) -> str:
         head = ("layer", "format", "isolated", "cumulative", "alone")
         rows = [
-            (one.path, one.format, *map(decibel, (one.isolated, one.cumulative, one.alone)))
-            if one.reached
-            else (one.path, one.format, "not reached", "", "")
+            (one.path, one.format, one.by_itself, decibel(one.cumulative), decibel(one.alone))
             for one in self.worst()
         ]
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -77,7 +83,7 @@ class Diagnosis:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (head, *rows)
         ]
-        return "\n".join([*lines, f"the model's output: {decibel(self.output)}"])
+        return "\n".join([*lines, f"the model's output: {decibel(self.output) or NO_NUMBER}"])
 
 
 def _rank(layer: LayerLoss) -> tuple[bool, float]:
@@ -140,22 +146,6 @@ def diagnose(
     return Diagnosis(tuple(found), output.db)
 
 
-def first_output(model: nn.Module, batch: Batch) -> Tensor:
-    """The first floating-point tensor that the model returns."""
-    result = batch.run(model)
-    leaves = pytree.tree_leaves(getattr(result, "logits", result))
-    tensor = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
-    if tensor is None:
-        raise BitfoldError(f"{type(model).__name__} returned no floating-point tensor to compare")
-    return tensor
-
-
-def _numbers(result: Any) -> list[Tensor]:
-    """The floating-point tensors of what a layer returned."""
-    leaves = pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
 @contextmanager
 def replaced(model: nn.Module, module: nn.Module, by: nn.Module) -> Iterator[None]:
     """The model with another module in the place of one: under each of its names, and where it is called by
@@ -205,6 +195,15 @@ def _paired(model: nn.Module, quantized: nn.Module) -> list[_Layer]:
             f"this {type(quantized).__name__} is one layer and no model with layers in it; put both into an "
             "nn.Sequential"
         )
+    if not found and any(isinstance(module, Folded) for module in known.values()):
+        raise BitfoldError(
+            "the first of the two models is quantized and the second is not; give the float model first"
+        )
+    if not found and is_graph(quantized):
+        raise BitfoldError(
+            "bf.diagnose compares modules, and a program's layers are operators; `bitfold explain` compares "
+            "those"
+        )
     if not found:
         name = type(quantized).__name__
         raise BitfoldError(f"no layer of this {name} is quantized; call bf.quantize first")
@@ -219,8 +218,8 @@ def _compare(
 
     def keep(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            exact = _numbers(result)
-            layer.isolated.compare(exact, _numbers(layer.folded.forward(*args, **kwargs)))
+            exact = numbers(result)
+            layer.isolated.compare(exact, numbers(layer.folded.forward(*args, **kwargs)))
             # A copy: what comes next may write to it (ReLU(inplace=True)).
             kept[layer.path].append([one.clone() for one in exact])
 
@@ -229,12 +228,12 @@ def _compare(
     def against(layer: _Layer) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             if kept[layer.path]:
-                layer.cumulative.compare(kept[layer.path].pop(0), _numbers(result))
+                layer.cumulative.compare(kept[layer.path].pop(0), numbers(result))
 
         return hook
 
     with hooked(model, {}, {layer.module: keep(layer) for layer in layers}):
-        end = first_output(model, batch)
+        end = float_output(model, batch)
     with hooked(quantized, {}, {layer.folded: against(layer) for layer in layers}):
         result = first_output(quantized, batch)
     if end.shape != result.shape:

@@ -23,7 +23,7 @@ from ..passes.fold import DEQUANTIZE, Fold
 from ..passes.note import annotated
 from ..passes.stages import find_attribute
 from .files.graph_data import dump, tensor_names
-from .install import Installer, Source
+from .install import Installer, Source, Sources
 from .module_scope import Plan, Site
 from .parameters import parameter_names
 from .report import ATTRIBUTE
@@ -52,11 +52,15 @@ def fold_sites(
     found: Plan,
     target: str,
     progress: Progress | None = None,
-    settle: Callable[[Site], None] | None = None,
+    *,
+    before: Callable[[Site], None] | None = None,
+    after: Callable[[str], None] | None = None,
+    again: str = "call bf.quantize with the same arguments again",
 ) -> None:
     """Fold every site of the plan. Raises BitfoldError, naming what is done, if that fails midway.
 
-    `settle`: what is done to a site's graph just before, such as putting trained scales into it.
+    `before`: what is done to a site's graph just before, such as putting trained scales into it; `after`: is
+    told the path of a site that is done; `again`: what goes on after a failure.
     """
     names = parameter_names(model)
     store = _Tied({key for key, paths in names.items() if len(paths) > 1})
@@ -70,10 +74,12 @@ def fold_sites(
         if progress is not None:
             progress(f"fold {site.path}", len(done), total)
         try:
-            _fold_site(site, names, store, installer, settle)
+            _fold_site(site, names, store, installer, before)
         except (MemoryError, RuntimeError, OSError) as error:
-            raise BitfoldError(_midway(site, done, total, error)) from error
+            raise BitfoldError(_midway(site, done, total, error, again)) from error
         done.append(site.path)
+        if after is not None:
+            after(site.path)
         model.__dict__[ATTRIBUTE] = (*known, *installer.misses)
     if progress is not None:
         progress("folded", total, total)
@@ -84,12 +90,12 @@ def _fold_site(
     names: Mapping[int, list[str]],
     store: _Tied,
     installer: Installer,
-    settle: Callable[[Site], None] | None,
+    before: Callable[[Site], None] | None,
 ) -> None:
-    wanted, dtype = _sources(site, names)
+    wanted, dtype = sources_of(site, names) if site.sources is None else site.sources
     state(site.gm).store = store
-    if settle is not None:
-        settle(site)
+    if before is not None:
+        before(site)
     Pipeline([Fold()]).run(site.gm, record=False)
     graph = dump(site.gm)
     sources = {_codes_of(anchor): source for anchor, source in wanted.items()}
@@ -97,7 +103,7 @@ def _fold_site(
     installer.install(site.path, site.module, graph, tensors, sources, dtype, ranks=site.ranks, gm=site.gm)
 
 
-def _sources(site: Site, names: Mapping[int, list[str]]) -> tuple[dict[Node, Source], torch.dtype]:
+def sources_of(site: Site, names: Mapping[int, list[str]]) -> Sources:
     """What is about to become codes in a site, by the anchor that reads it, and the dtype it computes in.
 
     One parameter may be read in several ways, each of which has codes of its own.
@@ -131,12 +137,11 @@ def _codes_of(anchor: Node) -> str:
     return str(node.args[0][0].target)  # type: ignore[index, union-attr]
 
 
-def _midway(site: Site, done: list[str], total: int, error: BaseException) -> str:
+def _midway(site: Site, done: list[str], total: int, error: BaseException, again: str) -> str:
     cause = error.__cause__ or error
     why = ": ".join(part for part in (type(cause).__name__, str(cause).strip().split("\n")[0]) if part)
     so_far = f"{', '.join(done[:3])}{', ...' if len(done) > 3 else ''}" if done else "none"
     return (
         f"folding {site.path} failed ({why}) with {len(done)} of {total} modules folded ({so_far}); those "
-        "run on codes, the others as before: remove the cause and call bf.quantize with the same arguments "
-        "again, which goes on from there"
+        f"run on codes, the others as before: remove the cause and {again}, which goes on from there"
     )

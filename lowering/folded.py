@@ -100,7 +100,7 @@ class Folded(nn.Module):
         if kwargs:
             args = (*args, *self._positional(len(args), kwargs))
         if self.ranks is not None:
-            _check_ranks(self, self.ranks, args)
+            check_ranks(self, self.ranks, args)
         operands = [getattr(self, name) for name in self.operands]
         return self.body(*operands, *args) if self.run is None else self.run(None, *operands, *args)
 
@@ -241,7 +241,8 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return kept
 
 
-def _check_ranks(module: Folded, ranks: tuple[int, ...], args: tuple[Any, ...]) -> None:
+def check_ranks(module: nn.Module, ranks: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    """Raises BitfoldError for inputs of other numbers of dimensions than those that a graph holds for."""
     found = tuple(value.ndim if isinstance(value, Tensor) else -1 for value in args)
     if found != ranks:
         raise BitfoldError(

@@ -57,6 +57,10 @@ class Source:
     codes: Hashable
 
 
+Sources = tuple[Mapping[Node, Source], torch.dtype]
+"""What is about to become codes in a module, by the anchor that reads it, and the dtype it computes in."""
+
+
 @dataclass(frozen=True)
 class _Lowered:
     """What a target made of one kind of module.

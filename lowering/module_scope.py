@@ -36,6 +36,7 @@ from ..passes.recipes import Recipe
 from ..passes.scopes.module import is_stock
 from .folded import Folded
 from .folded_again import folded_sites
+from .install import Sources
 from .kv_cache.quantize import MODULE, speaks_of_caches
 from .parameters import with_all_names
 
@@ -52,6 +53,7 @@ class Site:
 
     `ranks`: the number of dimensions of each input that the graph holds for; None if it holds for any.
     `columns`: where each column of the parameter lies among those of the codes; None if they lie alike.
+    `sources`: what becomes codes, where the graph that is folded does not show it any more.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Site:
     gm: GraphModule
     ranks: tuple[int, ...] | None = None
     columns: tuple[int, ...] | None = None
+    sources: Sources | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -128,17 +131,21 @@ def _unmatched(recipe: Recipe, known: list[rules.Site]) -> Iterator[MissRecord]:
         yield MissRecord("", "", "", str(rule), f"no layer matches this rule{hint}")
 
 
-def site_of(path: str, module: nn.Module, call: Call | None = None) -> Site | Miss:
-    """One module traced alone, not annotated; `call`: its arguments, for kinds that are not known."""
-    return _Tracer({} if call is None else {module: call}).site(path, module)
+def site_of(
+    path: str, module: nn.Module, call: Call | None = None, *, cache: dict[Any, Any] | None = None
+) -> Site | Miss:
+    """One module traced alone, not annotated; `call`: its arguments, for kinds that are not known; `cache`:
+    one for all modules of a model, so that each kind is traced once."""
+    tracer = _Tracer({} if call is None else {module: call}, cache)
+    return tracer.site(path, module)
 
 
 class _Tracer:
     """Traces modules alone, each kind once."""
 
-    def __init__(self, recorded: Mapping[nn.Module, Call]) -> None:
+    def __init__(self, recorded: Mapping[nn.Module, Call], cache: dict[Any, Any] | None = None) -> None:
         self.recorded = recorded
-        self.cache: dict[Any, Any] = {}
+        self.cache: dict[Any, Any] = {} if cache is None else cache
 
     def site(self, path: str, module: nn.Module) -> Site | Miss:
         if is_parametrized(module):

@@ -33,7 +33,7 @@ from .stages import Stage
 
 aten = torch.ops.aten
 # Operators whose result's second dimension is the weight's first one.
-_ROWS_FIRST = frozenset(
+ROWS_FIRST = frozenset(
     {
         aten.conv1d.default,
         aten.conv1d.padding,
@@ -74,7 +74,7 @@ def _obstacle(gm: GraphModule, node: Node) -> str | None:
     product = x.target is aten.linear.default and node.meta["val"].ndim == 2
     if training or mean is None or var is None:
         return "it normalizes by the statistics of its batch"
-    if not product and x.target not in _ROWS_FIRST:
+    if not product and x.target not in ROWS_FIRST:
         return "no convolution or product of rows stands before it"
     if set(x.users) != {node}:
         return f"'{x.name}' is read by others too"
@@ -107,15 +107,15 @@ def _fold(gm: GraphModule, node: Node) -> None:
     shift = (value(bias, 0.0) - value(mean, 0.0)) * g + value(beta, 0.0)
     path = str(source.source.target)
     owner = path.rpartition(".")[0]
-    new = _parameter(gm, path, rows.to(numbers.dtype), x)
-    added = _parameter(gm, f"{owner}.bias" if owner else "bias", shift.to(numbers.dtype), x)
+    new = parameter_at(gm, path, rows.to(numbers.dtype), x)
+    added = parameter_at(gm, f"{owner}.bias" if owner else "bias", shift.to(numbers.dtype), x)
     x.args = (x.args[0], new, added, *x.args[3:])
     node.replace_all_uses_with(x)
     gm.graph.erase_node(node)
     inherit(x, [node])
 
 
-def _parameter(gm: GraphModule, path: str, numbers: Tensor, before: Node) -> Node:
+def parameter_at(gm: GraphModule, path: str, numbers: Tensor, before: Node) -> Node:
     """A parameter at `path`, in the place of what is there if only `before` reads that, else beside it."""
     owner, _, name = path.rpartition(".")
     module: Any = gm.get_submodule(owner)

@@ -118,8 +118,8 @@ class State:
         """The path in the model of what the captured module calls `name`."""
         return ".".join(part for part in (self.path_prefix, name) if part)
 
-    def own(self, path: str) -> str:
-        """What the captured module calls the module or parameter at `path` of the model."""
+    def local(self, path: str) -> str:
+        """What the captured module calls a path of the model; "" for the module itself."""
         return below(path, self.path_prefix)
 
     def copy(self) -> State:
@@ -157,7 +157,7 @@ class State:
 def below(path: str, prefix: str) -> str:
     """A path in the model as it is called inside the module at `prefix`: "up.weight" of "layers.0.up.weight"
     below "layers.0"; one that is elsewhere stays as it is."""
-    return "" if path == prefix else path.removeprefix(f"{prefix}.")
+    return "" if path == prefix else path.removeprefix(f"{prefix}.").strip(".")
 
 
 def state(gm: GraphModule) -> State:

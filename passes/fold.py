@@ -159,7 +159,7 @@ class _Folder:
     def name(self, chain: Expression | None, on: Edge) -> str:
         """What constants are called: the parameter's path as the captured module says it."""
         path = chain.path if chain else f"{on.layer}.weight"
-        return state(self.gm).own(path)
+        return state(self.gm).local(path)
 
     def activation(self, node: Node, source: Node) -> Node:
         """`quantize`, its parts, and `dequantize`: the values move as codes between the two."""

@@ -37,6 +37,8 @@ _BUILT_IN = {
     "settle_quantizers": "training.settle_quantizers",
     "train_batch_norm": "training.batch_norm",
     "settle_batch_norm": "training.batch_norm",
+    "freeze_norm": "training.freeze_norm",
+    "settle_frozen_norm": "training.freeze_norm",
     "sparsify": "sparsify",
     "fold": "fold",
     "fuse": "fuse",

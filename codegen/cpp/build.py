@@ -39,9 +39,13 @@ FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4",),
     "avx512vnni": ("-march=x86-64-v4", "-mavx512vnni"),
+    "amx": ("-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+    # Tiles in plain C++, for tests where there are none.
+    "amx_model": ("-march=x86-64-v4", "-mavx512vnni", "-DBITFOLD_AMX_MODEL"),
     "neon": (),
     "portable": (),
 }
+_AVX512 = ("avx512vnni", "amx", "amx_model")
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
@@ -75,10 +79,31 @@ def vectors() -> str:
     """The widest vectors that this processor has and a header is written for."""
     found = torch.backends.cpu.get_cpu_capability()
     if found == "AVX512":
-        return "avx512vnni" if torch.cpu._is_vnni_supported() else "avx512"
+        if not torch.cpu._is_vnni_supported():
+            return "avx512"
+        return "amx" if _has_tiles() else "avx512vnni"
     if found == "AVX2":
         return "avx2"
     return "neon" if os.uname().machine in ("aarch64", "arm64") else "portable"
+
+
+def _has_tiles() -> bool:
+    """Whether this process may use AMX: the system keeps tiles for those that ask (`arch_prctl`, once)."""
+    if not torch.cpu._is_amx_tile_supported():
+        return False
+    if torch.cpu._init_amx():
+        return True
+    warnings.warn(
+        "this processor has AMX, but the system does not let this process use it, so kernels do with AVX-512 "
+        "VNNI; a kernel of Linux 5.16 or newer that is not sandboxed grants it",
+        stacklevel=2,
+    )
+    return False
+
+
+def header(vectors: str) -> str:
+    """The file that these vectors are written in."""
+    return "avx512.h" if vectors in _AVX512 else f"{vectors}.h"
 
 
 def folder() -> Path:
@@ -163,8 +188,7 @@ class Library:
 
         file = beside / "source.cpp"
         file.write_text(self.text, encoding="utf-8")
-        header = self.vectors.removesuffix("vnni")
-        flags = [f"-DVECTORS='\"{header}.h\"'", f"-I{HEADERS}", *self.flags]
+        flags = [f"-DVECTORS='\"{header(self.vectors)}\"'", f"-I{HEADERS}", *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")

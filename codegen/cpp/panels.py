@@ -7,44 +7,40 @@ In: a `Body`. Out: lines of C++.
     then bias, epilogue, store (`finish`)
 
 Floats are decoded whole, scale and zero point included. Integers stay codes: their sums are exact over a
-stretch that shares its scales, and scaled as in `products.py`.
+stretch that shares its scales, and scaled as in `products.py`. Where there are tiles of AMX, the header's
+`multiply` is theirs (headers/tiles.h), and floats are multiplied as digits (`tiles.py`).
 """
 
 from __future__ import annotations
-
-import math
 
 from ...formats import Integer
 from .body import Body
 from .digits import alone
 from .ends import whole
+from .many_rows import each_weight, ends, opening, scales_of_panel
 from .products import each_float, loads, registers, tail, units
+from .tiles import many_digits, tiled
 from .values import raw
 from .words import Words
 
 _WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
-DEEP = 256  # codes: sixteen rows of x take 16 KiB
-
-
-def deep(body: Body) -> int:
-    """Codes of a row that are decoded at a time: whole runs."""
-    return body.walk.codes * max(1, DEEP // body.walk.codes)
-
-
-def stretch(body: Body) -> int:
-    """Codes whose integer sums are scaled at once."""
-    return deep(body) if body.cols is None else math.gcd(deep(body), body.cols)
+DEEP = 256  # floats: sixteen rows of x take 16 KiB
 
 
 def panels(body: Body) -> list[str]:
     """`stored`, `many`; nothing where x has a scale for each block of a row."""
     if body.token_cols is not None:
         return []
+    deepest = "kDeepest" if body.by_integers else DEEP
+    shared = "kDeep" if body.cols is None else f"std::gcd(kDeep, {body.cols})"
     return [
-        f"constexpr int kDeep = {deep(body)}, kStretch = {stretch(body)};",
+        "// Codes of a row: decoded at a time, whose integer sums are scaled at once, of a step of tiles.",
+        f"constexpr int kDeep = kCodes * std::max(1, {deepest} / kCodes);",
+        f"constexpr int kStretch = {shared}, kStep = std::gcd(64, std::gcd(kCodes, kStretch));",
         *([f"using Codes = Deep<{body.spec.weight.element.bits}>;"] if body.by_integers else []),
         "",
         *(_codes(body) if body.by_integers else _numbers(body)),
+        *many_digits(body),
         *_many(body),
     ]
 
@@ -103,35 +99,37 @@ def _codes(body: Body) -> list[str]:
 
 
 def _many(body: Body) -> list[str]:
-    many = body.spec.weights
     number, stored, panel = (
         ("Codes::Number", "Codes::Code", "kIntPanel") if body.by_integers else ("float", "float", "kPanel")
     )
-    half, tile = ("kInts", "kIntTile") if body.by_integers else ("kFloats", "kTile")
-    whole = "false" if body.by_integers else "true"
+    step, half, tile = (
+        ("2 * kHalf", "kHalf", "kIntTile") if body.by_integers else ("kPanel", "kFloats", "kTile")
+    )
     return [
-        "// Rows first .. last - 1 of the weight, times all rows of x.",
-        "inline void many(const Call& call, int64_t first, int64_t last) {",
-        "  constexpr int64_t stride = kDeep + kApart;",
-        f"  std::vector<{stored}> kept(kStored * stride);",
-        "  const int64_t across = call.across + kApart;",
-        f"  std::vector<float> sums({many} * kStored * across);",
-        "  for (int64_t row = first; row < last; row += kStored) {",
-        "    const int64_t count = std::min<int64_t>(kStored, last - row);",
-        "    std::fill(sums.begin(), sums.end(), 0.0f);",
-        f"    for (int i = 0; i < {many}; ++i) {{",
-        "      const Weight& w = call.weights[i];",
-        "      float* of = sums.data() + i * kStored * across;",
+        "// Rows first .. last - 1 of the weight, times rows begin .. end - 1 of x, from a panel's first on.",
+        "inline void many(const Call& call, int64_t first, int64_t last, int64_t begin, int64_t end) {",
+        *(
+            []
+            if tiled(body) is None
+            else [
+                "#if defined(BITFOLD_TILES)",
+                "  if (call.digits != nullptr) return many_digits(call, first, last, begin, end);",
+                "#endif",
+            ]
+        ),
+        *opening(body, stored, panel),
+        *(["  Multiplier<false> tiles(kStep);"] if body.by_integers else []),
+        *each_weight(body),
         "      for (int64_t k0 = 0; k0 < call.k; k0 += kDeep) {",
         "        const int64_t count_k = std::min<int64_t>(kDeep, call.padded - k0);",
         "        for (int64_t r = 0; r < count; ++r)",
-        "          stored(call, w, row + r, k0, k0 + count_k, kept.data() + r * stride);",
-        *(_scales_of_panel(body) if body.by_integers and not body.whole_rows else []),
-        f"        for (int64_t m = 0; m < call.m; m += {panel}) {{",
+        "          stored(call, w, row + r, k0, k0 + count_k, kept + r * stride);",
+        *(scales_of_panel(body, "kDeep", "kStretch") if body.by_integers and not body.whole_rows else []),
+        f"        for (int64_t m = begin; m < end; m += {step}) {{",
         f"          const auto* panels = static_cast<const {number}*>(call.panels);",
         f"          const auto* x = panels + m * call.padded + k0 * {panel};",
         f"          for (int64_t r0 = 0; r0 < count; r0 += {tile}) {{",
-        f"            if (call.m - m > {half})",
+        f"            if (end - m > {half})",
         f"              {_multiplied(body, 2)}",
         "            else",
         f"              {_multiplied(body, 1)}",
@@ -140,23 +138,7 @@ def _many(body: Body) -> list[str]:
         "      }",
         *(_exact(body) if body.by_integers and body.whole_rows else []),
         "    }",
-        "    const auto sum = [&](int i, int64_t r, int64_t m) {",
-        "      return sums[(i * kStored + r) * across + m];",
-        "    };",
-        "    for (int64_t m = 0; m < call.m; ++m) {",
-        "      if (count == kStored) {",
-        f"        float all[{many}][kStored][1];",
-        f"        for (int i = 0; i < {many}; ++i)",
-        "          for (int r = 0; r < kStored; ++r) all[i][r][0] = sum(i, r, m);",
-        f"        finish<kStored, 1, {whole}>(call, row, m, all);",
-        "        continue;",
-        "      }",
-        "      for (int64_t r = 0; r < count; ++r) {",
-        f"        float one[{many}][1][1];",
-        f"        for (int i = 0; i < {many}; ++i) one[i][0][0] = sum(i, r, m);",
-        f"        finish<1, 1, {whole}>(call, row + r, m, one);",
-        "      }",
-        "    }",
+        *ends(body, whole=not body.by_integers),
         "  }",
         "}",
         "",
@@ -164,14 +146,11 @@ def _many(body: Body) -> list[str]:
 
 
 def _multiplied(body: Body, vectors: int) -> str:
-    rows, to = "kept.data() + r0 * stride", "of + r0 * across + m"
+    rows, to = "kept + r0 * stride", "of + r0 * across + m - begin"
     if not body.by_integers:
         return f"multiply<{vectors}>({rows}, stride, x, count_k, {to}, across);"
     if body.whole_rows:
-        return (
-            f"multiply<Codes, {vectors}>({rows}, stride, x, count_k, [&](int r, int v, Ints p) {{ "
-            f"float* at = {to} + r * across + v * kInts; store_ints(at, add(numbers(at), p)); }});"
-        )
+        return f"added<Codes, {vectors}, kStep>(tiles, {rows}, stride, x, next, count_k, {to}, across);"
     zero = ""
     if body.needs_sums:
         zero = (
@@ -181,21 +160,12 @@ def _multiplied(body: Body, vectors: int) -> str:
         )
     return (
         "for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch) "
-        f"multiply<Codes, {vectors}>({rows} + k, stride, x + k * kIntPanel, kStretch, "
+        f"multiply<Codes, {vectors}, kStep>(tiles, {rows} + k, stride, x + k * kIntPanel, next, "
+        "kStretch, "
         "[&](int r, int v, Ints p) { "
         f"float* at = {to} + r * across + v * kInts; "
         f"Sums all = scaled(p, scales_[r0 + r][k / kStretch], load_sums(at));{zero} store_sums(at, all); }});"
     )
-
-
-def _scales_of_panel(body: Body) -> list[str]:
-    return [
-        "        float scales_[kStored][kDeep / kStretch] = {}, zeros_[kStored][kDeep / kStretch] = {};",
-        "        for (int64_t r = 0; r < count; ++r)",
-        "          for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch)",
-        f"            scales(w, scales_of(call, row + r) + (k0 + k) / {body.cols} * call.scale_group, "
-        "scales_[r][k / kStretch], zeros_[r][k / kStretch]);",
-    ]
 
 
 def _exact(body: Body) -> list[str]:
@@ -204,7 +174,7 @@ def _exact(body: Body) -> list[str]:
         "      for (int64_t r = 0; r < count; ++r) {",
         "        float s, z;",
         "        scales(w, scales_of(call, row + r), s, z);",
-        "        for (int64_t m = 0; m < call.m; ++m) {",
+        "        for (int64_t m = 0; m < end - begin; ++m) {",
         "          int32_t sum;",
         "          std::memcpy(&sum, of + r * across + m, 4);",
         "          of[r * across + m] = static_cast<float>(sum) * s;",
@@ -219,13 +189,16 @@ def entry(body: Body) -> list[str]:
     made = alone(body)
     words = str(isinstance(made, Words)).lower()
     in_digits = "0, 0, false" if made is None else f"{made.block}, {made.base}, {words}"
-    kind = f"{str(body.held).lower()}, {bits}, {in_digits}"
+    many = tiled(body)
+    of_many = "0, 0" if many is None else f"{many.block}, {many.step}"
+    kind = f"{str(body.held).lower()}, {bits}, {in_digits}, {of_many}"
     wants = (f'extern "C" const bitfold::Wants* wants() {{ return bitfold::wants<{kind}>(); }}',)
     if body.token_cols is not None:
         return [*wants]
     return [
         *wants,
-        'extern "C" void many(const bitfold::Call* call, int64_t first, int64_t last) {',
-        "  bitfold::many(*call, first, last);",
+        'extern "C" void many(const bitfold::Call* call, int64_t first, int64_t last,',
+        "                     int64_t begin, int64_t end) {",
+        "  bitfold::many(*call, first, last, begin, end);",
         "}",
     ]

@@ -40,6 +40,7 @@ def source(spec: GemmSpec) -> str:
     lines = [
         f"// {kind(spec)}",
         "#include <algorithm>",
+        "#include <numeric>",
         '#include "kernel.h"',
         "#include VECTORS",
         '#include "numbers.h"',

@@ -6,13 +6,13 @@ scales or reads them, and writes what they are rounded to, or the gradients, in 
     int4[g32], forward   ->   x = load [128, 32];  s = stored(max |x| / 7.5);  y = clamp(rint(x / s)) * s
     int4[g32], lsq       ->   x, g = load ..;  gx = g where inside;  gs = sum(g * d value / d step)
 
-Bits are those of `format.fake_quantize` and of `formats/train_quantize.py`; sums are in another order.
+Bits are those of `format.fake_quantize` and of `formats/estimators/`, where a gradient's lines stand beside
+its reference; sums are in another order.
 """
 
 from __future__ import annotations
 
 from ...formats import Float, Format, Integer, format
-from ...formats.cells import reach
 from ..rounding import RoundingSpec
 from .encode import magnitude_lines, read_lines, rounded_lines, scale_lines, zero_lines
 from .lines import TL, Lines
@@ -27,10 +27,12 @@ def names(spec: RoundingSpec) -> list[str]:
         found += ["scales", "zeros"] if spec.zero else ["scales"]
     if spec.direction == "forward":
         return [*found, "rounded", "count"]
-    found += ["gradient", "for_x"]
-    if spec.learns:
-        found += ["for_step", "for_low"] if spec.zero and spec.direction == "lsq" else ["for_step"]
-    return [*found, "count"]
+    return [*found, "gradient", "for_x", *sums_of(spec), "count"]
+
+
+def sums_of(spec: RoundingSpec) -> list[str]:
+    """Of them, the gradients of what is learned."""
+    return [f"for_{name}" for name in spec.learned]
 
 
 def source(spec: RoundingSpec, plain: bool = False) -> str:
@@ -52,21 +54,21 @@ def source(spec: RoundingSpec, plain: bool = False) -> str:
         out.add(*_step(fmt))
         out.add("value = (e - s_z[:, None]) * step[:, None]" if spec.zero else "value = e * step[:, None]")
         if spec.direction == "forward":
-            out.add(*_in_lane(spec, plain), "tl.store(rounded + at, value, mask=keep)")
+            out.add(*_in_lane("value", spec, plain), "tl.store(rounded + at, value, mask=keep)")
         else:
-            _gradients(out, spec, fmt)
+            _gradients(out, spec, fmt, plain)
     return "\n".join(out.text) + "\n"
 
 
-def _in_lane(spec: RoundingSpec, plain: bool) -> list[str]:
-    """value in the dtype of x; for the interpreter bfloat16 by hand, as bits into the same memory."""
+def _in_lane(name: str, spec: RoundingSpec, plain: bool) -> list[str]:
+    """A float32 in the dtype of x; for the interpreter bfloat16 by hand, as bits into the same memory."""
     if spec.lane != "bf16" or not plain:
-        return [f"value = value.to({TL[spec.lane]})"]
+        return [f"{name} = {name}.to({TL[spec.lane]})"]
     return [
-        "bits = value.to(tl.int32, bitcast=True)",
+        f"bits = {name}.to(tl.int32, bitcast=True)",
         "bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16",
-        "bits = tl.where(value != value, 0x7FC0, bits).to(tl.int16)",
-        "value = bits.to(tl.bfloat16, bitcast=True)",
+        f"bits = tl.where({name} != {name}, 0x7FC0, bits).to(tl.int16)",
+        f"{name} = bits.to(tl.bfloat16, bitcast=True)",
     ]
 
 
@@ -97,9 +99,8 @@ def _step(fmt: Format) -> list[str]:
     ]
 
 
-def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
+def _gradients(out: Lines, spec: RoundingSpec, fmt: Format, plain: bool) -> None:
     element = fmt.element
-    low, high = float(element.low), float(element.high)
     out.add(
         "g = tl.load(gradient + at, mask=keep, other=0.0).to(tl.float32)",
         "safe = tl.broadcast_to(tl.where(step == 0.0, 1.0, step)[:, None], v.shape)",
@@ -113,27 +114,9 @@ def _gradients(out: Lines, spec: RoundingSpec, fmt: Format) -> None:
         )
     else:
         out.add("u = tl.div_rn(v, safe)")
-    if spec.direction == "clip":
-        least, most = reach(element)
-        out.add(f"below = u < {least!r}", f"above = u > {most!r}")
-    else:
-        out.add(f"below = u <= {low!r}", f"above = u >= {high!r}")
-    out.add(
-        "outside = below | above",
-        f"tl.store(for_x + at, tl.where(outside, 0.0, g).to({TL[spec.lane]}), mask=keep)",
-    )
-    if spec.direction == "pact":
-        top = element.high if element.high > 0 else -element.low
-        out.add(f"by = tl.where(above, {high / top!r}, tl.where(below, {low / top!r}, 0.0))")
-    if spec.direction == "lsq":
-        out.add(
-            f"by = tl.where(outside, value - {'least' if spec.zero else '0.0'}, value - v)",
-            "one = tl.full(step.shape, 1.0, tl.float32)",
-            "by = by * tl.div_rn(one, tl.where(step == 0.0, 1.0, step))[:, None]",
-        )
-    if spec.learns:
-        out.add("tl.store(for_step + r, tl.sum(tl.where(keep, g * by, 0.0), 1), mask=r < count)")
-    if spec.learns and spec.zero and spec.direction == "lsq":
-        out.add(
-            "tl.store(for_low + r, tl.sum(tl.where(keep & outside, g, 0.0), 1), mask=r < count)",
-        )
+    lines = spec.backward
+    assert lines is not None
+    out.add(*lines.lines, f"back = {lines.for_x}", *_in_lane("back", spec, plain))
+    out.add("tl.store(for_x + at, back, mask=keep)")
+    for name, each in zip(sums_of(spec), lines.for_held, strict=True):
+        out.add(f"tl.store({name} + r, tl.sum(tl.where(keep, {each}, 0.0), 1), mask=r < count)")

@@ -3,7 +3,7 @@
 In: a spec and tensors, contiguous. Out: rounded numbers, or gradients.
 
     rounded(spec, x, [])                       ->   x rounded, in its shape and dtype
-    gradients(spec, x, [scales], gradient)     ->   for x; for the steps (and lows), float32, one a group
+    gradients(spec, x, [scales], gradient)     ->   for x; for what is learned, float32, one a group
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .build import module
 from .inspect import Compiled
 from .lines import POINTERS
 from .machine_code import resources
-from .rounding import names, source
+from .rounding import source, sums_of
 
 
 @lru_cache(maxsize=256)
@@ -30,6 +30,7 @@ def kernel(spec: RoundingSpec, plain: bool = False) -> Any:
     return module(source(spec, plain)).kernel
 
 
+@lru_cache(maxsize=256)
 def options(spec: RoundingSpec) -> dict[str, Any]:
     """How it is compiled: a product fused into a sum would round once where the format rounds twice."""
     warps = 4 if spec.direction == "forward" else 2
@@ -46,11 +47,10 @@ def rounded(spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], plain: bool
 def gradients(
     spec: RoundingSpec, x: Tensor, scales: Sequence[Tensor], gradient: Tensor, plain: bool = False
 ) -> tuple[Tensor, ...]:
-    """(for x, [for step, [for low]])."""
+    """(for x, for each number that is learned)."""
     count = x.numel() // spec.group
     for_x = torch.empty_like(x)
-    learned = [name for name in names(spec) if name in ("for_step", "for_low")]
-    sums = [torch.empty(count, dtype=torch.float32, device=x.device) for _ in learned]
+    sums = [torch.empty(count, dtype=torch.float32, device=x.device) for _ in spec.learned]
     _launch(spec, x, [x, *_flat(scales), gradient, for_x, *sums], plain)
     return for_x, *sums
 
@@ -76,7 +76,7 @@ def inspect_rounding(spec: RoundingSpec, arch: int = 90) -> Compiled:
     scale = format(spec.format).scale
     assert scale is not None
     numbers = POINTERS[spec.lane]
-    kinds = {"count": "i32", "scales": POINTERS[scale.dtype], "for_step": "*fp32", "for_low": "*fp32"}
+    kinds = {"count": "i32", "scales": POINTERS[scale.dtype], **dict.fromkeys(sums_of(spec), "*fp32")}
     kinds["zeros"] = "*i8" if format(spec.format).element.low < 0 else "*u8"
     types = {name: kinds.get(name, numbers) for name in function.arg_names}
     aligned = {

@@ -26,8 +26,8 @@ from ...passes.note import annotated
 from ...passes.observing.batch import Batch
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
-from ..diagnose import first_output
 from ..module_scope import Site
+from ..outputs import first_output
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turn

@@ -24,9 +24,8 @@ from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.tune import Tune
 from ...passes.core import Progress
 from ...passes.observing.batch import Batch
-from ..diagnose import first_output
+from ..outputs import divergence, first_output
 from ..parameters import parameter_names
-from ..search.sensitivity import divergence
 from ..swaps import Swaps
 from .at_rest import at_rest
 from .learnable import Descent, Learnt, as_read, called, falls_short, roundings

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from ...formats import format
 from ...formats.gradient import Gradient
-from ...passes import Miss, Pass, Stage, report, state
+from ...passes import Miss, Pass, Stage, register_pass, report, state
 from ...passes.edges import EDGE, Edge, edge
 from ...passes.provenance import inherit, origin
 from ...passes.recipes import Recipe
@@ -38,6 +38,7 @@ def has_attention(gm: GraphModule) -> bool:
     return bool(gm.graph.find_nodes(op="call_function", target=ATTENTION))
 
 
+@register_pass
 @dataclass(frozen=True)
 class TrainCache(Pass):
     """recipe: as `annotate` takes it, of which rules of op `cache` count; gradient: of the rounding; warmup:
@@ -153,6 +154,7 @@ def _writes(write: Write) -> _Read:
     return _Read(write.value, tuple((n, place) for n, place in pairs if n.args[place] is write.value))
 
 
+@register_pass
 @dataclass(frozen=True)
 class SettleCache(Pass):
     """recipe: the same."""

@@ -6,12 +6,14 @@ In: a model. Out: after each of its calls in training, a loss that draws its out
     loss = task(model(x)) + bf.distillation(model)
 
 The teacher is a frozen copy in evaluation mode, called with the same arguments, and no part of the model:
-neither its parameters nor its state dict know it. `bf.convert` lets it go.
+neither its parameters nor its state dict know it, but for a hash of its numbers, by which a run that is
+resumed knows it again. `bf.convert` lets it go.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
@@ -66,9 +69,10 @@ class Teacher:
     def __init__(self, model: nn.Module, how: Distill) -> None:
         """`model`: of original modules."""
         # A model that is prepared anew has its float teacher already.
-        earlier, _ = model.__dict__.get(TEACHER, (None, None))
+        earlier = teacher_of(model)
         floats = copy.deepcopy(model) if earlier is None else earlier.model
-        self.model = floats.eval().requires_grad_(False)
+        self.model: nn.Module = floats.eval().requires_grad_(False)
+        self.mark: str = mark_of(floats) if earlier is None else earlier.mark
         self.how = how
         self.loss: Tensor | None = None
 
@@ -92,18 +96,37 @@ class Teacher:
                 held.data = held.data.to(like.device, like.dtype)
 
 
+def mark_of(model: nn.Module) -> str:
+    """What tells a teacher from another: a hash of the numbers in its state dict."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        numbers = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        found.update(f"{name} {numbers.dtype} {list(numbers.shape)}".encode())
+        found.update(numbers.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def teacher_of(model: nn.Module) -> Teacher | None:
+    """Who teaches the model."""
+    found: tuple[Teacher, Any] | None = model.__dict__.get(TEACHER)
+    return None if found is None else found[0]
+
+
 def teach(model: nn.Module, teacher: Teacher) -> None:
     """Let the teacher listen to the model."""
     handle = model.register_forward_hook(teacher, with_kwargs=True)
     model.__dict__[TEACHER] = (teacher, handle)
 
 
-def dismiss(model: nn.Module) -> None:
-    """Let the teachers of a model, and of models in it, go."""
-    for module in model.modules():
-        _, handle = module.__dict__.pop(TEACHER, (None, None))
-        if handle is not None:
-            handle.remove()
+def dismiss(model: nn.Module) -> int:
+    """Let the teachers of a model, and of models in it, go; how many there were."""
+    teaching = [module for module in model.modules() if TEACHER in module.__dict__]
+    for module in teaching:
+        _, handle = module.__dict__.pop(TEACHER)
+        handle.remove()
+    return len(teaching)
 
 
 def distillation(model: nn.Module) -> Tensor:

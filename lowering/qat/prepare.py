@@ -11,48 +11,37 @@ Every check runs before the first write, so that a mistake leaves the model as i
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ...formats import BitfoldError
-from ...passes import MissRecord, Pipeline, expression
+from ...passes import MissRecord, Pipeline
 from ...passes.core import Progress
-from ...passes.edges import edge
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
-from ...passes.stages import find_attribute
-from ...passes.training.quantizers import CLOCK, TRAIN_QUANTIZE, TrainQuantizers, ranges
 from ..algorithms.calibration import Batches
 from ..folded import Folded
 from ..given_model import module_of
-from ..module_scope import Call, Plan, Site, plan
+from ..module_scope import Call, Plan, plan
 from ..parameters import check_parameters
 from ..quantize import Scope, calibrate_sites, check_found, check_scope, recorder
 from ..report import ATTRIBUTE
 from ..tracing import TRACING
-from .distill import Distill, Teacher, dismiss, teach
-from .norms import NAMES, PREFIX, Norm, following_norms, identity, with_norm
+from .distill import Distill, Teacher, dismiss, teach, teacher_of
+from .following_norms import following_norms
+from .module_graphs import Order, freezing, no_range, train_site
 from .options import Qat
-from .prepared import (
-    ATTRIBUTES,
-    NORM_NUMBERS,
-    Bodies,
-    Preparation,
-    Prepared,
-    bodies_of,
-    prepare_module,
-    unprepare,
-    unprepared,
-)
-from .schedule import PROGRAM
+from .preparation import PROGRAM
+from .prepared import Prepared
+from .prepared_program import prepare_program
 from .states import check_state, of_model
-from .trained_as import trained_as
+from .unprepared import unprepared
+from .write_modules import Writer
 
 
 @torch.inference_mode(False)  # scales that are made in it could never be trained
@@ -101,8 +90,6 @@ def prepare_qat(
                 raise BitfoldError(
                     "distill is for scope='module'; in a program add the loss by bf.Distill().of"
                 )
-            from .prepared_program import prepare_program
-
             return prepare_program(
                 model, wanted, how, batches, dynamic=dynamic, state=state, progress=progress
             )
@@ -118,23 +105,35 @@ def prepare_qat(
             found = plan(model, wanted, stored={}, record=record, progress=progress)
             _leave_read(found)
             check_found(model, wanted, found)
-            made = _Made(model, wanted, how, calls, earlier, loaded=state is not None)
-            _observe(model, found, how, batches, made.ranged, progress)
-            if how.fold_norm:
-                made.norms, misses = following_norms(model, found.sites)
-                found.misses += misses
+            taught_by = teacher or teacher_of(model)
+            order = Order(
+                str(wanted),
+                how,
+                calls=calls,
+                earlier=earlier.extra,
+                loaded=state is not None,
+                tables=frozenset(id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)),
+                teacher=taught_by.mark if taught_by is not None else "",
+            )
+            _observe(model, found, how, batches, order.ranged, progress)
+            norms, misses = following_norms(model, found.sites) if how.fold_norm else ({}, [])
+            shared: dict[Hashable, nn.Parameter] = {}
             for site in found.sites:
-                made.graph(site)
-            found.misses += made.misses
-            for site in found.sites:
-                made.write(site)
-            if state is not None:
-                try:
+                misses += train_site(site, order, norms, shared)
+            alone, moving = freezing(model, norms, how)
+            found.misses += misses + moving
+            writer = Writer(order, norms)
+            try:
+                for site in found.sites:
+                    writer.write(site)
+                for norm, gm in alone:
+                    writer.write_freezing(norm, gm)
+                if state is not None:
                     state = of_model(model, state)
                     check_state(model, state)
-                except BitfoldError:
-                    made.take_back(found.sites)
-                    raise
+            except BaseException:
+                writer.take_back()
+                raise
         _call_every_layer(model)
         model.__dict__[ATTRIBUTE] = tuple(found.misses)
         if teacher is not None:
@@ -202,7 +201,7 @@ def _observe(
         return
     if not how.observe and not ranged:
         layer = next(site.path for site in found.sites if site.calibrated)
-        raise BitfoldError(_no_range(layer))
+        raise no_range(layer)
     if how.activation_learns and not ranged:
         layer = next(site.path for site in found.sites if site.calibrated)
         raise BitfoldError(
@@ -212,185 +211,3 @@ def _observe(
     for site in found.sites:
         if site.calibrated:
             Pipeline([Observe()]).run(site.gm, record=False)
-
-
-def _no_range(layer: str) -> str:
-    return (
-        f"layer {layer} takes activations of calibrated range; give calibration=[batches], or let "
-        "training find them: bf.Qat(observe=200), with bf.advance(model) after each step"
-    )
-
-
-class _Made:
-    """The prepared modules of one model: what they share, and the write."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        how: Qat,
-        calls: Mapping[nn.Module, Call],
-        earlier: Mapping[str, dict[str, Tensor]],
-        *,
-        loaded: bool,
-    ) -> None:
-        self.recipe, self.how, self.calls, self.earlier = str(recipe), how, calls, earlier
-        self.loaded = loaded
-        # Ranges that an earlier recipe had go on; numbers that it had learned are of other formats.
-        ranged = loaded or (bool(earlier) and not how.activation_learns)
-        clocks = [tensors[CLOCK] for tensors in earlier.values() if CLOCK in tensors]
-        self.clock = max(clocks, key=int) if clocks else None
-        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        self.tables = tables
-        self.passed = train_pass(how, ranged=ranged, loaded=loaded)
-        self.ranged = ranged
-        self.bodies: dict[Hashable, Bodies] = {}
-        self.shared: dict[Hashable, nn.Parameter] = {}
-        self.norms: dict[str, Norm] = {}
-        self.misses: list[MissRecord] = []
-        self.overwritten: list[tuple[Tensor, Tensor]] = []
-
-    def graph(self, site: Site) -> None:
-        """The site's graph, ready to train; nothing is written to the model."""
-        Pipeline([self.passed]).run(site.gm, record=False)
-        norm = self.norms.get(site.path)
-        if norm is not None and not with_norm(site.gm, norm.module, self.how, loaded=self.loaded):
-            del self.norms[site.path]
-            reason = "what the convolution gives is rounded before batch norm reads it"
-            self.misses.append(MissRecord(norm.path, norm.path, "", "fold_norm", reason))
-        share_learned(site.gm, self.shared)
-        own = {name for name, _ in (*site.module.named_parameters(), *site.module.named_buffers())}
-        own |= {f"{PREFIX}.{name}" for name in NAMES}
-        held = (*site.gm.named_parameters(), *site.gm.named_buffers())
-        needed = (*(name for name, _ in held if name not in own), *ATTRIBUTES)
-        taken = next((name for name in needed if hasattr(site.module, name)), None)
-        if taken is not None:
-            raise BitfoldError(
-                f"layer {site.path} has an attribute {taken!r} already, which training it rounded needs; "
-                "rename it, or leave the layer out by a skip rule"
-            )
-        moves = self.clock is None or int(self.clock) < self.how.observe
-        if not (self.how.observe and moves) and not self.loaded:
-            self._check_ranges(site, own)
-
-    def _check_ranges(self, site: Site, own: set[str]) -> None:
-        """Raises BitfoldError if a range that nothing will move (from the step `observe` on nothing does) has
-        seen nothing, now or under an earlier recipe."""
-        earlier = self.earlier.get(site.path, {})
-        seen = _seen(site.gm)
-        for name, held in site.gm.named_buffers():
-            if name in own or not held.is_floating_point():
-                continue
-            if name not in seen and not bool(self._going_on(name, held, earlier, seen).isfinite().all()):
-                raise BitfoldError(_no_range(site.path))
-
-    def write(self, site: Site) -> None:
-        """Make the site's module a prepared one."""
-        bodies, attributes = bodies_of(site.gm)
-        bodies = self._shared(bodies)
-        module = site.module
-        tensors = {name: find_attribute(site.gm, name) for name in attributes if name not in NORM_NUMBERS}
-        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        added = (name for name in tensors if name not in held and "." not in name)
-        extra = {name: tensors[name] for name in added}
-        earlier = self.earlier.get(site.path, {})
-        seen = _seen(site.gm)
-        extra = {name: self._going_on(name, one, earlier, seen) for name, one in extra.items()}
-        self._begin_anew(extra, tensors)
-        weight = module._parameters.get("weight")
-        tied = not isinstance(module, nn.Embedding) and id(weight) in self.tables
-        call = self.calls.get(module)
-        shapes = None if call is None else tuple((tuple(a.shape), a.dtype) for a in call[0])
-        about = Preparation(
-            site.path,
-            self.recipe,
-            self.how,
-            tied,
-            shapes,
-            trains=trained_as(site.gm, self.how),
-            ranges=ranges(site.gm),
-        )
-        norm = self.norms.get(site.path)
-        inside = None if norm is None else norm.module
-        prepare_module(module, bodies, attributes, extra, about, site.ranks, inside)
-        if norm is not None:
-            about = Preparation(norm.path, self.recipe, self.how, folded_away=True)
-            bodies, _ = bodies_of(identity(norm.path))
-            prepare_module(norm.module, self._shared(bodies), (), {}, about, None)
-
-    def take_back(self, sites: Iterable[Site]) -> None:
-        """Make the sites' modules what they were."""
-        for site in sites:
-            norm = self.norms.get(site.path)
-            for module in (site.module, *(() if norm is None else (norm.module,))):
-                assert isinstance(module, Prepared)
-                unprepare(module)
-        with torch.no_grad():
-            for parameter, numbers in reversed(self.overwritten):  # tied ones come twice
-                parameter.copy_(numbers)
-
-    def _going_on(self, name: str, new: Tensor, earlier: Mapping[str, Tensor], seen: set[str]) -> Tensor:
-        """What an earlier recipe had under this name, if it can stay: a parameter, which gets new numbers, or
-        a buffer, but for those of what a step has `seen`."""
-        if name == CLOCK:
-            return earlier.get(name, new if self.clock is None else self.clock.to(new.device, copy=True))
-        old = earlier.get(name)
-        if (
-            old is None
-            or old.shape != new.shape
-            or isinstance(old, nn.Parameter) != isinstance(new, nn.Parameter)
-        ):
-            return new
-        if isinstance(new, nn.Parameter):
-            return old
-        unseen = name not in seen and new.is_floating_point() and not bool(new.isfinite().all())
-        return old if unseen else new
-
-    def _begin_anew(self, extra: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
-        """Parameters that go on get the numbers that they begin with under this recipe."""
-        for name, parameter in extra.items():
-            if isinstance(parameter, nn.Parameter) and parameter is not new[name]:
-                self.overwritten.append((parameter, parameter.detach().clone()))
-                with torch.no_grad():
-                    parameter.copy_(new[name])
-
-    def _shared(self, bodies: Bodies) -> Bodies:
-        """Modules that are alike share their bodies, so that torch.compile compiles them once."""
-        return self.bodies.setdefault(tuple(body.code for body in bodies), bodies)
-
-
-def _seen(gm: GraphModule) -> set[str]:
-    """Buffers that hold what a step saw."""
-    return {name for one in ranges(gm) for name in (one.seen_low, one.seen_high)}
-
-
-def train_pass(how: Qat, *, ranged: bool = False, loaded: bool = False) -> TrainQuantizers:
-    """The pass that these options ask for. ranged: ranges are known elsewhere, so that observers may have
-    seen nothing; loaded: all numbers are, and none need be searched for."""
-    weight: Any = how.weight
-    activation: Any = how.activation
-    return TrainQuantizers(
-        weight,
-        activation,
-        warmup=how.warmup,
-        observe=bool(how.observe),
-        ranged=ranged or loaded,
-        clip=how.start == "clip" and not loaded,
-    )
-
-
-def share_learned(gm: GraphModule, shared: dict[Hashable, nn.Parameter]) -> None:
-    """Let tied weights of one format have one learned scale, as they will have one set of codes."""
-    for node in gm.graph.find_nodes(op="call_function", target=TRAIN_QUANTIZE):
-        on: Any = edge(node)
-        if on.which != "weight" or not node.args[3]:
-            continue
-        source: Any = node.args[0]
-        if source.target is operator.getitem:  # of a batch norm folded into it
-            source = source.args[0].args[0]
-        chain = expression(gm, source)
-        assert chain is not None, f"{node.name} reads no parameter"
-        for part in node.args[3]:
-            name = str(part.target)
-            key = (id(chain.parameter), chain.text, node.args[1:3], name.rpartition("_")[2])
-            gm._parameters[name] = shared.setdefault(key, gm.get_parameter(name))

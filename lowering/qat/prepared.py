@@ -15,50 +15,20 @@ all of them were trained as; a state dict that says otherwise is not loaded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule
 
 from ...formats import BitfoldError
-from ...passes.stages import find_attribute
-from ...passes.training.batch_norm import FOLD_NORM, UNFOLD_NORM, switch_norms
-from ...passes.training.mode import TrainMode
-from ...passes.training.quantizers import Range
-from ..folded import _check_ranks, keeping_dtype
-from .options import Qat
+from ..folded import check_ranks, keeping_dtype
+from .bodies import BODIES, Bodies
+from .preparation import Preparation
 from .trained_as import as_bytes, check_trained_as
-
-Bodies = tuple[GraphModule, ...]
-BODIES = {"body": (True, True), "still": (False, False), "frozen": (True, False), "moving": (False, True)}
-"""Which body runs when the module, and the batch norm in it, are in training."""
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What `bf.convert` needs to make the module's graph again: where it was in the model, by which recipe
-    and options it was prepared, whether it is a head for being tied to an embedding, and what it is called
-    with (shape, dtype of each argument) if that is not known from its kind. `folded_away`: it is a batch norm
-    that the convolution before it computes. `trains`: its numbers as `trained_as` says them. `ranges`: those
-    that follow the data, by the names of their buffers.
-    """
-
-    path: str
-    recipe: str
-    options: Qat
-    tied_head: bool = False
-    call: tuple[tuple[tuple[int, ...], torch.dtype], ...] | None = None
-    folded_away: bool = False
-    trains: str = ""
-    ranges: tuple[Range, ...] = ()
 
 
 class Prepared(nn.Module):
@@ -85,7 +55,7 @@ class Prepared(nn.Module):
                 )
             args = (*args, *(kwargs[name] for name in names))
         if self.ranks is not None:
-            _check_ranks(self, self.ranks, args)  # type: ignore[arg-type]
+            check_ranks(self, self.ranks, args)
         body: Any = self.body if self.training else self.still
         if self.folded_norm:
             norm = self.folded_norm[0]
@@ -116,8 +86,11 @@ class Prepared(nn.Module):
         of its own, if any."""
         original: Any = unprepared_class(self)
         if original.get_extra_state is nn.Module.get_extra_state:
-            return as_bytes(self.preparation.trains)
-        return {"trains": as_bytes(self.preparation.trains), "own": original.get_extra_state(self)}
+            return self._as_bytes()
+        return {"trains": self._as_bytes(), "own": original.get_extra_state(self)}
+
+    def _as_bytes(self) -> Tensor:
+        return as_bytes(self.preparation.trains, self.preparation.teacher)
 
     def set_extra_state(self, state: Any) -> None:
         """Give the original class what is its own; `_load_from_state_dict` has looked at the text."""
@@ -126,7 +99,8 @@ class Prepared(nn.Module):
             original.set_extra_state(self, state["own"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        check_trained_as(self.preparation.trains, state_dict.get(f"{prefix}_extra_state"), prefix)
+        about = self.preparation
+        check_trained_as(about.trains, state_dict.get(f"{prefix}_extra_state"), prefix, about.teacher)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -204,45 +178,10 @@ def prepare_module(
     module.__class__ = prepared_class(original)
 
 
-def unprepare(module: Prepared) -> dict[str, Tensor]:
-    """Be the original module again, in place; returns what training had added to it, by name."""
-    extra = {name: getattr(module, name) for name in module.extra}
-    for name in extra:
-        delattr(module, name)
-    for name in BODIES:
-        module._modules.pop(name, None)
-    own = module.own_forward
-    for name in Prepared.__annotations__:
-        module.__dict__.pop(name, None)
-    module.__class__ = unprepared_class(module)
-    module.__dict__.update(own)
-    return extra
-
-
 def _count(norm: nn.Module) -> None:
     """A batch for a batch norm that is computed elsewhere."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)  # type: ignore[operator]
-
-
-@contextmanager
-def unprepared(model: nn.Module) -> Iterator[dict[str, dict[str, Tensor]]]:
-    """The model with original modules; yields what training had added to each, by path. If the block raises,
-    every module is prepared again, as it was."""
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, Prepared)}
-    kept = {path: (type(module), dict(module.__dict__)) for path, module in modules.items()}
-    held = {path: [dict(module.__dict__[table]) for table in _TABLES] for path, module in modules.items()}
-    try:
-        yield {path: unprepare(module) for path, module in modules.items()}
-    except BaseException:
-        for path, module in modules.items():
-            module.__class__, attributes = kept[path]
-            module.__dict__.clear()
-            module.__dict__.update(attributes, **dict(zip(_TABLES, held[path], strict=True)))
-        raise
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
 
 
 def check_norms(model: nn.Module) -> None:
@@ -254,52 +193,3 @@ def check_norms(model: nn.Module) -> None:
                 f"the batch norm that trains within {path} has left the model, and what took its place "
                 "normalizes once more; convert_sync_batchnorm, say, goes before bf.prepare_qat"
             )
-
-
-def bodies_of(gm: GraphModule) -> tuple[Bodies, tuple[str, ...]]:
-    """The bodies, and the attributes that are their leading inputs, in order."""
-    made = []
-    for trains, moves in BODIES.values():
-        body, attributes = _lifted(gm)
-        TrainMode(on=trains).apply(body)
-        if trains != moves and not switch_norms(body, moves):
-            continue
-        body.meta.clear()
-        body.recompile()
-        made.append(body)
-    return tuple(made), attributes
-
-
-NORM_NUMBERS = ("norm.momentum", "norm.eps")
-"""Inputs of the bodies that are no tensors: a schedule, or torch.optim.swa_utils.update_bn, changes them."""
-_NUMBERS: dict[Any, dict[int, str]] = {
-    FOLD_NORM: {6: "norm.eps"},
-    UNFOLD_NORM: {7: "norm.momentum", 8: "norm.eps"},
-}
-
-
-def _lifted(gm: GraphModule) -> tuple[GraphModule, tuple[str, ...]]:
-    """`gm` without a tensor and without meta: its attributes, and a batch norm's numbers, come first among
-    the inputs."""
-    reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
-    attributes = tuple(dict.fromkeys(str(node.target) for node in reads))
-    if any(node.target in _NUMBERS for node in gm.graph.nodes):
-        attributes = (*attributes, *NORM_NUMBERS)
-    graph = Graph()
-    inputs = {name: graph.placeholder(name.replace(".", "_")) for name in attributes}
-    moved: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            assert isinstance(find_attribute(gm, str(node.target)), Tensor)
-            moved[node] = inputs[str(node.target)]
-            continue
-        if node.op in ("placeholder", "output"):
-            moved[node] = graph.node_copy(node, moved.__getitem__)
-        else:
-            # Named by what it does, not by the layer's path, so that layers that are alike share a body.
-            args, kwargs = map_arg((node.args, node.kwargs), moved.__getitem__)
-            for place, name in _NUMBERS.get(node.target, {}).items():
-                args = (*args[:place], inputs[name], *args[place + 1 :])
-            moved[node] = graph.create_node(node.op, node.target, args, kwargs)
-        moved[node].meta = {}
-    return GraphModule(nn.Module(), graph), attributes

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ...formats import BitfoldError
-from ...formats.gradient import Gradient
 from ...passes import CaptureError, Fold, Pass, Pipeline, capture
+from ...passes import state as state_of
 from ...passes.annotate import Annotate
 from ...passes.core import Progress
 from ...passes.edges import first_calibrated
@@ -32,9 +32,11 @@ from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
 from ...passes.training.batch_norm import SettleBatchNorm
+from ...passes.training.freeze_norm import FreezeNorm, SettleFrozenNorm
 from ...passes.training.mode import TrainMode, remember_dropout, without_dropout
 from ...passes.training.quantizers import ranges
 from ...passes.training.settle_quantizers import SettleQuantizers
+from ...passes.training.share_learned import share_learned
 from ..algorithms.calibration import Batches
 from ..files.graph_data import dump
 from ..folded import Canonical
@@ -42,18 +44,13 @@ from ..install import CANONICAL, lower_graph
 from ..kv_cache.quantize import speaks_of_caches
 from ..program import as_program, own_tensors
 from .caches import SettleCache, TrainCache, has_attention
-from .norms import norm_pass
+from .kernels import check_kernels
 from .options import Qat
-from .prepare import share_learned, train_pass
+from .passes_of import norm_pass, train_pass
+from .preparation import PROGRAM, PreparedProgram, program_of
 from .prepared import Prepared
-from .schedule import PROGRAM
 from .states import check_state, of_model
 from .trained_as import as_bytes, check_trained_as, trained_as
-
-CACHES = PROGRAM + "_caches"
-"""In the meta of a prepared program: the recipe of its caches, if it has some."""
-TRAINS = PROGRAM + "_trains"
-"""In the meta of a prepared program: its numbers as `trained_as` says them."""
 
 
 class _Training(GraphModule):
@@ -80,10 +77,10 @@ class _Training(GraphModule):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def get_extra_state(self) -> Any:
-        return as_bytes(self.meta[TRAINS])
+        return as_bytes(program_of(self).trains)
 
     def set_extra_state(self, state: Any) -> None:
-        check_trained_as(self.meta[TRAINS], state, "")
+        check_trained_as(program_of(self).trains, state, "")
 
     def __deepcopy__(self, memo: Any) -> GraphModule:
         return _of_class(super().__deepcopy__(memo), _Training, self.training)
@@ -143,21 +140,26 @@ def prepare_program(
     Pipeline([train_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
         Pipeline([norm_pass(how, loaded=state is not None)]).run(gm, progress=progress)
+    if how.freeze_norm is not None:
+        Pipeline([FreezeNorm(step=how.freeze_norm)]).run(gm, progress=progress)
     if cached:
-        caches = TrainCache(str(recipe), Gradient.parse(how.activation), how.warmup)
+        caches = TrainCache(recipe=str(recipe), gradient=how.activation, warmup=how.warmup)
         if not Pipeline([caches]).run(gm, progress=progress).steps[-1].rewrites + notes:
             raise BitfoldError(f"recipe {recipe.name!r} found no cache and no attention that it can round")
-        gm.meta[CACHES] = str(recipe)
+    state_of(gm).misses += check_kernels(gm)
     share_learned(gm, {})
-    gm.meta[PROGRAM] = how
     held = (*gm.named_parameters(), *gm.named_buffers())
-    gm.meta[PROGRAM + "_extra"] = tuple(name for name, _ in held if name not in own)
-    gm.meta[PROGRAM + "_ranges"] = ranges(gm)
-    gm.meta[TRAINS] = trained_as(gm, how)
+    gm.meta[PROGRAM] = PreparedProgram(
+        how,
+        extra=tuple(name for name, _ in held if name not in own),
+        ranges=ranges(gm),
+        caches=str(recipe) if cached else "",
+        trains=trained_as(gm, how),
+    )
     made = _of_class(gm, _Training, False)
     if state is not None:
         state = of_model(made, state)
-        check_trained_as(gm.meta[TRAINS], state.get("_extra_state"), "")
+        check_trained_as(program_of(gm).trains, state.get("_extra_state"), "")
         check_state(made, state)
         made.load_state_dict(dict(state))
     return made.train(training)
@@ -194,9 +196,10 @@ def convert_program(gm: GraphModule, target: str, progress: Progress | None) -> 
     made = copy.deepcopy(gm)
     made.eval()
     _of_class(made, GraphModule, False)
-    settle: list[Pass] = [SettleCache(made.meta[CACHES])] if CACHES in made.meta else []
-    settle += [SettleBatchNorm(), SettleQuantizers(), Fold()]
-    Pipeline(settle).run(made, progress=progress)
+    caches = program_of(gm).caches
+    settled: list[Pass] = [SettleCache(recipe=caches)] if caches else []
+    settled += [SettleBatchNorm(), SettleFrozenNorm(), SettleQuantizers(), Fold()]
+    Pipeline(settled).run(made, progress=progress)
     made.meta[CANONICAL] = Canonical(dump(made), {})
     lowered = lower_graph(made, target)
     own_tensors(lowered, gm)

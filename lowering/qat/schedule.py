@@ -13,6 +13,7 @@ recomputed activations see the same ones. Processes that train one model see the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +26,8 @@ from ..given_model import module_of
 from .agree import agree
 from .begin import begin_scales
 from .options import Qat
+from .preparation import PROGRAM, program_of
 from .prepared import Prepared, check_norms
-
-PROGRAM = "bitfold_qat"
-"""In the meta of a prepared program: its `Qat`."""
 
 
 def advance(model: nn.Module) -> None:
@@ -43,16 +42,16 @@ def advance(model: nn.Module) -> None:
     if not found:
         raise BitfoldError(f"nothing in this {type(model).__name__} is prepared; call bf.prepare_qat first")
     check_norms(model)
-    following = [(module, one, how) for module, how in found for one in _ranges(module)]
+    following = [(held.module, one, held.options) for held in found for one in held.ranges]
     with torch.no_grad():
         agree(model, [(module, one) for module, one, _ in following])
         for module, one, how in following:
             _move(module, one, how)
-        for module, _ in found:
-            clock = module._buffers.get(CLOCK)
+        for held in found:
+            clock = held.module._buffers.get(CLOCK)
             if clock is not None:
                 clock += 1
-        begin_scales(found)
+        begin_scales((held.module, held.options) for held in found)
 
 
 def parameter_groups(
@@ -60,37 +59,34 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two groups for an optimizer: the model's own parameters at `lr` with `options`, and the learned scales
     at `scale_lr` (by default lr) without weight decay. Parameters that do not train are left out."""
-    scales = {id(p) for module, _ in _prepared(model) for p in _learned(module)}
+    scales = {id(one.module._parameters.get(name)) for one in _prepared(model) for name in one.extra}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if id(p) not in scales], "lr": lr, **options}]
-    learned = [p for p in trained if id(p) in scales]
-    if learned:
+    learning = [p for p in trained if id(p) in scales]
+    if learning:
         rate = lr if scale_lr is None else scale_lr
-        groups.append({"params": learned, **options, "lr": rate, "weight_decay": 0.0})
+        groups.append({"params": learning, **options, "lr": rate, "weight_decay": 0.0})
     return groups
 
 
-def _prepared(model: nn.Module) -> Iterator[tuple[nn.Module, Qat]]:
-    """Modules (or the program) that hold clocks and ranges, with their options."""
+@dataclass(frozen=True)
+class _Scheduled:
+    """A module, or the program, that holds a clock or ranges: its options, the names of what training added
+    to it, and its ranges that follow the data."""
+
+    module: nn.Module
+    options: Qat
+    extra: tuple[str, ...]
+    ranges: tuple[Range, ...]
+
+
+def _prepared(model: nn.Module) -> Iterator[_Scheduled]:
     for module in model.modules():
         if isinstance(module, Prepared):
-            yield module, module.preparation.options
+            yield _Scheduled(module, module.preparation.options, module.extra, module.preparation.ranges)
         elif isinstance(module, GraphModule) and PROGRAM in module.meta:
-            yield module, module.meta[PROGRAM]
-
-
-def _ranges(module: nn.Module) -> tuple[Range, ...]:
-    program: Any = module
-    held: tuple[Range, ...] = (
-        module.preparation.ranges if isinstance(module, Prepared) else program.meta[PROGRAM + "_ranges"]
-    )
-    return held
-
-
-def _learned(module: nn.Module) -> Iterator[nn.Parameter]:
-    program: Any = module
-    names = module.extra if isinstance(module, Prepared) else program.meta[PROGRAM + "_extra"]
-    return (found for name in names if (found := module._parameters.get(name)) is not None)
+            about = program_of(module)
+            yield _Scheduled(module, about.options, about.extra, about.ranges)
 
 
 def _move(module: nn.Module, one: Range, how: Qat) -> None:

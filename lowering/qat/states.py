@@ -32,17 +32,18 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, Prepared):
-            check_trained_as(module.preparation.trains, state.get(f"{prefix}_extra_state"), path)
+            about = module.preparation
+            check_trained_as(about.trains, state.get(f"{prefix}_extra_state"), path, about.teacher)
     here = model.state_dict()
     for name in (*here, *state):
         if name not in state or name not in here:
             where = "the model" if name in here else "the state"
             raise BitfoldError(
-                f"only {where} has {name!r}: the state is of a model that was prepared by another recipe or "
-                "other options; give the same ones"
+                f"only {where} has {name!r}: the state is of a model that was prepared by another recipe, "
+                "other options or an earlier bitfold; give the same ones"
             )
         shapes = [getattr(held[name], "shape", None) for held in (here, state)]
-        if shapes[0] != shapes[1]:
+        if shapes[0] != shapes[1] and not name.endswith("_extra_state"):  # which has been read above
             raise BitfoldError(
                 f"{name} is {list(shapes[1] or ())} in the state and {list(shapes[0] or ())} here"
             )

@@ -8,6 +8,11 @@ one for the schedule, without paths in the module scope, where a layer may move 
     input int8[tensor] clip
     warmup 0, observe 200, rate 0.1, freeze_norm None
 
+Where a teacher speaks, a state says before them the version of this text and that one's mark:
+
+    version 2
+    teacher 8f3a0c..
+
 How a rounding is computed (`+keep`, `+kernel`, `+fused`) changes no number, and `start` none but the first.
 """
 
@@ -25,7 +30,7 @@ from ...formats import BitfoldError
 from ...formats.gradient import Gradient
 from ...passes import state
 from ...passes.edges import edge
-from ...passes.training.batch_norm import FOLD_NORM
+from ...passes.training.evaluated import FOLD_NORM
 from ...passes.training.quantizers import TRAIN_QUANTIZE
 from .options import Qat
 
@@ -41,32 +46,62 @@ def trained_as(gm: GraphModule, how: Qat) -> str:
         assert on is not None, f"{node.name} stands on no edge"
         gradient = replace(Gradient.parse(str(node.args[2])), keep=False, kernel=False, fused=False)
         which = "input" if on.which == CACHED else on.which
-        layer = state(gm).own(on.layer)
+        layer = state(gm).local(on.layer)
         lines.append(" ".join(word for word in (layer, which, on.format, str(gradient)) if word))
     lines += ["batch norm folded in"] * len(gm.graph.find_nodes(op="call_function", target=FOLD_NORM))
     schedule = (f"{name} {getattr(how, name)}" for name in ("warmup", "observe", "rate", "freeze_norm"))
     return "\n".join([*sorted(lines), ", ".join(schedule)])
 
 
-def as_bytes(text: str) -> Tensor:
-    """A tensor, since what gathers and writes state dicts expects tensors."""
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+VERSION = 2
+"""Of the text in a state. 1, the first, says neither its version nor a teacher, and is written still where
+nobody teaches, so that what reads or writes tensors of one size finds those of before."""
+_VERSION, _TEACHER = "version ", "teacher "
 
 
-def check_trained_as(here: str, saved: Any, path: str) -> None:
-    """Raises BitfoldError if the extra state of a module or program, if there is one, says something else."""
+def as_bytes(trains: str, teacher: str = "") -> Tensor:
+    """The extra state: what `trained_as` says, and the mark of a teacher. A tensor, since what gathers and
+    writes state dicts expects tensors."""
+    head = f"{_VERSION}{VERSION}\n{_TEACHER}{teacher}\n" if teacher else ""
+    return torch.tensor(list(f"{head}{trains}".encode()), dtype=torch.uint8)
+
+
+def check_trained_as(here: str, saved: Any, path: str, teacher: str = "") -> None:
+    """Raises BitfoldError if the extra state of a module or program, if there is one, says something else, or
+    speaks of another teacher than there is here. A state of a run without one, or a model without, is none of
+    another: it may only be converted."""
     saved = saved.get("trains") if isinstance(saved, dict) else saved
     if not isinstance(saved, Tensor):
         return
-    there = bytes(saved.cpu().tolist()).decode(errors="replace")
-    if there == here:
-        return
-    ours, theirs = Counter(here.split("\n")), Counter(there.split("\n"))
+    version, their_teacher, there = _read(bytes(saved.cpu().tolist()).decode(errors="replace"))
     layer = path.rstrip(".") or "(the model)"
-    raise BitfoldError(
-        f"layer {layer} is prepared as {_short(ours - theirs)!r}, and the state was trained as "
-        f"{_short(theirs - ours)!r}; give bf.prepare_qat the recipe and the options of that run"
-    )
+    if version > VERSION:
+        raise BitfoldError(
+            f"the state of layer {layer} is of version {version}, and this bitfold reads up to {VERSION}; "
+            "install the one that wrote it, or a later one"
+        )
+    if there != here:
+        ours, theirs = Counter(here.split("\n")), Counter(there.split("\n"))
+        raise BitfoldError(
+            f"layer {layer} is prepared as {_short(ours - theirs)!r}, and the state was trained as "
+            f"{_short(theirs - ours)!r}; give bf.prepare_qat the recipe and the options of that run"
+        )
+    if teacher and their_teacher and teacher != their_teacher:
+        raise BitfoldError(
+            "the state was trained with another teacher: the model that was given here, which would teach "
+            "on, has other weights than the one which that run began with; give bf.prepare_qat that one, or, "
+            "to convert only, no distill"
+        )
+
+
+def _read(text: str) -> tuple[int, str, str]:
+    """(version, teacher, what was trained) of an extra state."""
+    first, _, rest = text.partition("\n")
+    number = first.removeprefix(_VERSION)
+    if not first.startswith(_VERSION) or not number.isdecimal():
+        return 1, "", text
+    teacher, _, trains = rest.partition("\n")
+    return int(number), teacher.removeprefix(_TEACHER), trains
 
 
 def _short(lines: Counter[str]) -> str:

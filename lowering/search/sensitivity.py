@@ -15,17 +15,15 @@ first order, what its cross-entropy rises by, with far less noise. `loss=` gives
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...formats import BitfoldError, format
-from ...passes.algorithms.draft import DRAFT, draft_of
+from ...passes.algorithms.draft import DRAFT
 from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.observing.batch import Batch
@@ -33,13 +31,24 @@ from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
 from ..algorithms.at_rest import at_rest, hooked
 from ..algorithms.calibration import Batches
-from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Plan, Site, plan
+from ..module_scope import Site
+from ..outputs import divergence, first_output, float_output
 from ..swaps import Swaps
+from .layers import Reached, none_fits, one_weight, planned, round_site, tied
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output of the float model, output) -> a scalar, 0 where they agree."""
+
+
+def lost(loss: Loss, exact: Tensor, found: Tensor) -> float:
+    """What a loss says of two outputs. Raises BitfoldError if that is no number."""
+    value = loss(exact, found)
+    one = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    if not one:
+        what = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise BitfoldError(f"loss= takes (float output, output) and returns one number, not {what}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -55,15 +64,25 @@ class Choice:
 @dataclass(frozen=True)
 class Sensitivity:
     """Every choice that was measured. `numel`: numbers in each layer's weight; `unreached`: the layers that
-    the data do not reach, of which nothing is known: a recipe leaves them as they are."""
+    the data do not reach, of which nothing is known: a recipe leaves them as they are; `tied`: the other
+    layers that read a layer's weight, which is stored once: they have one choice, under the first's path."""
 
     choices: tuple[Choice, ...]
     numel: dict[str, int]
     unreached: tuple[str, ...] = ()
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def of(self, layer: str) -> tuple[Choice, ...]:
         """The choices that one layer has."""
         return tuple(choice for choice in self.choices if choice.layer == layer)
+
+    def everywhere(self, chosen: Iterable[Choice]) -> list[Choice]:
+        """The choices of all layers, those of tied ones under each path."""
+        return [
+            replace(choice, layer=path)
+            for choice in chosen
+            for path in (choice.layer, *self.tied.get(choice.layer, ()))
+        ]
 
     def loss(self, layer: str, fmt: str) -> float:
         """Raises BitfoldError for what was not measured."""
@@ -72,6 +91,19 @@ class Sensitivity:
         if found is None:
             raise BitfoldError(f"layer {layer!r} was not measured in {text}")
         return found.loss
+
+    def check_of(self, model: nn.Module) -> None:
+        """BitfoldError unless this was measured on such a model: one that has these layers, as large."""
+        modules = dict(model.named_modules())
+        for layer, count in self.numel.items():
+            held = modules[layer].parameters() if layer in modules else ()
+            if sum(parameter.numel() for parameter in held) < count:
+                raise BitfoldError(
+                    f"the table is of another model: it has a layer {layer!r} of {count} numbers, and this "
+                    f"{type(model).__name__} has not; measure the table anew"
+                )
+        if not self.choices:
+            raise BitfoldError("the table has no layers; measure it anew")
 
     def recipe(self, chosen: Sequence[Choice], name: str, more: str = "") -> Recipe:
         """A rule for each layer, those of the commonest format by one rule before them. `more`: said of it,
@@ -83,7 +115,7 @@ class Sensitivity:
         rules = [Rule(weight=common, on_misfit="report")]
         rules += [
             Rule(match=exactly(choice.layer), weight=choice.format)
-            for choice in chosen
+            for choice in self.everywhere(chosen)
             if choice.format != common
         ]
         rules += [Rule(match=exactly(layer), skip="the data do not reach it") for layer in self.unreached]
@@ -105,108 +137,55 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure every linear in every format that fits it. The model is as it was afterwards.
 
-    Runs the model once for each of them on all of `data`. Raises BitfoldError for no data, and for data that
-    the model does not take; warns of layers that the data do not reach.
+    Runs the model once for each of them on all of `data`, and holds the float model's output for every batch
+    meanwhile (of a language model 4 bytes for each token and word in float32: 16 windows of 2048 tokens at
+    128,000 words are 16 GB). Raises BitfoldError for no data, and for data that the model does not take;
+    warns of layers that the data do not reach.
     """
     model = module_of(model, "bf.search")
     batches = list(Batches(data, None))
     if not batches:
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
-    plans = [(text, _plan(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
+    plans = [(text, planned(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
     reached = Reached(site for _, found in plans for site in found.sites)
     with at_rest(model):
         with hooked(model, reached.hooks):
-            exact = [first_output(model, batch) for batch in batches]
-        spoilt = next((b for b, one in zip(batches, exact, strict=True) if bool(one.isnan().any())), None)
-        if spoilt is not None:
-            raise BitfoldError(f"the float model's output for {spoilt.name} has NaN in it; leave it out")
+            exact = [float_output(model, batch) for batch in batches]
         unreached = reached.warn_of_others()
-        measured = loss or divergence
+        apart = loss or divergence
         choices, numel = [], {}
-        sites = [(text, site) for text, found in plans for site in reached.of(found.sites)]
-        for done, (text, site) in enumerate(sites):
+        groups = [(text, group) for text, found in plans for group in one_weight(reached.of(found.sites))]
+        for done, (text, group) in enumerate(groups):
+            path = group[0].path
             if progress is not None:
-                progress(f"{site.path} in {text}", done, len(sites))
-            bits, count = round_site(site)
-            numel[site.path] = count
-            brought = _brought(model, site, batches, exact, measured)
+                progress(f"{path} in {text}", done, len(groups))
+            (bits, numel[path]), *_ = map(round_site, group)
+            brought = _brought(model, group, batches, exact, apart)
             if math.isfinite(brought):  # a format that overflows is no choice
-                choices.append(Choice(site.path, text, bits, brought))
+                choices.append(Choice(path, text, bits, brought))
     if not numel:
         raise BitfoldError(none_fits(model, formats))
-    lost = sorted(set(numel) - {choice.layer for choice in choices})
-    if lost:
-        raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {lost[0]} is not finite")
-    return Sensitivity(tuple(choices), numel, unreached)
+    endless = sorted(set(numel) - {choice.layer for choice in choices})
+    if endless:
+        raise BitfoldError(f"in each of {', '.join(formats)} the loss by layer {endless[0]} is not finite")
+    return Sensitivity(tuple(choices), numel, unreached, tied(group for _, group in groups))
 
 
-def none_fits(model: nn.Module, formats: Sequence[str]) -> str:
-    """Why there is nothing to choose from."""
-    return f"none of {', '.join(formats)} fits a linear of this {type(model).__name__} that the data reach"
-
-
-class Reached:
-    """Which of some layers run while `hooks` are on a model."""
-
-    def __init__(self, sites: Iterable[Site]) -> None:
-        self.paths = {site.module: site.path for site in sites}
-        self.seen: set[nn.Module] = set()
-        self.hooks = dict.fromkeys(self.paths, self._note)
-
-    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen.add(module)
-
-    def of(self, sites: Iterable[Site]) -> list[Site]:
-        """Those that have run."""
-        return [site for site in sites if site.module in self.seen]
-
-    def warn_of_others(self) -> tuple[str, ...]:
-        """The paths of the others. A layer that never runs would cost nothing in the smallest format."""
-        others = tuple(path for module, path in self.paths.items() if module not in self.seen)
-        if others:
-            warnings.warn(
-                f"no batch reaches layer {', '.join(others)}, so nothing is known of what its rounding "
-                "costs, and the recipe leaves it alone; give batches that reach it",
-                stacklevel=3,
-            )
-        return others
-
-
-def divergence(exact: Tensor, found: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of the softmax of the last dimension, the mean over the others, in nats."""
-    before, after = exact.float().log_softmax(-1), found.float().log_softmax(-1)
-    # What both mask by -inf is the same prediction, and not the difference of two infinities.
-    masked = (before == -math.inf) & (after == -math.inf)
-    before, after = before.masked_fill(masked, 0.0), after.masked_fill(masked, 0.0)
-    return F.kl_div(after.flatten(0, -2), before.flatten(0, -2), reduction="batchmean", log_target=True)
-
-
-def _plan(model: nn.Module, text: str) -> Plan:
-    return plan(model, Recipe(text, (Rule(weight=text, on_misfit="report"),)), stored={})
-
-
-def round_site(site: Site) -> tuple[float, int]:
-    """Put rounded codes on the site's anchors; the bits they take and the numbers they stand for."""
-    bits, count = 0.0, 0
-    for node, note in annotated(site.gm):
-        draft = draft_of(site.gm, node, note)
-        if draft is None or not note.weight:
-            continue
-        fmt = format(note.weight)
-        node.meta[DRAFT] = draft.quantized(fmt)
-        bits += fmt.bits_per_element(draft.weight.shape) * draft.weight.numel()
-        count += draft.weight.numel()
-    return bits, count
+def percent(loss: float) -> str:
+    """Of perplexity, for a loss in nats."""
+    return f"{100 * math.expm1(loss):.3g}%"
 
 
 def _brought(
-    model: nn.Module, site: Site, batches: Sequence[Batch], exact: Sequence[Tensor], loss: Loss
+    model: nn.Module, group: Sequence[Site], batches: Sequence[Batch], exact: Sequence[Tensor], loss: Loss
 ) -> float:
     total = 0.0
     with Swaps() as swaps:
-        swaps.put(site)
+        for site in group:
+            swaps.put(site)
         for batch, before in zip(batches, exact, strict=True):
-            total += float(loss(before, first_output(model, batch)))
-    for node, _ in annotated(site.gm):
-        node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
+            total += lost(loss, before, first_output(model, batch))
+    for site in group:
+        for node, _ in annotated(site.gm):
+            node.meta.pop(DRAFT, None)  # of all the layers' codes only one's are held
     return total / len(batches)

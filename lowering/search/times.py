@@ -2,13 +2,13 @@
 
 In: a model, a batch, candidate formats. Out: `Times`: seconds by layer and format, and of all the rest.
 
-    times = measured(model, batch, ("int8", "int4[g32]"))
+    times = measure_times(model, [batch], ("int8", "int4[g32]"))
     times.of("model.layers.0.mlp.down_proj", "int4[g32]")      6.1e-5
     times.total(recipe's choices)                              2.3e-3: the layers and the rest
 
-`measured` quantizes a copy of the model in each format and looks at the clock before and after every layer
-while the whole model runs, so that each finds the caches as it will find them. `modeled` asks the formulas of
-`codegen/cost.py`, for the number of rows that each layer is given.
+`measure_times` quantizes a copy of the model in each format and looks at the clock before and after every
+layer while the whole model runs, so that each finds the caches as it will find them. `model_times` asks the
+formulas of `codegen/cost.py`, for the number of rows that each layer is given.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from ...formats import BitfoldError, format
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.observing.batch import Batch
-from ...passes.recipes import Recipe
-from ...passes.rules import Rule
 from ..algorithms.at_rest import hooked
 from ..algorithms.calibration import Batches
-from ..module_scope import Site, plan
+from ..module_scope import Site
 from ..quantize import quantize
+from .layers import everywhere, planned
 from .sensitivity import Choice
 
 
@@ -59,12 +58,12 @@ class Times:
         return found
 
     @property
-    def least(self) -> float:
+    def fastest(self) -> float:
         """Seconds of the whole model with each layer in its fastest format."""
-        fastest: dict[str, float] = {}
+        each: dict[str, float] = {}
         for (layer, _), seconds in self.layers.items():
-            fastest[layer] = min(seconds, fastest.get(layer, math.inf))
-        return self.rest + sum(fastest.values())
+            each[layer] = min(seconds, each.get(layer, math.inf))
+        return self.rest + sum(each.values())
 
     def total(self, chosen: Iterable[Choice]) -> float:
         """Seconds of the whole model."""
@@ -72,7 +71,7 @@ class Times:
 
 
 @torch.no_grad()
-def measured(
+def measure_times(
     model: nn.Module,
     data: Iterable[Any],
     formats: Sequence[str],
@@ -86,11 +85,10 @@ def measured(
     layers: dict[tuple[str, str], float] = {}
     rests = []
     for text in dict.fromkeys(str(format(one)) for one in formats):
-        recipe = _uniform(text)
-        paths = [site.path for site in plan(model, recipe, stored={}).sites]
+        paths = [site.path for site in planned(model, text).sites]
         if not paths:  # a format that fits no layer
             continue
-        made = quantize(copy.deepcopy(model), recipe, target=target)
+        made = quantize(copy.deepcopy(model), everywhere(text), target=target)
         clock = _Clock({path: made.get_submodule(path) for path in paths})
         totals = clock.run(made, batch, repeats)
         found = {path: statistics.median(seconds or [0.0]) for path, seconds in clock.seconds.items()}
@@ -100,7 +98,7 @@ def measured(
 
 
 @torch.no_grad()
-def modeled(
+def model_times(
     model: nn.Module, data: Iterable[Any], formats: Sequence[str], *, card: Device | None = None
 ) -> Times:
     """Times of the linears by the cost model of a GPU, the present one by default; the rest counts nothing,
@@ -113,7 +111,7 @@ def modeled(
         rows.setdefault(module, []).append(given.numel() // given.shape[-1])
 
     texts = dict.fromkeys(str(format(one)) for one in formats)
-    sites = [(text, site) for text in texts for site in plan(model, _uniform(text), stored={}).sites]
+    sites = [(text, site) for text in texts for site in planned(model, text).sites]
     with hooked(model, {site.module: note for _, site in sites}):
         batch.run(model)
     layers = {
@@ -204,7 +202,3 @@ def _first(data: Iterable[Any]) -> Batch:
 def _sizes(batch: Batch) -> str:
     sizes = [list(v.shape) for v in (*batch.args, *batch.kwargs.values()) if isinstance(v, Tensor)]
     return f"inputs {', '.join(map(str, sizes))}"
-
-
-def _uniform(text: str) -> Recipe:
-    return Recipe(text, (Rule(weight=text, on_misfit="report"),))

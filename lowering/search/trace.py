@@ -25,14 +25,13 @@ from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import draft_of
 from ...passes.core import Progress
 from ...passes.note import annotated
-from ...passes.recipes import Recipe
-from ...passes.rules import Rule
 from ..algorithms.at_rest import hooked
 from ..algorithms.calibration import Batches
-from ..diagnose import first_output
 from ..given_model import module_of
-from ..module_scope import Site, plan
-from .sensitivity import Choice, Reached, Sensitivity, none_fits
+from ..module_scope import Site
+from ..outputs import check_predictions, float_output
+from .layers import Reached, none_fits, one_weight, planned, tied
+from .sensitivity import Choice, Sensitivity
 
 
 def trace_sensitivity(
@@ -51,7 +50,7 @@ def trace_sensitivity(
     if not batches or draws < 1:
         raise BitfoldError("a trace is estimated on one batch and one draw at least")
     texts = list(dict.fromkeys(str(format(one)) for one in formats))
-    plans = {text: plan(model, _uniform(text), stored={}).sites for text in texts}
+    plans = {text: planned(model, text).sites for text in texts}
     reached = Reached(site for sites in plans.values() for site in sites)
     modules = {site.path: site.module for sites in plans.values() for site in sites}
     weights = {path: _weight(module) for path, module in modules.items()}
@@ -65,14 +64,14 @@ def trace_sensitivity(
                 for path, value in _squares(model, batch, weights, generator).items():
                     traces[path] += value / (len(batches) * draws)
     choices, numel = [], {}
-    for text, sites in plans.items():
-        for site in reached.of(sites):
-            bits, moved, count = _moved(site, text)
-            numel[site.path] = count
-            choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
+    groups = [(text, group) for text, sites in plans.items() for group in one_weight(reached.of(sites))]
+    for text, (site, *_) in groups:
+        bits, moved, count = _moved(site, text)
+        numel[site.path] = count
+        choices.append(Choice(site.path, text, bits, traces[site.path] / (2 * count) * moved))
     if not numel:
         raise BitfoldError(none_fits(model, formats))
-    return Sensitivity(tuple(choices), numel, reached.warn_of_others())
+    return Sensitivity(tuple(choices), numel, reached.warn_of_others(), tied(group for _, group in groups))
 
 
 def _squares(
@@ -80,7 +79,9 @@ def _squares(
 ) -> dict[str, float]:
     """One draw: trace(H) of the mean over rows, for each layer."""
     with torch.enable_grad():
-        rows = first_output(model, batch).float().flatten(0, -2).log_softmax(-1)
+        result = float_output(model, batch)
+        check_predictions(result)
+        rows = result.float().reshape(-1, result.shape[-1]).log_softmax(-1)
         chance = rows.detach().exp().cpu()
         drawn = torch.multinomial(chance, 1, generator=generator).to(rows.device)
         total = rows.gather(-1, drawn).sum()
@@ -127,7 +128,3 @@ def _trainable(weights: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for weight, asked in before:
             weight.requires_grad_(asked)
-
-
-def _uniform(text: str) -> Recipe:
-    return Recipe(text, (Rule(weight=text, on_misfit="report"),))

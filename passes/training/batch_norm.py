@@ -24,19 +24,20 @@ from torch.fx import GraphModule, Node
 
 from ...formats import BitfoldError, format
 from ...formats.gradient import Gradient
+from ...formats.norm import FOLD, UNFOLD
 from ..anchors import TARGETS
-from ..batch_norm import _ROWS_FIRST, _parameter
+from ..batch_norm import ROWS_FIRST, parameter_at
 from ..cleanup import erase_dead_nodes
-from ..constants import VIEWS, constant, erase_dead_constants, expression
+from ..constants import VIEWS, erase_dead_constants, expression
 from ..core import Miss, Pass, report, state
 from ..edges import edge
 from ..edit import arguments, call
 from ..provenance import inherit, origin
 from ..stages import Stage, find_attribute
+from .evaluated import FOLD_NORM, attribute_of, evaluated
 from .quantizers import TRAIN_QUANTIZE, clock, learned_start
 
 aten = torch.ops.aten
-FOLD_NORM = torch.ops.bitfold.fold_norm.default
 UNFOLD_NORM = torch.ops.bitfold.unfold_norm.default
 
 
@@ -104,7 +105,7 @@ def _rounding(gm: GraphModule, node: Node) -> Node | Miss:
     conv, gamma, beta, mean, var, training, momentum, *_ = arguments(node)
     if training or mean is None or var is None:
         return Miss("it has no running statistics, or was captured in training mode")
-    if conv.target not in _ROWS_FIRST and not (
+    if conv.target not in ROWS_FIRST and not (
         conv.target is aten.linear.default and node.meta["val"].ndim == 2
     ):
         return Miss("no convolution or product of rows stands before it")
@@ -160,16 +161,9 @@ def _learn_again(gm: GraphModule, rounding: Node, made: Node, clip: bool) -> Non
 
 def folded(gm: GraphModule, made: Node) -> list[Tensor]:
     """rows', bias' and g of a `fold_norm`, as evaluation has them now."""
-
-    def value(given: Any) -> Any:
-        if not isinstance(given, Node):
-            return given
-        if given.op == "get_attr":
-            return find_attribute(gm, str(given.target)).detach()
-        return constant(gm, given)
-
-    with torch.no_grad():
-        return list(FOLD_NORM(*(value(given) for given in made.args[:7])))
+    found = evaluated(made, attribute_of(gm))
+    assert found is not None, f"{made.name} reads what is computed in a call"
+    return list(found)
 
 
 def switch_norms(gm: GraphModule, training: bool) -> int:
@@ -177,9 +171,9 @@ def switch_norms(gm: GraphModule, training: bool) -> int:
     the rest of the graph does; how many there are."""
     found = gm.graph.find_nodes(op="call_function", target=UNFOLD_NORM)
     for after in found:
-        after.update_arg(9, training)
+        after.update_arg(UNFOLD["training"], training)
     for before in gm.graph.find_nodes(op="call_function", target=FOLD_NORM):
-        before.update_arg(7, training)
+        before.update_arg(FOLD["training"], training)
     return len(found)
 
 
@@ -225,11 +219,11 @@ class SettleBatchNorm(Pass):
         path = str(chain.source.target)
         # Rows are a view of the weight; the parameter that takes its place has the weight's shape.
         shape = chain.parameter.shape
-        new = _parameter(gm, path, rows.reshape(shape), node)
+        new = parameter_at(gm, path, rows.reshape(shape), node)
         view = new
         if tuple(rows.shape) != tuple(shape):
             view = call(gm, aten.reshape.default, (new, list(rows.shape)), before=node, origin_from=node)
         owner = path.rpartition(".")[0]
-        added = _parameter(gm, f"{owner}.bias" if owner else "bias", bias, node)
+        added = parameter_at(gm, f"{owner}.bias" if owner else "bias", bias, node)
         for read in list(node.users):
             read.replace_all_uses_with(view if read.args[1] == 0 else added)

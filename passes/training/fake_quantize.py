@@ -124,10 +124,9 @@ def _settle(gm: GraphModule, node: Node) -> int:
     fmt = format(on.format)
     shape = [1] * value.meta["val"].ndim
     device = value.meta["val"].device
-    names = [part for part in fmt.parts if part not in ("codes", "indices")]
     params = [
         add_constant(gm, f"{on.layer}_{on.which}_{name}", part.reshape(shape).to(device), like=node)
-        for name, part in zip(names, observer.params(fmt), strict=True)
+        for name, part in zip(fmt.params_names, observer.params(fmt), strict=True)
     ]
     new = _fake_quantize(gm, on, value, node, params)
     new.meta[EDGE], new.meta[SEEN_BY] = on, observer

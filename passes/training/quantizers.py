@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ...formats import BitfoldError, Format, FormatError, format, learned
+from ...formats import BitfoldError, Format, FormatError, format
 from ...formats.gradient import Gradient
 from ..algorithms.clip import Clip
-from ..constants import add_constant, constant, erase_dead_constants, expression
+from ..constants import add_constant, erase_dead_constants
 from ..core import Pass, state
 from ..edges import EDGE, Edge, edge
 from ..edit import free_name
@@ -35,6 +35,7 @@ from ..note import annotated
 from ..observing.observers import MinMax, Observer
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
+from .evaluated import attribute_of, evaluated
 from .fake_quantize import FAKE_QUANTIZE, SEEN_BY, FakeQuantize
 
 TRAIN_QUANTIZE = torch.ops.bitfold.train_quantize.default
@@ -92,7 +93,7 @@ class TrainQuantizers(Pass):
                 if not text or (which != "weight" and not note.observer):
                     continue
                 try:
-                    learned.check(format(text), gradient)
+                    gradient.check(format(text))
                 except FormatError as error:
                     raise BitfoldError(f"the {which} of layer {note.layer}: {error}") from error
 
@@ -115,7 +116,7 @@ class TrainQuantizers(Pass):
         follows = False
         if on.which == "weight" and gradient.learns:
             with torch.no_grad():
-                start = first_scales(fmt, _numbers(gm, source), self.clip)
+                start = first_scales(fmt, read_now(gm, source), self.clip)
             held = _learned(gm, node, on, fmt, gradient, start)
         elif seen_by is not None:
             shape = [1] * source.meta["val"].ndim
@@ -184,12 +185,7 @@ def _unseen(gradient: Gradient) -> Observer:
 def learned_start(fmt: Format, gradient: Gradient, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
     """The learned numbers that a weight begins with, as `gradient` holds them."""
     with torch.no_grad():
-        return _as_held(fmt, gradient, first_scales(fmt, numbers, clip))
-
-
-def _as_held(fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    step, *low = learned.learned(fmt, start)
-    return (step * learned.end(fmt.element),) if gradient.kind == "pact" else (step, *low)
+        return gradient.estimator.start(fmt, first_scales(fmt, numbers, clip))
 
 
 def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
@@ -200,25 +196,24 @@ def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]
         return Clip(weighted=False).search(fmt, numbers.to(torch.float32))
 
 
-def _numbers(gm: GraphModule, source: Node) -> Tensor:
+def read_now(gm: GraphModule, source: Node) -> Tensor:
     """What a weight's quantizer reads now."""
-    chain = expression(gm, source)
-    found = chain.apply(chain.parameter) if chain is not None else constant(gm, source)
+    found = evaluated(source, attribute_of(gm))
     assert found is not None, f"{source.name} is no constant"
-    return found.contiguous()
+    return found.contiguous()  # type: ignore[no-any-return]
 
 
 def _learned(
     gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
 ) -> list[Node]:
-    names = ("end",) if gradient.kind == "pact" else ("step", "low")
-    parts = zip(names, _as_held(fmt, gradient, start), strict=False)
+    learns = gradient.estimator
+    parts = zip(learns.names(fmt), learns.start(fmt, start), strict=True)
     return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
 
 
 def _hold(gm: GraphModule, node: Node, on: Edge, part: str, value: Tensor, *, trains: bool = False) -> Node:
     """`value` as a parameter or a buffer of the graph's module, called after the layer and the operand."""
-    layer = state(gm).own(on.layer)
+    layer = state(gm).local(on.layer)
     name = free_name(gm, "_".join(word for word in (layer, on.which, part) if word))
     made = add_constant(gm, name, value.detach().clone().to(torch.float32), like=node)
     if trains:

@@ -30,7 +30,7 @@ from ..edges import EDGE, Edge, edge
 from ..provenance import inherit
 from ..stages import Stage, find_attribute
 from .fake_quantize import FAKE_QUANTIZE
-from .quantizers import OBSERVE_RANGE, TRAIN_QUANTIZE, _numbers
+from .quantizers import OBSERVE_RANGE, TRAIN_QUANTIZE, read_now
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,14 @@ def _settle(gm: GraphModule, node: Node) -> None:
     if scales is not None and on.which == "weight":
         key = f"learned:{node.name}"
         with torch.no_grad():
-            state(gm).stored[key] = fmt.quantize(_numbers(gm, source), scales)
+            state(gm).stored[key] = fmt.quantize(read_now(gm, source), scales)
         on = replace(on, stored=key)
     elif scales is not None:
-        names = [part for part in fmt.parts if part not in ("codes", "indices")]
-        layer = state(gm).own(on.layer)
+        layer = state(gm).local(on.layer)
         label = "_".join(word for word in (layer, on.which) if word)
         made = [
             add_constant(gm, f"{label}_{name}", part, like=node)
-            for name, part in zip(names, scales, strict=True)
+            for name, part in zip(fmt.params_names, scales, strict=True)
         ]
         args = (*args, made)
     with gm.graph.inserting_before(node):

@@ -23,6 +23,7 @@ from .formats import BitfoldError, Format, FormatError, Quantized, format
 
 if TYPE_CHECKING:
     from .formats import register as register_format
+    from .formats.estimators import register as register_estimator
     from .formats.gradient import Gradient
     from .lowering.checkpoints.load import load_checkpoint
     from .lowering.checkpoints.save import save_checkpoint
@@ -78,6 +79,7 @@ _LATER = {
     "parameter_groups": ("lowering.qat.schedule", "parameter_groups"),
     "prepare_qat": ("lowering.qat.prepare", "prepare_qat"),
     "quantize": ("lowering.quantize", "quantize"),
+    "register_estimator": ("formats.estimators", "register"),
     "register_format": ("formats", "register"),
     "register_observer": ("passes.observing.kinds", "register_observer"),
     "register_pass": ("passes", "register_pass"),
@@ -124,6 +126,7 @@ __all__ = [
     "parameter_groups",
     "prepare_qat",
     "quantize",
+    "register_estimator",
     "register_format",
     "register_observer",
     "register_pass",

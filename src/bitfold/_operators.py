@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .formats.round_groups import FASTER
+from .formats.round_groups import KERNELS
 
 _library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -85,4 +85,4 @@ torch.library.register_autograd(
 # Defined, with their reference, in formats/round_groups.py.
 for _name, _function in (("round_groups", "rounded"), ("round_groups_backward", "gradients")):
     _library.impl(_name, _later("cuda.rounding", _function), "CUDA")
-FASTER["cuda"] = _later("cuda.rounding", "faster")
+KERNELS["cuda"] = _later("cuda.rounding", "has_kernel")

@@ -67,6 +67,10 @@ def test_the_table(script: Any) -> None:
          "interval": [25, 31], "change": 0.01, "divergence": 0.01, "seconds": 60.0, "peak_mib": 20.0,
          "won": 0.6, "won_interval": [0.5, 0.7]},
     ]  # fmt: skip
+    worse = rows[1] | {"won_divergence": -0.11}
+    assert "(11% more)" in script.table(
+        {"float": {"test": 27.7, "interval": [24, 30]}, "rows": [rows[0], worse]}
+    )
     lines = script.table({"float": {"test": 27.7, "interval": [24, 30]}, "rows": rows}).splitlines()
     assert lines[0] == "Float: 27.700 (24.00 to 30.00)."
     assert lines[-1] == (

@@ -97,7 +97,7 @@ def test_the_language_model(
         "--out",
         tmp_path,
     )
-    name = f"qat-lm-{'cpu' if not torch.cuda.is_available() else script('qat_report').card()}"
+    name = f"qat-lm-{'cpu' if not torch.cuda.is_available() else script('qat_report').device_word()}"
     found = json.loads((tmp_path / f"{name}.json").read_text())
     assert (tmp_path / f"{name}.png").stat().st_size > 1000 and not found["failed"]
     assert len(found["float"]["runs"]) == 2 and found["float"]["tried"]

@@ -97,8 +97,14 @@ def write(cache: list[torch.Tensor], **given: Any) -> dict[str, Any]:
     return {"cache": cache}
 
 
-def rounding(spec: Any, x: Any, scales: list[torch.Tensor], gradient: Any = None) -> dict[str, Any]:
-    """What a kernel of training gives."""
+def rounding(
+    spec: Any, x: Any, scales: list[torch.Tensor], gradient: Any = None, added: Any = None
+) -> dict[str, Any]:
+    """What a kernel of training gives. added: an estimator that it is of, if it is a user's."""
+    from bitfold.formats import estimators
+
+    if added is not None and added.name not in estimators.known():
+        estimators.register(added)
     from bitfold.codegen.triton.rounding_build import gradients, rounded
 
     if gradient is None:

@@ -34,7 +34,8 @@ from conv_cases import coded, operands, spec_of
 U = 2.0**-24
 HERE = build.vectors()
 RUNNABLE = {
-    "avx512vnni": ["avx512vnni", "avx512", "avx2", "portable"],
+    "amx": ["amx", "avx512vnni", "avx2", "portable"],
+    "avx512vnni": ["avx512vnni", "amx_model", "avx512", "avx2", "portable"],
     "avx512": ["avx512", "avx2", "portable"],
     "avx2": ["avx2", "portable"],
 }.get(HERE, [HERE, "portable"])

@@ -29,6 +29,13 @@ TEXTS = [
 ]  # fmt: skip
 
 
+_ALSO = {
+    "amx": ("avx2", "avx512vnni", "amx_model"),
+    "avx512vnni": ("avx2", "avx512vnni", "amx_model"),
+    "avx512": ("avx2",),
+}
+
+
 def check(program: Path, spec: GemmSpec, runner: tuple[str, ...] = ()) -> None:
     for m, turn in ((1, False), (2, False), (7, False), (1, True), (19, True)):
         if turn and spec.activation is not None and spec.activation.cols is not None:
@@ -40,10 +47,10 @@ def check(program: Path, spec: GemmSpec, runner: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vectors", ["avx2", "avx512vnni", "portable"])
+@pytest.mark.parametrize("vectors", ["avx2", "avx512vnni", "amx_model", "portable"])
 @pytest.mark.parametrize("text", TEXTS)
 def test_under_sanitizers(text: str, vectors: str, tmp_path: Path) -> None:
-    here = ("portable", *{"avx512vnni": ("avx2", "avx512vnni"), "avx512": ("avx2",)}.get(build.vectors(), ()))
+    here = ("portable", *_ALSO.get(build.vectors(), ()))
     if vectors not in (*here, build.vectors()):
         pytest.skip(f"this processor has no {vectors}")
     spec = pair(text)

@@ -17,7 +17,13 @@ from bitfold.codegen.cpp.build import vectors
 from bitfold.lowering.kv_cache.attention import attend_reference
 
 # What this processor runs of what kernels can be written in.
-WORDS = {"avx512vnni": ["avx512", "avx2"], "avx512": ["avx512", "avx2"], "avx2": ["avx2"], "neon": ["neon"]}
+WORDS = {
+    "amx": ["avx512", "avx2"],
+    "avx512vnni": ["avx512", "avx2"],
+    "avx512": ["avx512", "avx2"],
+    "avx2": ["avx2"],
+    "neon": ["neon"],
+}
 
 
 def attend(case: Any, given: Any, words: str | None = None) -> torch.Tensor:

@@ -200,7 +200,7 @@ def test_epilogues(text: str, weights: int, x: str, bias: bool) -> None:
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
     """Of a wider processor: what others have. The portable ones are right everywhere."""
-    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni"):
+    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni", "amx"):
         pytest.skip("needs AVX2")
     specs = [
         pair(text) for text in ("uint4[g32,zero]", "float8_e4m3fn", "nf4[g64]", "int8 x int8", "int4 x int8")

@@ -127,7 +127,7 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni"):
+    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni", "amx"):
         pytest.skip("needs AVX2")
     for text in ("int8", "int8[g128]"):
         check(pair(text), 1, seed=2, vectors=vectors)

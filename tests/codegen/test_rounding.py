@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ewgs_estimator import Ewgs
 from test_cache_write import hard_rows
 
 from bitfold.codegen.lanes import LANE_TYPES
 from bitfold.codegen.rounding import RoundingSpec, rounding_spec
 from bitfold.codegen.spec import CodegenError
-from bitfold.formats import format, learned
+from bitfold.formats import estimators, format, learned
 from bitfold.formats.gradient import Gradient
 from bitfold.formats.train_quantize import backward
 
@@ -59,7 +62,8 @@ def test_gradients_are_the_references(interpret: Any, text: str, kind: str) -> N
     assert same(made[0], wanted_x)
     assert 0 < (made[0] == 0).float().mean() < 1
     count = 96 // spec.group
-    factor = (max(fmt.element.high, 1.0) * x.numel() / held[0].numel()) ** -0.5 if kind == "lsq" else 1.0
+    # arXiv 1902.08153, section 2.2: 1 / sqrt(N Qp), of N numbers a step; the others have none.
+    factor = (max(fmt.element.high, 1.0) * spec.group) ** -0.5 if kind == "lsq" else 1.0
     for ours, theirs in zip(made[1:], wanted, strict=False):
         # A sum of `group` terms of float32 in another order, each below the largest: group * 2**-24 of it.
         scale = gradient.float().abs().max() * 32 * max(abs(fmt.element.high), 1)
@@ -71,6 +75,38 @@ def test_gradients_are_the_references(interpret: Any, text: str, kind: str) -> N
         )
 
 
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> Ewgs:
+    monkeypatch.setattr(estimators, "_registered", {})
+    monkeypatch.setattr(estimators.cache_tag, "add", lambda text: None)
+    estimators.register(Ewgs())
+    return Ewgs()
+
+
+@pytest.mark.parametrize("text", ["int4[g32]", "uint4[g32,zero]", "mxfp4"])
+def test_lines_that_a_user_adds_are_a_kernel(interpret: Any, added: Ewgs, text: str) -> None:
+    fmt, x = format(text), hard_rows(96, torch.bfloat16)[:21]
+    scales = fmt.choose(x * 0.3)
+    gradient = torch.randn_like(x)
+    wanted, _ = backward(fmt, Gradient("ewgs", 0.5), gradient, x, scales, [])
+    spec = rounding_spec(fmt, "bf16", 96, "ewgs:0.5", True)
+    found = interpret(what="rounding", spec=spec, x=x, scales=list(scales), gradient=gradient, added=added)
+    assert same(found["made"][0], wanted) and not same(wanted, gradient)
+
+
+def test_the_notes_show_what_is_tested_here() -> None:
+    notes = (Path(__file__).parents[2] / "docs" / "notes" / "qat.md").read_text(encoding="utf-8")
+    assert inspect.getsource(Ewgs) in notes
+
+
+def test_lines_that_a_user_adds_compile(added: Ewgs) -> None:
+    pytest.importorskip("triton")
+    from bitfold.codegen.triton.rounding_build import inspect_rounding
+
+    made = inspect_rounding(rounding_spec(format("int4[g32]"), "bf16", 4096, "ewgs", True), 90)
+    assert made.spills == 0 and "fma.rn.f32" not in made.ptx
+
+
 def test_what_has_no_kernel_says_why() -> None:
     for text, why in (
         ("nvfp4", "scales"), ("int8[tensor]", "row of memory"), ("nf4[g32]", "looked up"),
@@ -78,6 +114,12 @@ def test_what_has_no_kernel_says_why() -> None:
     ):  # fmt: skip
         with pytest.raises(CodegenError, match=why):
             rounding_spec(format(text), "bf16", 96, "forward", False)
+    for direction, why in (
+        ("smooth:5", "the gradient smooth:5 has no lines"), ("straight", "no lines"),
+        ("lsq+item", "without flags, lsq"), ("lsqq", "not 'lsqq'"),
+    ):  # fmt: skip
+        with pytest.raises(CodegenError, match=why):
+            rounding_spec(format("int4[g32]"), "bf16", 96, direction, True)
     with pytest.raises(CodegenError, match="do not divide"):
         rounding_spec(format("int4[g64]"), "bf16", 96, "forward", False)
     with pytest.raises(CodegenError, match="a program holds"):

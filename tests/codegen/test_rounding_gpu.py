@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+from ewgs_estimator import Ewgs
 from torch import nn
 
 import bitfold as bf
-from bitfold.formats import format, learned
+from bitfold.formats import estimators, format
+from bitfold.formats.gradient import Gradient
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,19 +20,27 @@ pytestmark = [
 FORMATS = ["int4[g32]", "int8", "uint4[g32,zero]", "mxfp4", "float8_e4m3fn", "int2[g32]"]
 
 
-@pytest.mark.parametrize("kind", ["straight", "clip", "lsq"])
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimators, "_registered", {})
+    estimators.register(Ewgs())
+
+
+@pytest.mark.parametrize("kind", ["straight", "clip", "lsq", "pact", "ewgs:0.5"])
 @pytest.mark.parametrize("text", FORMATS)
-def test_on_a_card_it_is_the_reference(text: str, kind: str) -> None:
+def test_on_a_card_it_is_the_reference(added: None, text: str, kind: str) -> None:
     torch.manual_seed(0)
-    fmt = format(text)
+    fmt, how = format(text), Gradient.parse(kind)
+    if kind == "pact" and fmt.scale.zero != "none":
+        pytest.skip("pact has no zero points")
     start = torch.randn(256, 4096, device="cuda", dtype=torch.bfloat16)
     flow = torch.randn_like(start)
     found = []
     for flag in ("+fused", "+kernel"):
         x = start.clone().requires_grad_()
         held = []
-        if kind == "lsq":
-            held = [(part * 0.7).requires_grad_() for part in learned.learned(fmt, fmt.choose(start))]
+        if how.learns:
+            held = [(part * 0.7).requires_grad_() for part in how.estimator.start(fmt, fmt.choose(start))]
         y = torch.ops.bitfold.train_quantize(x, text, kind + flag, held, True)
         y.backward(flow)
         found.append([y, x.grad, *(part.grad for part in held)])

@@ -8,11 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfold.formats import FormatError, describe, format, learned, round_groups
-from bitfold.formats.cells import neighbours, staircase_slope
-from bitfold.formats.gradient import KINDS, Gradient
+from bitfold.formats.cells import neighbours
+from bitfold.formats.estimators import ESTIMATORS
+from bitfold.formats.estimators.smooth import staircase_slope
+from bitfold.formats.gradient import Gradient
 from bitfold.formats.train_quantize import params
 
 OP = torch.ops.bitfold.train_quantize
@@ -134,6 +137,20 @@ def test_lsq_of_an_activation_counts_one_item() -> None:
     assert torch.allclose(item, whole * math.sqrt(5))
 
 
+@pytest.mark.parametrize("text", ["int2f1[g16]", "int4[g16]"])
+def test_lsq_counts_alike_where_sizes_are_symbols(text: str) -> None:
+    """Also where the largest value, 0.5 of int2f1, is below 1, which is the least that counts."""
+
+    def of_step(x: Tensor, step: Tensor) -> Tensor:
+        value = OP(x, text, "lsq+item", [step])
+        return torch.autograd.grad((value * x.detach().sin()).sum(), step)[0]
+
+    x, step = torch.randn(6, 3, 16), torch.full((6, 3, 1), 0.2, requires_grad=True)
+    traced = make_fx(of_step, tracing_mode="symbolic")(x, step)
+    assert "sym_size" in traced.code
+    torch.testing.assert_close(traced(x, step), of_step(x, step), rtol=1e-6, atol=0)
+
+
 def test_pact_is_the_papers_formula() -> None:
     """1805.06085: dy/dalpha = 1 where x >= alpha, else 0; dy/dx = 1 below alpha. Signed: -1 below as well."""
     end = torch.tensor([[1.5]])
@@ -223,14 +240,17 @@ def test_an_unseen_range_is_that_of_the_batch_and_observing_widens() -> None:
     assert (low.item(), high.item()) == (-1.0, 3.0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ESTIMATORS)
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_a_gradient_prints_and_parses(kind: str, stochastic: bool) -> None:
-    one = Gradient(kind, 7.0 if kind == "smooth" else 5.0, stochastic)
-    assert Gradient.parse(str(one)) == one
+    for number in (None, 7.0, 5.123456789, 1e-20) if kind == "smooth" else (None,):
+        one = Gradient(kind, number, stochastic)
+        assert Gradient.parse(str(one)) == one
 
 
-@pytest.mark.parametrize("text", ["lsqq", "lsq:3", "smooth:x", "clip+wild", "smooth:0"])
+@pytest.mark.parametrize(
+    "text", ["lsqq", "lsq:3", "smooth:x", "clip+wild", "smooth:0", "smooth:nan", "clip+stochastic+kernel"]
+)
 def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
     with pytest.raises(FormatError):
         Gradient.parse(text)
@@ -240,10 +260,10 @@ def test_what_is_no_gradient_is_one_sentence(text: str) -> None:
     "kind,seen",
     [("straight", 1), ("straight+fused", 0), ("straight+kernel", 1), ("clip", 0), ("clip+kernel", 1)],
 )
-def test_an_operator_of_its_own_is_taken_where_a_device_says_it_is_faster(
+def test_an_operator_of_its_own_is_taken_where_a_device_has_a_kernel(
     monkeypatch: pytest.MonkeyPatch, kind: str, seen: int
 ) -> None:
-    monkeypatch.setitem(round_groups.FASTER, "cpu", lambda x, text: text == "int4[g16]")
+    monkeypatch.setitem(round_groups.KERNELS, "cpu", lambda x, text: text == "int4[g16]")
     calls = []
 
     class Watch(TorchDispatchMode):

@@ -100,8 +100,6 @@ def test_a_model_without_blocks_is_measured_in_float_and_says_so(batches: list[T
 
 
 def test_the_program_scope_solves_too(model: Model, batches: list[Tensor]) -> None:
-    module = copy.deepcopy(model)
-    bf.quantize(module, "int4[g32]", algorithm="gptq", calibration=batches, target="reference")
     exact = model(batches[0])
     plain = bf.quantize(model, "int3[g32]", scope="program", example_inputs=(batches[0],), target="reference")
     solved = bf.quantize(

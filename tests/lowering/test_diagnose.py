@@ -89,12 +89,31 @@ def test_models_of_other_results_are_refused() -> None:
         bf.diagnose(Counting(16), quantized(Counting(8), bf.Rule(weight="int8")), [torch.randn(4, 32)])
 
 
+def test_a_layer_that_gives_no_numbers_is_the_worst_and_said(model: nn.Sequential) -> None:
+    q = quantized(model, bf.Rule(weight="int4[g32]"))
+    q[2].scales.fill_(math.nan)
+    found = bf.diagnose(model, q, [torch.randn(4, 32)])
+    assert [one.path for one in found.worst(2)] in (["2", "4"], ["2", "0"])
+    first, *_, last = str(found).splitlines()[1:]
+    assert "no number" in first and last == "the model's output: no number"
+
+
 def test_mistakes_are_one_sentence(model: nn.Sequential) -> None:
     q = quantized(model, bf.Rule(weight="int4[g32]"))
     with pytest.raises(bf.BitfoldError, match="no batches"):
         bf.diagnose(model, q, [])
     with pytest.raises(bf.BitfoldError, match="no layer of this Sequential is quantized"):
         bf.diagnose(model, model, [torch.randn(4, 32)])
+    with pytest.raises(bf.BitfoldError, match="give the float model first"):
+        bf.diagnose(q, model, [torch.randn(4, 32)])
+    x = torch.randn(4, 32)
+    program = bf.quantize(model, "int8", scope="program", example_inputs=(x,), target="reference")
+    with pytest.raises(bf.BitfoldError, match="a program's layers are operators; `bitfold explain`"):
+        bf.diagnose(model, program, [x])
+    spoilt = copy.deepcopy(model)
+    spoilt[2].weight.data[0, 0] = math.nan
+    with pytest.raises(bf.BitfoldError, match=r"batch 0 has NaN in it; so has 2\.weight"):
+        bf.diagnose(spoilt, q, [x])
     with pytest.raises(bf.BitfoldError, match="is quantized there too"):
         bf.diagnose(q, q, [torch.randn(4, 32)])
     with pytest.raises(bf.BitfoldError, match="does not go through"):

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitfold as bf
+from bitfold.formats.gradient import Gradient
 from bitfold.lowering.kv_cache.attention import decoded, parsed
-from bitfold.passes import snapshot
+from bitfold.lowering.qat.caches import SettleCache, TrainCache
+from bitfold.passes import Pipeline, snapshot
 from bitfold.passes.recipes import Recipe
 from bitfold.passes.stages import find_attribute
 
@@ -194,3 +196,12 @@ def test_what_is_left_is_reported_or_refused() -> None:
         program(made(False), Recipe("one", (rule,)), x)
     skipping = recipe("kv_int8").but(bf.Rule(match="layers.0*", op="cache", skip="the first is sensitive"))
     assert str(snapshot(program(made(False), skipping, x))).count("'int8[bf16]'") == 2
+
+
+def test_the_passes_are_text_as_others_are() -> None:
+    passes = Pipeline([TrainCache("kv_int8", Gradient.parse("clip+stochastic"), 3), SettleCache("kv_int8")])
+    assert Pipeline.parse(str(passes)).passes == passes.passes
+    train = Pipeline.parse("train_cache{recipe=kv_int8,gradient=straight}")
+    gm = bf.capture(made(False), (torch.randn(B, 6, 64),))
+    train.run(gm)
+    assert str(snapshot(gm)).count("train_quantize") == 4

@@ -376,3 +376,24 @@ def test_a_compiled_step_computes_what_an_eager_one_does(gradient: str) -> None:
     for one, other in zip(eager.parameters(), twin.parameters(), strict=True):
         # 64 terms in float32 in another order: 64 * 2**-24 of numbers below 1.
         assert torch.allclose(one.grad, other.grad, atol=4e-6)
+
+
+def test_learned_numbers_whose_names_a_model_has_stay_apart() -> None:
+    """Each then ends in a count, which says nothing of what it is."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 8)
+            self.register_buffer("fc_weight_step", torch.ones(()))
+            self.register_buffer("fc_weight_low", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * self.fc_weight_step * self.fc_weight_low
+
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    given = {"scope": "program", "example_inputs": (x,)}
+    gm = bf.prepare_qat(Named(), "uint4[g32,zero]", bf.Qat("lsq"), **given)
+    held = {name: one for name, one in gm.named_parameters() if name.startswith("fc_weight_")}
+    assert list(held) == ["fc_weight_step_1", "fc_weight_low_1"]
+    assert (held["fc_weight_step_1"] > 0).all() and (held["fc_weight_low_1"] < 0).all()

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from qat_cases import ALL, TOKENS, Net
-from torch import nn
+from torch import Tensor, nn
 
 import bitfold as bf
 
@@ -80,3 +80,47 @@ def test_a_teacher_goes_where_its_model_goes_and_is_found_in_it() -> None:
     assert bf.distillation(model).isfinite()  # as of what DistributedDataParallel makes of it
     bf.convert(model)
     assert not model[0]._forward_hooks and "bitfold_teacher" not in model[0].__dict__
+
+
+def test_a_run_that_is_resumed_has_its_own_teacher() -> None:
+    x, how = torch.randn(4, 32), {"distill": bf.Distill("mse")}
+    model = bf.prepare_qat(linears(), "int2[g32]", **how)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(2):
+        model(x)
+        bf.distillation(model).backward()
+        optimizer.step()
+    state = copy.deepcopy(model.state_dict())
+    model(x)
+    again = bf.prepare_qat(linears(), "int2[g32]", state=state, **how)
+    again(x)
+    assert torch.equal(bf.distillation(again), bf.distillation(model))
+    other = linears()
+    with torch.no_grad():
+        other[2].bias[0] += 1e-3
+    with pytest.raises(bf.BitfoldError, match="another teacher"):
+        bf.prepare_qat(other, "int2[g32]", state=state, **how)
+    assert type(other[0]) is nn.Linear and not other._forward_hooks
+    bf.prepare_qat(other, "int2[g32]", **how)
+    with pytest.raises(bf.BitfoldError, match="another teacher"):
+        other.load_state_dict(state)
+    # The teacher stays that of the first preparation, though the model that is prepared anew has trained.
+    anew = bf.prepare_qat(model, "int2[g32]", **how)
+    assert all(torch.equal(anew.state_dict()[name], state[name]) for name in state if "extra" in name)
+    # To convert, nobody need teach; and one may begin to.
+    bf.convert(bf.prepare_qat(linears(), "int2[g32]", state=state))
+    bf.prepare_qat(linears(), "int2[g32]", state=bf.prepare_qat(linears(), "int2[g32]").state_dict(), **how)
+
+
+def test_states_of_an_earlier_and_a_later_version() -> None:
+    model = bf.prepare_qat(linears(), "int2[g32]", distill=bf.Distill())
+    names = [name for name in model.state_dict() if name.endswith("_extra_state")]
+
+    def saying(said: str) -> dict[str, Tensor]:
+        text = torch.tensor(list(said.encode()), dtype=torch.uint8)
+        return {**model.state_dict(), **dict.fromkeys(names, text)}
+
+    first = "weight int2[g32] straight\nwarmup 0, observe 0, rate 0.1, freeze_norm None"
+    bf.prepare_qat(linears(), "int2[g32]", state=saying(first), distill=bf.Distill())
+    with pytest.raises(bf.BitfoldError, match="of version 3, and this bitfold reads up to 2"):
+        bf.prepare_qat(linears(), "int2[g32]", state=saying(f"version 3\n{first}"))

@@ -7,9 +7,12 @@ import copy
 import itertools
 import json
 import math
+import re
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,11 @@ from search_cases import unequal
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering.search.search import Budget, fewest_bits, fewest_losses, pareto
-from bitfold.lowering.search.sensitivity import Choice, Sensitivity, divergence, sensitivity
+from bitfold.lowering.outputs import divergence
+from bitfold.lowering.search.integer_program import fewest_bits, fewest_losses, pareto
+from bitfold.lowering.search.search import Budget
+from bitfold.lowering.search.sensitivity import Choice, Sensitivity, sensitivity
+from bitfold.lowering.search.smallest import rounded_loss
 from bitfold.passes.recipes import Recipe
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
@@ -75,7 +81,7 @@ def test_a_budget_that_nothing_keeps_names_the_nearest() -> None:
         fewest_bits(table(), 1e-9)
 
 
-def test_the_front_falls(model: nn.Module, data: list[Tensor]) -> None:
+def test_the_front_falls() -> None:
     points = pareto(table(), 9)
     assert points[0][0] == pytest.approx(3.0) and points[-1][0] <= 8.0
     assert all(a[0] <= b[0] and a[1] >= b[1] for a, b in itertools.pairwise(points))
@@ -128,6 +134,51 @@ def test_budgets_parse() -> None:
             Budget.parse(text)  # type: ignore[arg-type]
 
 
+def spoilt(model: nn.Module) -> nn.Module:
+    model.first.weight.data[0, 0] = math.nan  # type: ignore[union-attr, operator, index]
+    return model
+
+
+NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "no formats": ({"formats": ()}, r"formats is a list of formats such as .* not \(\)"),
+    "one format": ({"formats": "int4"}, "formats is a list of formats such as .* not 'int4'"),
+    "no data": ({"data": None}, "no batches to measure"),
+    "a batch for data": ({"data": torch.randn(4, 64)}, "calibration is a Tensor; give a list"),
+    "another table": ({"table": table()}, "the table is of another model: it has a layer 'layer0' of 1000"),
+    "an empty table": ({"table": Sensitivity((), {})}, "the table has no layers"),
+    "no table": ({"table": {}}, "table is a Sensitivity, not a dict"),
+    "no times": ({"times": {}, "budget": "4 ms"}, "times is a Times, not a dict"),
+    "no loss": ({"loss": "kl"}, "loss is a function of .* not 'kl'"),
+    "no number": ({"loss": lambda exact, found: found - exact}, r"returns one number, not \[32, 32\]"),
+    "no weights": ({"model": unequal().to("meta")}, "on the meta device"),
+    "a weight with NaN": ({"model": spoilt(unequal())}, r"has NaN in it; so has first\.weight"),
+    "one output": (
+        {"model": nn.Sequential(unequal(), nn.Linear(32, 1))},
+        r"an output of shape \[32, 1\] holds no predictions",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", ["measured", "trace"])
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_said(case: str, by: str, data: list[Tensor]) -> None:
+    more, said = NONSENSE[case]
+    if by == "trace" and "loss" in more:
+        return
+    given = {"model": unequal(), "data": data, "budget": "4.5 bits", "formats": FORMATS, "by": by} | more
+    with pytest.raises(
+        bf.BitfoldError, match=said if "batches" not in said or by == "measured" else "one batch"
+    ):
+        bf.search(given.pop("model"), given.pop("data"), **given)
+
+
+def test_an_output_of_one_dimension_is_one_row(model: nn.Module, data: list[Tensor]) -> None:
+    one = sensitivity(model, [data[0][:1]], FORMATS)
+    flat = sensitivity(model, [data[0][0]], FORMATS)
+    for a, b in zip(one.choices, flat.choices, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-3)
+
+
 def test_no_data_is_said(model: nn.Module) -> None:
     with pytest.raises(bf.BitfoldError, match="no batches to measure"):
         bf.search(model, [], budget="4 bits")
@@ -171,18 +222,79 @@ def test_scipy_is_looked_for_before_anything_is_measured(
     assert not done
 
 
+def scaled(given: Sensitivity, factor: float) -> Sensitivity:
+    return replace(given, choices=tuple(replace(one, loss=one.loss * factor) for one in given.choices))
+
+
 def test_the_finest_recipe_is_run_before_a_perplexity_is_refused(
     model: nn.Module, data: list[Tensor]
 ) -> None:
     """Losses by layer are estimates: whether the finest recipe keeps a budget is measured."""
-    formats = ("int4[g32]", "int3[g32]")
-    found = sensitivity(model, data, formats)
-    low, high = (
-        replace(found, choices=tuple(replace(one, loss=one.loss * factor) for one in found.choices))
-        for factor in (0.02, 50)
+    found = sensitivity(model, data, ("int4[g32]", "int3[g32]"))
+    with pytest.raises(bf.BitfoldError, match=r"together, more than 0\.01%"):
+        bf.search(model, data, budget="0.01% perplexity", table=scaled(found, 0.02))
+
+
+def test_a_search_that_ends_at_the_finest_formats_says_so(data: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    found = sensitivity(model, data, ("int8[g32]", "int2[g32]"))
+    lost = math.expm1(rounded_loss(model, Recipe.parse("int8[g32]"), data, divergence))
+    for factor in (0.02, 1, 50):
+        recipe = bf.search(model, data, budget=f"{101 * lost:.8f}% perplexity", table=scaled(found, factor))
+        assert {rule.weight for rule in recipe.rules} == {"int8[g32]"}
+        assert re.search(r"the finest format of each layer: \d+ smaller recipes? lost more", recipe.about)
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_estimates_that_are_off_by_any_factor_find_the_same_recipe(
+    model: nn.Module, data: list[Tensor], factor: float
+) -> None:
+    """Tightened where the losses add up to too little, loosened where they add up to too much."""
+    found = sensitivity(model, data, FORMATS[1:])
+    most = math.log(1.01)
+    exact, off = (
+        bf.search(model, data, budget="1% perplexity", table=one) for one in (found, scaled(found, factor))
     )
-    with pytest.raises(bf.BitfoldError, match=r"together, more than 0\.01%") as caught:
-        bf.search(model, data, budget="0.01% perplexity", table=low)
-    lost = float(str(caught.value).split("lose ")[1].split("%")[0])
-    recipe = bf.search(model, data, budget=f"{1.01 * lost:.6f}% perplexity", table=high)
-    assert {rule.weight for rule in recipe.rules} == {"int4[g32]"}
+    lost = [rounded_loss(model, recipe, data, divergence) for recipe in (exact, off)]
+    assert max(lost) <= most < rounded_loss(model, Recipe.parse("int3[g32]"), data, divergence)
+    assert off.rules == exact.rules
+    assert f"{100 * math.expm1(lost[1]):.3g}% of perplexity, run as a whole" in off.about
+
+
+def test_no_recipe_that_holds_is_much_smaller(model: nn.Module, data: list[Tensor]) -> None:
+    """Among all eight, each run as a whole."""
+    found = sensitivity(model, data[:1], FORMATS[1:3])
+    recipe = bf.search(model, data[:1], budget="1% perplexity", table=found)
+    sizes = [
+        sum(one.bits for one in chosen) / sum(found.numel.values())
+        for chosen in every(found)
+        if rounded_loss(model, found.recipe(chosen, "one"), data[:1], divergence) <= math.log(1.01)
+    ]
+    assert min(sizes) < 4 and float(recipe.about.split(" bits")[0]) <= min(sizes) + 0.1
+
+
+class Watched(nn.Module):
+    """Counts its outputs that are still held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.held, self.most = model, 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x).clone()
+        self.held += 1
+        self.most = max(self.most, self.held)
+        weakref.finalize(out, self._freed)
+        return out
+
+    def _freed(self) -> None:
+        self.held -= 1
+
+
+def test_a_recipe_is_run_batch_by_batch(model: nn.Module, data: list[Tensor]) -> None:
+    """Of a language model's outputs, which are its largest tensors, two are held at a time."""
+    watched = Watched(model)
+    lost = rounded_loss(watched, Recipe.parse("int4[g32]"), data * 2, divergence)
+    assert lost == pytest.approx(rounded_loss(model, Recipe.parse("int4[g32]"), data, divergence))
+    assert watched.most == 2 and watched.held == 0

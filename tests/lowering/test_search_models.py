@@ -4,6 +4,8 @@ buffers that a forward writes to, formats that fit nothing."""
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -14,8 +16,13 @@ from torch import Tensor, nn
 import bitfold as bf
 from bitfold.codegen.device import device
 from bitfold.lowering.folded import Folded
-from bitfold.lowering.search.sensitivity import sensitivity
-from bitfold.lowering.search.times import measured, modeled
+from bitfold.lowering.outputs import divergence
+from bitfold.lowering.search.integer_program import fewest_losses_in_time
+from bitfold.lowering.search.sensitivity import Sensitivity, sensitivity
+from bitfold.lowering.search.smallest import rounded_loss
+from bitfold.lowering.search.times import Times, measure_times, model_times
+from bitfold.lowering.search.trace import trace_sensitivity
+from bitfold.passes.recipes import Recipe
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
 
@@ -45,6 +52,42 @@ def test_a_layer_that_no_data_reach_is_left_alone_and_named(by: Literal["measure
     assert "the data do not reach it" in str(bf.report(q))
 
 
+class Tied(nn.Module):
+    """Two layers read one weight, which is stored once."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+        return out
+
+
+@pytest.mark.parametrize("make", [sensitivity, trace_sensitivity])
+def test_a_weight_of_two_layers_is_one_choice(make: Callable[..., Sensitivity]) -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    table = make(model, data(), FORMATS)
+    assert table.numel == {"first": 64 * 64, "last": 64 * 32} and table.tied == {"first": ("second",)}
+    (one,) = (choice for choice in table.of("first") if choice.format == "int2[g32]")
+    both = Recipe("both", tuple(bf.Rule(match=name, weight="int2[g32]") for name in ("first", "second")))
+    assert one.bits == 2.5 * 64 * 64
+    factor = 1e-4 if make is sensitivity else 1.0  # an estimate: within a factor of two
+    exact = rounded_loss(model, both, data(), divergence)
+    assert abs(math.log2(one.loss / exact)) <= factor
+    for bits in (3, 4, 5):
+        recipe = bf.search(model, data(), budget=f"{bits} bits", table=table)
+        q = bf.quantize(copy.deepcopy(model), recipe, target="reference")
+        assert q.first.codes is q.second.codes
+    # Both take their time.
+    times = Times({(name, text): 1.0 for name in ("first", "second", "last") for text in FORMATS}, 0.0, "")
+    with pytest.raises(bf.BitfoldError, match=r"take 3e\+03 ms"):
+        fewest_losses_in_time(table, times, 2.5)
+
+
 class Sometimes(Unequal):
     """Its second layer runs for batches of more than 16 rows."""
 
@@ -62,14 +105,14 @@ def test_a_layer_that_the_first_batch_does_not_reach_takes_no_time() -> None:
 
 def test_formats_that_fit_no_layer_take_no_time() -> None:
     torch.manual_seed(0)
-    times = measured(Unequal().eval(), data(), ("int8[g128]", "int4[g32]"), repeats=1)
+    times = measure_times(Unequal().eval(), data(), ("int8[g128]", "int4[g32]"), repeats=1)
     assert {text for _, text in times.layers} == {"int4[g32]"}
 
 
 def test_a_gpus_times_are_of_every_layer_whatever_fits_first() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 96), nn.ReLU(), nn.Linear(96, 64)).eval()
-    times = modeled(model, [torch.randn(4, 256)], ("int8[g128]", "int4[g32]"), card=device("NVIDIA H200"))
+    times = model_times(model, [torch.randn(4, 256)], ("int8[g128]", "int4[g32]"), card=device("NVIDIA H200"))
     assert set(times.layers) == {("0", "int8[g128]"), ("0", "int4[g32]"), ("2", "int4[g32]")}
     assert min(times.layers.values()) > 0
 

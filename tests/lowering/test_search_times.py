@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.codegen.device import device
-from bitfold.lowering.search.search import Budget, fastest
+from bitfold.lowering.search.integer_program import fewest_losses_in_time
+from bitfold.lowering.search.search import Budget
 from bitfold.lowering.search.sensitivity import Choice, Sensitivity, sensitivity
-from bitfold.lowering.search.times import Times, measured, modeled
+from bitfold.lowering.search.times import Times, measure_times, model_times
 from bitfold.lowering.search.trace import trace_sensitivity
 
 pytest.importorskip("scipy", reason="bf.search solves its program with scipy")
@@ -50,11 +51,11 @@ def test_the_program_is_solved_to_the_optimum() -> None:
     for budget in (spans[0], spans[20], spans[60], spans[-1]):
         budget *= 1 + 1e-9
         best = min(sum(c.loss for c in one) for one in every if times.total(one) <= budget)
-        chosen = fastest(table, times, budget)
+        chosen = fewest_losses_in_time(table, times, budget)
         assert times.total(chosen) <= budget * (1 + 1e-6)
         assert sum(c.loss for c in chosen) == pytest.approx(best)
     with pytest.raises(bf.BitfoldError, match="the fastest formats for each layer take"):
-        fastest(table, times, spans[0] * 0.99)
+        fewest_losses_in_time(table, times, spans[0] * 0.99)
 
 
 def test_budgets_of_time() -> None:
@@ -101,14 +102,14 @@ def test_a_recipe_for_a_time_says_its_time_and_is_saved(tmp_path: Path) -> None:
 def test_times_are_measured_where_the_model_runs() -> None:
     wide = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 64)).eval()
     batch = torch.randn(64, 2048)
-    times = measured(wide, [batch], ("int8", "int4[g64]"), repeats=5)
+    times = measure_times(wide, [batch], ("int8", "int4[g64]"), repeats=5)
     assert set(times.layers) == {(path, text) for path in "02" for text in ("int8", "int4[g64]")}
     # Thirty-two times the work of the small layer is seen, whatever else the machine does meanwhile.
     assert times.of("0", "int8") > 3 * times.of("2", "int8") > 0
     assert times.rest >= 0 and "[64, 2048]" in times.about
     assert type(wide[0]) is nn.Linear
     with pytest.raises(bf.BitfoldError, match="no batches"):
-        measured(wide, [], ("int8",))
+        measure_times(wide, [], ("int8",))
     with pytest.raises(bf.BitfoldError, match="there is no time"):
         times.of("0", "int3[g32]")
 
@@ -116,11 +117,11 @@ def test_times_are_measured_where_the_model_runs() -> None:
 def test_a_gpus_times_follow_from_bytes_for_one_row() -> None:
     """At one row a linear is as fast as its codes are read, whatever the layer: int4 near half of int8."""
     big = nn.Sequential(nn.Linear(8192, 8192, bias=False), nn.Linear(8192, 1024, bias=False))
-    times = modeled(big, [torch.randn(1, 8192)], ("int8", "int4[g128]"), card=device("NVIDIA H200"))
+    times = model_times(big, [torch.randn(1, 8192)], ("int8", "int4[g128]"), card=device("NVIDIA H200"))
     assert 1 < times.of("0", "int8") / (8192 * 8192 / 4.46e12) < 1.6
     assert 0.4 < times.of("0", "int4[g128]") / times.of("0", "int8") < 0.75
     assert times.of("1", "int8") < 0.5 * times.of("0", "int8")
-    many = modeled(big, [torch.randn(4096, 8192)], ("int8",), card=device("NVIDIA H200"))
+    many = model_times(big, [torch.randn(4096, 8192)], ("int8",), card=device("NVIDIA H200"))
     assert many.of("0", "int8") > 5 * times.of("0", "int8")
 
 

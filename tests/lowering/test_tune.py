@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering.search.sensitivity import divergence
+from bitfold.lowering.outputs import divergence
 
 
 class Block(nn.Module):

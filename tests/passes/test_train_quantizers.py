@@ -80,7 +80,7 @@ def test_the_whole_graph_with_ranges_that_follow() -> None:
 def test_as_text_and_back() -> None:
     text = "train_quantizers{weight=lsq+stochastic, activation=smooth:4, warmup=3}"
     (found,) = Pipeline.parse(text).passes
-    assert str(found.weight) == "lsq+stochastic" and found.activation.sharpness == 4 and found.warmup == 3
+    assert str(found.weight) == "lsq+stochastic" and found.activation.number == 4 and found.warmup == 3
     assert Pipeline.parse(str(Pipeline([found]))).passes == (found,)
 
 

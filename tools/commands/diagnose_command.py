@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...lowering import quantize
-from ...lowering.diagnose import decibel, diagnose
+from ...lowering.diagnose import NO_NUMBER, decibel, diagnose
 from ..models import Loaded
 from ..trial import shared_copy
 from .shared import add_model, add_recipe, plain, positive, read_model, read_recipe, say, waiting
@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     for head in ("layer", "format", "isolated", "cumulative", "alone"):
         table.add_column(head, justify="left" if head in ("layer", "format") else "right")
     for one in found.worst(arguments.worst):
-        ratios = (decibel(value) for value in (one.isolated, one.cumulative, one.alone))
-        table.add_row(plain(one.path), plain(one.format), *ratios)
+        ratios = (decibel(one.cumulative), decibel(one.alone))
+        table.add_row(plain(one.path), plain(one.format), one.by_itself, *ratios)
     console.print(table)
-    say(console, f"{len(found.layers)} layers; the model's output: {decibel(found.output)}")
+    say(console, f"{len(found.layers)} layers; the model's output: {decibel(found.output) or NO_NUMBER}")
 
 
 def _batches(loaded: Loaded) -> list[Any]:

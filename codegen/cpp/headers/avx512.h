@@ -1,10 +1,12 @@
-// Vectors for AVX-512 (F, BW, DQ, VL): 32 bytes, 16 floats; with VNNI, products of bytes in one instruction.
+// Vectors for AVX-512 (F, BW, DQ, VL): 32 bytes, 16 floats; with VNNI, products of bytes in one instruction; with AMX,
+// 16 x 16 sums of them (amx.h).
 #pragma once
 #include <immintrin.h>
 
 #include <cstdint>
 #include <type_traits>
 
+#include "amx.h"
 #include "words.h"
 
 namespace bitfold {
@@ -126,7 +128,11 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
+#ifdef BITFOLD_TILES
+constexpr int kTile = 8, kIntTile = 2 * kTileRows;
+#else
 constexpr int kTile = 12, kIntTile = 12;
+#endif
 #ifdef __AVX512VNNI__
 constexpr bool kBytes = true;
 #else

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -12,15 +13,17 @@
 #include "kernel.h"
 #include "numbers.h"
 #include "ready.h"
+#include "tiled.h"
 
 namespace bitfold {
 
 using Run = void (*)(const Call*, int64_t, int64_t);
+using Many = void (*)(const Call*, int64_t, int64_t, int64_t, int64_t);
 
 // What a spec says, in numbers; `codegen/cpp/build.py` fills one in.
 struct Facts {
-  Run run;   // a few rows of x
-  Run many;  // many, from panels; null where x has a scale for each block
+  Run run;    // a few rows of x
+  Many many;  // many, from panels; null where x has a scale for each block
   const Wants* (*wants)();
   int64_t n, k, padded, stride, scale_row, scale_group, groups, sum_cols;
   int32_t weights, parts, scales, zeros, level;  // the last three: places among a weight's parts, or -1
@@ -40,6 +43,7 @@ struct Scratch {
     constexpr size_t most = 16 << 20;
     if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
     if (panels.capacity() * sizeof(int16_t) > most) std::vector<int16_t>().swap(panels);
+    if (digits.digits.capacity() > most) std::vector<int8_t>().swap(digits.digits);
   }
 };
 
@@ -53,11 +57,68 @@ void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) 
   });
 }
 
+// From a line of the cache on: a tile's row that lies across two takes twice as long to load.
+template <class T> T* lined_up(std::vector<T>& all, int64_t count) {
+  constexpr int64_t line = 64;
+  all.resize(count + line / sizeof(T));
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(all.data()) + line - 1) / line * line);
+}
+
+// Rows of x as they are given, with sums; for floats as they lie, nothing is to be done.
+template <class From, class To> void all_ready(const Rows& rows, To* to, float* sums) {
+  torch::stable::parallel_for(0, rows.m, 1, [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) ready<From>(rows, m, to + m * rows.padded, sums);
+  });
+}
+
+// x in bytes, for tiles.
+inline void many_bytes(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+  const auto* x = static_cast<const int8_t*>(rows.x);
+  int64_t k = f.k;
+  if (rows.sums() > 0) {
+    scratch.codes.resize(call.m * f.padded);
+    all_ready<i8>(rows, scratch.codes.data(), scratch.sums.data());
+    x = scratch.codes.data(), k = f.padded;
+  }
+  auto* const to = reinterpret_cast<int8_t*>(lined_up(scratch.panels, (call.across * f.padded + 1) / 2));
+  torch::stable::parallel_for(0, tasks_of_tiled(call.m, f.padded), 1, [&](int64_t first, int64_t last) {
+    bytes_tiled(x, call.m, k, f.padded, to, first, last);
+  });
+  call.panels = to;
+}
+
+// x in digits, for tiles; false if it has none.
+inline bool many_digits(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+  const Wants& wants = *f.wants();
+  const auto* x = static_cast<const float*>(rows.x);
+  if (f.x != 0 || f.padded != f.k || rows.sums() > 0) {
+    scratch.numbers.resize(call.m * f.padded);
+    float *const numbers = scratch.numbers.data(), *const sums = scratch.sums.data();
+    if (f.x == 0) all_ready<f32>(rows, numbers, sums);
+    if (f.x == 1) all_ready<bf16>(rows, numbers, sums);
+    if (f.x == 2) all_ready<f16>(rows, numbers, sums);
+    x = numbers;
+  }
+  int8_t* const to = lined_up(scratch.digits.digits, 3 * call.across * f.padded);
+  scratch.digits.steps.resize((f.padded + wants.many - 1) / wants.many * call.across);
+  float* const units = scratch.digits.steps.data();
+  std::atomic<bool> all{true};
+  torch::stable::parallel_for(0, tasks_of_tiled(call.m, f.padded), 1, [&](int64_t first, int64_t last) {
+    if (!digits_tiled(x, call.m, f.padded, wants, call.across, to, units, first, last)) all = false;
+  });
+  if (all) call.digits = to, call.steps = units;
+  return all;
+}
+
 inline void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
   const Wants& wants = *f.wants();
   call.across = (call.m + wants.width - 1) / wants.width * wants.width;
   float* sums = scratch.sums.data();
-  if (f.codes) {
+  if (wants.tiles && f.codes) {
+    many_bytes(call, f, rows, scratch);
+  } else if (wants.many > 0 && many_digits(call, f, rows, scratch)) {
+    // Nothing else reads x.
+  } else if (f.codes) {
     scratch.panels.resize(call.across * f.padded);
     int16_t* to = scratch.panels.data();
     if (wants.size == 1)

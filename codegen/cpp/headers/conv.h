@@ -13,6 +13,7 @@
 
 #include "columns.h"
 #include "conv_ends.h"
+#include "conv_tiles.h"
 
 namespace bitfold {
 
@@ -71,6 +72,8 @@ class Places {
     if (++line_ == c_.out_height) line_ = 0, ++image_;
     if (image_ < c_.images) line();
   }
+  // Whether pixels of the result are pixels of x.
+  bool plain() const { return plain_; }
 
  private:
   void line() {
@@ -127,6 +130,10 @@ inline void widen(const Conv& c, int16_t* to) {
 // the innermost cache while all tiles meet it.
 template <bool positive, class End>
 inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
+#if defined(BITFOLD_TILES)
+  if (const int64_t step = fours_of_step(c.taps() * ((c.depth + 3) / 4)); step > 0 && last - first >= kTileRows)
+    return gemm_in_tiles<Conv, Places, End>(c, first, last, from, to, step);
+#endif
   thread_local std::vector<const int8_t*> at;
   const int64_t taps = c.taps(), count = last - first, all = (count + kRows - 1) / kRows;
   const int64_t less = count / all, longer = count % all;  // so many tiles have one pixel more

@@ -166,7 +166,11 @@ void panels(Conv& c, const ConvFacts& f, const uint8_t* codes, Scratch& s) {
 }
 
 // A task has work for a while, and the weight that it reads stays in a core's cache.
+#if defined(BITFOLD_TILES)
+constexpr int64_t kLeast = 1 << 19, kCached = 1 << 18;
+#else
 constexpr int64_t kLeast = 1 << 17, kCached = 1 << 16;
+#endif
 
 void spread(const Conv& c, const ConvFacts& f) {
   const int64_t count = c.groups * c.panels_of_group(), pixels = c.pixels();

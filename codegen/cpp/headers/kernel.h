@@ -22,6 +22,8 @@ struct Wants {
   int32_t width, depth, size;    // a panel: rows side by side, numbers of each together, bytes of a number
   int32_t rows;                  // of the weight, that a task of many rows of x takes
   int32_t digits, base, words;   // numbers of one row of x to a block of digits (digits.h), 0 for none; see there
+  int32_t tiles;                 // whether panels are multiplied in tiles of AMX (tiled.h)
+  int32_t many, step;            // then numbers of many rows of x to a block of digits, 0 for none, and to a tile
 };
 
 // One call: y [m, n] from x [m, k]. `x` is made ready once: rows of `padded` numbers, zeros behind the k-th, in
@@ -40,7 +42,7 @@ struct Call {
   const void* panels;
   const float* sum_panels;
   int64_t across;
-  // One row of x in digits (digits.h); null where x is read as numbers.
+  // One row of x in digits (digits.h), or many (tiled.h); null where x is read as numbers.
   const int8_t* digits;
   const int32_t* middles;
   const float* steps;

@@ -13,14 +13,46 @@ namespace bitfold {
 constexpr int kInts = 8;              // of a vector of integers
 constexpr int kPanel = 2 * kFloats;   // rows of x side by side, as floats
 constexpr int kIntPanel = 2 * kInts;  // and as integers
-constexpr int kStored = 24;           // rows of the weight that are decoded at a time
-constexpr int kApart = 16;            // numbers between decoded rows, so that these do not meet in the cache
+
+}  // namespace bitfold
+
+#if defined(BITFOLD_TILES)
+#include "tiles.h"
+#endif
+
+namespace bitfold {
+
+#if !defined(BITFOLD_TILES)
+constexpr int kHalf = kInts;   // rows of x, of the two times so many that `multiply` takes
+constexpr int kStored = 24;    // rows of the weight that are decoded at a time
+constexpr int kApart = 16;     // numbers between decoded rows, so that these do not meet in the cache
+constexpr int kDeepest = 256;  // codes of a row that are decoded at a time: sixteen rows of x take 16 KiB
+constexpr bool kTiled = false;
+
+template <bool> struct Multiplier {
+  explicit Multiplier(int) {}
+};
+#endif
 static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
 
+// Numbers from a line of the cache on.
+template <class T> class Lines {
+ public:
+  explicit Lines(int64_t count) : all_(count + kLine / sizeof(T)) {}
+  T* begin() {
+    const auto at = reinterpret_cast<uintptr_t>(all_.data());
+    return reinterpret_cast<T*>((at + kLine - 1) / kLine * kLine);
+  }
+
+ private:
+  std::vector<T> all_;
+};
+
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
-// bits: of codes that are multiplied as integers, 0 for floats. `static`, since statics of an inline function are one
+// bits: of codes that are multiplied as integers, 0 for floats; many, step: numbers of many rows of x to a block of
+// digits and to a tile of it, 0 for none. `static`, since statics of an inline function are one
 // for the whole process: a library for other vectors would be told what the first one wants.
-template <bool held, int bits, int digits, int base, bool words> static const Wants* wants() {
+template <bool held, int bits, int digits, int base, bool words, int many, int step> static const Wants* wants() {
   static constexpr auto order = [] {
     struct {
       int8_t at[32];
@@ -29,9 +61,10 @@ template <bool held, int bits, int digits, int base, bool words> static const Wa
     return found;
   }();
   constexpr bool moved = held && place(1) != 1;
-  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base, words};
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base, words,
+                                      kTiled, kTiled ? many : 0, step};
   static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
-                                     kStored, 0, 0, 0};
+                                     kStored, 0, 0, 0, kTiled, 0, 0};
   return bits == 0 ? &of_floats : &of_codes;
 }
 
@@ -53,9 +86,12 @@ inline void multiply(const float* w, int64_t stride, const float* x, int64_t cou
     for (int v = 0; v < V; ++v) storef(sums + r * across + v * kFloats, s[r][v]);
 }
 
-// The same of integers, exactly, D::depth at a time; `use(r, v, s)` has the sums of each.
-template <class D, int V, class Use>
-inline void multiply(const typename D::Code* w, int64_t stride, const typename D::Number* x, int64_t count, Use&& use) {
+#if !defined(BITFOLD_TILES)
+// The same of integers, exactly, D::depth at a time; `use(r, v, s)` has the sums of each. Not inlined: inside of `many`
+// the compiler writes all sums to the stack behind every product (of AVX-512's, 1.6 times the time).
+template <class D, int V, int, class Use>
+[[gnu::noinline]] void multiply(Multiplier<false>&, const typename D::Code* w, int64_t stride,
+                                const typename D::Number* x, int64_t, int64_t count, Use&& use) {
   Ints s[kIntTile][V];
   for (int r = 0; r < kIntTile; ++r)
     for (int v = 0; v < V; ++v) s[r][v] = no_ints();
@@ -70,5 +106,16 @@ inline void multiply(const typename D::Code* w, int64_t stride, const typename D
   // Unrolled by hand: otherwise the compiler keeps all sums in memory, for a loop that it does not unroll.
   unrolled<kIntTile>([&](auto r) { unrolled<V>([&](auto v) { use(r, v, s[r][v]); }); });
 }
+
+// And added to int32 at `to`, in rows of `across`.
+template <class D, int V, int depth>
+inline void added(Multiplier<false>& t, const typename D::Code* w, int64_t stride, const typename D::Number* x,
+                  int64_t apart, int64_t count, float* to, int64_t across) {
+  multiply<D, V, depth>(t, w, stride, x, apart, count, [&](int r, int v, Ints p) {
+    float* at = to + r * across + v * kInts;
+    store_ints(at, add(numbers(at), p));
+  });
+}
+#endif
 
 }  // namespace bitfold

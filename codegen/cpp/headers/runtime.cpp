@@ -151,10 +151,29 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
   return to;
 }
 
+// Tiles are so fast that x must come from a core's own cache, so a task has no more rows of it than lie there: each block
+// of rows meets all of the weight. What that costs, to decode the weight so many times, is less than x from afar.
+int64_t rows_of_x(const Prepared& one, int64_t tasks) {
+  const Wants& wants = *one.facts.wants();
+  const int64_t m = one.call.m;
+  if (!wants.tiles) return m;
+  constexpr int64_t cached = 1 << 20, least = 64;
+  const int64_t row = one.call.padded * (one.facts.codes ? 1 : one.call.digits != nullptr ? 3 : 4);
+  int64_t rows = std::max(least, cached / row);
+  if (tasks < torch::stable::get_num_threads()) rows = std::min(rows, std::max(least, m / 2));
+  const int64_t blocks = (m + rows - 1) / rows, unit = wants.width;
+  return ((m + blocks - 1) / blocks + unit - 1) / unit * unit;
+}
+
 void run_turned(const Prepared& one) {
-  const int64_t each = one.facts.wants()->rows, n = one.facts.n;
-  torch::stable::parallel_for(0, (n + each - 1) / each, 1, [&](int64_t first, int64_t last) {
-    one.facts.many(&one.call, each * first, std::min(each * last, n));
+  const int64_t each = one.facts.wants()->rows, n = one.facts.n, m = one.call.m;
+  const int64_t across = (n + each - 1) / each, rows = rows_of_x(one, across), down = (m + rows - 1) / rows;
+  torch::stable::parallel_for(0, across * down, 1, [&](int64_t first, int64_t last) {
+    while (first < last) {
+      const int64_t block = first / across, from = first % across, to = std::min(across, from + last - first);
+      one.facts.many(&one.call, each * from, std::min(each * to, n), block * rows, std::min(m, (block + 1) * rows));
+      first += to - from;
+    }
   });
 }
 

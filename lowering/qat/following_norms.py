@@ -1,10 +1,9 @@
-"""Batch norm that follows a convolution in a model of modules: which follows which, and the graph of both.
+"""Which batch norm follows which convolution in a model of modules.
 
 In: a model and its planned sites. Out: for each convolution that a batch norm alone reads, that batch norm;
-and its graph with the batch norm behind it, which `train_batch_norm` folds.
+and why the others stay alone.
 
     forward(x): relu(self.bn1(self.conv1(x)))   ->   {"layer1.conv1": Norm("layer1.bn1", layer1.bn1)}
-    conv2d(x, rounded(weight))  ->  batch_norm(conv2d(x, rounded(weight)), norm.weight, norm.bias, ..)
 
 Who reads what is seen in the forward of the module that calls both, traced by torch.fx in both modes with
 every module in it as one operator; no example data is needed. Where that forward cannot be traced (it looks
@@ -19,27 +18,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from torch.fx import GraphModule, Node, Proxy, Tracer
+from torch.fx import Node, Proxy, Tracer
 from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
-from ...passes import MissRecord, Pipeline, capture_module
-from ...passes.annotate import Annotate
-from ...passes.edit import call, fake_mode
-from ...passes.note import annotated
-from ...passes.recipes import Recipe
+from ...passes import MissRecord
 from ...passes.scopes.module import is_stock
-from ...passes.training.batch_norm import TrainBatchNorm
 from ..module_scope import Site
-from .options import Qat
 
-aten = torch.ops.aten
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PREFIX = "norm"
-"""Under which the graph of a convolution knows the tensors of its batch norm."""
 
 
 @dataclass(frozen=True)
@@ -173,63 +162,3 @@ def _obstacle(before: nn.Module, norm: Any, calls: Mapping[nn.Module, int], shar
     if any(hooked):
         return "hooks see what stands between it and the convolution"
     return ""
-
-
-def norm_pass(how: Qat, *, loaded: bool = False) -> TrainBatchNorm:
-    """The pass that these options ask for. loaded: learned scales come from elsewhere."""
-    freeze = -1 if how.freeze_norm is None else how.freeze_norm
-    return TrainBatchNorm(freeze=freeze, clip=how.start == "clip" and not loaded, loaded=loaded)
-
-
-def with_norm(gm: GraphModule, norm: nn.Module, how: Qat, *, loaded: bool = False) -> bool:
-    """Put batch norm behind the convolution of a graph that trains, and fold it in; False if it stays out,
-    since the result is rounded before batch norm reads it."""
-    (conv,) = (node for node, _ in annotated(gm))
-    users = list(conv.users)
-    if len(users) != 1 or users[0].op != "output":
-        return False
-    gm.add_submodule(PREFIX, _held(norm))
-    first = next(iter(gm.graph.nodes))
-    read = [_attribute(gm, f"{PREFIX}.{name}", first) for name in NAMES if getattr(norm, name) is not None]
-    numbers = dict[str, Node | None](dict.fromkeys(NAMES)) | {
-        str(node.target).split(".")[1]: node for node in read
-    }
-    told: Any = norm
-    args = (conv, *numbers.values(), False, MOMENTUM, told.eps, False)
-    after = call(gm, aten.batch_norm.default, args, before=users[0], origin_from=conv)
-    conv.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
-    folded = Pipeline([norm_pass(how, loaded=loaded)]).run(gm, record=False).steps[-1].rewrites
-    assert folded == 1, f"the batch norm behind {conv.name} did not fold"
-    return True
-
-
-NAMES = ("weight", "bias", "running_mean", "running_var")
-MOMENTUM = 0.1
-"""Stands for that of the module, which may change as it trains: what is prepared takes it as an input."""
-
-
-def _held(norm: nn.Module) -> nn.Module:
-    """Its tensors, the very ones, without its code."""
-    holder = nn.Module()
-    for name in NAMES[:2]:
-        holder.register_parameter(name, norm._parameters[name])
-    for name in NAMES[2:]:
-        holder.register_buffer(name, norm._buffers[name])
-    return holder
-
-
-def _attribute(gm: GraphModule, target: str, before: Node) -> Node:
-    with gm.graph.inserting_before(before):
-        node = gm.graph.create_node("get_attr", target, name=target.replace(".", "_"))
-    owner, _, name = target.rpartition(".")
-    tensor = getattr(gm.get_submodule(owner), name)
-    with fake_mode(gm):
-        node.meta["val"] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return node
-
-
-def identity(path: str) -> GraphModule:
-    """The graph x -> x, annotated by nothing."""
-    gm = capture_module(nn.Identity(), (torch.zeros(2, 2),), path=path)
-    Pipeline([Annotate(recipe=str(Recipe("none", ())))]).run(gm, record=False)
-    return gm

@@ -1,4 +1,5 @@
-"""What a reviewer broke in algorithms and calibration: silent wrong numbers first. A test for each."""
+"""What a run of an algorithm must not do silently: take for a chain of blocks what is none, take up what is
+of another run, throw away what was decided."""
 
 from __future__ import annotations
 

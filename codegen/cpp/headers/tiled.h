@@ -1,0 +1,105 @@
+// Many rows of x as tiles of AMX take them: panels of sixteen rows, four numbers of each in turn; bytes as they are, or
+// float32 in digits of 8 bits (digits.h), a block of numbers at a time.
+//
+//   bytes:   [rows / 16][numbers / 4][16][4]
+//   digits:  [rows / 16][numbers / step][3 digits][step / 4][16][4], and a power of two for each block and row
+//
+// A task is a stretch of a panel's numbers, so that all threads have work where there are few panels.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "digits.h"
+#include "kernel.h"
+
+namespace bitfold {
+
+constexpr int kAside = 16;        // rows of a panel
+constexpr int64_t kSpan = 1024;   // numbers of a stretch
+
+inline int64_t stretches(int64_t padded) { return (padded + kSpan - 1) / kSpan; }
+inline int64_t tasks_of_tiled(int64_t m, int64_t padded) { return (m + kAside - 1) / kAside * stretches(padded); }
+
+// Numbers at .. last - 1, whole fours, of up to sixteen rows of k; zeros behind them, and for rows that are not there.
+inline void by_fours(const int8_t* x, int64_t k, int64_t rows, int64_t first, int64_t last, int8_t* to) {
+  for (int64_t at = first; at < last; at += 4)
+    for (int64_t r = 0; r < kAside; ++r) {
+      int32_t four = 0;
+      if (r < rows && at + 4 <= k)
+        std::memcpy(&four, x + r * k + at, 4);
+      else if (r < rows && at < k)
+        std::memcpy(&four, x + r * k + at, k - at);
+      std::memcpy(to + (at * kAside + 4 * r), &four, 4);
+    }
+}
+
+// x, [m, k], in bytes: tasks begin .. end - 1.
+inline void bytes_tiled(const int8_t* x, int64_t m, int64_t k, int64_t padded, int8_t* to, int64_t begin, int64_t end) {
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kSpan;
+    by_fours(x + row * k, k, m - row, first, std::min(first + kSpan, padded), to + row * padded);
+  }
+}
+
+// A block of up to 128 numbers of one row in digits, and their unit; false if they have none. Numbers of 2**64 and more
+// have none either: in units of codes their sums might pass float32.
+inline bool cut_block(const float* x, int64_t count, int8_t (*digits)[128], float& unit) {
+  constexpr int shift = 22, least = shift - 126, most = 63;
+  int32_t top = 0;  // of magnitudes, as the integers that their bits are
+  for (int64_t i = 0; i < count; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    top = std::max(top, bits & 0x7fffffff);
+  }
+  // As in `in_digits`: one bit less if the largest were rounded past the digits.
+  const int e = (top >> 23) - 127 + ((top & 0x7fffff) > 0x7e0000);
+  if (e > most || (e < least && top != 0)) return false;
+  const int exponent = std::max(e, least);
+  const float inverse = power(shift - exponent);
+  unit = power(exponent - shift);
+  int32_t small = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t v = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
+    small += (std::abs(v) < 64) & (x[i] != 0.0f);
+    const int32_t rest = (v + 128) >> 8;  // v less its lowest digit, without it
+    digits[0][i] = static_cast<int8_t>(v);
+    digits[1][i] = static_cast<int8_t>(rest);
+    digits[2][i] = static_cast<int8_t>((rest + 128) >> 8);
+  }
+  return 4 * small <= count;
+}
+
+// x, `m` rows of `padded` float32, in digits: tasks begin .. end - 1. units: [blocks][across]. False if some row has no
+// digits.
+inline bool digits_tiled(const float* x, int64_t m, int64_t padded, const Wants& wants, int64_t across, int8_t* to,
+                         float* units, int64_t begin, int64_t end) {
+  const int64_t block = wants.many, step = wants.step;
+  alignas(64) int8_t digits[3][128] = {};
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kSpan, rows = m - row;
+    int8_t* const panel = to + 3 * row * padded;
+    for (int64_t k = first; k < std::min(first + kSpan, padded); k += block) {
+      const int64_t count = std::min(block, padded - k);
+      for (int64_t r = 0; r < kAside; ++r) {
+        float& unit = units[k / block * across + row + r];
+        unit = 0.0f;
+        if (r >= rows)
+          std::memset(digits, 0, sizeof digits);
+        else if (!cut_block(x + (row + r) * padded + k, count, digits, unit))
+          return false;
+        for (int64_t at = 0; at < count; at += step)
+          for (int d = 0; d < 3; ++d) {
+            int8_t* tile = panel + (3 * (k + at) + d * step) * kAside + 4 * r;
+            for (int64_t i = 0; i < step; i += 4) std::memcpy(tile + i * kAside, digits[d] + at + i, 4);
+          }
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace bitfold

@@ -1,0 +1,131 @@
+"""Many rows of x in tiles of AMX: values, exactly where they are sums of integers, and x that has no digits.
+
+    int8[g128] x int8, 70 rows of x   ->   the same numbers as AVX-512 VNNI's, to the last bit
+
+Where a processor has no AMX, tiles are the model of `headers/amx.h`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from test_cpp_values import check, operands, pair
+
+from bitfold.codegen import GemmSpec
+from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp.body import Body
+from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.tiles import tiled
+from bitfold.codegen.epilogue import Epilogue
+from bitfold.formats import format
+
+TILES = "amx" if build.vectors() == "amx" else "amx_model"
+TEXTS = [
+    "int8 x int8", "int4[g64] x int8", "uint4[g32,zero] x int8", "uint8[zero] x int8[tensor]",
+    "int8[g128] x int8",
+    "int8", "int4[g64]", "uint4[g32,zero]", "mxfp4", "int3[g128]", "uint2[g64,f16,zero:min]", "float8_e4m3fn",
+]  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    build.vectors() not in ("avx512vnni", "amx"), reason="tiles stand beside AVX-512 VNNI"
+)
+
+
+def sized(text: str, n: int, k: int) -> GemmSpec:
+    weight, _, activation = text.partition(" x ")
+    of_x = format(activation) if activation else None
+    laid = cpu_layout(format(weight), k, of_x)
+    assert laid is not None
+    return GemmSpec(laid, n, k, "f32", activation=of_x)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    build.know([pair(text) for text in TEXTS], TILES)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_formats(compiled: None, text: str) -> None:
+    spec = pair(text)
+    for m in (1, 9, 17, 32, 70):
+        check(spec, m, seed=m, vectors=TILES)
+
+
+@pytest.mark.parametrize("text", ["int8 x int8", "int4[g64] x int8", "int4[g64]", "int8"])
+def test_more_than_one_task(compiled: None, text: str) -> None:
+    """Rows of the weight and of x that several tasks share, codes of a row that are decoded in parts; blocks
+    of x that end in the middle."""
+    for n, k, m in ((100, 1600, 9), (33, 576, 161), (70, 4160, 300)):
+        if "g64" not in text:
+            k += 8
+        check(sized(text, n, k), m, seed=m, vectors=TILES)
+
+
+@pytest.mark.parametrize("text", ["int8 x int8", "int4[g64] x int8", "uint8[zero] x int8[tensor]"])
+def test_sums_of_codes_are_those_of_other_vectors(compiled: None, text: str) -> None:
+    spec = sized(text, 70, 1152)
+    inputs = operands(spec, 45, seed=3)
+    found = []
+    for vectors in (TILES, "avx512vnni"):
+        build.know([spec], vectors)
+        found.append(torch.ops.bitfold.fused(inputs, str(spec))[0])
+    assert torch.equal(*found)
+
+
+def test_epilogues(compiled: None) -> None:
+    for text, weights, x in (("mul(silu(y0),y1)", 2, "bf16"), ("add(mul(y0,v0),e0)", 1, "f16")):
+        f = cpu_layout(format("int4[g64]"), 192)
+        assert f is not None
+        spec = GemmSpec(f, 45, 192, x, True, weights=weights, epilogue=Epilogue.parse(text))
+        check(spec, 37, vectors=TILES)
+
+
+def test_which_blocks_x_is_cut_into() -> None:
+    """The scale's, up to 128; nothing below 32, nor where codes are no bytes before they are floats."""
+    blocks = {
+        "int8": 128, "int4[g128]": 128, "int4[g64]": 64, "mxfp4": 32, "nvfp4": None, "nf4[g64]": None,
+        "float8_e4m3fn": None, "int8 x int8": None,
+    }  # fmt: skip
+    for text, block in blocks.items():
+        made = tiled(Body(pair(text)))
+        assert (None if made is None else made.block) == block, text
+
+
+def test_x_without_digits_goes_the_way_of_floats(compiled: None) -> None:
+    """Not finite, past 2**64, and a block whose numbers lie far below its largest."""
+    spec = pair("int4[g64]")
+    build.know([spec], TILES)
+    inputs = operands(spec, 20, seed=1)
+    x = inputs[0]
+    far = x.clone()
+    far[3] *= 2.0**-20
+    far[3, ::64] = 1.0
+    large = x.clone()
+    large[2, 7] = 2.0**70
+    for given in (far, large):
+        (y,) = torch.ops.bitfold.fused([given, *inputs[1:]], str(spec))
+        build.know([spec], "avx512vnni")
+        (other,) = torch.ops.bitfold.fused([given, *inputs[1:]], str(spec))
+        build.know([spec], TILES)
+        scale = other.abs().amax(1, keepdim=True)
+        assert ((y - other).abs() <= 1e-5 * scale).all()
+    broken = x.clone()
+    broken[0, 5], broken[1, 6] = float("nan"), float("inf")
+    (y,) = torch.ops.bitfold.fused([broken, *inputs[1:]], str(spec))
+    assert y[0].isnan().all() and not y[1].isfinite().any() and y[2:].isfinite().all()
+
+
+def test_without_leave_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that may not use tiles is told once, and has kernels without."""
+    build.vectors.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
+    try:
+        with pytest.warns(UserWarning, match="the system does not let this process use it"):
+            assert build.vectors() == "avx512vnni"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert build.vectors() == "avx512vnni"
+    finally:
+        build.vectors.cache_clear()
