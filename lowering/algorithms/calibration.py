@@ -21,6 +21,8 @@ from ...passes.observing.batch import Batch, as_batch
 from ...passes.observing.calibrate import named
 from .at_rest import hooked, in_order
 
+_END = object()
+
 
 class Batches:
     """Calibration data and example inputs; read once, so that a generator will do."""
@@ -40,8 +42,8 @@ class Batches:
     def example(self) -> Batch | None:
         """The example inputs, or else the first calibration batch (which is still there for `__iter__`)."""
         if self._example is None:
-            first = next(self._rest, None)
-            if first is not None:
+            first = next(self._rest, _END)
+            if first is not _END:
                 self._rest = itertools.chain([first], self._rest)
                 return as_batch(first, "calibration batch 0")
         return self._example

@@ -93,8 +93,13 @@ def as_read(values: Mapping[str, Tensor], learnt: Learnt) -> dict[str, Tensor]:
 
 def called(module: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
     """The module with these in place of its parameters, in their dtypes."""
-    held = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
-    return functional_call(module, held, args, kwargs, tie_weights=False)
+    held: dict[tuple[nn.Module, str], tuple[str, Tensor]] = {}
+    for name, value in values.items():
+        prefix, _, own = name.rpartition(".")
+        # Once, where a module stands in two places: it cannot be given its parameter twice.
+        held.setdefault((module.get_submodule(prefix), own), (name, value))
+    found = {name: value.to(module.get_parameter(name).dtype) for name, value in held.values()}
+    return functional_call(module, found, args, kwargs, tie_weights=False)
 
 
 class Descent:

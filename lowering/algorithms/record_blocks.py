@@ -28,7 +28,7 @@ from ...formats import BitfoldError
 from ...passes import Miss
 from ...passes.observing.batch import Batch
 from .at_rest import at_rest, hooked
-from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
+from .blocks import BlockCall, Chain, Handed, HiddenState, first_part, first_tensor
 from .buffers import written
 
 Blocks = list[tuple[str, nn.Module]]
@@ -55,7 +55,10 @@ def block_lists(model: nn.Module) -> list[Blocks]:
 def record(model: nn.Module, batches: Sequence[Batch], lists: Sequence[Blocks]) -> list[Chain | Miss]:
     """Run the float model once on every batch: for each list its chain, or why it is none; no further than to
     the batch that shows that of one. The caller has the model in eval mode, without gradients."""
-    chains = [Chain(tuple(p for p, _ in one), tuple(block for _, block in one)) for one in lists]
+    chains = [
+        Chain(tuple(p for p, _ in one), tuple(block for _, block in one), largest=place == 0)
+        for place, one in enumerate(lists)
+    ]
     results: list[Tensor] = []
     for batch in batches:
         seen = _record_batch(model, batch, chains)
@@ -95,7 +98,7 @@ def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
 def _record_batch(model: nn.Module, batch: Batch, chains: Sequence[Chain]) -> list[Tensor | Miss]:
     """Note one batch; each last block's result, or the reason why the blocks are no chain."""
     # Bad data shows in the largest list; what lesser ones hand on need be no hidden value at all.
-    seen = [_Seen(chain, batch.name, strict=place == 0) for place, chain in enumerate(chains)]
+    seen = [_Seen(chain, batch.name) for chain in chains]
     before = {block: one.before for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
     after = {block: one.after for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
     with hooked(model, before, after, outside=True):
@@ -109,7 +112,7 @@ def _noted(seen: _Seen, chain: Chain) -> Tensor | Miss:
         return Miss(seen.broken[0])
     if seen.order != list(range(len(chain.blocks))) or seen.next is None:
         return Miss("its blocks do not each run once, in order")
-    chain.given.append(Given(seen.start[0], {}))
+    chain.given.append(HiddenState(seen.start[0], {}))
     chain.calls.append(seen.calls)
     return seen.next
 
@@ -117,13 +120,13 @@ def _noted(seen: _Seen, chain: Chain) -> Tensor | Miss:
 class _Seen:
     """One batch's calls of blocks, while they come."""
 
-    def __init__(self, chain: Chain, batch: str, strict: bool) -> None:
-        self.batch, self.strict = batch, strict
+    def __init__(self, chain: Chain, batch: str) -> None:
+        self.batch, self.strict = batch, chain.largest
         self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
         self.index = {block: i for i, block in enumerate(chain.blocks)}
         self.order: list[int] = []
         self.start: list[Tensor] = []
-        self.calls: list[Call] = []
+        self.calls: list[BlockCall] = []
         self.broken: list[str] = []
         self.handed: dict[int, tuple[weakref.ref[Tensor], int, Handed]] = {}  # by identity, with versions
         self.next: Tensor | None = None
@@ -186,7 +189,7 @@ class _Seen:
 _NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
 
 
-def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
+def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, BlockCall]:
     """The first tensor of a call, and the call without it."""
     if args and isinstance(args[0], Tensor):
         return args[0], ((None, *args[1:]), dict(kwargs))

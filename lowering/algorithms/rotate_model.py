@@ -42,7 +42,7 @@ def rotate_model(step: Rotate, at: Whole) -> None:
     """Rotate, until the swaps end. Raises BitfoldError, naming the operator, for a model that is not to be
     rotated, and if it computes something else afterwards."""
     model, batch = at.model, at.batches[0]
-    turned = _Work(step, model, at.sites, at.swaps, _stream(model, batch))
+    turned = _Turning(step, model, at.sites, at.swaps, _stream(model, batch))
     before = first_output(model, batch)
     turned.rotate()
     after = first_output(model, batch)
@@ -67,7 +67,7 @@ def _stream(model: nn.Module, batch: Batch) -> Stream:
     return found
 
 
-class _Work:
+class _Turning:
     """The parameters of a model while they are turned."""
 
     def __init__(

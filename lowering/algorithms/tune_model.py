@@ -43,7 +43,7 @@ def tune_model(step: Tune, at: Whole) -> None:
     with Swaps() as swaps, at_rest(model):
         for site in found.sites:
             swaps.put(site)  # what is not learned is rounded too, and so are inputs
-        run = _Work(step, model, learnt, at.changes, swaps)
+        run = _Tuning(step, model, learnt, at.changes, swaps)
         every = min(_ASIDE, len(batches))
         aside = batches[::every]
         taught = [batch for place, batch in enumerate(batches) if place % every] or aside
@@ -53,7 +53,7 @@ def tune_model(step: Tune, at: Whole) -> None:
     at.changes |= run.best
 
 
-class _Work:
+class _Tuning:
     """What moves, and the two models on a batch."""
 
     def __init__(

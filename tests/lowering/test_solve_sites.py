@@ -319,3 +319,34 @@ def test_moments_outside_of_blocks_are_held_a_portion_at_a_time(
     found = codes(bf.quantize(model, "int4[g32]", **asked))
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
     assert most <= 2 * 64 * 64  # a portion, and what a group of a block reads
+
+
+class Frozen(nn.Module):
+    """A tower that computes without gradients, before a model that is larger."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(self.Layer() for _ in range(2))
+        self.model = Model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.tower:
+            x = layer(x)
+        out: Tensor = self.model(x)
+        return out
+
+
+def test_learning_leaves_a_lesser_list_without_gradients(batches: list[Tensor]) -> None:
+    model = Frozen().eval()
+    bf.quantize(model, "int4[g32]", algorithm="learn{steps=2}", calibration=batches, target="reference")
+    found = [miss.module_path for miss in bf.report(model).misses if "no gradient in it" in miss.reason]
+    assert found == ["tower.0", "tower.1"]
