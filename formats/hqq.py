@@ -6,6 +6,11 @@ The error W - dequantize(quantize(W)) is split into outliers (a shrinkage with a
 that the zero point absorbs; the two are found in turn, at most twenty times, until the mean error over the
 whole tensor no longer falls (Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models",
 2023). The stop is a mask, not a branch, so that the operators trace.
+
+This is the rule `hqq` of a scale, as its authors' kernels want it: with a float zero point, the best round
+of the whole tensor, and 4 bits' rounded zero. For every other format, with the best round of each block,
+there is the pass `hqq` of an algorithm (`passes/algorithms/hqq.py`). Their shrinkages differ in the last bit
+(a product with 1 / beta here, a quotient there), which is why each has its own.
 """
 
 from __future__ import annotations

@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 from ..formats import BitfoldError
 from ..passes.core import Progress
-from .algorithms.calibration import Batch, Batches, hooked
+from ..passes.observing.batch import Batch
+from .algorithms.at_rest import at_rest, hooked
+from .algorithms.calibration import Batches
 from .folded import Folded
 from .given_model import is_graph, module_of
 from .outputs import first_output, float_output, numbers
@@ -117,7 +119,7 @@ def diagnose(
     model, quantized = module_of(model, "bf.diagnose"), module_of(quantized, "bf.diagnose")
     layers = _paired(model, quantized)
     output, count = Ratio(), 0
-    with hooked(model, {}), hooked(quantized, {}):
+    with at_rest(model), at_rest(quantized):
         for batch in Batches(batches, None):
             count += 1
             if progress is not None:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline, expression, state
 from ..passes.anchors import TARGETS
-from ..passes.core import Progress
+from ..passes.core import Progress, below
 from ..passes.fold import DEQUANTIZE, Fold
 from ..passes.note import annotated
 from ..passes.stages import find_attribute
@@ -117,7 +117,7 @@ def sources_of(site: Site, names: Mapping[int, list[str]]) -> Sources:
             continue
         dtype = chain.parameter.dtype
         if note.weight:
-            own = chain.path.removeprefix(site.path).strip(".")
+            own = below(chain.path, site.path)
             path = names[id(chain.parameter)][0]
             shape, back = tuple(chain.parameter.shape), back_from(chain, note.anchor)
             if site.columns is not None and back is not None:

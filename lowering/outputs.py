@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ..formats import BitfoldError
-from .algorithms.calibration import Batch
+from ..passes.observing.batch import Batch
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from ..passes.annotate import Annotate
 from ..passes.core import Progress
 from ..passes.edges import first_calibrated
 from ..passes.fold import Fold
+from ..passes.observing.batch import Batch
 from ..passes.observing.calibrate import calibrate, flat_arguments
 from ..passes.observing.observe import Observe
 from ..passes.observing.share import Share
@@ -70,14 +71,14 @@ def quantize_program(
     )
     if notes + caches == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
-    data: list[Any] = list(batches.raw()) if steps is not None else []
+    data: list[Batch] = list(batches) if steps is not None else []
     if steps is not None:
         _solve(gm, steps, data, progress)
     observed = first_calibrated(gm)
     if observed is not None:
         batches.check_given(observed)
         Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
-        calibrate(gm, data if steps is not None else batches.raw(), progress)
+        calibrate(gm, data if steps is not None else batches, progress)
     Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)
@@ -86,7 +87,7 @@ def quantize_program(
 
 
 @torch.no_grad()
-def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Progress | None) -> None:
+def _solve(gm: GraphModule, steps: Algorithm, batches: list[Batch], progress: Progress | None) -> None:
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
     block's
     statistics at a time, and measures each block behind the rounded ones.)"""
@@ -100,7 +101,7 @@ def _solve(gm: GraphModule, steps: Algorithm, batches: list[Any], progress: Prog
         for index, batch in enumerate(batches):
             if progress is not None:
                 progress(f"measure batch {index}", index, len(batches))
-            run.run(*flat_arguments(gm, index, batch))
+            run.run(*flat_arguments(gm, batch))
         if steps.measures:
             warn_of_few(measured(gm))
     steps.solve.run(gm, progress=progress)

@@ -24,11 +24,13 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError, Quantized
 from ..passes import Pipeline
 from ..passes.core import Progress
+from ..passes.observing.batch import Batch
+from ..passes.observing.calibrate import NO_BATCHES
 from ..passes.observing.observe import Observe
 from ..passes.recipes import Recipe
 from ..passes.training.fake_quantize import check_observers
 from .algorithms.algorithm import Algorithm, algorithm_of
-from .algorithms.calibration import Batch, Batches, observe_modules, record_arguments
+from .algorithms.calibration import Batches, observe_modules, record_arguments
 from .algorithms.results import Results, fingerprint
 from .algorithms.solve_sites import solve_sites
 from .fold_sites import fold_sites
@@ -188,7 +190,7 @@ def calibrate_sites(
             Pipeline([Observe()]).run(site.gm, record=False)
             observed[site.module] = site.gm
     if observe_modules(model, batches, observed, progress) == 0:
-        raise BitfoldError("calibration has no batches; give at least one")
+        raise BitfoldError(NO_BATCHES)
     for site in found.sites:
         try:
             check_observers(site.gm)

@@ -19,6 +19,7 @@ from ..formats import Quantized, format
 from ..passes import expression
 from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
+from ..passes.core import below
 from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
@@ -89,7 +90,7 @@ class Swaps:
         value = rows.to(chain.parameter.dtype)
         for what, arguments in back:
             value = value.reshape(arguments) if what == "reshape" else value.permute(arguments)
-        own = chain.path.removeprefix(site.path).strip(".")
+        own = below(chain.path, site.path)
         prefix, _, name = own.rpartition(".")
         owner = site.module.get_submodule(prefix)
         self._rounded.append((owner, name, owner._parameters.get(name)))

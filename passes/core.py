@@ -120,7 +120,7 @@ class State:
 
     def local(self, path: str) -> str:
         """What the captured module calls a path of the model; "" for the module itself."""
-        return "" if path == self.path_prefix else path.removeprefix(f"{self.path_prefix}.").strip(".")
+        return below(path, self.path_prefix)
 
     def copy(self) -> State:
         """A state for a copy of the graph: its own records, the same tensors and the same store."""
@@ -152,6 +152,12 @@ class State:
     def __setstate__(self, data: dict[str, Any]) -> None:
         self.__init__(data["scope"], data["stage"], path_prefix=data["path_prefix"])  # type: ignore[misc]
         self.misses = list(data["misses"])
+
+
+def below(path: str, prefix: str) -> str:
+    """A path in the model as it is called inside the module at `prefix`: "up.weight" of "layers.0.up.weight"
+    below "layers.0"; one that is elsewhere stays as it is."""
+    return "" if path == prefix else path.removeprefix(f"{prefix}.").strip(".")
 
 
 def state(gm: GraphModule) -> State:

@@ -26,13 +26,14 @@ from ...passes.algorithms.balance import Balancer, Group, Weights, groups
 from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.algorithms.inputs import Inputs
 from ...passes.anchors import TARGETS
+from ...passes.core import below
 from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
 from ..turned import turned
+from .at_rest import hooked, in_order
 from .blocks import Chain
-from .calibration import hooked, in_order
 from .described import described_module
 from .measure import Gatherer
 from .places import Block, work
@@ -55,7 +56,7 @@ def balance_block(step: Balancer, at: Block) -> None:
             "rows of a linear"
         )
         at.whole.miss(at.path, step.name, reason)
-    now = _Work(at)
+    now = _Parameters(at)
     found = [group for group in found if _may_be_scaled(step, group, now)]
     before = at.chain.run(at.place, 0)
     inputs = _inputs(at.chain, at.place, found, now) if step.needs_inputs else {}
@@ -73,7 +74,7 @@ def balance_block(step: Balancer, at: Block) -> None:
     at.whole.changes |= now.changes
 
 
-def _may_be_scaled(step: Balancer, group: Group, now: _Work) -> bool:
+def _may_be_scaled(step: Balancer, group: Group, now: _Parameters) -> bool:
     """Whether nothing but this group reads its parameters, none has codes of its own already, which no factor
     changes, and it can be measured what goes into its readers if the step wants to know; else a miss."""
     whole, path = now.at.whole, now.at.path
@@ -111,7 +112,7 @@ def _groups(at: Block) -> list[Group] | Miss:
     return known
 
 
-class _Work:
+class _Parameters:
     """The parameters of one block, by their path in it, while they are changed."""
 
     def __init__(self, at: Block) -> None:
@@ -123,7 +124,7 @@ class _Work:
                 operand = node.args[TARGETS[node.target][2]]
                 chain = expression(site.gm, operand) if isinstance(operand, Node) else None
                 if chain is not None and not chain.text and note.anchor == "linear" and note.weight:
-                    self.anchors[chain.path.removeprefix(at.path).strip(".")] = (site, node, note)
+                    self.anchors[below(chain.path, at.path)] = (site, node, note)
 
     def weights(self, group: Group, inputs: Inputs | None) -> Weights:
         readers: list[tuple[Tensor, Format | None]] = []
@@ -192,7 +193,7 @@ class _Work:
         self.at.swaps.replace(owner, own, value.to(held.dtype))
 
 
-def _inputs(chain: Chain, place: int, found: Sequence[Group], now: _Work) -> dict[str, Inputs]:
+def _inputs(chain: Chain, place: int, found: Sequence[Group], now: _Parameters) -> dict[str, Inputs]:
     """Statistics of what each group reads, by its first reader's path."""
     block = chain.blocks[place]
     seen: dict[str, Inputs] = {}

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Given:
+class HiddenState:
     """What the next block is given of those before it: the hidden value, and others that later calls take."""
 
     hidden: Tensor
@@ -44,13 +44,14 @@ class Given:
 class Chain:
     """`given`: for each batch, what goes into the block that is next. `calls`: batch by batch, block by
     block, the arguments, the hidden value among them replaced by None; `exact`: as `given` in the float
-    model, if wanted."""
+    model, if wanted; `largest`: whether no other list of the model's has more parameters."""
 
     paths: tuple[str, ...]
     blocks: tuple[nn.Module, ...]
-    given: list[Given] = field(default_factory=list)
-    calls: list[list[Call]] = field(default_factory=list)
-    exact: list[Given] = field(default_factory=list)
+    given: list[HiddenState] = field(default_factory=list)
+    calls: list[list[BlockCall]] = field(default_factory=list)
+    exact: list[HiddenState] = field(default_factory=list)
+    largest: bool = True
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -67,7 +68,7 @@ class Chain:
         args, kwargs = self._arguments(block, batch, self.exact[batch])
         return first_tensor(self.blocks[block](*args, **kwargs))
 
-    def behind(self, block: int, batch: int, given: Given) -> Given:
+    def behind(self, block: int, batch: int, given: HiddenState) -> HiddenState:
         """What the next block is given, if this one is given that."""
         args, kwargs = self._arguments(block, batch, given)
         result = self.blocks[block](*args, **kwargs)
@@ -75,14 +76,14 @@ class Chain:
         leaves = pytree.tree_leaves(self.calls[batch][block + 1 :])
         later = {one for one in leaves if isinstance(one, Handed)}
         handed = {key: one for key, one in (given.handed | here).items() if key in later}
-        return Given(first_tensor(result), handed)
+        return HiddenState(first_tensor(result), handed)
 
-    def arguments(self, block: int, batch: int = 0) -> Call:
+    def arguments(self, block: int, batch: int = 0) -> BlockCall:
         """What the block is called with."""
         return self._arguments(block, batch, self.given[batch])
 
-    def _arguments(self, block: int, batch: int, given: Given) -> Call:
-        call: Call = pytree.tree_map_only(Handed, given.handed.__getitem__, self.calls[batch][block])
+    def _arguments(self, block: int, batch: int, given: HiddenState) -> BlockCall:
+        call: BlockCall = pytree.tree_map_only(Handed, given.handed.__getitem__, self.calls[batch][block])
         # A copy: a block that adds to what it is given would change what the next run of it starts from.
         return _filled(call, given.hidden.clone())
 
@@ -100,7 +101,7 @@ def first_tensor(result: Any) -> Tensor:
     return value
 
 
-def _filled(call: Call, value: Tensor) -> Call:
+def _filled(call: BlockCall, value: Tensor) -> BlockCall:
     args, kwargs = call
     if "" in kwargs:
         name = kwargs[""]

@@ -21,7 +21,7 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._held: list[tuple[nn.Module, str, Tensor, Tensor, int]] = [
-            (module, name, buffer, buffer.clone(), _version(buffer))
+            (module, name, buffer, buffer.clone(), written(buffer))
             for module in model.modules()
             if not isinstance(module, Folded)
             for name, buffer in module._buffers.items()
@@ -35,12 +35,12 @@ class Buffers:
         """Put back what has been written to since."""
         for place, (module, name, buffer, value, version) in enumerate(self._held):
             module._buffers[name] = buffer
-            if version == _version(buffer) >= 0:
+            if version == written(buffer) >= 0:
                 continue
             buffer.copy_(value)
-            self._held[place] = module, name, buffer, value, _version(buffer)
+            self._held[place] = module, name, buffer, value, written(buffer)
 
 
-def _version(tensor: Tensor) -> int:
+def written(tensor: Tensor) -> int:
     """Goes up with every write; -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version

@@ -9,65 +9,19 @@ and without gradients, and is then as it was.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes.core import Progress
-from ...passes.observing.calibrate import named, usable
-from ...passes.scopes.program import traceable
-from .buffers import Buffers
+from ...passes.observing.batch import Batch, as_batch
+from ...passes.observing.calibrate import named
+from .at_rest import hooked, in_order
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One call of the model."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        leaves = pytree.tree_flatten_with_path((self.args, self.kwargs))[0]
-        nothing = not any(value.numel() for _, value in leaves if isinstance(value, Tensor))
-        for path, value in leaves:
-            if not isinstance(value, Tensor):
-                continue
-            if value.is_meta:
-                raise BitfoldError(f"{self.name} has no numbers: {_place(path)} is on the meta device")
-            if value.numel() == 0 and (value.is_floating_point() or nothing):
-                raise BitfoldError(f"{self.name} is empty: {_place(path)} has shape {list(value.shape)}")
-            if not value.is_floating_point():
-                continue
-            if not usable(value):
-                raise BitfoldError(
-                    f"{self.name} has NaN or infinity in {_place(path)}; leave it out or repair it"
-                )
-
-    def run(self, model: nn.Module) -> Any:
-        """What the model returns for it. Raises BitfoldError if the model does not take it."""
-        try:
-            return model(*self.args, **self.kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
-            if isinstance(error, BitfoldError):
-                raise
-            shapes = [
-                list(leaf.shape)
-                for leaf in pytree.tree_leaves((self.args, self.kwargs))
-                if isinstance(leaf, Tensor)
-            ]
-            first = str(error).strip().split("\n")[0]
-            raise BitfoldError(
-                f"{self.name} with shapes {shapes} does not go through {type(model).__name__}: {first}"
-            ) from error
+_END = object()
 
 
 class Batches:
@@ -88,8 +42,8 @@ class Batches:
     def example(self) -> Batch | None:
         """The example inputs, or else the first calibration batch (which is still there for `__iter__`)."""
         if self._example is None:
-            first = next(self._rest, None)
-            if first is not None:
+            first = next(self._rest, _END)
+            if first is not _END:
                 self._rest = itertools.chain([first], self._rest)
                 return as_batch(first, "calibration batch 0")
         return self._example
@@ -104,31 +58,6 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         return (as_batch(one, f"calibration batch {index}") for index, one in enumerate(self._rest))
-
-    def raw(self) -> Iterator[Any]:
-        """The batches as they were given, each checked first."""
-        for index, one in enumerate(self._rest):
-            check_batch(one, f"calibration batch {index}")
-            yield traceable(one)
-
-
-def as_batch(given: Any, name: str) -> Batch:
-    """A batch from what a user wrote. Raises BitfoldError if it is nothing that a model is called with."""
-    check_batch(given, name)
-    if isinstance(given, Tensor):
-        return Batch(name, (traceable(given),), {})
-    if isinstance(given, Mapping):
-        return Batch(name, (), traceable(dict(given)))
-    return Batch(name, traceable(tuple(given)), {})
-
-
-def check_batch(given: Any, name: str) -> None:
-    """BitfoldError if it is nothing that a model is called with."""
-    if isinstance(given, Tensor | Mapping) or (isinstance(given, Sequence) and not isinstance(given, str)):
-        return
-    raise BitfoldError(
-        f"{name} is a {type(given).__name__}; give a tensor, a tuple of arguments or a dict of keywords"
-    )
 
 
 def record_arguments(model: nn.Module, batch: Batch, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
@@ -164,57 +93,3 @@ def observe_modules(
             batch.run(model)
             count += 1
     return count
-
-
-def in_order(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call in the order of the signature, which is how a module's graph takes them."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).args if kwargs else args
-
-
-@contextmanager
-def hooked(
-    model: nn.Module,
-    before: Mapping[nn.Module, Callable[..., Any]],
-    after: Mapping[nn.Module, Callable[..., Any]] | None = None,
-    *,
-    outside: bool = False,
-) -> Iterator[None]:
-    """The model in eval mode, without gradients, with these hooks around the forwards; then as it was.
-
-    Every call of the model meanwhile starts from the buffers that it has now. The hooks see what the forwards
-    themselves are given and return, or, if `outside`, what the modules are called with and hand on: the
-    user's own hooks, which go on working, lie between the two.
-    """
-    training = {module: module.training for module in model.modules()}
-    handles = [
-        module.register_forward_pre_hook(hook, with_kwargs=True, prepend=outside)
-        for module, hook in before.items()
-    ]
-    handles += [
-        module.register_forward_hook(hook, with_kwargs=True, prepend=not outside)
-        for module, hook in (after or {}).items()
-    ]
-    buffers = Buffers(model)
-
-    def back(*_: object) -> None:
-        if not torch.compiler.is_compiling():  # a capture must not have it in its graph
-            buffers.back()
-
-    if len(buffers):
-        handles.append(model.register_forward_pre_hook(back, prepend=True))
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        buffers.back()
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _place(path: Any) -> str:
-    which, *rest = path
-    inside = pytree.keystr(tuple(rest))
-    return f"argument {inside.strip('[]')}" if which.idx == 0 else f"argument {inside}"

@@ -26,7 +26,7 @@ from ...passes.provenance import inherit
 from ...passes.scopes.module import is_stock
 from ..module_scope import Site
 from ..swaps import as_decided
-from .calibration import hooked
+from .at_rest import hooked
 from .places import Whole, work
 
 FLOAT = "bitfold_float"

@@ -1,10 +1,12 @@
 """A module in words: its class, and the values, functions and tensors that it holds beside its parameters.
 
-In: a module. Out: text that is the same in every run, and another if the module would compute something else.
+In: a module. Out: text that is the same in every run, and another if the module holds another value of a kind
+that is known: numbers, text, dtypes, tensors, functions, and lists, tuples, sets and mappings of these.
 
     described_module(MLP(act=F.relu, scale=2.0))   "models.MLP  {act: torch.nn.functional.relu, scale: 2.0}"
 
-Objects of classes that are not known stand by their class alone.
+Objects of other classes stand by their class alone: what they hold is not seen, and a run that was changed
+there is taken for the same.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ at a later batch, what was measured is forgotten, and its sites too are measured
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,26 +21,29 @@ from ...formats import BitfoldError
 from ...passes import Miss
 from ...passes.algorithms.inputs import INPUTS
 from ...passes.note import annotated
-from ...passes.observing.calibrate import usable
+from ...passes.observing.batch import Batch, usable
 from ..module_scope import Site
+from .at_rest import hooked, in_order
 from .blocks import Chain
-from .calibration import Batch, hooked, in_order
 from .enough_data import expected, measured, warn_of_few
 from .measure import gatherer
 from .record_blocks import block_lists, record
+
+_AT_ONCE = 1 << 28
+"""Numbers of the moments that are held at a time of layers outside of chains: 1 GiB."""
 
 
 def recorded(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measures: bool
 ) -> tuple[list[Chain] | Miss, list[Site]]:
-    """The float run: the chains, and the sites outside them, which are measured on the way."""
+    """The float run: the chains, and the sites outside them, whose first portion is measured on the way."""
     lists = block_lists(model)
     found = record(model, batches[:1], lists)  # which are chains decides what the full run measures
     while found and isinstance(found[0], Chain):
         lists = [one for one, seen in zip(lists, found, strict=True) if isinstance(seen, Chain)]
         paths = [path for one in lists for path, _ in one]
         rest = [site for site in sites if not any(within(site.path, path) for path in paths)]
-        with _watched(model, sites, rest, measures) as reached:
+        with _watched(model, sites, _looks(sites, rest, measures)) as reached:
             found = record(model, batches, lists)
         chains = [one for one in found if isinstance(one, Chain)]
         if len(chains) == len(lists):
@@ -49,7 +52,7 @@ def recorded(
                 warn_of_few((*_in_chains(sites, chains), *(one for s in rest for one in measured(s.gm))))
             return chains, rest
         _forget(rest)  # the next run sees the same batches again
-    with _watched(model, sites, sites, measures) as reached:
+    with _watched(model, sites, _looks(sites, sites, measures)) as reached:
         for batch in batches:
             batch.run(model)
     _check_reached(sites, reached)
@@ -68,10 +71,9 @@ def _forget(sites: Sequence[Site]) -> None:
 
 @contextmanager
 def _watched(
-    model: nn.Module, sites: Sequence[Site], measured: Sequence[Site], measures: bool
+    model: nn.Module, sites: Sequence[Site], looks: Mapping[nn.Module, Callable[..., None]]
 ) -> Iterator[set[nn.Module]]:
-    """Some of the sites measured meanwhile; which of them all were reached. An algorithm that measures
-    nothing would not see NaN: all are looked at for that then."""
+    """Some of the sites looked at meanwhile; which of them all were reached."""
     reached: set[nn.Module] = set()
 
     def watch(look: Callable[..., None] | None) -> Callable[..., None]:
@@ -82,10 +84,43 @@ def _watched(
 
         return hook
 
-    chosen, look = (measured, gatherer) if measures else (sites, _finite)
-    looks = {site.module: look(site) for site in chosen}
     with hooked(model, {site.module: watch(looks.get(site.module)) for site in sites}):
         yield reached
+
+
+def _looks(
+    sites: Sequence[Site], rest: Sequence[Site], measures: bool
+) -> dict[nn.Module, Callable[..., None]]:
+    """Hooks that measure the first portion of what is outside of chains. Where nothing is measured, NaN would
+    not be seen: it is looked for there."""
+    if not measures:
+        return {site.module: _finite(site) for site in sites}
+    first, *later = portions(rest)
+    return {site.module: gatherer(site) for site in first} | {
+        site.module: _finite(site) for portion in later for site in portion
+    }
+
+
+def portions(sites: Sequence[Site]) -> list[list[Site]]:
+    """The sites in order, as many together as moments of `_AT_ONCE` numbers take; the first may be empty."""
+    found: list[list[Site]] = [[]]
+    held = 0
+    for site in sites:
+        size = sum(channels**2 for _, channels in expected(site.gm, 0))
+        if found[-1] and held + size > _AT_ONCE:
+            found.append([])
+            held = 0
+        found[-1].append(site)
+        held += size
+    return found
+
+
+def measure_in_floats(model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch]) -> None:
+    """Another float run, for a portion whose moments would have been too many in the first."""
+    with hooked(model, {site.module: gatherer(site) for site in sites}):
+        for batch in batches:
+            batch.run(model)
+    warn_of_few(one for site in sites for one in measured(site.gm))
 
 
 def _finite(site: Site) -> Callable[..., None]:

@@ -34,7 +34,12 @@ def learn_block(step: Learn, at: Block) -> None:
     if not learnt:
         return
     least = _loss(block, chain, place, targets, learnt, first=True)
-    _check_gradients(block, chain, place, targets, learnt)
+    why = _no_gradient(block, chain, place, targets, learnt)
+    if why and chain.largest:
+        raise BitfoldError(f"learn has no gradient in {at.path}: {why}; leave learn out")
+    if why:
+        at.whole.miss(at.path, step.name, f"there is no gradient in it: {why}")
+        return
     draw = torch.Generator().manual_seed(0)
     descent = Descent(learnt, (step.rate, step.scales))
     for number in range(step.steps):
@@ -54,18 +59,15 @@ def learn_block(step: Learn, at: Block) -> None:
         node.meta[DRAFT] = rounding.draft()
 
 
-def _check_gradients(
+def _no_gradient(
     block: nn.Module, chain: Chain, place: int, targets: Sequence[Tensor], learnt: Learnt
-) -> None:
-    """BitfoldError if no batch has a gradient of any weight: there is nothing to learn from."""
+) -> str:
+    """Why no batch has a gradient of any weight, so that there is nothing to learn from; "" if one has."""
     values = {name: rounding.values().requires_grad_() for name, (_, rounding) in learnt.items()}
     for index, target in enumerate(targets):
         if _gradients(block, chain, place, index, target, values, learnt):
-            return
-    raise BitfoldError(
-        f"learn has no gradient in {chain.paths[place]}: its forward computes under torch.no_grad(), or none "
-        "of its weights reaches its result; leave learn out"
-    )
+            return ""
+    return "its forward computes under torch.no_grad(), or none of its weights reaches its result"
 
 
 def _gradients(

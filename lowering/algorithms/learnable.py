@@ -28,6 +28,7 @@ from ...passes.algorithms.learn import Learn
 from ...passes.algorithms.rounding import Rounding, moves
 from ...passes.algorithms.tune import Tune
 from ...passes.anchors import TARGETS
+from ...passes.core import below
 from ...passes.note import Note, annotated
 from ..module_scope import Site
 from ..turned import turned
@@ -47,7 +48,7 @@ def roundings(sites: Sequence[Site], root: str) -> Learnt:
             path, draft = _learnable(site, node, note), _draft(site, node, note)
             if isinstance(path, Miss) or draft is None:
                 continue
-            name = _full(site.path, path).removeprefix(root).strip(".")
+            name = below(path, root)
             found[name] = node, Rounding(format(note.weight), draft, turned(node))
     return found
 
@@ -92,8 +93,13 @@ def as_read(values: Mapping[str, Tensor], learnt: Learnt) -> dict[str, Tensor]:
 
 def called(module: nn.Module, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
     """The module with these in place of its parameters, in their dtypes."""
-    held = {name: value.to(module.get_parameter(name).dtype) for name, value in values.items()}
-    return functional_call(module, held, args, kwargs, tie_weights=False)
+    held: dict[tuple[nn.Module, str], tuple[str, Tensor]] = {}
+    for name, value in values.items():
+        prefix, _, own = name.rpartition(".")
+        # Once, where a module stands in two places: it cannot be given its parameter twice.
+        held.setdefault((module.get_submodule(prefix), own), (name, value))
+    found = {name: value.to(module.get_parameter(name).dtype) for name, value in held.values()}
+    return functional_call(module, found, args, kwargs, tie_weights=False)
 
 
 class Descent:
@@ -145,7 +151,3 @@ def _draft(site: Site, node: Node, note: Note) -> Draft | None:
     elif turned(node):
         weight = torch.ops.bitfold.hadamard(weight)
     return None if weight is None else Draft(weight.float(), tuple(found.params), found.dequantize())
-
-
-def _full(path: str, own: str) -> str:
-    return own if not path or own.startswith(path + ".") else f"{path}.{own}"

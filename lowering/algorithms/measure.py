@@ -24,7 +24,7 @@ from ...passes.note import Note, annotated
 from ...passes.scopes.module import is_stock
 from ..module_scope import Site
 from ..turned import turned
-from .calibration import in_order
+from .at_rest import in_order
 
 
 class Pairs:
@@ -74,7 +74,7 @@ def measure(
         for site in (*alone, *together[:1])
     ]
     if not alone and not repeated:
-        handles.append(together[0].module.register_forward_pre_hook(_seen))
+        handles.append(together[0].module.register_forward_pre_hook(_stop_early))
     try:
         run()
     finally:
@@ -86,17 +86,17 @@ def measure(
             linears(site.gm)[0][0].meta[INPUTS] = seen
 
 
-class _Seen(Exception):
+class _StopEarly(Exception):
     """What was to be measured has been: the rest of the block need not run."""
 
 
-def _seen(module: nn.Module, args: Any) -> None:
-    raise _Seen
+def _stop_early(module: nn.Module, args: Any) -> None:
+    raise _StopEarly
 
 
 def once(call: Callable[[], object]) -> None:
     """`call`, as far as `measure` needs it."""
-    with contextlib.suppress(_Seen):
+    with contextlib.suppress(_StopEarly):
         call()
 
 

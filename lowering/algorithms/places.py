@@ -25,10 +25,10 @@ from ...passes import MissRecord
 from ...passes.algorithms.on_model import OnModel
 from ...passes.core import Progress
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ..module_scope import Plan, Site
 from ..swaps import Swaps
 from .blocks import Chain
-from .calibration import Batch
 from .used_once import used_more_than_once
 
 

@@ -26,8 +26,10 @@ from torch.utils import _pytree as pytree
 
 from ...formats import BitfoldError
 from ...passes import Miss
-from .blocks import Call, Chain, Given, Handed, first_part, first_tensor
-from .calibration import Batch, hooked
+from ...passes.observing.batch import Batch
+from .at_rest import at_rest, hooked
+from .blocks import BlockCall, Chain, Handed, HiddenState, first_part, first_tensor
+from .buffers import written
 
 Blocks = list[tuple[str, nn.Module]]
 """The elements of a ModuleList, with their paths."""
@@ -53,7 +55,10 @@ def block_lists(model: nn.Module) -> list[Blocks]:
 def record(model: nn.Module, batches: Sequence[Batch], lists: Sequence[Blocks]) -> list[Chain | Miss]:
     """Run the float model once on every batch: for each list its chain, or why it is none; no further than to
     the batch that shows that of one. The caller has the model in eval mode, without gradients."""
-    chains = [Chain(tuple(p for p, _ in one), tuple(block for _, block in one)) for one in lists]
+    chains = [
+        Chain(tuple(p for p, _ in one), tuple(block for _, block in one), largest=place == 0)
+        for place, one in enumerate(lists)
+    ]
     results: list[Tensor] = []
     for batch in batches:
         seen = _record_batch(model, batch, chains)
@@ -72,7 +77,7 @@ def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
     """Why the blocks do not give for the first batch what they gave in the model; "" if they do."""
     given = chain.given[0]
     try:
-        with hooked(model, {}):
+        with at_rest(model):
             for place in range(len(chain.blocks)):
                 given = chain.behind(place, 0, given)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
@@ -93,7 +98,7 @@ def _by_themselves(model: nn.Module, chain: Chain, expected: Tensor) -> str:
 def _record_batch(model: nn.Module, batch: Batch, chains: Sequence[Chain]) -> list[Tensor | Miss]:
     """Note one batch; each last block's result, or the reason why the blocks are no chain."""
     # Bad data shows in the largest list; what lesser ones hand on need be no hidden value at all.
-    seen = [_Seen(chain, batch.name, strict=place == 0) for place, chain in enumerate(chains)]
+    seen = [_Seen(chain, batch.name) for chain in chains]
     before = {block: one.before for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
     after = {block: one.after for one, chain in zip(seen, chains, strict=True) for block in chain.blocks}
     with hooked(model, before, after, outside=True):
@@ -107,7 +112,7 @@ def _noted(seen: _Seen, chain: Chain) -> Tensor | Miss:
         return Miss(seen.broken[0])
     if seen.order != list(range(len(chain.blocks))) or seen.next is None:
         return Miss("its blocks do not each run once, in order")
-    chain.given.append(Given(seen.start[0], {}))
+    chain.given.append(HiddenState(seen.start[0], {}))
     chain.calls.append(seen.calls)
     return seen.next
 
@@ -115,13 +120,13 @@ def _noted(seen: _Seen, chain: Chain) -> Tensor | Miss:
 class _Seen:
     """One batch's calls of blocks, while they come."""
 
-    def __init__(self, chain: Chain, batch: str, strict: bool) -> None:
-        self.batch, self.strict = batch, strict
+    def __init__(self, chain: Chain, batch: str) -> None:
+        self.batch, self.strict = batch, chain.largest
         self.paths = dict(zip(chain.blocks, chain.paths, strict=True))
         self.index = {block: i for i, block in enumerate(chain.blocks)}
         self.order: list[int] = []
         self.start: list[Tensor] = []
-        self.calls: list[Call] = []
+        self.calls: list[BlockCall] = []
         self.broken: list[str] = []
         self.handed: dict[int, tuple[weakref.ref[Tensor], int, Handed]] = {}  # by identity, with versions
         self.next: Tensor | None = None
@@ -147,12 +152,12 @@ class _Seen:
             self.broken.append(
                 f"block {path} is not given what the one before it returned: it was changed in place since"
             )
-        self.others = [(one, _version(one)) for one in others]
+        self.others = [(one, written(one)) for one in others]
         self.order.append(self.index[block])
         self.calls.append(pytree.tree_map_only(Tensor, self._named, call))
 
     def after(self, block: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        if any(_version(one) != version for one, version in self.others):
+        if any(written(one) != version for one, version in self.others):
             self.broken.append(
                 f"block {self.paths[block]} writes to what it is given beside the first tensor"
             )
@@ -163,7 +168,7 @@ class _Seen:
         self._check_finite(self.next, f"behind {self.paths[block]}")
         for leaf, one in enumerate(pytree.tree_leaves(result)):
             if isinstance(one, Tensor):
-                known = weakref.ref(one), _version(one), Handed(self.index[block], leaf)
+                known = weakref.ref(one), written(one), Handed(self.index[block], leaf)
                 self.handed[id(one)] = known
 
     def _check_finite(self, value: Tensor, where: str) -> None:
@@ -174,7 +179,7 @@ class _Seen:
 
     def _changed(self, tensor: Tensor) -> bool:
         ref, version, _ = self.handed.get(id(tensor), _NOTHING)
-        return ref() is tensor and version != _version(tensor)
+        return ref() is tensor and version != written(tensor)
 
     def _named(self, tensor: Tensor) -> Tensor | Handed:
         ref, _, name = self.handed.get(id(tensor), _NOTHING)
@@ -184,12 +189,7 @@ class _Seen:
 _NOTHING: tuple[Callable[[], Tensor | None], int, Handed] = (lambda: None, 0, Handed(-1, -1))
 
 
-def _version(tensor: Tensor) -> int:
-    """Goes up with every write, where that is counted."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, Call]:
+def _emptied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, BlockCall]:
     """The first tensor of a call, and the call without it."""
     if args and isinstance(args[0], Tensor):
         return args[0], ((None, *args[1:]), dict(kwargs))

@@ -31,10 +31,10 @@ from ..._version import __version__
 from ...formats import BitfoldError, Quantized, format
 from ...passes.algorithms.draft import DRAFT, Draft
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ..files.paths import FileError
 from ..files.tensor_file import TensorFile, described, open_file, write
 from ..module_scope import Site
-from .calibration import Batch
 from .described import described_module
 
 

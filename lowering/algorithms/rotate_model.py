@@ -23,6 +23,7 @@ from ...passes.algorithms.residual import Stream, residual
 from ...passes.algorithms.rotate import Rotate
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ...passes.scopes.module import is_stock
 from ...passes.scopes.program import CaptureError
 from ..module_scope import Site
@@ -30,7 +31,6 @@ from ..outputs import first_output
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from ..turned import turn
-from .calibration import Batch
 from .places import Whole, work
 
 # Relative to the result's norm: every linear's weight and every sum of the stream is rounded anew.
@@ -42,7 +42,7 @@ def rotate_model(step: Rotate, at: Whole) -> None:
     """Rotate, until the swaps end. Raises BitfoldError, naming the operator, for a model that is not to be
     rotated, and if it computes something else afterwards."""
     model, batch = at.model, at.batches[0]
-    turned = _Work(step, model, at.sites, at.swaps, _stream(model, batch))
+    turned = _Turning(step, model, at.sites, at.swaps, _stream(model, batch))
     before = first_output(model, batch)
     turned.rotate()
     after = first_output(model, batch)
@@ -67,7 +67,7 @@ def _stream(model: nn.Module, batch: Batch) -> Stream:
     return found
 
 
-class _Work:
+class _Turning:
     """The parameters of a model while they are turned."""
 
     def __init__(
@@ -82,11 +82,7 @@ class _Work:
                 operand = node.args[TARGETS[node.target][2]]
                 chain = expression(site.gm, operand) if isinstance(operand, torch.fx.Node) else None
                 if chain is not None and not chain.text and note.weight:
-                    self.anchors[self._full(site.path, chain.path)] = site, node, note
-
-    @staticmethod
-    def _full(path: str, own: str) -> str:
-        return own if own.startswith(path + ".") or not path else f"{path}.{own}"
+                    self.anchors[chain.path] = site, node, note
 
     def rotate(self) -> None:
         """Every parameter of the stream."""

@@ -28,15 +28,16 @@ from ...formats import BitfoldError
 from ...passes import Miss, MissRecord
 from ...passes.core import Progress
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ..module_scope import Plan
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from . import balance_block, correct_biases, learn_block, rotate_model, tune_model  # what `work` does
 from .algorithm import Algorithm
+from .at_rest import at_rest
 from .blocks import without_cache
-from .calibration import Batch, hooked
 from .decide import Decider
-from .float_run import recorded
+from .float_run import measure_in_floats, portions, recorded
 from .places import Whole, work
 from .results import Results
 from .walk import walk
@@ -68,10 +69,10 @@ def solve_sites(
             return {}
         _check(whole, algorithm, results)
         for step in algorithm.at("model before"):
-            with hooked(model, {}):
+            with at_rest(model):
                 work(step, whole)
         _solve(whole, decider)
-    with without_cache(model), hooked(model, {}):
+    with without_cache(model), at_rest(model):
         for step in algorithm.at("model after"):
             work(step, whole)
     return whole.changes
@@ -109,9 +110,12 @@ def _solve(whole: Whole, decider: Decider) -> None:
     for chain in chains:
         walk(whole, chain, decider)
     blocks = " and ".join(f"{chain.paths[0]} to {chain.paths[-1]}" for chain in chains)
-    for site in rest:
-        if name and chains:
-            reason = f"{name} works on the blocks {blocks}, and this is outside them"
-            whole.miss(site.path, str(algorithm), reason)
-        decider.solve(site)
-        decider.settle(site)
+    for number, portion in enumerate(portions(rest)):
+        if number and algorithm.measures and not decider.restored(portion):
+            measure_in_floats(whole.model, portion, whole.batches)
+        for site in portion:
+            if name and chains:
+                reason = f"{name} works on the blocks {blocks}, and this is outside them"
+                whole.miss(site.path, str(algorithm), reason)
+            decider.solve(site)
+            decider.settle(site)

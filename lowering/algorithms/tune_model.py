@@ -23,10 +23,11 @@ from ...formats import BitfoldError
 from ...passes.algorithms.draft import DRAFT
 from ...passes.algorithms.tune import Tune
 from ...passes.core import Progress
+from ...passes.observing.batch import Batch
 from ..outputs import divergence, first_output
 from ..parameters import parameter_names
 from ..swaps import Swaps
-from .calibration import Batch, hooked
+from .at_rest import at_rest
 from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
 from .places import Whole, work
 
@@ -39,10 +40,10 @@ def tune_model(step: Tune, at: Whole) -> None:
     model, found, batches = at.model, at.found, at.batches
     found.misses += falls_short(step, found.sites)
     learnt = roundings(found.sites, "")
-    with Swaps() as swaps, hooked(model, {}):
+    with Swaps() as swaps, at_rest(model):
         for site in found.sites:
             swaps.put(site)  # what is not learned is rounded too, and so are inputs
-        run = _Work(step, model, learnt, at.changes, swaps)
+        run = _Tuning(step, model, learnt, at.changes, swaps)
         every = min(_ASIDE, len(batches))
         aside = batches[::every]
         taught = [batch for place, batch in enumerate(batches) if place % every] or aside
@@ -52,7 +53,7 @@ def tune_model(step: Tune, at: Whole) -> None:
     at.changes |= run.best
 
 
-class _Work:
+class _Tuning:
     """What moves, and the two models on a batch."""
 
     def __init__(

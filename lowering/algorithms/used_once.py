@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
+from ...passes.observing.batch import Batch
 from ..parameters import parameter_names
-from .calibration import Batch, hooked
+from .at_rest import hooked
 
 
 def used_more_than_once(model: nn.Module, batch: Batch) -> frozenset[int]:

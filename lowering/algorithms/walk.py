@@ -19,8 +19,8 @@ from torch import nn
 
 from ..module_scope import Site
 from ..swaps import Swaps
+from .at_rest import at_rest, hooked, in_order
 from .blocks import Chain
-from .calibration import hooked, in_order
 from .decide import Decider
 from .float_run import within
 from .measure import Pairs, measure, once
@@ -31,9 +31,9 @@ def walk(whole: Whole, chain: Chain, decider: Decider) -> None:
     """Its blocks one after the other; then hidden values are let go."""
     if decider.algorithm.together or decider.algorithm.wants_exact:
         chain.exact = list(chain.given)
-    with hooked(whole.model, {}):
+    with at_rest(whole.model):
         for place, block in enumerate(chain.blocks):
-            with hooked(block, {}):  # each of its runs starts from the same buffers
+            with at_rest(block):  # each of its runs starts from the same buffers
                 _walk_block(whole, chain, place, decider)
     chain.given, chain.exact, chain.calls = [], [], []
 

@@ -22,7 +22,7 @@ from ...passes import MissRecord, Pipeline, add_constant, call
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
 from ...passes.observing.observe import Observe
-from ...passes.observing.observers import Given, Observer
+from ...passes.observing.observers import FixedRange, Observer
 from ...passes.recipes import Recipe
 from ...passes.rules import STORED, Rule, exactly
 from ..files.skeleton import submodule_in
@@ -36,7 +36,7 @@ KEPT = "bitfold_kept"
 """On a folded module: what the checkpoint said of it that no part of the codes says (`Stored.kept`)."""
 
 _GIVEN = "minmax"
-"""An observer's name that marks an edge as static; what stands there is a `Given`."""
+"""An observer's name that marks an edge as static; what stands there is a `FixedRange`."""
 
 
 def put(checkpoint: Checkpoint, model: nn.Module, *, target: str | None, device: torch.device | None) -> None:
@@ -109,7 +109,7 @@ def _give_ranges(site: Site, stored: dict[str, Stored]) -> None:
         return
     (note,) = [note for _, note in annotated(site.gm)]
     Pipeline([Observe()]).run(site.gm)
-    given = Given(stored[note.stored].input_params)
+    given = FixedRange(stored[note.stored].input_params)
     for name, module in list(site.gm.named_modules()):
         if isinstance(module, Observer):
             site.gm.set_submodule(name, given)

@@ -27,6 +27,7 @@ from ...passes import state as state_of
 from ...passes.annotate import Annotate
 from ...passes.core import Progress
 from ...passes.edges import first_calibrated
+from ...passes.observing.batch import Batch
 from ...passes.observing.calibrate import calibrate
 from ...passes.observing.observe import Observe
 from ...passes.recipes import Recipe
@@ -36,7 +37,7 @@ from ...passes.training.mode import TrainMode, remember_dropout, without_dropout
 from ...passes.training.quantizers import ranges
 from ...passes.training.settle_quantizers import SettleQuantizers
 from ...passes.training.share_learned import share_learned
-from ..algorithms.calibration import Batch, Batches
+from ..algorithms.calibration import Batches
 from ..files.graph_data import dump
 from ..folded import Canonical
 from ..install import CANONICAL, lower_graph
@@ -135,7 +136,7 @@ def prepare_program(
             batches.check_given(observed)
         Pipeline([Observe()]).run(gm, progress=progress)
         if batches.given:
-            calibrate(gm, batches.raw(), progress)
+            calibrate(gm, batches, progress)
     Pipeline([train_pass(how, loaded=state is not None)]).run(gm, progress=progress)
     if how.fold_norm:
         Pipeline([norm_pass(how, loaded=state is not None)]).run(gm, progress=progress)

@@ -26,9 +26,11 @@ from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import DRAFT
 from ...passes.core import Progress
 from ...passes.note import annotated
+from ...passes.observing.batch import Batch
 from ...passes.recipes import Recipe
 from ...passes.rules import Rule, exactly
-from ..algorithms.calibration import Batch, Batches, hooked
+from ..algorithms.at_rest import at_rest, hooked
+from ..algorithms.calibration import Batches
 from ..given_model import module_of
 from ..module_scope import Site
 from ..outputs import divergence, first_output, float_output
@@ -146,7 +148,7 @@ def sensitivity(
         raise BitfoldError("there are no batches to measure the layers on; give at least one")
     plans = [(text, planned(model, text)) for text in dict.fromkeys(str(format(one)) for one in formats)]
     reached = Reached(site for _, found in plans for site in found.sites)
-    with hooked(model, {}):
+    with at_rest(model):
         with hooked(model, reached.hooks):
             exact = [float_output(model, batch) for batch in batches]
         unreached = reached.warn_of_others()

@@ -25,7 +25,8 @@ from ...passes.algorithms.draft import DRAFT
 from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.recipes import Recipe
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import at_rest
+from ..algorithms.calibration import Batches
 from ..module_scope import plan
 from ..outputs import first_output
 from ..swaps import Swaps
@@ -124,7 +125,7 @@ def rounded_loss(model: nn.Module, recipe: Recipe, data: Sequence[Any], loss: Lo
     """The loss of the whole recipe, weights rounded to the nearest: the mean over batches, two outputs of one
     of which are held at a time."""
     total, count = 0.0, 0
-    with hooked(model, {}), Swaps() as swaps:
+    with at_rest(model), Swaps() as swaps:
         for site in plan(model, recipe, stored={}).sites:
             round_site(site)
             swaps.put(site)

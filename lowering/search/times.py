@@ -33,7 +33,9 @@ from ...codegen.spec import CodegenError, GemmSpec
 from ...formats import BitfoldError, format
 from ...passes.anchors import TARGETS
 from ...passes.note import annotated
-from ..algorithms.calibration import Batch, Batches, hooked
+from ...passes.observing.batch import Batch
+from ..algorithms.at_rest import hooked
+from ..algorithms.calibration import Batches
 from ..module_scope import Site
 from ..quantize import quantize
 from .layers import everywhere, planned

@@ -25,7 +25,8 @@ from ...formats import BitfoldError, format
 from ...passes.algorithms.draft import draft_of
 from ...passes.core import Progress
 from ...passes.note import annotated
-from ..algorithms.calibration import Batches, hooked
+from ..algorithms.at_rest import hooked
+from ..algorithms.calibration import Batches
 from ..given_model import module_of
 from ..module_scope import Site
 from ..outputs import check_predictions, float_output

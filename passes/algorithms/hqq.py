@@ -11,7 +11,8 @@ split into outliers E, by the shrinkage of the p-norm (p = 0.7), and a rest that
     parameters <- least squares of W - E on the codes;    beta <- 1.01 beta
 
 A zero point is what the paper moves; a format without one has its scale moved instead, by the same argument.
-Each block keeps the parameters of its least error.
+Each block keeps the parameters of its least error. A format whose scale has the rule `hqq` does this by
+itself (`formats/hqq.py`), for the whole tensor at once and traceably; this pass is for any format.
 """
 
 from __future__ import annotations

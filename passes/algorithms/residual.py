@@ -79,7 +79,7 @@ def residual(gm: GraphModule) -> Stream | Miss:
     stream = proof.stream
     planned = {*stream.embeddings, *stream.readers, *stream.writers, *stream.norms}
     for node in gm.graph.nodes:
-        if node in proof.turned or node.target in _SAME or node.op == "output":
+        if node in proof.accounted or node.target in _SAME or node.op == "output":
             continue
         shared = [parameter_path(gm, one) for one in node.all_input_nodes if one.op != "placeholder"]
         again = next((path for path in shared if path in planned), None)
@@ -98,7 +98,7 @@ class _Proof:
         self.gm, self.stream = gm, stream
         self.streams: dict[Node, str | None] = {}
         self.squares: set[Node] = set()
-        self.turned: set[Node] = set()  # whose parameters are accounted for
+        self.accounted: set[Node] = set()  # whose parameters are accounted for
 
     def visit(self, node: Node) -> None:
         given = [one for one in node.all_input_nodes if one in self.streams or one in self.squares]
@@ -113,7 +113,7 @@ class _Proof:
             raise _Found(f"the table of {node.name} is no parameter")
         self.stream.embeddings += [] if path in self.stream.embeddings else [path]
         self.streams[node] = None
-        self.turned.add(node)
+        self.accounted.add(node)
 
     def _follow(self, node: Node, given: list[Node]) -> None:
         first = node.args[0] if node.args else None
@@ -191,7 +191,7 @@ class _Proof:
             if paths and None not in paths and paths[0] not in self.stream.writers:
                 self.stream.writers[str(paths[0])] = paths[1] if len(paths) > 1 else None
                 self.streams[node] = None
-                self.turned.add(node)
+                self.accounted.add(node)
                 return
         if len(users) == 1 and self._alike(node) and isinstance(node.args[0], Node):
             self._write(node.args[0])
@@ -214,7 +214,7 @@ class _Proof:
         if node.target is not aten.mul.Tensor:
             raise self._seen(node)
         self.streams[node] = path
-        self.turned.add(node)
+        self.accounted.add(node)
 
     def _norm(self, node: Node) -> None:
         vector = node.args[2] if len(node.args) > 2 else None
@@ -222,7 +222,7 @@ class _Proof:
         if list(node.args[1]) != [self.stream.width] or (path is None) != (vector is None):  # type: ignore[arg-type]
             raise self._seen(node)
         self.streams[node] = path
-        self.turned.add(node)
+        self.accounted.add(node)
 
     def _reader(self, node: Node) -> None:
         path = parameter_path(self.gm, node.args[1])
@@ -230,7 +230,7 @@ class _Proof:
         if path is None or self.stream.readers.get(path, vector) != vector:
             raise self._seen(node)
         self.stream.readers[path] = vector
-        self.turned.add(node)
+        self.accounted.add(node)
 
     def _seen(self, node: Node) -> _Found:
         return _Found(f"{node.name} ({node.target}) would notice a rotation of the residual stream")

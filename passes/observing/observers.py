@@ -93,7 +93,7 @@ class Agreed(Observer):
         return torch.stack(lows).amin(), torch.stack(highs).amax()
 
 
-class Given(Observer):
+class FixedRange(Observer):
     """A scale (and a zero point) that came with a checkpoint: taken as it is, whatever goes through."""
 
     def __init__(self, params: tuple[Tensor, ...]) -> None:

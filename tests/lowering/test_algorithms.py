@@ -157,6 +157,7 @@ def test_bad_data_is_said_before_anything_is_solved(
 
     refused(None, "give calibration")
     refused([], "give calibration")
+    refused([None, *batches], "calibration batch 0 is a NoneType")
     refused([*batches, batches[0].double()], "calibration batch 4 .* does not go through")
     refused([batches[0].long()], "does not go through")
     refused([*batches, torch.full((1, 4, 32), float("nan"))], "calibration batch 4 has NaN")

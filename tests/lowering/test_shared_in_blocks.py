@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
+from bitfold.lowering.algorithms.at_rest import at_rest
 from bitfold.lowering.algorithms.blocks import Chain
-from bitfold.lowering.algorithms.calibration import as_batch, hooked
 from bitfold.lowering.algorithms.record_blocks import block_lists, record
 from bitfold.passes import Pipeline
 from bitfold.passes.algorithms.balance import Balancer, Weights
+from bitfold.passes.observing.batch import as_batch
 
 WIDTH = 32
 
@@ -120,7 +121,7 @@ def test_a_block_that_writes_into_its_input_starts_from_the_same_again() -> None
     model = Model(Adds).eval()
     (chain,) = record(model, [as_batch(_batches(1)[0], "batch")], block_lists(model))
     assert isinstance(chain, Chain)
-    with hooked(model, {}):
+    with at_rest(model):
         first = chain.run(0, 0).clone()
         assert torch.equal(chain.run(0, 0), first)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from chain_model import Block, Model, codes
 from torch import Tensor, nn
 
 import bitfold as bf
+from bitfold.lowering.algorithms import float_run
 from bitfold.lowering.algorithms import measure as measuring
 from bitfold.passes.algorithms.inputs import Inputs
 
@@ -64,7 +66,9 @@ def test_a_chain_that_breaks_later_is_measured_once(
 def test_what_solvers_leave_is_in_the_report(batches: list[Tensor]) -> None:
     model = nn.Sequential(nn.Conv1d(4, 32, 3), nn.Flatten(1), nn.Linear(32 * 18, 8)).eval()
     recipe = bf.Recipe("both", (bf.Rule(op="conv", weight="int4[row]"), bf.Rule(weight="int4[row]")))
-    bf.quantize(model, recipe, algorithm="gptq", calibration=[torch.randn(8, 4, 20)] * 2, target="reference")
+    bf.quantize(
+        model, recipe, algorithm="gptq", calibration=[torch.randn(300, 4, 20)] * 2, target="reference"
+    )
     assert "no such statistics" in said(model)
 
 
@@ -290,3 +294,59 @@ def test_numbers_that_overflow_are_named_without_moments_too(algorithm: str, bat
     with pytest.raises(bf.BitfoldError, match="layer last: NaN or infinity goes into it"):
         bf.quantize(model, "int4[row]", algorithm=algorithm, calibration=batches, target="reference")
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [Two, Breaks])
+def test_moments_outside_of_blocks_are_held_a_portion_at_a_time(
+    make: type[nn.Module], batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same codes, and never more moments than the portion takes."""
+    data = [batches[0], batches[1][:3], batches[2][:2]]
+    asked = {"algorithm": "clip,gptq", "calibration": data, "target": "reference"}
+    torch.manual_seed(0)
+    model = make().eval()
+    whole = codes(bf.quantize(copy.deepcopy(model), "int4[g32]", **asked))
+    add, most, alive = Inputs.add, 0, weakref.WeakSet[Inputs]()
+
+    def noted(self: Inputs, *given: Any) -> None:
+        nonlocal most
+        alive.add(self)
+        most = max(most, sum(len(one.peak) ** 2 for one in alive))
+        add(self, *given)
+
+    monkeypatch.setattr(Inputs, "add", noted)
+    monkeypatch.setattr(float_run, "_AT_ONCE", 64 * 64)
+    found = codes(bf.quantize(model, "int4[g32]", **asked))
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in found)
+    assert most <= 2 * 64 * 64  # a portion, and what a group of a block reads
+
+
+class Frozen(nn.Module):
+    """A tower that computes without gradients, before a model that is larger."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.ModuleList(self.Layer() for _ in range(2))
+        self.model = Model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.tower:
+            x = layer(x)
+        out: Tensor = self.model(x)
+        return out
+
+
+def test_learning_leaves_a_lesser_list_without_gradients(batches: list[Tensor]) -> None:
+    model = Frozen().eval()
+    bf.quantize(model, "int4[g32]", algorithm="learn{steps=2}", calibration=batches, target="reference")
+    found = [miss.module_path for miss in bf.report(model).misses if "no gradient in it" in miss.reason]
+    assert found == ["tower.0", "tower.1"]

@@ -138,3 +138,8 @@ def test_it_is_last_and_alone(model: Model, tmp_path: Path) -> None:
         bf.quantize(model, "int3[g32]", algorithm="gptq,tune{rate=1.5}", calibration=batches())
     with pytest.raises(bf.BitfoldError, match="resume does not keep"):
         bf.quantize(model, "int3[g32]", algorithm="follow,gptq,tune", calibration=batches(), resume=tmp_path)
+
+
+def test_a_block_that_stands_in_two_places_is_tuned_once(model: Model) -> None:
+    model.blocks[1] = model.blocks[0]
+    assert lost(model, "gptq,tune{steps=50,rate=0.02}") < lost(model, "gptq")

@@ -138,7 +138,7 @@ BAD_BATCHES = {
     ),
     "rank": ([torch.zeros(8)], "input 'x' has shape [8], and the graph was captured for [4, 8]"),
     "dtype": ([torch.zeros(4, 8).long()], "input 'x' is torch.int64, not torch.float32"),
-    "nan": ([torch.full((4, 8), torch.nan)], "input 'x' has NaN or infinity in it; remove it"),
+    "nan": ([torch.full((4, 8), torch.nan)], "calibration batch 0 has NaN or infinity in argument 0"),
     "keywords": (
         [{"y": torch.zeros(4, 8)}],
         "calibration batch 0 has the keywords ['y'], and the graph was captured with []; give batches as",
@@ -147,6 +147,7 @@ BAD_BATCHES = {
         [(torch.zeros(4, 8), torch.zeros(1))],
         "calibration batch 0 has 2 inputs, and the graph takes 1",
     ),
+    "batch": ([7], "calibration batch 0 is a int; give a tensor, a tuple of arguments or a dict"),
     "kind": ([("text",)], "input 'x' is 'text', not a tensor"),
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.formats import Quantized
-from bitfold.passes import Pipeline, annotated
+from bitfold.passes import Pipeline, annotated, find_pass, pass_names
+from bitfold.passes.algorithms.awq import AWQ
+from bitfold.passes.algorithms.balance import Group, Weights
 from bitfold.passes.algorithms.clip import Clip
 from bitfold.passes.algorithms.columns import column_device
 from bitfold.passes.algorithms.descend import Descend
@@ -20,8 +24,9 @@ from bitfold.passes.algorithms.gptq import GPTQ, compensate
 from bitfold.passes.algorithms.hqq import HQQ
 from bitfold.passes.algorithms.inputs import INPUTS, Inputs
 from bitfold.passes.algorithms.moments import damped, factored, inverse_factor
+from bitfold.passes.algorithms.on_model import OnModel
 from bitfold.passes.algorithms.refit import Refit
-from bitfold.passes.algorithms.solve import Task
+from bitfold.passes.algorithms.solve import Solver, Task
 
 FORMATS = [
     "int4[g32]",
@@ -399,3 +404,28 @@ def test_small_matrices_are_rounded_on_the_cpu() -> None:
     """Shapes alone decide; `meta` stands for any device that is no CPU."""
     assert column_device(torch.empty(512, 4096, device="meta")) == torch.device("cpu")
     assert column_device(torch.empty(14336, 4096, device="meta")) == torch.device("meta")
+
+
+def test_awq_chooses_for_clipped_scales_if_clip_follows() -> None:
+    torch.manual_seed(0)
+    one = task("int3[g32]", x=correlated() * torch.linspace(0.1, 4, 128))
+    weights = Weights(Group(("fc",), (), 128), [(one.weight, one.format)], [], one.inputs)
+    plain, clipped = AWQ().factors(weights), AWQ(clip=True).factors(weights)
+    assert plain is not None and clipped is not None
+    judge = AWQ(clip=True)
+    assert judge._error(weights, clipped) < judge._error(weights, plain)
+
+
+def test_every_option_is_in_the_table() -> None:
+    """docs/notes/ptq.md: each pass with all its options at their defaults."""
+    text = (Path(__file__).parents[2] / "docs/notes/ptq.md").read_text()
+    table = re.findall(r"^\| `([a-z_]+(?:\{[^`]*\})?)` \|", text, re.MULTILINE)
+    rows = {
+        spelled.partition("{")[0]: spelled for spelled in table if spelled.partition("{")[0] in pass_names()
+    }
+    kinds = [find_pass(name) for name in pass_names()]
+    algorithms = {kind.name: kind for kind in kinds if issubclass(kind, Solver | OnModel)}
+    assert rows.keys() >= {name for name, kind in algorithms.items() if kind.__module__.startswith("bitfold")}
+    for name, spelled in rows.items():
+        assert Pipeline.parse(spelled).passes == (algorithms[name](),)
+        assert all(f"{field.name}=" in spelled for field in dataclasses.fields(algorithms[name]))
