@@ -56,8 +56,10 @@ int main(int, char** names) {
     if (blocks > 0) {
       numbers.resize(g.m * g.padded), cut.resize(3 * call.across * g.padded), units.resize(blocks * call.across);
       for (int64_t m = 0; m < g.m; ++m) ready<f32>(rows, m, numbers.data() + m * g.padded, sums.data());
-      in_tiles = digits_tiled(numbers.data(), g.m, g.padded, *wants(), call.across, cut.data(), units.data(), 0,
-                              tasks_of_tiled(g.m, g.padded));
+      std::vector<uint8_t> refused(panels);
+      digits_tiled(numbers.data(), g.m, g.padded, *wants(), call.across, cut.data(), units.data(), refused.data(), 0,
+                   tasks_of_tiled(g.m, g.padded));
+      in_tiles = std::count(refused.begin(), refused.end(), 0) == panels;
       call.digits = in_tiles ? cut.data() : nullptr, call.steps = units.data();
     }
     if (in_tiles) {

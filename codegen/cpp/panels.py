@@ -155,16 +155,17 @@ def _multiplied(body: Body, vectors: int) -> str:
     if body.needs_sums:
         zero = (
             f" if ((k0 + k) % {body.sum_cols} == 0) all = scaled("
-            f"load_sums(call.sum_panels + (k0 + k) / {body.sum_cols} * call.across + m + v * kInts), "
+            f"wide_sums(call.sum_panels + (k0 + k) / {body.sum_cols} * call.across + m + v * kWide), "
             "zeros_[r0 + r][k / kStretch], all);"
         )
     return (
         "for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch) "
         f"multiply<Codes, {vectors}, kStep>(tiles, {rows} + k, stride, x + k * kIntPanel, next, "
         "kStretch, "
-        "[&](int r, int v, Ints p) { "
-        f"float* at = {to} + r * across + v * kInts; "
-        f"Sums all = scaled(p, scales_[r0 + r][k / kStretch], load_sums(at));{zero} store_sums(at, all); }});"
+        "[&](int r, int v, WideInts p) { "
+        f"float* at = {to} + r * across + v * kWide; "
+        f"WideSums all = scaled(p, scales_[r0 + r][k / kStretch], wide_sums(at));{zero} "
+        "store_wide(at, all); });"
     )
 
 
@@ -174,11 +175,9 @@ def _exact(body: Body) -> list[str]:
         "      for (int64_t r = 0; r < count; ++r) {",
         "        float s, z;",
         "        scales(w, scales_of(call, row + r), s, z);",
-        "        for (int64_t m = 0; m < end - begin; ++m) {",
-        "          int32_t sum;",
-        "          std::memcpy(&sum, of + r * across + m, 4);",
-        "          of[r * across + m] = static_cast<float>(sum) * s;",
-        "        }",
+        "        float* const at = of + r * across;",
+        "        for (int64_t m = 0; m < end - begin; m += kInts)",
+        "          store_sums(at + m, scaled(numbers(at + m), s, no_sums()));",
         "      }",
     ]
 

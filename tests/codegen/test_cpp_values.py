@@ -281,14 +281,15 @@ def test_a_code_that_is_nan_is_nan(compiled: None) -> None:
     ("text", "places"), [("sigmoid(y0)", 4), ("silu(y0)", 4), ("tanh(y0)", 4), ("gelu_tanh(y0)", None)]
 )
 def test_functions(text: str, places: int | None, m: int) -> None:
-    """In units of the last place, over all that float32 holds; None: of x, since gelu's terms cancel."""
-    f = format("int8").with_layout("bytes")
+    """In units of the last place, over all that float32 holds; None: of x, since gelu's terms cancel. Codes
+    that no vectors multiply in digits, which take the last place of x."""
+    f = format("float8_e4m3fn").with_layout("bytes")
     x = [torch.linspace(-120, 120, 4001), torch.linspace(-0.5, 0.5, 401), 2.0 ** -torch.arange(1.0, 126.0)]
     x = torch.cat([*x, torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, 3e38, -3e38])])
     x = torch.nn.functional.pad(x, (0, -len(x) % m)).reshape(-1, m)
     spec = GemmSpec(f, 24, 2, "f32", epilogue=Epilogue.parse(text))
     build.know([spec])
-    codes, scales = torch.tensor([[1, 0]], dtype=torch.uint8).repeat(24, 1), torch.ones(24, 1)
+    codes, scales = torch.tensor([[0x38, 0]], dtype=torch.uint8).repeat(24, 1), torch.ones(24, 1)
     rows = torch.stack([x, torch.zeros_like(x)], -1)
     y = torch.stack([torch.ops.bitfold.fused([row, codes, scales], str(spec))[0] for row in rows])
     assert torch.equal(y.nan_to_num(7), y[..., :1].expand_as(y).nan_to_num(7))

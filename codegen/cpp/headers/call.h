@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -35,14 +34,16 @@ struct Facts {
 };
 
 struct Scratch {
-  std::vector<float> numbers, sums, turned, scales;
+  std::vector<float> numbers, sums, turned, scales, as_given;
   std::vector<int8_t> codes;
+  std::vector<uint8_t> refused;
   std::vector<int16_t> panels;
   Digits digits;
   // A long prompt's copy is not kept for the tokens after it.
   void trim(size_t wanted) {
     gives_back(numbers, wanted), gives_back(sums, wanted), gives_back(turned, wanted), gives_back(codes, wanted);
-    gives_back(panels, wanted), gives_back(digits.digits, wanted), gives_back(digits.steps, wanted);
+    gives_back(as_given, wanted), gives_back(panels, wanted);
+    gives_back(digits.digits, wanted), gives_back(digits.steps, wanted);
   }
 };
 
@@ -86,13 +87,29 @@ inline void many_bytes(Call& call, const Facts& f, const Rows& rows, Scratch& sc
   call.panels = to;
 }
 
-// x in digits, for tiles; false if it has none.
-inline bool many_digits(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
+// Panels of float32, those that `refused` names, if it is given.
+inline void many_floats(Call& call, const Facts& f, const Rows& rows, const uint8_t* refused, Scratch& scratch) {
+  const Wants& wants = *f.wants();
+  scratch.numbers.resize(call.across * f.padded);
+  float *const to = scratch.numbers.data(), *const sums = scratch.sums.data();
+  torch::stable::parallel_for(0, call.across / wants.width, 1, [&](int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; ++panel) {
+      if (refused != nullptr && refused[panel] == 0) continue;
+      if (f.x == 0) turned<f32, float>(rows, wants, panel, panel + 1, to, sums);
+      if (f.x == 1) turned<bf16, float>(rows, wants, panel, panel + 1, to, sums);
+      if (f.x == 2) turned<f16, float>(rows, wants, panel, panel + 1, to, sums);
+    }
+  });
+  call.panels = to;
+}
+
+// x in digits, for tiles; panels with rows that have none as float32, like those of other kernels.
+inline void many_digits(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
   const Wants& wants = *f.wants();
   const auto* x = static_cast<const float*>(rows.x);
   if (f.x != 0 || f.padded != f.k || rows.sums() > 0) {
-    scratch.numbers.resize(call.m * f.padded);
-    float *const numbers = scratch.numbers.data(), *const sums = scratch.sums.data();
+    scratch.as_given.resize(call.m * f.padded);
+    float *const numbers = scratch.as_given.data(), *const sums = scratch.sums.data();
     if (f.x == 0) all_ready<f32>(rows, numbers, sums);
     if (f.x == 1) all_ready<bf16>(rows, numbers, sums);
     if (f.x == 2) all_ready<f16>(rows, numbers, sums);
@@ -101,36 +118,34 @@ inline bool many_digits(Call& call, const Facts& f, const Rows& rows, Scratch& s
   int8_t* const to = lined_up(scratch.digits.digits, 3 * call.across * f.padded);
   scratch.digits.steps.resize((f.padded + wants.many - 1) / wants.many * call.across);
   float* const units = scratch.digits.steps.data();
-  std::atomic<bool> all{true};
+  scratch.refused.assign(call.across / wants.width, 0);
+  uint8_t* const refused = scratch.refused.data();
   torch::stable::parallel_for(0, tasks_of_tiled(call.m, f.padded), 1, [&](int64_t first, int64_t last) {
-    if (!digits_tiled(x, call.m, f.padded, wants, call.across, to, units, first, last)) all = false;
+    digits_tiled(x, call.m, f.padded, wants, call.across, to, units, refused, first, last);
   });
-  if (all) call.digits = to, call.steps = units;
-  return all;
+  call.digits = to, call.steps = units, call.refused = refused;
+  if (std::any_of(scratch.refused.begin(), scratch.refused.end(), [](uint8_t one) { return one != 0; }))
+    many_floats(call, f, rows, refused, scratch);
 }
 
 inline void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch) {
   const Wants& wants = *f.wants();
+  call.digits = nullptr;  // one row may have some, though panels are to be read
   call.across = (call.m + wants.width - 1) / wants.width * wants.width;
   float* sums = scratch.sums.data();
   if (wants.tiles && f.codes) {
     many_bytes(call, f, rows, scratch);
-  } else if (wants.many > 0 && many_digits(call, f, rows, scratch)) {
-    // Nothing else reads x.
-  } else if (f.codes) {
+  } else if (wants.many > 0) {
+    many_digits(call, f, rows, scratch);
+  } else if (!f.codes) {
+    many_floats(call, f, rows, nullptr, scratch);
+  } else {
     scratch.panels.resize(call.across * f.padded);
     int16_t* to = scratch.panels.data();
     if (wants.size == 1)
       all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
     else
       all_turned<i8, int8_t>(rows, wants, to, sums);
-    call.panels = to;
-  } else {
-    scratch.numbers.resize(call.across * f.padded);
-    float* to = scratch.numbers.data();
-    if (f.x == 0) all_turned<f32, float>(rows, wants, to, sums);
-    if (f.x == 1) all_turned<bf16, float>(rows, wants, to, sums);
-    if (f.x == 2) all_turned<f16, float>(rows, wants, to, sums);
     call.panels = to;
   }
   turned_sums(rows, call.across, sums, scratch.turned);
@@ -202,6 +217,7 @@ inline void given_as(Call& call, const Call& other) {
   call.x = other.x, call.x_sums = other.x_sums;
   call.panels = other.panels, call.sum_panels = other.sum_panels, call.across = other.across;
   call.digits = other.digits, call.middles = other.middles, call.steps = other.steps, call.x_unit = other.x_unit;
+  call.refused = other.refused;
 }
 
 }  // namespace bitfold

@@ -48,6 +48,7 @@ struct Call {
   const int32_t* middles;
   const float* steps;
   float x_unit;
+  const uint8_t* refused;  // of many rows in digits, a byte for each panel: not 0 where it is to be read as numbers
 };
 
 }  // namespace bitfold

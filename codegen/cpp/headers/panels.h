@@ -32,6 +32,13 @@ constexpr bool kTiled = false;
 template <bool> struct Multiplier {
   explicit Multiplier(int) {}
 };
+
+// What sums of integers are scaled in; rows of x whose sums are taken out of the way that they lie in at a time.
+constexpr int kWide = kInts, kEnds = 1;
+using WideInts = Ints;
+using WideSums = Sums;
+inline WideSums wide_sums(const float* p) { return load_sums(p); }
+inline void store_wide(float* p, WideSums v) { store_sums(p, v); }
 #endif
 static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
 
@@ -84,6 +91,19 @@ inline void multiply(const float* w, int64_t stride, const float* x, int64_t cou
   }
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < V; ++v) storef(sums + r * across + v * kFloats, s[r][v]);
+}
+
+// Sums of kStored rows of each weight, `across` apart, for kEnds rows of x, as their end takes them.
+template <int many> inline void taken_out(const float* sums, int64_t across, float (*to)[many][kStored][1]) {
+  for (int i = 0; i < many; ++i) {
+    const float* of = sums + i * kStored * across;
+#if defined(BITFOLD_TILES)
+    for (int r = 0; r < kStored; r += kEnds)
+      transposed(of + r * across, across * int64_t(sizeof(float)), &to[0][i][r][0], sizeof to[0]);
+#else
+    for (int r = 0; r < kStored; ++r) to[0][i][r][0] = of[r * across];
+#endif
+  }
 }
 
 #if !defined(BITFOLD_TILES)

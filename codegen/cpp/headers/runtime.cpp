@@ -145,13 +145,31 @@ int64_t rows_of_x(const Prepared& one, int64_t tasks) {
   return ((m + blocks - 1) / blocks + unit - 1) / unit * unit;
 }
 
+// Panels of x that have digits, and those that have none, a stretch of either at a time.
+void in_digits_or_not(const Prepared& one, int64_t first, int64_t last, int64_t begin, int64_t end) {
+  const int64_t width = one.facts.wants()->width;
+  Call as_numbers = one.call;
+  as_numbers.digits = nullptr;
+  while (begin < end) {
+    const uint8_t* const refused = one.call.refused;
+    int64_t to = begin + width;
+    while (to < end && refused[to / width] == refused[begin / width]) to += width;
+    one.facts.many(refused[begin / width] ? &as_numbers : &one.call, first, last, begin, std::min(to, end));
+    begin = to;
+  }
+}
+
 void run_turned(const Prepared& one) {
   const int64_t each = one.facts.wants()->rows, n = one.facts.n, m = one.call.m;
   const int64_t across = (n + each - 1) / each, rows = rows_of_x(one, across), down = (m + rows - 1) / rows;
   torch::stable::parallel_for(0, across * down, 1, [&](int64_t first, int64_t last) {
     while (first < last) {
       const int64_t block = first / across, from = first % across, to = std::min(across, from + last - first);
-      one.facts.many(&one.call, each * from, std::min(each * to, n), block * rows, std::min(m, (block + 1) * rows));
+      const int64_t begin = block * rows, end = std::min(m, begin + rows);
+      if (one.call.refused == nullptr)
+        one.facts.many(&one.call, each * from, std::min(each * to, n), begin, end);
+      else
+        in_digits_or_not(one, each * from, std::min(each * to, n), begin, end);
       first += to - from;
     }
   });

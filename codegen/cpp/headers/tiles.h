@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "amx.h"
+#include "transposed.h"
 
 namespace bitfold {
 
@@ -15,6 +16,15 @@ constexpr int kStored = kIntTile;     // rows of the weight that are decoded at 
 constexpr int kApart = kTileBytes;    // numbers between decoded rows: each begins a line of the cache
 constexpr int kDeepest = 512;         // codes: so many of 32 rows take 18 KiB
 constexpr bool kTiled = true;
+
+// What sums of integers are scaled in; rows of x whose sums are taken out of the way that they lie in at a time.
+constexpr int kWide = kTileRows, kEnds = kTileRows;
+using WideInts = __m512i;
+using WideSums = Floats;
+inline WideSums scaled(WideInts v, float s, WideSums onto) { return madd(_mm512_cvtepi32_ps(v), same(s), onto); }
+inline WideSums scaled(WideSums v, float s, WideSums onto) { return madd(v, same(s), onto); }
+inline WideSums wide_sums(const float* p) { return loadf(p); }
+inline void store_wide(float* p, WideSums v) { storef(p, v); }
 
 // The tiles of a thread, `depth` products to a step: sums of codes, or of digits.
 template <bool digits> struct Multiplier : Tiles {
@@ -38,7 +48,7 @@ inline void steps(Multiplier<false>& t, const uint8_t* w, int64_t stride, const 
   }
 }
 
-// Sums of 32 rows of codes and V panels of x, `apart` bytes from one to the next; `use(r, v, s)` has eight of them.
+// Sums of 32 rows of codes and V panels of x, `apart` bytes from one to the next; `use(r, v, s)` has sixteen of them.
 template <class D, int V, int depth, class Use>
 inline void multiply(Multiplier<false>& t, const uint8_t* w, int64_t stride, const int8_t* x, int64_t apart,
                      int64_t count, Use&& use) {
@@ -49,7 +59,7 @@ inline void multiply(Multiplier<false>& t, const uint8_t* w, int64_t stride, con
     unrolled<V>([&](auto v) { t.store<2 * r.value + v.value>(sums[kTileRows * r] + kTileRows * v, sizeof sums[0]); });
   });
   for (int r = 0; r < 2 * kTileRows; ++r)
-    for (int v = 0; v < V * kTileRows / kInts; ++v) use(r, v, numbers(sums[r] + v * kInts));
+    for (int v = 0; v < V; ++v) use(r, v, _mm512_load_si512(sums[r] + v * kWide));
 }
 
 // The same, added to int32 at `to`, in rows of `across`.
