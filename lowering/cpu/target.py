@@ -248,6 +248,8 @@ def _kernel(node: Node, weight: Node) -> Node | None:
     ):
         return None
     codes = activation_codes(node)
+    if codes is None and (other := dequantized(node.args[0])) is not None:
+        _say_once(_slower(f"activations in {parse(str(other.args[1]))}", "CPU kernels multiply int8"))
     rows, x = int(weight.meta["val"].shape[0]), [node.args[0]]
     for given in (codes, None) if codes is not None else (None,):
         activation = None if given is None else parse(str(given.args[1]))
@@ -259,8 +261,12 @@ def _kernel(node: Node, weight: Node) -> Node | None:
             x = [node.args[0]] if given is None else list(given.args[0])  # type: ignore[arg-type]
             return _call(node, weight, spec, [*x, *parts, *([bias] if bias is not None else [])])
         what = f"activations in {activation}" if given is not None else f"weights in {spec.weight}"
-        _say_once(f"no CPU kernel multiplies {what}: {why}; they become floats first, which is slower")
+        _say_once(_slower(what, why))
     return None
+
+
+def _slower(what: str, why: str) -> str:
+    return f"no CPU kernel multiplies {what}: {why}; they become floats first, which is slower"
 
 
 @cache

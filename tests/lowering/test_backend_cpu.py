@@ -146,13 +146,11 @@ def test_caches_of_graphs_know_the_processors_vectors() -> None:
 def test_a_slower_way_is_said_once() -> None:
     """No kernel multiplies float8 by float8: activations are rounded, and become floats again."""
     target._say_once.cache_clear()
-    model, x = bf.quantize(nn.Linear(64, 32).eval(), "fp8_dynamic"), torch.randn(2, 64)
     says = "no CPU kernel multiplies activations in float8_e4m3fn: .*; they become floats first"
-    with torch.inference_mode():
-        with pytest.warns(UserWarning, match=says):
-            y = torch.compile(model, backend="bitfold", options={"recipe": "none"})(x)
-        torch._dynamo.reset()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="no CPU kernel")
-            torch.compile(model, backend="bitfold", options={"recipe": "none"})(x[:1])
-        torch.testing.assert_close(y, model(x))
+    with pytest.warns(UserWarning, match=says):
+        bf.quantize(nn.Linear(64, 32).eval(), "fp8_dynamic")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="no CPU kernel")
+        bf.quantize(nn.Linear(128, 32).eval(), "fp8_dynamic")
+        target._say_once.cache_clear()
+        bf.quantize(nn.Linear(64, 32).eval(), "int8_dynamic")
