@@ -163,8 +163,7 @@ def child(given: argparse.Namespace) -> None:
 
 def started(python: str, one: str, words: list[str], vectors: str, cpus: int) -> dict[str, Any] | None:
     """The row of a process on so many processors, or None if it failed, which is said."""
-    # Inductor's cache does not know for which vectors a kernel's text was written: one of 8 numbers, compiled
-    # anew for 16, writes behind its buffers.
+    # A cache for each kind of vectors, so that what is compiled is what is timed.
     apart = Path(tempfile.gettempdir()) / f"bitfold-conv-{one}-{vectors}"
     here = [python, str(Path(__file__).resolve()), "--one", one, *words]
     done = subprocess.run(

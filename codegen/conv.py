@@ -31,12 +31,11 @@ from torch import Tensor
 from ..formats import Format, Integer, format
 from ..formats.panels import Panels
 from .epilogue import Epilogue
-from .spec import CodegenError
+from .spec import MOST_EXTRAS, CodegenError
 
 LANES = 16
 # So many products of a code with a code that is made unsigned fit in 32 bits.
 MOST_PRODUCTS = (2**31 - 1) // (255 * 128)
-MOST_EXTRAS = 8
 _WORD = re.compile(r"([spdg])(\d+(?:x\d+)*)")
 _ONE = "one reads: conv 64x32x3x3 s2x2 p1x1 int8[panels16x4t9] x:int8[tensor] bias -> relu(y0)"
 

@@ -39,6 +39,9 @@ NATIVE: dict[Integer | Float, str] = {Integer(8): "int8", Float(4, 3, "fn"): "e4
 # Activations and results: float32 is for CPUs, whose kernels compute in it.
 TYPES = {**LANE_TYPES, "f32": torch.float32}
 MOST_WEIGHTS = 4
+MOST_EXTRAS = (
+    8  # tensors that an epilogue reads, and that one writes; kExtras, kReads and kWrites in cpp/headers
+)
 _KIND = re.compile(r"linear|grouped (\d+)")
 _ONE = "one reads: linear 4096x4096 bf16 int8 bias"
 
@@ -98,6 +101,10 @@ class GemmSpec:
             raise CodegenError(
                 f"the epilogue {self.epilogue} reads {self.epilogue.count('y')} sums of {self.weights} "
                 "weights"
+            )
+        if (extras := self.epilogue.count("e") + self.epilogue.count("v")) > MOST_EXTRAS:
+            raise CodegenError(
+                f"an epilogue reads at most {MOST_EXTRAS} tensors beside its sums, not {extras}"
             )
         if self.experts and (self.bias or self.epilogue.count("v")):
             raise CodegenError("experts have no bias and no numbers a column of their own; add them after")

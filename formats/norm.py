@@ -110,15 +110,15 @@ def freeze_norm(
     training: bool,
     clock: Tensor,
     freeze: int,
+    cudnn: bool,
 ) -> Tensor:
-    """Batch norm of x [B, O, ..]; moves mean and var until the step `freeze`."""
-    fast = torch.backends.cudnn.enabled
+    """Batch norm of x [B, O, ..]; moves mean and var until the step `freeze`. `cudnn`: as for batch norm."""
     if not training:
-        return torch.batch_norm(x, gamma, beta, mean, var, False, momentum, eps, fast)
+        return torch.batch_norm(x, gamma, beta, mean, var, False, momentum, eps, cudnn)
     # Copies: what follows writes to the statistics, and the way back needs them as they were.
     still, moved = (mean.clone(), var.clone()), (mean.clone(), var.clone())
-    by_batch = torch.batch_norm(x, gamma, beta, *moved, True, momentum, eps, fast)
-    by_running = torch.batch_norm(x, gamma, beta, *still, False, momentum, eps, fast)
+    by_batch = torch.batch_norm(x, gamma, beta, *moved, True, momentum, eps, cudnn)
+    by_running = torch.batch_norm(x, gamma, beta, *still, False, momentum, eps, cudnn)
     follows = clock < freeze
     with torch.no_grad():
         for held, new in zip((mean, var), moved, strict=True):
@@ -137,7 +137,7 @@ SCHEMAS = {
     ),
     "freeze_norm": (
         "(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!) mean, Tensor(b!) var, float momentum, float eps,"
-        " bool training, Tensor clock, int freeze) -> Tensor"
+        " bool training, Tensor clock, int freeze, bool cudnn) -> Tensor"
     ),
 }
 for _function in (fold_norm, unfold_norm, freeze_norm):

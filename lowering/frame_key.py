@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
+from ..codegen.cpp.build import vectors
 from ..passes import Miss
 
 _OWNERS = ("torch", "_operator", "operator", "builtins", "math")
@@ -121,7 +123,7 @@ def _process() -> list[str]:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
-        torch.backends.cpu.get_cpu_capability(),
+        vectors(),
         torch.backends.mkldnn.enabled,
     )
     return [
@@ -130,8 +132,19 @@ def _process() -> list[str]:
         torch.compiler.config.cache_key_tag,
         repr(sorted(config.save_config_portable().items(), key=lambda item: item[0])),
         repr([os.environ.get(name) for name in ("CXX", "OMP_NUM_THREADS")]),
+        _processor(),
         _sources(),
     ]
+
+
+@cache
+def _processor() -> str:
+    """What the processor can do: Inductor compiles for all of it (-march=native), and processes of several
+    machines may share a folder."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8", errors="replace").splitlines() if told.exists() else []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()} {flags}"
 
 
 @cache

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..codegen import CodegenError, GemmSpec
 from ..codegen.epilogue import Apply, Epilogue, Expression
-from ..codegen.spec import MOST_WEIGHTS
+from ..codegen.spec import MOST_EXTRAS, MOST_WEIGHTS
 from ..passes import inherit
 from ..passes.edges import epochs
 from .fused import parsed
@@ -69,6 +69,10 @@ class _Draft:
     @property
     def spec(self) -> GemmSpec:
         return parsed(str(self.calls[0].args[1]))
+
+    @property
+    def extras(self) -> int:
+        return len(self.matrices) + len(self.vectors)
 
 
 def splice(gm: GraphModule) -> int:
@@ -158,6 +162,8 @@ def _joined(first: _Draft, second: _Draft) -> tuple[_Draft, Expression] | None:
     mine, other = first.spec, second.spec
     if mine != other or len(first.calls) + len(second.calls) > MOST_WEIGHTS:
         return None
+    if first.extras + second.extras > MOST_EXTRAS:
+        return None
     if not all(map(_same, _of_x(first.calls[0], mine), _of_x(second.calls[0], mine))):
         return None
     moved = {
@@ -210,6 +216,8 @@ def _applied(
             if held is None:
                 return None
             terms.append(held)
+    if len(matrices) + len(vectors) > MOST_EXTRAS:
+        return None
     covers = (*taken.covers, node)
     return _Draft(taken.calls, Apply(name, tuple(terms)), tuple(matrices), tuple(vectors), covers)
 

@@ -13,11 +13,10 @@ into vectors for any processor. Integers are converted; other elements are looke
 
 from __future__ import annotations
 
-import math
-
 from ...formats import Format, Integer
 from ..attention import AttentionSpec, group_of, grouped, groups, has_zero, row
 from ..slices import Take
+from .values import number
 
 # Codes of a loop: GCC makes straight vector code of sixteen, and a slow loop of more.
 PIECE = 16
@@ -79,7 +78,7 @@ def _table(which: str, fmt: Format) -> list[str]:
     """The values of an element that no conversion gives."""
     if isinstance(fmt.element, Integer):
         return []
-    numbers = ", ".join(_number(value) for value in fmt.element.values())
+    numbers = ", ".join(number(value) for value in fmt.element.values())
     return [f"const float k_{which}[{len(fmt.element.values())}] = {{{numbers}}};"]
 
 
@@ -141,9 +140,3 @@ def _value(which: str, fmt: Format, code: str) -> str:
     if element.signed:
         whole = f"(int32_t({code} << {32 - element.bits}) >> {32 - element.bits})"
     return f"float({whole}) * {2.0**-element.fraction!r}f" if element.fraction else f"float({whole})"
-
-
-def _number(value: float) -> str:
-    if math.isfinite(value):
-        return f"{float(value).hex()}f"
-    return "NAN" if value != value else ("INFINITY" if value > 0 else "-INFINITY")

@@ -13,13 +13,15 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
-from ..attention import AttentionSpec
+from ..attention import AttentionSpec, cache_shapes
 from .attention import source
-from .build import Library, operator, vectors
+from .build import BYTE, OUTS, Library, operator, vectors
 
-_X = {"f32": 0, "bf16": 1, "f16": 2}
 _MASKS = {"none": 0, "bool": 1, "float": 2}
+_PARTS = 6  # kParts
+_ENTRIES, _LENGTH = -1, -2  # kEntries, kLength
 _known: set[tuple[str, str]] = set()
 
 
@@ -31,6 +33,8 @@ class AttentionFacts(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "dim", "page")),
         *((name, ctypes.c_int32) for name in ("parts", "x", "mask")),
         ("scale", ctypes.c_float),
+        ("sizes", ctypes.c_int64 * 4 * _PARTS),
+        ("types", ctypes.c_int64 * _PARTS),
     ]
 
 
@@ -45,6 +49,8 @@ def know_attention(specs: Iterable[AttentionSpec], words: str | None = None) -> 
         first = pool.submit(attention_operator)
         addresses = list(pool.map(_entry, libraries))
         loaded = first.result()
+    size = loaded.bitfold_size_of_attention_facts()
+    assert size == ctypes.sizeof(AttentionFacts), "the two do not list the same fields"
     for spec, run in zip(wanted, addresses, strict=True):
         facts = AttentionFacts(
             run=run,
@@ -53,14 +59,23 @@ def know_attention(specs: Iterable[AttentionSpec], words: str | None = None) -> 
             dim=spec.dim,
             page=spec.page,
             parts=len(spec.parts),
-            x=_X[spec.x],
+            x=OUTS[spec.dtype],
             mask=_MASKS[spec.mask],
             scale=spec.softmax_scale,
+            **_parts(spec),
         )
         loaded.bitfold_know_attention(str(spec).encode(), ctypes.byref(facts))
         # One text has one kernel at a time: another's vectors, in a test, take its place.
         _known.difference_update({known for known in _known if known[0] == str(spec)})
         _known.add((str(spec), words))
+
+
+def _parts(spec: AttentionSpec) -> dict[str, Any]:
+    """Sizes and types of a cache's parts; what a call decides has a number below 0."""
+    sizes, types = (ctypes.c_int64 * 4 * _PARTS)(), (ctypes.c_int64 * _PARTS)()
+    for i, (shape, dtype) in enumerate(cache_shapes(spec, _ENTRIES, _LENGTH).values()):
+        sizes[i][:], types[i] = list(shape), OUTS.get(dtype, BYTE)
+    return {"sizes": sizes, "types": types}
 
 
 @cache

@@ -7,17 +7,21 @@ In: specs. Out: `bitfold::fused` knows them, so that a call goes from the graph 
 
 Operators themselves (`headers/runtime.cpp`, `attention.cpp`) are compiled once for a machine. A library
 lies in a folder beside torch's own compile caches, named by all that went into it; it is built beside its
-place and renamed in, so that processes may share the folder. Where that folder cannot be written, one of this
-process's own serves.
+place and renamed in, so that processes may share the folder, which is held to a size (`kept_files.py`). Where
+that folder cannot be written, or is to hold nothing, one of this process's own serves.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shlex
+import shutil
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,10 +35,24 @@ import torch
 from ...formats.granularity import Granularity
 from ..spec import CodegenError, GemmSpec
 from .body import Body
+from .kept_files import BESIDE, KERNELS, put, used
 from .source import source
+from .support import obstacle
 
 HEADERS = Path(__file__).with_name("headers")
-# Vectors -> how GCC and Clang are told of them. What Inductor adds for speed must not drop NaN.
+
+
+def _arm() -> str:
+    """The least of ARM's architectures that has what this processor does and kernels use."""
+    told = Path("/proc/cpuinfo")
+    apple = sys.platform == "darwin" and os.uname().machine == "arm64"
+    has = apple or (told.exists() and "asimddp" in told.read_text(encoding="utf-8", errors="replace"))
+    return "armv8.2-a+dotprod" if has else "armv8-a"
+
+
+_PLAIN = {"x86_64": ("-march=x86-64",), "aarch64": ("-march=armv8-a",), "arm64": ("-march=armv8-a",)}
+# Vectors -> how GCC and Clang are told of them. Each says an architecture: by Inductor's -march=native plain
+# C++ becomes the vectors of the processor that compiles it, and others may share the library.
 FLAGS = {
     "avx2": ("-march=x86-64-v3",),
     "avx512": ("-march=x86-64-v4",),
@@ -42,10 +60,17 @@ FLAGS = {
     "amx": ("-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
     # Tiles in plain C++, for tests where there are none.
     "amx_model": ("-march=x86-64-v4", "-mavx512vnni", "-DBITFOLD_AMX_MODEL"),
-    "neon": (),
-    "portable": (),
+    "neon": (f"-march={_arm()}",),
+    "portable": _PLAIN.get(os.uname().machine, ()),
 }
 _AVX512 = ("avx512vnni", "amx", "amx_model")
+# Vectors -> narrower ones that the same processor has.
+_ALSO = {
+    "amx": ("avx512vnni", "avx512", "avx2", "amx_model"),
+    "avx512vnni": ("avx512", "avx2", "amx_model"),
+    "avx512": ("avx2",),
+}
+# What Inductor adds for speed must not drop NaN.
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
 # Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
@@ -55,7 +80,8 @@ OWN = ("-Wl,-Bsymbolic",) if sys.platform == "linux" else ()
 # Of loops over floats that call functions: none of those here says by errno what went wrong.
 NO_ERRNO = ("-fno-math-errno",)
 T = TypeVar("T")
-_OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BYTE = -1  # beside these: whatever has one byte
 
 
 class Facts(ctypes.Structure):
@@ -70,7 +96,7 @@ class Facts(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in ("bias", "matrices", "vectors", "codes", "out", "token_scales", "x")
         ),
-        *((name, ctypes.c_int64) for name in ("scale_count", "scale_bytes", "zero_bytes")),
+        *((name, ctypes.c_int64) for name in ("scale_count", "scale_type", "zero_type")),
     ]
 
 
@@ -85,6 +111,11 @@ def vectors() -> str:
     if found == "AVX2":
         return "avx2"
     return "neon" if os.uname().machine in ("aarch64", "arm64") else "portable"
+
+
+def runnable() -> tuple[str, ...]:
+    """All vectors that kernels can be written in and that this processor runs: what tests go through."""
+    return tuple(dict.fromkeys((vectors(), *_ALSO.get(vectors(), ()), "portable")))
 
 
 def _has_tiles() -> bool:
@@ -115,7 +146,14 @@ def folder() -> Path:
 
 @cache
 def _private() -> Path:
-    return Path(tempfile.mkdtemp(prefix="bitfold"))
+    """This process's own, gone with it."""
+    made, owner = Path(tempfile.mkdtemp(prefix="bitfold")), os.getpid()
+    atexit.register(lambda: shutil.rmtree(made, ignore_errors=True) if os.getpid() == owner else None)
+    return made
+
+
+# Libraries that this process uses: it removes none of them, however little the folder may hold.
+_held: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -145,14 +183,17 @@ class Library:
     def path(self) -> Path:
         """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
         refused, why = None, ""
-        for place in (folder(), _private):
-            here = place if isinstance(place, Path) else place()
-            if (found := here / f"{self.name}.so").exists():
+        for place in (folder, _private) if KERNELS.bytes() > 0 else (_private,):
+            here = place()
+            found = here / f"{self.name}.so"
+            _held.add(found)
+            if found.exists():
+                used(found)
                 return found
             try:
                 here.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=here) as beside:
-                    os.replace(self._compiled(Path(beside)), found)
+                with tempfile.TemporaryDirectory(dir=here, prefix=BESIDE) as beside:
+                    put(self._compiled(Path(beside)), found, KERNELS, _held)
             except OSError as error:
                 why = str(error.strerror)
             except CodegenError as error:  # for the text's sake, or a full disk's
@@ -169,38 +210,47 @@ class Library:
 
     def loaded(self, load: Callable[[str], T]) -> T:
         """What `load` makes of the file. One that is no library, since a power cut or a full disk left it
-        short, is compiled anew, once."""
+        short, or that another process has just removed, is compiled anew, once. CodegenError if that is none
+        either."""
         path = self.path()
         try:
             return load(str(path))
         except OSError:
             try:
-                path.unlink()
+                path.unlink(missing_ok=True)
             except OSError as error:
                 raise CodegenError(
                     f"{path} is no library, and cannot be removed ({error.strerror}); remove it"
                 ) from error
-            return load(str(self.path()))
+            path = self.path()
+        try:
+            return load(str(path))
+        except OSError as error:
+            raise CodegenError(
+                f"{path} was just compiled and cannot be loaded ({error}); point TORCHINDUCTOR_CACHE_DIR to "
+                "a folder from which programs may be run"
+            ) from error
 
     def _compiled(self, beside: Path) -> Path:
-        from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
+        from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions, run_compile_cmd
         from torch._inductor.exc import CppCompileError
 
-        file = beside / "source.cpp"
-        file.write_text(self.text, encoding="utf-8")
-        flags = [f"-DVECTORS='\"{header(self.vectors)}\"'", f"-I{HEADERS}", *self.flags]
+        (beside / "source.cpp").write_text(self.text, encoding="utf-8")
+        told = f"-I{shlex.quote(str(HEADERS))}"
+        flags = [f"-DVECTORS='\"{header(self.vectors)}\"'", told, *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
             options: CppOptions = CppTorchOptions(warning_all=False, extra_flags=flags)
         else:
             options = CppOptions(warning_all=False, extra_flags=flags)
-        builder = CppBuilder("library", str(file), options, str(beside))
+        # Names without a folder: torch's builder splits its command where a folder's name has a space.
+        builder = CppBuilder("library", "source.cpp", options)
         try:
-            builder.build()
+            run_compile_cmd(builder.get_command_line(), str(beside))
         except CppCompileError as error:
             raise CodegenError(f"the C++ compiler refused a kernel: {str(error)[-2000:]}") from error
-        return Path(builder.get_target_file_path())
+        return beside / builder.get_target_file_path()
 
 
 @cache
@@ -211,6 +261,11 @@ def _headers() -> str:
 def library_of(spec: GemmSpec, words: str | None = None) -> Library:
     """The kernel's, in this processor's vectors or others."""
     return Library(source(spec), words or vectors())
+
+
+def text_of(name: str) -> str:
+    """A file of headers/ that is compiled by itself; what it refuses is said with its name."""
+    return f'#line 1 "{name}.cpp"\n' + (HEADERS / f"{name}.cpp").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=1024)
@@ -227,7 +282,7 @@ def operator(name: str, told: str, build: Callable[[str], None]) -> ctypes.CDLL:
     makes a kernel that the operator does not know yet when it is called.
 
     All operators see each other's symbols: their types and C functions have names of their own."""
-    text = (HEADERS / f"{name}.cpp").read_text(encoding="utf-8")
+    text = text_of(name)
 
     def load(path: str) -> ctypes.CDLL:
         torch.ops.load_library(path)  # type: ignore[no-untyped-call]
@@ -239,19 +294,23 @@ def operator(name: str, told: str, build: Callable[[str], None]) -> ctypes.CDLL:
     return loaded
 
 
+_refused = threading.local()  # why, as C reads it, until a thread asks again
+
+
 @cache
-def _called_from_c(build: Callable[[str], None]) -> Callable[[bytes], int]:
+def _called_from_c(build: Callable[[str], None]) -> Callable[[bytes], int | None]:
     """Kept alive: the operator calls it."""
 
-    def call(text: bytes) -> int:
+    def call(text: bytes) -> int | None:
         try:
             build(text.decode())
         except Exception as error:  # nothing may be raised through C
-            warnings.warn(str(error), stacklevel=2)
-            return 1
-        return 0
+            why = str(error) or f"{text.decode()}: {type(error).__name__}"
+            _refused.why = ctypes.create_string_buffer(why.encode())
+            return ctypes.addressof(_refused.why)
+        return None
 
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)(call)
+    return ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(call)
 
 
 def _build(text: str) -> None:
@@ -262,17 +321,24 @@ _known: set[tuple[str, str]] = set()
 
 
 def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
-    """Makes the operator know these specs; their kernels are compiled side by side."""
+    """Makes the operator know these specs; their kernels are compiled side by side. CodegenError for one that
+    no CPU kernel computes, or that the compiler refuses."""
     words = words or vectors()
     wanted = [spec for spec in dict.fromkeys(specs) if (str(spec), words) not in _known]
     if not wanted:
         return
+    for spec in wanted:
+        if (why := obstacle(spec)) is not None:
+            raise CodegenError(
+                f"no CPU kernel computes {spec}: {why}; graphs lowered for cpu ask for none such"
+            )
     libraries = {spec: library_of(spec, words) for spec in wanted}
     apart = list(dict.fromkeys(libraries.values()))
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         first = pool.submit(operator, "runtime", "bitfold_builder", _build)
         entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
+    assert loaded.bitfold_size_of_facts() == ctypes.sizeof(Facts), "the two do not list the same fields"
     for spec in wanted:
         facts = facts_of(spec, entries[libraries[spec]])
         loaded.bitfold_know(str(spec).encode(), ctypes.byref(facts))
@@ -313,12 +379,12 @@ def facts_of(spec: GemmSpec, entries: Mapping[str, int | None]) -> Facts:
         matrices=spec.epilogue.count("e"),
         vectors=spec.epilogue.count("v"),
         codes=int(spec.activation is not None),
-        out=_OUTS[spec.out],
+        out=OUTS[spec.out],
         token_scales=tokens,
-        x=_OUTS[spec.dtype],
+        x=OUTS[spec.dtype],
         scale_count=rows * groups,
-        scale_bytes=scale.bits // 8 if scale is not None else 0,
-        zero_bytes=0 if scale is None else (1 if scale.zero == "int" else scale.bits // 8),
+        scale_type=OUTS.get(scale.stored, BYTE) if scale is not None else BYTE,
+        zero_type=OUTS.get(scale.stored, BYTE) if scale is not None and scale.zero != "int" else BYTE,
     )
 
 

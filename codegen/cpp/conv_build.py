@@ -119,6 +119,7 @@ def know(specs: Iterable[ConvSpec], words: str | None = None) -> None:
         first: Any = pool.submit(operator, "conv_runtime", "bitfold_conv_builder", _build)
         entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
         loaded = first.result()
+    assert loaded.bitfold_size_of_conv_facts() == ctypes.sizeof(Facts), "the two do not list the same fields"
     for spec, library in zip(wanted, libraries, strict=True):
         loaded.bitfold_know_conv(str(spec).encode(), ctypes.byref(facts_of(spec, *entries[library])))
         # One text has one kernel at a time: another's vectors, in a test, take its place.

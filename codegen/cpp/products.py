@@ -94,14 +94,17 @@ def tile(body: Body) -> list[str]:
     ]
 
 
+def place(body: Body) -> str:
+    """Where the units of this run of row r are: `tail` stands before the loop over runs."""
+    found = "codes_of_row + r * stride + at"
+    return f"k + kCodes > call.k ? tail[r] : {found}" if body.cut_short else found
+
+
 def units(body: Body) -> list[str]:
-    """Where the units of this run are, for each row: `tail` stands before the loop over runs."""
-    place = "codes_of_row + r * stride + at"
-    if body.cut_short:
-        place = f"k + kCodes > call.k ? tail[r] : {place}"
+    """Those of each row."""
     return [
         "      const uint8_t* u[R];",
-        f"      for (int r = 0; r < R; ++r) u[r] = {place};",
+        f"      for (int r = 0; r < R; ++r) u[r] = {place(body)};",
     ]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import HEADERS, Library, vectors
+from .build import Library, text_of, vectors
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def sequence(
 @cache
 def _caller() -> Any:
     """The function of headers/sequence.cpp, called with the interpreter's lock."""
-    text = (HEADERS / "sequence.cpp").read_text(encoding="utf-8")
-    call = Library(text, vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
+    call = Library(text_of("sequence"), vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
     call.argtypes, call.restype = [ctypes.c_void_p, ctypes.py_object], ctypes.py_object
     return call

@@ -2,7 +2,7 @@
 
 In: a `GemmSpec`. Out: the text of a file with one `run(call, first, last)`, for rows first .. last - 1 of the
 weight; what varies from call to call (n, k, the number of rows of x, addresses) is in the call, so that all
-layers of a format share one kernel. Nothing in it names a format.
+layers of a format in one layout share one kernel. Nothing in it names a format.
 
     linear 1536x576 f32 int4[g64,planar]
     ->  for each run of 64 codes: two slices of 32 nibbles -> floats, times x, added up; times the scale

@@ -57,7 +57,7 @@ def decode(element: Element, takes: Sequence[Take]) -> Decode:
         kind = f"{element.bits}, {element.mantissa_bits}, {str(_ends_in_nan(element)).lower()}"
         return Decode(codes, f"of_floats<part, {kind}>(codes)", factor)
     size = max(16, 1 << element.bits)
-    numbers = ", ".join(_number(v) for v in _padded(element, size))
+    numbers = ", ".join(number(v) for v in _padded(element, size))
     table = f"alignas(64) const float kTable[{size}] = {{{numbers}}};"
     return Decode(codes, f"of_table<part, {element.bits}>(kTable, codes)", table=table)
 
@@ -134,7 +134,7 @@ def _padded(element: Element, size: int) -> list[float]:
     return values + [0.0] * (size - len(values))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if math.isfinite(value):
         return f"{float(value).hex()}f"
     return "NAN" if value != value else ("INFINITY" if value > 0 else "-INFINITY")

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...codegen import CodegenError
+from ...codegen.spec import MOST_WEIGHTS
 from ...formats import cache_tag
 from ...passes import inherit
 from ...passes.edges import epochs
@@ -28,7 +29,6 @@ from ..fused import fake, parsed
 FUSED = torch.ops.bitfold.fused.default
 BESIDE = torch.ops.bitfold.fused_beside.default
 BETWEEN = " & "  # as headers/runtime.cpp has it
-MOST = 4  # kWeights there
 
 
 def beside(gm: GraphModule) -> int:
@@ -37,7 +37,7 @@ def beside(gm: GraphModule) -> int:
     groups: dict[tuple[object, ...], list[list[Node]]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=FUSED):
         groups_of_x = groups.setdefault((*_of_x(node), since[node]), [])
-        open_ = [g for g in groups_of_x if len(g) < MOST and _there(node, g[0], place)]
+        open_ = [g for g in groups_of_x if len(g) < MOST_WEIGHTS and _there(node, g[0], place)]
         if open_:
             open_[0].append(node)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ...codegen.conv import MOST_EXTRAS
+from ...codegen.spec import MOST_EXTRAS
 
 
 class _Shims(dict[Any, list[str]]):

@@ -8,7 +8,7 @@ In: a key (`frame_key.py`), and a `Run` whose pieces were joined. Out: the same 
 What is kept are the names of the libraries that Inductor compiled, what each takes and makes, and the texts
 of the kernels that they call. The key says all that they depend on; where a library is gone, or a file is not
 what was written, nothing is recalled and the frame is compiled. Frames that were not asked for longest are
-removed (`kept_files.py`).
+removed (`codegen/cpp/kept_files.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ...codegen import CodegenError
 from ...codegen.attention import AttentionSpec
 from ...codegen.conv import ConvSpec
 from ...codegen.cpp.build import folder
+from ...codegen.cpp.kept_files import FRAMES, read, write
 from ...codegen.cpp.sequence_build import Native, sequence
 from ...codegen.spec import GemmSpec
 from ...formats import BitfoldError
@@ -36,8 +37,7 @@ from ...passes import Miss
 from ..target import Compiled
 from .beside import BESIDE, BETWEEN
 from .entries import ENTRY, Entry
-from .kept_files import read, write
-from .run_pieces import Place, Run
+from .run_pieces import Place, Run, Step
 
 _bitfold = torch.ops.bitfold
 # Operators whose kernels have texts, and the argument that is the text.
@@ -96,24 +96,25 @@ def texts_of(gm: GraphModule) -> dict[str, tuple[str, ...]]:
 
 def keeper(
     key: str, given: Sequence[int], gm: GraphModule
-) -> Callable[[Run, Mapping[int, Entry | Miss]], None]:
+) -> Callable[[Run, Sequence[Step], Mapping[int, Entry | Miss]], None]:
     """What keeps the run of a graph, which takes `given` of the frame's arguments, once it is known to be C
     functions alone."""
+    FRAMES.bytes()  # a bound that is no number is said before anything is computed
     kernels = texts_of(gm)
     queries = bool(gm.graph.find_nodes(op="call_function", target=_bitfold.few_queries.default))
 
-    def told(run: Run, entries: Mapping[int, Entry | Miss]) -> None:
-        steps = []
-        for step in run.steps:
+    def told(run: Run, steps: Sequence[Step], entries: Mapping[int, Entry | Miss]) -> None:
+        called = []
+        for step in steps:
             found = entries[id(step.run)]
             if not isinstance(found, Entry):
                 return
-            steps.append(Called(found.library._name, step.given, step.made))
+            called.append(Called(found.library._name, step.given, step.made))
         try:
             result = _described(run.result)
         except TypeError:
             return
-        keep(key, Plan(tuple(given), tuple(steps), result, run.written, kernels, queries))
+        keep(key, Plan(tuple(given), tuple(called), result, run.written, kernels, queries))
 
     return told
 
@@ -136,7 +137,7 @@ def place(key: str) -> Path:
 def keep(key: str, plan: Plan) -> None:
     """Write it. A folder that cannot be written has been told of by who compiled the kernels."""
     try:
-        write(place(key), json.dumps(asdict(plan)))
+        write(place(key), json.dumps(asdict(plan)), FRAMES)
     except OSError:
         return
 

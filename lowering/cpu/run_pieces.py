@@ -43,19 +43,20 @@ class Run:
 
     def __init__(self, steps: Sequence[Step], result: Any, written: Sequence[int] = ()) -> None:
         self.result, self.written, self.first = result, tuple(written), True
-        self.told: Callable[[Run, Mapping[int, Entry | Miss]], None] | None = None
+        self.told: Callable[[Run, Sequence[Step], Mapping[int, Entry | Miss]], None] | None = None
         self.kept = {place.index for place in _places(result)}
         self.steps = _let_go(steps, self.kept)
         self.size = 1 + max(i for step in steps for i in (*step.given, *step.made))
 
     def __call__(self, *args: Any) -> Any:
-        if len(self.steps) == 1 and not self.first:
-            return self._alone(self.steps[0], args)
+        first, steps = self.first, self.steps  # another thread may be in its first call, and change both
+        if len(steps) == 1 and not first:
+            return self._alone(steps[0], args)
         values = [*args, *[None] * (self.size - len(args))]
         entries: dict[int, Entry | Miss] = {}
-        for step in self.steps:
+        for step in steps:
             arguments = [values[i] for i in step.given]
-            if self.first and id(step.run) not in entries:
+            if first and id(step.run) not in entries:
                 found, entries[id(step.run)] = entry(step.run, arguments)
             else:
                 found = step.run(*arguments)
@@ -63,10 +64,10 @@ class Run:
                 values[i] = value
             for i in step.gone:
                 values[i] = None
-        if self.first:
+        if first:
             if self.told is not None:
-                self.told(self, entries)
-            self.steps, self.first = _let_go(joined(self.steps, entries, self.kept), self.kept), False
+                self.told(self, steps, entries)
+            self.steps, self.first = _let_go(joined(steps, entries, self.kept), self.kept), False
         elif self.written:  # else torch does so for each piece
             increment_version([args[i] for i in self.written])
         return _filled(self.result, values)

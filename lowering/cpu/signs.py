@@ -19,10 +19,11 @@ aten = torch.ops.aten
 _NEVER = frozenset({aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.hardsigmoid.default})
 _KEEPS = MOVES | {aten.max_pool2d.default, aten.adaptive_avg_pool2d.default, aten.dropout.default}
 _BOTH = frozenset({aten.add.Tensor, aten.mul.Tensor, aten.maximum.default})
+# Ends of what is left of x, and what they are if a call does not say. Where they cross, the upper one wins.
 _BOUNDS = {
-    aten.clamp.default: ("min", None),
-    aten.hardtanh.default: ("min_val", -1.0),
-    aten.clamp_min.default: ("min", None),
+    aten.clamp.default: (("min", None), ("max", None)),
+    aten.hardtanh.default: (("min_val", -1.0), ("max_val", 1.0)),
+    aten.clamp_min.default: (("min", None), ("max", None)),
 }
 
 
@@ -40,8 +41,9 @@ def _holds(node: Node, found: set[Node]) -> bool:
     if target in _NEVER:
         return True
     if target in _BOUNDS:
-        low = argument(node, *_BOUNDS[target])
-        return isinstance(low, int | float) and low >= 0
+        low, high = (argument(node, *bound) for bound in _BOUNDS[target])
+        above = high is None or (isinstance(high, int | float) and high >= 0)
+        return isinstance(low, int | float) and low >= 0 and above
     if target in _BOTH:
         return len(node.args) == 2 and not node.kwargs and all(_is_one(given, found) for given in node.args)
     if target in JOINS:

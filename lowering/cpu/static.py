@@ -3,9 +3,10 @@
 In: a folded region around a convolution or a linear, both operands behind a `dequantize`. Out: the region
 on the operator `bitfold.conv`, its weight in panels.
 
-    %x = dequantize([%c, %s], "int8[tensor]", 56, f32); %w = reshape(dequantize([%wc, %ws], "int8", 288,
-    f32), ..) %y = conv2d(%x, %w, %b, [1, 1], [1, 1]) ->  %y = bitfold.conv([%c, %s, %wc, %ws, %b], "conv
-    64x32x3x3 p1x1 int8[panels16x4t9] x:int8[tensor] bias")[0]
+    %x = dequantize([%c, %s], "int8[tensor]", 56, f32)
+    %w = reshape(dequantize([%wc, %ws], "int8", 288, f32), ..);  %y = conv2d(%x, %w, %b, [1, 1], [1, 1])
+    ->  %y = bitfold.conv([%c, %s, %wc, %ws, %b],
+                          "conv 64x32x3x3 p1x1 int8[panels16x4t9] x:int8[tensor] bias")[0]
 """
 
 from __future__ import annotations

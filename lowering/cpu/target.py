@@ -1,23 +1,27 @@
 """The CPU target: folded regions as torch that Inductor's C++ runs at the speed of the codes' bytes.
 
-In: a region around a matmul or an embedding, its weight behind a `dequantize`. Out: the region on two
-operators (see `_operators.py`), plain torch below, so that any `torch.compile` (not only
-backend="bitfold") fuses through them.
+In: a region around a matmul or an embedding, its weight behind a `dequantize`. Out: the region on operators
+of `src/bitfold/_operators.py`: a linear on a generated kernel, or, where there is no compiler or no kernel
+computes it, on one that is plain torch below, so that any `torch.compile` (not only backend="bitfold") fuses
+through it.
 
     %w = dequantize([%c, %s], "int4[g64]", 576, f32); %y = linear(%x, %w, %b)
-    ->  %y = bitfold.cpu_linear(%x, [%c, %s], "int4[g64,planar]", 576, %b)
+    ->  %y = bitfold.fused([%x, %c, %s, %b], "linear 1536x576 f32 int4[g64,planar64] bias")[0]
+    or  %y = bitfold.cpu_linear(%x, [%c, %s], "int4[g64,planar]", 576, %b)
 
     %w = dequantize([%c, %s], "int8", 576, f32); %y = embedding(%w, %i)
     ->  %r = bitfold.rows([%c, %s], "int8", 576, %i); %y = dequantize([%r[0], %r[1]], "int8", 576, f32)
 
-Where both operands are codes with static scales, `cpu_conv.py` has kernels, of convolutions too. Another
+Where both operands are codes with static scales, `static.py` has kernels, of convolutions too. Another
 convolution, or an attention, keeps its dequantize: Inductor decodes into memory ahead of the library call.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -251,10 +255,17 @@ def _kernel(node: Node, weight: Node) -> Node | None:
             spec = GemmSpec(parse(str(text)), rows, k, lane, bias is not None, activation)
         except BitfoldError:
             continue
-        if obstacle(spec) is None:
+        if (why := obstacle(spec)) is None:
             x = [node.args[0]] if given is None else list(given.args[0])  # type: ignore[arg-type]
             return _call(node, weight, spec, [*x, *parts, *([bias] if bias is not None else [])])
+        what = f"activations in {activation}" if given is not None else f"weights in {spec.weight}"
+        _say_once(f"no CPU kernel multiplies {what}: {why}; they become floats first, which is slower")
     return None
+
+
+@cache
+def _say_once(warning: str) -> None:
+    warnings.warn(warning, stacklevel=2)
 
 
 def _call(node: Node, weight: Node, spec: GemmSpec, inputs: list[Any]) -> Node:

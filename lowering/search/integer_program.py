@@ -103,16 +103,21 @@ def _solve(table: Sensitivity, cost: Sequence[float], weight: Sequence[float], m
     rows = np.zeros((len(layers), len(table.choices)))
     for column, choice in enumerate(table.choices):
         rows[layers.index(choice.layer), column] = 1
+    # What is too much with the least of all other layers is no choice; HiGHS takes 1e20 for infinity.
+    lightest = np.where(rows > 0, np.array(weight), np.inf).min(1)
+    least = lightest[rows.argmax(0)]
+    allowed = lightest.sum() + np.array(weight) - least <= most + 1e-9 * abs(most)
     # HiGHS works to absolute tolerances of 1e-6 and less: both rows in units of their own size.
-    unit, size = max(map(abs, cost)) or 1.0, abs(most) or 1.0
+    unit = max(abs(one) for one, taken in zip(cost, allowed, strict=True) if taken) or 1.0
+    size = abs(most) or 1.0
     found = optimize.milp(
-        np.array(cost) / unit,
+        np.where(allowed, cost, 0.0) / unit,
         constraints=[
             optimize.LinearConstraint(rows, 1, 1),
-            optimize.LinearConstraint(np.array(weight)[None] / size, -np.inf, most / size),
+            optimize.LinearConstraint(np.where(allowed, weight, least)[None] / size, -np.inf, most / size),
         ],
         integrality=np.ones(len(cost)),
-        bounds=optimize.Bounds(0, 1),
+        bounds=optimize.Bounds(0, allowed.astype(float)),
         options={"mip_rel_gap": 0.0},
     )
     if found.x is None:

@@ -135,16 +135,16 @@ def _table(
     formats: Sequence[str],
     loss: Loss | None,
     by: str,
-    step: Progress | None,
+    progress: Progress | None,
 ) -> Sensitivity:
     if by == "measured":
-        return sensitivity(model, data, formats, loss=loss, progress=step)
+        return sensitivity(model, data, formats, loss=loss, progress=progress)
     if by != "trace" or loss is not None:
         raise BitfoldError(
             f"by is 'measured' or 'trace', and a loss of your own can only be measured, not by={by!r} with "
             f"loss={loss!r}"
         )
-    return trace_sensitivity(model, data, formats, progress=step)
+    return trace_sensitivity(model, data, formats, progress=progress)
 
 
 def _times(model: nn.Module, data: Sequence[Any], formats: Sequence[str]) -> Times:

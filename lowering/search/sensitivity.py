@@ -171,7 +171,7 @@ def sensitivity(
 
 def percent(loss: float) -> str:
     """Of perplexity, for a loss in nats."""
-    return f"{100 * math.expm1(loss):.3g}%"
+    return f"{100 * math.expm1(loss) if loss < 700 else math.inf:.3g}%"  # a double ends there
 
 
 def _brought(

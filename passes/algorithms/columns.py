@@ -5,8 +5,9 @@ In: a weight [N, K] on any device. Out: the device for a loop over its columns.
     column_device(w [512, 1024] on cuda)     ->  cpu
     column_device(w [14336, 4096] on cuda)   ->  cuda
 
-A column takes some twenty operators. On a GPU each is a launch of about 5 us however short the column is, and
-processes that share the card wait for each other's; on a CPU they take that long for some thousand numbers.
+A column takes some twenty operators. On a GPU each is a launch of some microseconds however short the column
+is, and processes that share the card wait for each other's; on a CPU they take that long for some thousand
+numbers.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ...formats import BitfoldError, format
 from ..algorithms.draft import DRAFT
 from ..anchors import TARGETS, from_rows, to_rows
 from ..constants import add_constant, expression
-from ..core import Pass
+from ..core import Pass, state
 from ..edges import EDGE, Edge, edge, split_activations
 from ..edit import call
 from ..joints import operands
@@ -160,7 +160,8 @@ def _mark_weight(gm: GraphModule, node: Node, note: Note, shared: dict[tuple[Nod
 def _fake_quantize(
     gm: GraphModule, on: Edge, value: Node, before: Node, params: list[Node] | None = None
 ) -> Node:
-    layer = on.layer.replace(".", "_").removesuffix(f"{on.which}")
+    # By the module's own name for it, so that the graphs of layers that are alike are alike.
+    layer = state(gm).local(on.layer).replace(".", "_").removesuffix(f"{on.which}")
     name = f"{layer.rstrip('_')}_{on.which}{ROUNDED}".lstrip("_")
     if on.which != "output":  # which stands right behind its layer; `quantize` and `train_quantize` see to it
         value = _contiguous(gm, value, before)

@@ -4,7 +4,7 @@ In: a graph that trains. Out: the same, where each batch norm with running stati
 did not fold into the weight before it, looks at the step counter.
 
     %z = batch_norm(%y, %gamma, %beta, %mean, %var, False, 0.1, 1e-05, True)
-    ->  %z = bitfold.freeze_norm(%y, %gamma, %beta, %mean, %var, 0.1, 1e-05, False, %clock, 900)
+    ->  %z = bitfold.freeze_norm(%y, %gamma, %beta, %mean, %var, 0.1, 1e-05, False, %clock, 900, True)
 
 `settle_frozen_norm` takes it back.
 """
@@ -41,11 +41,11 @@ class FreezeNorm(Pass):
         """Number of batch norms that will."""
         made = 0
         for node in gm.graph.find_nodes(op="call_function", target=aten.batch_norm.default):
-            x, gamma, beta, mean, var, training, momentum, eps, _ = arguments(node)
+            x, gamma, beta, mean, var, training, momentum, eps, cudnn = arguments(node)
             if mean is None or var is None:
                 continue  # it has no statistics but its batch's
-            device = x.meta["val"].device
-            args: Any = (x, gamma, beta, mean, var, momentum, eps, training, clock(gm, device), self.step)
+            counts = clock(gm, x.meta["val"].device)
+            args: Any = (x, gamma, beta, mean, var, momentum, eps, training, counts, self.step, cudnn)
             new = call(gm, FREEZE_NORM, args, before=node, origin_from=node)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)
@@ -67,8 +67,8 @@ class SettleFrozenNorm(Pass):
         nodes = gm.graph.find_nodes(op="call_function", target=FREEZE_NORM)
         for node in nodes:
             given = {name: node.args[place] for name, place in FREEZE.items()}
-            names = ("x", "gamma", "beta", "mean", "var", "training", "momentum", "eps")
-            args: Any = (*(given[name] for name in names), torch.backends.cudnn.enabled)
+            names = ("x", "gamma", "beta", "mean", "var", "training", "momentum", "eps", "cudnn")
+            args: Any = tuple(given[name] for name in names)
             new = call(gm, aten.batch_norm.default, args, before=node, origin_from=node)
             node.replace_all_uses_with(new)
             gm.graph.erase_node(node)

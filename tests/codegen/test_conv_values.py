@@ -10,6 +10,8 @@ length of the sum; an epilogue moves by its slope times as much, and rounds a fe
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -33,12 +35,7 @@ from conv_cases import coded, operands, spec_of
 
 U = 2.0**-24
 HERE = build.vectors()
-RUNNABLE = {
-    "amx": ["amx", "avx512vnni", "avx2", "portable"],
-    "avx512vnni": ["avx512vnni", "amx_model", "avx512", "avx2", "portable"],
-    "avx512": ["avx512", "avx2", "portable"],
-    "avx2": ["avx2", "portable"],
-}.get(HERE, [HERE, "portable"])
+RUNNABLE = build.runnable()
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 CASES = {
     "one by one": ("20x12x1x1 bias", (1, 12, 5, 5)),
@@ -116,6 +113,30 @@ def test_values(case: str, vectors: str) -> None:
     text, shape = CASES[case]
     spec = spec_of(text)
     check(spec, operands(spec, shape), vectors)
+
+
+VECTORS = """
+extern "C" int run() {
+  int found = 0;
+#ifdef __AVX2__
+  found |= 1;
+#endif
+#ifdef __AVX512F__
+  found |= 2;
+#endif
+#ifdef __AVX512VNNI__
+  found |= 4;
+#endif
+  return found;
+}
+"""
+
+
+@pytest.mark.parametrize("vectors", RUNNABLE)
+def test_a_kernel_has_the_vectors_that_are_named(vectors: str) -> None:
+    """Those of convolutions choose by what the compiler may use, whatever the processor here has."""
+    found = build.Library(VECTORS, vectors).loaded(ctypes.CDLL).run()
+    assert found == {"portable": 0, "neon": 0, "avx2": 1, "avx512": 3}.get(vectors, 7)
 
 
 @settings(max_examples=25)
@@ -238,6 +259,26 @@ def test_threads_give_the_same() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one, three)
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux")
+def test_what_a_large_call_took_is_given_back() -> None:
+    """By the next small one of the same thread: x that lies otherwise is copied, 48 MB of it."""
+    spec = spec_of("4x3x1x1 s16x16")
+    know([spec], HERE)
+    small = operands(spec, (1, 3, 16, 16))
+    large = [small[0].repeat(1, 1, 256, 256).contiguous(), *small[1:]]
+    torch.ops.bitfold.conv(small, str(spec))
+    before = resident()
+    torch.ops.bitfold.conv(large, str(spec))
+    assert resident() - before > 40 * 2**20
+    torch.ops.bitfold.conv(small, str(spec))
+    assert resident() - before < 20 * 2**20
 
 
 BAD = {

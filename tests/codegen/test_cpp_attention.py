@@ -13,17 +13,11 @@ from test_attention import COVER, FAST, FORMATS, SHAPES
 
 from bitfold.codegen.cpp.attention import source
 from bitfold.codegen.cpp.attention_build import know_attention
-from bitfold.codegen.cpp.build import vectors
+from bitfold.codegen.cpp.build import runnable, vectors
 from bitfold.lowering.kv_cache.attention import attend_reference
 
-# What this processor runs of what kernels can be written in.
-WORDS = {
-    "amx": ["avx512", "avx2"],
-    "avx512vnni": ["avx512", "avx2"],
-    "avx512": ["avx512", "avx2"],
-    "avx2": ["avx2"],
-    "neon": ["neon"],
-}
+# Those that tests of values do not go through anyway. Tiles are none of attention's.
+OTHERS = [one for one in runnable() if one not in (vectors(), "amx_model")] or [vectors()]
 
 
 def attend(case: Any, given: Any, words: str | None = None) -> torch.Tensor:
@@ -64,7 +58,7 @@ def test_sizes_of_heads(case: Any) -> None:
     check(case)
 
 
-@pytest.mark.parametrize("words", ["portable", *WORDS.get(vectors(), [])])
+@pytest.mark.parametrize("words", OTHERS)
 def test_in_every_kind_of_vectors(words: str) -> None:
     check(Case("int4[g32]", "float8_e4m3fn[bf16]", x="f32", dim=96, limits="causal", queries=3), words=words)
     check(Case("mxfp4", "uint4[zero]", x="f16", page=8, mask="float"), words=words)
@@ -99,6 +93,36 @@ def test_operands_of_another_size_are_refused() -> None:
         attend(case, replace(given, q=given.q[:, :2]))
     with pytest.raises(RuntimeError, match="the cache has 2 entries and the call 1"):
         attend(case, replace(given, q=given.q[:1]))
+    with pytest.raises(RuntimeError, match="limits are integers of two dimensions"):
+        attend(case, replace(given, limits=given.limits[0]))
+    changes: list[tuple[int, Any]] = [
+        (0, lambda part: part[:, :1]),
+        (0, lambda part: part[..., :-2]),
+        (0, lambda part: part.float()),
+        (1, lambda part: part[:, :, :1]),
+        (1, lambda part: part.half()),
+        (2, lambda part: part[:, :, :5]),
+        (3, lambda part: part[:1]),
+    ]
+    for at, change in changes:
+        cache = list(given.cache)
+        cache[at] = change(cache[at]).contiguous()
+        with pytest.raises(RuntimeError, match=f"part {at} of the cache has not the sizes"):
+            attend(case, replace(given, cache=cache))
+
+
+@pytest.mark.parametrize("page", [-1, 10, 2**40])
+def test_a_page_that_is_not_there_is_not_read(page: int) -> None:
+    """Where a query looks; the table may say anything behind."""
+    case = Case("int8[bf16]", "int8[bf16]", x="f32", page=8, tokens=37, limits="full")
+    given = cases.operands(case)
+    assert given.pages is not None and int(given.pages.max()) == 9
+    attend(case, given)
+    pages = given.pages.long()
+    pages[1, 4] = page
+    with pytest.raises(RuntimeError, match=f"there is no page {page} in a cache of 10"):
+        attend(case, replace(given, pages=pages))
+    attend(case, replace(given, pages=pages, limits=torch.full((1, 1), 32)))
 
 
 def test_the_source_reads_units_of_the_layout() -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +15,8 @@ import pytest
 
 from bitfold.codegen import CodegenError
 from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp.kept_files import KERNELS
+from bitfold.formats import BitfoldError
 from bitfold.lowering.target import get_target
 
 pytestmark = pytest.mark.skipif(bool(get_target("cpu").missing()), reason="there is no C++ compiler")
@@ -53,6 +60,17 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(
         assert library.loaded(ctypes.CDLL).run() == number
 
 
+def test_folders_may_have_spaces_in_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of compiled kernels, and that in which this package is installed."""
+    here = tmp_path / "my kernels"
+    monkeypatch.setattr(build, "folder", lambda: here)
+    shutil.copytree(build.HEADERS, tmp_path / "my headers")
+    monkeypatch.setattr(build, "HEADERS", tmp_path / "my headers")
+    text = '#include "kernel.h"\nextern "C" int run() { return bitfold::kWeights; }\n'
+    library = build.Library(text, "portable")
+    assert library.loaded(ctypes.CDLL).run() == 4 and library.path().parent == here
+
+
 def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says that there is no space by refusing; elsewhere it does not."""
     monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
@@ -92,5 +110,88 @@ def test_a_library_that_was_cut_short_is_made_anew(
     def refuse(path: str) -> None:
         raise OSError("never")
 
-    with pytest.raises(OSError, match="never"):
+    with pytest.raises(CodegenError, match=r"just compiled and cannot be loaded \(never\)"):
         library.loaded(refuse)
+
+
+def aged(path: Path, seconds: float, size: int = 0) -> Path:
+    """The file, made if a size is given, as if it had been used so long ago."""
+    if size:
+        path.write_bytes(bytes(size))
+    at = time.time() - seconds
+    os.utime(path, (at, at))
+    return path
+
+
+def test_the_folder_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was not used longest goes; what this process uses stays, and what another has just used."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    monkeypatch.setenv(KERNELS.variable, "3")
+
+    def compiled(self: build.Library, beside: Path) -> Path:
+        (beside / "made").write_bytes(b"a library")
+        return beside / "made"
+
+    monkeypatch.setattr(build.Library, "_compiled", compiled)
+    text = 'extern "C" int run() {{ return {}; }}\n'
+    mine = build.Library(text.format(21), "portable")
+    path = aged(Path(mine.path()), 9000)
+    others = [aged(tmp_path / f"{i}.so", 1000 * i, 2**20) for i in (1, 2, 3, 4)]
+    new = aged(tmp_path / "new.so", 10, 2**20)
+    left = tmp_path / "beside-left"
+    left.mkdir()
+    aged(left, 9000)
+    build.Library(text.format(22), "portable").path()
+    assert [one.exists() for one in others] == [True, False, False, False]
+    assert path.exists() and new.exists() and not left.exists()
+    mine.path()  # used now
+    assert time.time() - path.stat().st_mtime < 900
+    monkeypatch.setenv(KERNELS.variable, "0.001")
+    build.Library(text.format(23), "portable").path()
+    assert len(list(tmp_path.glob("c*.so"))) == 3 and new.exists() and not others[0].exists()
+    monkeypatch.setenv(KERNELS.variable, "many")
+    with pytest.raises(BitfoldError, match="BITFOLD_KEPT_KERNELS_MB is a number of megabytes"):
+        build.Library(text.format(24), "portable").path()
+
+
+def test_a_folder_that_is_only_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody writes there when a library was used, and nothing is removed."""
+    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    library = build.Library('extern "C" int run() { return 25; }\n', "portable")
+    path = library.path()
+
+    def refused(*args: object, **more: object) -> None:
+        raise PermissionError(30, "Read-only file system")
+
+    for name in ("utime", "unlink", "replace", "mkdir"):
+        monkeypatch.setattr(os, name, refused)
+    assert library.loaded(ctypes.CDLL).run() == 25 and library.path() == path
+
+
+ALONE = """
+from pathlib import Path
+import sys
+from bitfold.codegen.cpp import build
+
+build.folder = lambda: Path(sys.argv[1])
+made = build.Library('extern "C" int run() { return 26; }', "portable").path()
+assert made.exists()
+print(made)
+"""
+
+
+def test_where_nothing_is_to_be_kept_nothing_is(tmp_path: Path) -> None:
+    """A folder of the process's own serves, and goes with it."""
+    env = os.environ | {KERNELS.variable: "0"}
+    said = subprocess.run(
+        [sys.executable, "-c", ALONE, str(tmp_path / "kernels")], env=env, check=True, capture_output=True
+    )
+    made = Path(said.stdout.decode().split()[-1])
+    assert not made.exists() and not made.parent.exists() and not (tmp_path / "kernels").exists()
+
+
+def test_two_processes_share_a_folder_that_is_too_small(
+    tmp_path: Path, at_once: Callable[..., list[str]]
+) -> None:
+    words = [[str(tmp_path / "kernels")]] * 2
+    assert at_once(SHARED, words, **{KERNELS.variable: "0.001"}) == ["9\n", "9\n"]

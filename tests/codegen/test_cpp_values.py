@@ -2,12 +2,13 @@
 
     linear 13x192 f32 uint4[g32,zero,planar64] bias, M = 5   ->   y within `bound`
 
-The cases' formats are those of the Triton kernels' tests. Rows of x have four numbers each, or all; NaN lies
-behind the last row of codes, where a kernel must not read.
+The cases' formats are those of the Triton kernels' tests. Rows of x have four numbers each, or all. That
+nothing is read behind the last row of codes is seen by the sanitizers (`test_cpp_sanitized.py`).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import pytest
@@ -200,7 +201,7 @@ def test_epilogues(text: str, weights: int, x: str, bias: bool) -> None:
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
     """Of a wider processor: what others have. The portable ones are right everywhere."""
-    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni", "amx"):
+    if vectors not in build.runnable():
         pytest.skip("needs AVX2")
     specs = [
         pair(text) for text in ("uint4[g32,zero]", "float8_e4m3fn", "nf4[g64]", "int8 x int8", "int4 x int8")
@@ -248,7 +249,7 @@ def test_sums_of_integers_are_exact() -> None:
 
 
 def test_autocast_changes_no_sum() -> None:
-    """The product with many rows of x is the library's, and float32 whatever autocast says."""
+    """Of few rows of x, or many: float32, whatever autocast says."""
     spec = pair("int8")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         check(spec, 40)
@@ -358,16 +359,17 @@ def test_large_numbers_do_not_overflow_on_the_way(text: str, m: int) -> None:
     assert (build.call(spec, inputs).double() - want).norm() <= 1e-5 * want.norm()
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("grouped 4 32x64 f32 int8[bytes]", "have no experts"),
-        ("linear 32x64 f32 float8_e4m3fn[bytes] x:int8", "by integers, not by float8_e4m3fn"),
-        ("linear 32x64 f32 int8[bytes] x:float8_e4m3fn", "multiply int8, not activations"),
-        ("linear 32x64 f32 int4[packed]", "slices of 1 codes"),
-        ("linear 32x192 f32 uint4[g96,zero,planar64] x:int8[g64,f32]", "do not divide each other"),
-    ],
-)
+NO_KERNELS = [
+    ("grouped 4 32x64 f32 int8[bytes]", "have no experts"),
+    ("linear 32x64 f32 float8_e4m3fn[bytes] x:int8", "by integers, not by float8_e4m3fn"),
+    ("linear 32x64 f32 int8[bytes] x:float8_e4m3fn", "multiply int8, not activations"),
+    ("linear 32x64 f32 int4[packed]", "slices of 1 codes"),
+    ("linear 32x192 f32 uint4[g96,zero,planar64] x:int8[g64,f32]", "do not divide each other"),
+    ("linear 4x70016 f32 int8[bytes] x:int8", "may not fit in 32 bits"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), NO_KERNELS)
 def test_what_no_kernel_computes(text: str, says: str) -> None:
     spec = GemmSpec.parse(text)
     assert says in (obstacle(spec) or "")
@@ -375,6 +377,31 @@ def test_what_no_kernel_computes(text: str, says: str) -> None:
         from bitfold.lowering.fused import build_for_cpu
 
         build_for_cpu([torch.zeros(1, 64)], text)
+
+
+@pytest.mark.parametrize(("text", "says"), NO_KERNELS)
+def test_the_operator_does_not_compute_it_either(compiled: None, text: str, says: str) -> None:
+    """Once it is there, it builds what it does not know: the reason is the error's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match=f"^no CPU kernel computes .*{says}"):
+            torch.ops.bitfold.fused([torch.zeros(1, 64)], text)
+
+
+@pytest.mark.parametrize("extras", [8, 9, 14])
+def test_tensors_that_an_epilogue_reads(extras: int) -> None:
+    """Each has a place in the call, of which there are eight."""
+    end = "y0"
+    for i in range(extras):
+        end = f"add({end},{'ev'[i % 2]}{i // 2})"
+    f = cpu_layout(format("int8"), 64)
+    assert f is not None
+    if extras > 8:
+        with pytest.raises(CodegenError, match=f"at most 8 tensors beside its sums, not {extras}"):
+            GemmSpec(f, 16, 64, "f32", epilogue=Epilogue.parse(end))
+        return
+    for m in (1, 33):
+        check(GemmSpec(f, 16, 64, "f32", epilogue=Epilogue.parse(end)), m)
 
 
 def test_wrong_operands_are_refused(compiled: None) -> None:
@@ -389,7 +416,18 @@ def test_wrong_operands_are_refused(compiled: None) -> None:
         ([inputs[0], inputs[1].long(), inputs[2]], "rows of .* bytes"),
         ([inputs[0], inputs[1], inputs[2][:-1]], "reads .* scales"),
         ([inputs[0], inputs[1], inputs[2].double()], "in the dtype that its format stores"),
+        ([inputs[0], inputs[1], inputs[2].half()], "in the dtype that its format stores"),
         ([inputs[0].bfloat16(), *inputs[1:]], "does not take x in this dtype"),
     ):
         with pytest.raises(RuntimeError, match=says):
             op(wrong, str(spec))
+
+
+@pytest.mark.parametrize(
+    ("count", "tensors", "says"), [(5, 5, "at most 4 products"), (2, 3, "take 5 tensors, not 7")]
+)
+def test_calls_beside_one_another_are_counted(compiled: None, count: int, tensors: int, says: str) -> None:
+    spec = pair("int8")
+    x, *parts = operands(spec, 2, 0)
+    with pytest.raises(RuntimeError, match=says):
+        torch.ops.bitfold.fused_beside([x, *parts * tensors], " & ".join([str(spec)] * count))

@@ -78,7 +78,7 @@ def test_closer_than_floats(compiled: None, text: str, k: int) -> None:
         twice = product(spec, x.expand(2, -1).contiguous(), parts)[:1]
         ours += float((product(spec, x, parts).double() - want).square().sum())
         theirs += float((twice.double() - want).square().sum())
-    assert ours < 1.5**2 * theirs
+    assert ours < theirs
 
 
 @given(
@@ -127,7 +127,7 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors == "avx2" and build.vectors() not in ("avx2", "avx512", "avx512vnni", "amx"):
+    if vectors not in build.runnable():
         pytest.skip("needs AVX2")
     for text in ("int8", "int8[g128]"):
         check(pair(text), 1, seed=2, vectors=vectors)

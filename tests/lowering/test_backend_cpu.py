@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import bitfold as bf
 from bitfold.lowering import backend
+from bitfold.lowering.cpu import target
 from bitfold.lowering.cpu.forms import MOST_ROWS
 from bitfold.lowering.tolerance import bound
 from bitfold.passes import Trace
@@ -139,3 +141,18 @@ def test_caches_of_graphs_know_the_processors_vectors() -> None:
         for capability in ("default", torch.backends.cpu.get_cpu_capability().lower())
     ]
     assert "bitfold:" in found[0] and found[0] != found[1]
+
+
+def test_a_slower_way_is_said_once() -> None:
+    """No kernel multiplies float8 by float8: activations are rounded, and become floats again."""
+    target._say_once.cache_clear()
+    model, x = bf.quantize(nn.Linear(64, 32).eval(), "fp8_dynamic"), torch.randn(2, 64)
+    says = "no CPU kernel multiplies activations in float8_e4m3fn: .*; they become floats first"
+    with torch.inference_mode():
+        with pytest.warns(UserWarning, match=says):
+            y = torch.compile(model, backend="bitfold", options={"recipe": "none"})(x)
+        torch._dynamo.reset()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="no CPU kernel")
+            torch.compile(model, backend="bitfold", options={"recipe": "none"})(x[:1])
+        torch.testing.assert_close(y, model(x))

@@ -11,13 +11,16 @@ from __future__ import annotations
 import copy
 import operator
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bitfold as bf
 from bitfold.lowering.cpu.conv import parsed
+from bitfold.lowering.cpu.signs import not_negative
 
 pytestmark = pytest.mark.skipif(bool(bf.get_target("cpu").missing()), reason="there is no C++ compiler")
 
@@ -262,6 +265,28 @@ def test_what_kernels_do_not_take_stays_and_is_right() -> None:
 def parsed_kernel(text: str) -> bool:
     """Whether a kernel's text is that of a convolution, not of a product."""
     return text.split(" ")[1].count("x") == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "never"),
+    [
+        (lambda x: torch.clamp(x, 0.0, 6.0), True),
+        (lambda x: torch.clamp(x, 0.0), True),
+        (lambda x: torch.clamp(x, 0.0, -1.0), False),
+        (lambda x: torch.clamp(x, -1.0, 6.0), False),
+        (lambda x: torch.ops.aten.hardtanh(x, 0.0, 6.0), True),
+        (lambda x: torch.ops.aten.hardtanh(x), False),
+        (lambda x: torch.clamp_min(x, 0.0), True),
+        (lambda x: torch.relu(x) * 2.0 + torch.relu(x), True),
+        (lambda x: torch.relu(x) * -2.0, False),
+    ],
+)
+def test_what_is_never_negative(body: Callable[[Tensor], Tensor], never: bool) -> None:
+    """Of a clamp whose ends cross the upper one is left, whatever its sign."""
+    gm = make_fx(body)(torch.randn(4))
+    (result,) = gm.graph.output_node().all_input_nodes
+    assert (result in not_negative(gm)) == never
+    assert not never or bool((body(torch.linspace(-9, 9, 99)) >= 0).all())
 
 
 def test_a_negative_scale_is_refused_where_signs_matter() -> None:

@@ -295,3 +295,15 @@ def test_plain_compile_has_no_graph_break() -> None:
         compiled(TOKENS[:1])
     # The bodies are inlined: the kernels are in the graph, and parts are inputs.
     assert "bitfold.fused" in graphs[0] and len(graphs) <= 2
+
+
+@pytest.mark.parametrize("how", ["quantize", "convert"])
+def test_layers_that_are_alike_have_one_body(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(3)), nn.Linear(32, 16))
+    if how == "quantize":
+        bf.quantize(model, "int4[g16]", target="cpu")
+    else:
+        bf.convert(bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq")), target="cpu")
+    assert model[0].body is model[1].body is model[2].body
+    assert model[3].body is not model[0].body

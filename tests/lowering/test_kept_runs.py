@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.fx import symbolic_trace
 
 import bitfold as bf
+from bitfold.codegen.cpp import kept_files
+from bitfold.codegen.cpp.kept_files import FRAMES
 from bitfold.lowering import backend
-from bitfold.lowering.cpu import kept_files, kept_runs
+from bitfold.lowering.cpu import kept_runs
 from bitfold.lowering.frame_key import frame_key
 from bitfold.passes import Miss
 
@@ -93,7 +95,7 @@ def test_a_file_that_is_not_what_was_written_is_passed_over(place: Path, text: s
         kept.write_text(wrong)
         assert torch.equal(run(tower(), 1)[0], wanted[0])
         assert json.loads(kept_files.read(kept))["steps"]  # and is written anew
-    kept_files.write(kept, text)  # as a version of another shape would have
+    kept_files.write(kept, text, FRAMES)  # as a version of another shape would have
     assert torch.equal(run(tower(), 1)[0], wanted[0])
 
 
@@ -102,7 +104,7 @@ def test_a_library_that_is_gone_is_compiled_again(place: Path) -> None:
     (kept,) = place.glob("*.json")
     told = json.loads(kept_files.read(kept))
     told["steps"][0]["library"] += ".gone"
-    kept_files.write(kept, json.dumps(told))
+    kept_files.write(kept, json.dumps(told), FRAMES)
     assert torch.equal(run(tower(), 1)[0], wanted[0])
 
 
@@ -116,32 +118,32 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
 
 def test_the_folder_of_frames_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not read longest goes, never what was just written; what a dead process left goes too."""
-    monkeypatch.setenv(kept_files.SIZE, str(3500 / 2**20))
+    monkeypatch.setenv(FRAMES.variable, str(3500 / 2**20))
     for i in range(3):
-        kept_files.write(tmp_path / f"{i}.json", str(i) * 1000)
+        kept_files.write(tmp_path / f"{i}.json", str(i) * 1000, FRAMES)
         os.utime(tmp_path / f"{i}.json", (i + 1, i + 1))
     assert kept_files.read(tmp_path / "0.json") == "0" * 1000
     (tmp_path / "beside-old").write_text("half")
     os.utime(tmp_path / "beside-old", (1, 1))
     (tmp_path / "beside-new").write_text("half")
-    kept_files.write(tmp_path / "3.json", "3" * 1000)
+    kept_files.write(tmp_path / "3.json", "3" * 1000, FRAMES)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"0.json", "2.json", "3.json", "beside-new"}
-    kept_files.write(tmp_path / "4.json", "4" * 9000)  # larger than all may be
+    kept_files.write(tmp_path / "4.json", "4" * 9000, FRAMES)  # larger than all may be
     assert {path.name for path in tmp_path.glob("*.json")} == {"4.json"}
-    monkeypatch.setenv(kept_files.SIZE, "0")
-    kept_files.write(tmp_path / "5.json", "5")
+    monkeypatch.setenv(FRAMES.variable, "0")
+    kept_files.write(tmp_path / "5.json", "5", FRAMES)
     assert not (tmp_path / "5.json").exists()
     for wrong in ("much", "-1", "nan"):
-        monkeypatch.setenv(kept_files.SIZE, wrong)
+        monkeypatch.setenv(FRAMES.variable, wrong)
         with pytest.raises(bf.BitfoldError, match="number of megabytes"):
-            kept_files.write(tmp_path / "6.json", "6")
+            kept_files.write(tmp_path / "6.json", "6", FRAMES)
 
 
 SHARING = """
 import sys
 from pathlib import Path
-from bitfold.lowering.cpu import kept_files
+from bitfold.codegen.cpp import kept_files
 
 place, seed = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
@@ -153,7 +155,7 @@ for i in range(400):
         assert kept_files.read(path) == path.name * 100
         found += 1
     except FileNotFoundError:
-        kept_files.write(path, path.name * 100)
+        kept_files.write(path, path.name * 100, kept_files.FRAMES)
 print(found, flush=True)
 """
 
@@ -163,7 +165,7 @@ def test_two_processes_share_a_folder_that_is_too_small(
 ) -> None:
     """Neither reads anything but what was written, nor stumbles over what the other removed."""
     words = [[str(tmp_path), str(seed)] for seed in (0, 5)]
-    assert all(int(said) > 0 for said in at_once(SHARING, words, **{kept_files.SIZE: str(6000 / 2**20)}))
+    assert all(int(said) > 0 for said in at_once(SHARING, words, **{FRAMES.variable: str(6000 / 2**20)}))
     assert sum(path.stat().st_size for path in tmp_path.glob("*.json")) <= 6000
     assert not list(tmp_path.glob("beside-*"))
 

@@ -74,6 +74,21 @@ def test_the_program_is_solved_to_the_optimum(seed: int) -> None:
         assert sum(c.bits for c in fewest_bits(given, best + 1e-9)) == pytest.approx(smallest)
 
 
+def test_losses_beyond_what_the_solver_takes_for_a_number() -> None:
+    """A layer that overflows in a coarse format has losses of any size."""
+    given = table()
+    huge = {("layer1", "int3[row]"): 1e28, ("layer2", "int4"): 1e24}
+    choices = (replace(one, loss=huge.get((one.layer, one.format), one.loss)) for one in given.choices)
+    given = replace(given, choices=tuple(choices))
+    chosen = fewest_bits(given, 0.2)
+    taken = [(one.layer, one.format) for one in chosen]
+    inside = [one for one in every(given) if sum(c.loss for c in one) <= 0.2]
+    assert sum(c.bits for c in chosen) == min(sum(c.bits for c in one) for one in inside)
+    assert not set(taken) & set(huge)
+    with pytest.raises(bf.BitfoldError, match="lose inf%, more than"):
+        fewest_bits(scaled(given, 1e9), 0.2)
+
+
 def test_a_budget_that_nothing_keeps_names_the_nearest() -> None:
     with pytest.raises(bf.BitfoldError, match=r"take 3\.000 bits a weight, more than 2\.5"):
         fewest_losses(table(), 2.5)

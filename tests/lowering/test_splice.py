@@ -82,6 +82,13 @@ def writes_between(m: Net, x: Tensor) -> Tensor:
     return torch.relu(y)
 
 
+def many_residuals(m: Net, x: Tensor) -> Tensor:
+    y, rows = m.a(x), torch.cat([x, x[:, :32]], 1)
+    for i in range(12):
+        y = y + rows * (i + 2)
+    return y
+
+
 BODIES: list[tuple[str, Callable[[Net, Tensor], Tensor], list[str]]] = [
     ("relu", lambda m, x: torch.relu(m.a(x)), ["1 relu(y0)"]),
     ("chain", lambda m, x: gelu(m.a(x), approximate="tanh") * 0.5 - 1, ["1 sub(mul(gelu_tanh(y0),0.5),1.0)"]),
@@ -99,6 +106,11 @@ BODIES: list[tuple[str, Callable[[Net, Tensor], Tensor], list[str]]] = [
     ("alpha", lambda m, x: torch.add(m.a(x), m.written, alpha=2), ["1 y0"]),
     ("what no kernel has", lambda m, x: torch.cos(m.a(x)), ["1 y0"]),
     ("a write between", writes_between, ["1 y0"]),
+    (
+        "more than a kernel reads",
+        many_residuals,
+        [f"1 {'add(' * 8}y0,{'),'.join(f'e{i}' for i in range(8))})"],
+    ),
 ]
 
 

@@ -100,3 +100,28 @@ def test_settled_and_folded_it_gives_the_same_bits(observe: bool) -> None:
     Pipeline([Fold()]).run(gm)
     assert torch.equal(gm(x), expected)
     assert not dict(gm.named_parameters())
+
+
+def test_a_batch_norm_that_freezes_and_is_plain_again() -> None:
+    gm = capture(nn.Sequential(nn.BatchNorm1d(4)).eval(), (torch.zeros(8, 4),))
+    before = lines(gm)
+    Pipeline.parse("freeze_norm{step=7}").run(gm)
+    assert lines(gm) == [
+        "clock: i64[] = self.clock",
+        *before[:-2],
+        "freeze_norm: f32[8, 4] = bitfold.freeze_norm.default(input_1, _0_weight, _0_bias, "
+        "_0_running_mean, _0_running_var, 0.1, 1e-05, False, clock, 7, False)",
+        "return (freeze_norm,)",
+    ]
+    Pipeline([TrainMode(on=True)]).run(gm)
+    x = torch.randn(8, 4)
+    for step, follows in ((6, True), (7, False)):
+        gm.clock.fill_(step)
+        mean = gm.get_buffer("0.running_mean").clone()
+        expected = nn.functional.batch_norm(
+            x, mean.clone(), gm.get_buffer("0.running_var").clone(), training=follows
+        )
+        assert torch.equal(gm(x), expected)
+        assert torch.equal(gm.get_buffer("0.running_mean"), mean) != follows
+    Pipeline.parse("train_mode{on=false},settle_frozen_norm").run(gm)
+    assert lines(gm)[-2].partition("= ")[2] == before[-2].partition("= ")[2]

@@ -9,16 +9,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdio>
-#include <mutex>
 #include <optional>
-#include <shared_mutex>
 #include <string>
-#include <unordered_map>
 
 #include "kernel.h"
 #include VECTORS
 #include "numbers.h"
 #include "attention.h"
+#include "known.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -26,7 +24,6 @@ using torch::stable::Tensor;
 namespace bitfold {
 
 using Attend = void (*)(const Attention*, int64_t, int64_t);
-using Build = int (*)(const char* text);
 
 // What an `AttentionSpec` says, in numbers; `codegen/cpp/attention_build.py` fills one in.
 struct AttentionFacts {
@@ -34,7 +31,10 @@ struct AttentionFacts {
   int64_t heads, kv_heads, dim, page;
   int32_t parts, x, mask;  // x: 0 float32, 1 bfloat16, 2 float16; mask: 0 none, 1 bools, 2 numbers
   float scale;
+  // Of each part: sizes [entries or pages, heads, .., ..], and its type as x's, -1 for a byte.
+  int64_t sizes[kParts][4], types[kParts];
 };
+constexpr int64_t kEntries = -1, kLength = -2;  // sizes that a call has: of the first part, of which others have as many
 
 namespace {
 
@@ -42,17 +42,7 @@ namespace {
 constexpr int64_t kWorth = 1 << 14;
 constexpr ScalarType kKinds[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
 
-std::shared_mutex guard;
-std::unordered_map<std::string, AttentionFacts> known;
-Build build = nullptr;
-
-bool find(const std::string& text, AttentionFacts& found) {
-  std::shared_lock<std::shared_mutex> lock(guard);
-  const auto at = known.find(text);
-  if (at == known.end()) return false;
-  found = at->second;
-  return true;
-}
+Known<AttentionFacts> known;
 
 Four four(const Tensor& t) {
   Four found;
@@ -126,38 +116,60 @@ Tensor few_queries(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, dou
   return y;
 }
 
-// The cache was checked by `check_cache` where a graph was lowered: here only what memory depends on.
+// Parts as the kernel reads them: nothing of them is looked at again.
+void parts(Cache& to, const std::vector<Tensor>& cache, const AttentionFacts& f, const std::string& text) {
+  STD_TORCH_CHECK(cache.size() == size_t(f.parts), text, " takes a cache of ", f.parts, " tensors");
+  for (size_t i = 0; i < cache.size(); ++i) {
+    const Tensor& one = cache[i];
+    STD_TORCH_CHECK(one.is_contiguous() && one.dim() == 4, "parts of a cache are contiguous");
+    bool right = f.types[i] < 0 ? one.element_size() == 1 : one.scalar_type() == kKinds[f.types[i]];
+    for (int d = 0; d < 4; ++d) {
+      const int64_t size = f.sizes[i][d];
+      right = right && one.size(d) == (size == kEntries ? cache[0].size(0) : size == kLength ? cache[0].size(2) : size);
+    }
+    STD_TORCH_CHECK(right, "part ", i, " of the cache has not the sizes and the dtype that ", text, " says, beside part 0");
+    to.parts[i] = one.const_data_ptr();
+    // Codes are read two bytes at a time.
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to.parts[i]) % 2 == 0 || f.sizes[i][3] == 1, "part ", i,
+                    " of the cache begins at an odd address; give a copy");
+  }
+  to.length = cache[0].size(2), to.page = f.page;
+}
+
+// Pages that a query may look into are there.
+void check_pages(const Queries& call, const Cache& cache, int64_t entries, int64_t pages) {
+  for (int64_t b = 0; b < entries; ++b)
+    for (int64_t i = 0, end = end_of(call, b); i * cache.page < end; ++i) {
+      const int64_t page = cache.pages.get(b, i);
+      STD_TORCH_CHECK(page >= 0 && page < pages, "there is no page ", page, " in a cache of ", pages);
+    }
+}
+
 Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optional<Tensor> mask,
                   std::optional<Tensor> pages, std::string text) {
-  AttentionFacts f;
-  if (!find(text, f))
-    STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f), "no CPU kernel could be built for ",
-                    text);
-  STD_TORCH_CHECK(cache.size() == size_t(f.parts), text, " takes a cache of ", f.parts, " tensors");
+  const AttentionFacts f = known.of(text);
   STD_TORCH_CHECK(q.dim() == 4 && q.size(1) == f.heads && q.size(3) == f.dim && q.scalar_type() == kKinds[f.x], text,
                   " takes q [B, ", f.heads, ", T, ", f.dim, "] in its dtype");
   STD_TORCH_CHECK(mask.has_value() == (f.mask != 0) && pages.has_value() == (f.page != 0), text,
                   " says whether there are a mask and a table of pages");
   if (q.stride(3) != 1) q = torch::stable::contiguous(q);
   Attention all;
-  for (size_t i = 0; i < cache.size(); ++i) {
-    STD_TORCH_CHECK(cache[i].is_contiguous() && cache[i].dim() == 4, "parts of a cache are contiguous");
-    all.cache.parts[i] = cache[i].const_data_ptr();
-  }
-  all.cache.length = cache[0].size(2), all.cache.page = f.page;
+  parts(all.cache, cache, f, text);
   Queries& call = all.queries;
   call.q = four(q), call.kv_heads = f.kv_heads, call.scale = f.scale, call.tokens = all.cache.length;
   if (pages.has_value()) {
     all.cache.pages = table(*pages, "pages");
+    STD_TORCH_CHECK(pages->size(0) == 1 || pages->size(0) == q.size(0), "pages spread over [B, n]");
     call.tokens = pages->size(1) * f.page;
   } else {
     STD_TORCH_CHECK(cache[0].size(0) == q.size(0), "the cache has ", cache[0].size(0), " entries and the call ",
                     q.size(0));
   }
+  call.limits = table(limits, "limits");
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(limits.size(i) == 1 || limits.size(i) == q.size(2 * i), "limits spread over [B, T]");
-  call.limits = table(limits, "limits");
   masked(call, mask, q.scalar_type());
+  if (f.page != 0) check_pages(call, all.cache, q.size(0), cache[0].size(0));
   const Tensor y = fresh(q);
   call.y = y.mutable_data_ptr();
   torch::stable::parallel_for(0, q.size(0) * f.kv_heads, grain(call),
@@ -210,8 +222,8 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const At
   });
 }
 
-extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::build = made; }
+extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::known.builder(made); }
+extern "C" int64_t bitfold_size_of_attention_facts() { return sizeof(bitfold::AttentionFacts); }
 extern "C" void bitfold_know_attention(const char* text, const bitfold::AttentionFacts* facts) {
-  std::unique_lock<std::shared_mutex> lock(bitfold::guard);
-  bitfold::known[text] = *facts;
+  bitfold::known.put(text, *facts);
 }

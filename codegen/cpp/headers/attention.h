@@ -3,9 +3,12 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
 #include <vector>
+
+#include "functions.h"
 
 namespace bitfold {
 
@@ -63,21 +66,6 @@ struct Attention {
   Queries queries;
   Cache cache;
 };
-
-// exp of x <= 0, to a unit in the last place: 2**n times a polynomial of what is left of x.
-inline float power(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * from_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-}
 
 // A row of numbers as floats: where it lies, or in `room`.
 template <class T> inline const float* floats(const char* data, int64_t at, int64_t dim, float* room) {
@@ -170,7 +158,7 @@ float weigh(const Queries& call, int64_t entry, int64_t head, int64_t query, int
   }
   const float top = most[0];
   const auto raise = [&](int64_t s, int i) {
-    row[s] = row[s] == none ? 0.0f : power(row[s] - top);
+    row[s] = row[s] == none ? 0.0f : exponential(row[s] - top);
     all[i] += row[s];
   };
   for (int64_t s = 0; s < whole; s += kLanes)

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "digits.h"
+#include "keeps.h"
 #include "kernel.h"
 #include "numbers.h"
 #include "ready.h"
@@ -29,7 +30,7 @@ struct Facts {
   int32_t bias, matrices, vectors, codes, out;   // codes: x comes in int8; out: 0 float32, 1 bfloat16, 2 float16
   int32_t token_scales;                          // of x: 0 none, 1 for all, else one more than a row has
   int32_t x;                                     // 0 float32, 1 bfloat16, 2 float16: of biases and extras too
-  int64_t scale_count, scale_bytes, zero_bytes;  // numbers of a weight's scales, and the size of one
+  int64_t scale_count, scale_type, zero_type;    // numbers of a weight's scales; a type as `out` says it, -1 for a byte
 };
 
 struct Scratch {
@@ -39,12 +40,10 @@ struct Scratch {
   std::vector<int16_t> panels;
   Digits digits;
   // A long prompt's copy is not kept for the tokens after it.
-  void trim() {
-    constexpr size_t most = 16 << 20;
-    if (numbers.capacity() * sizeof(float) > most) std::vector<float>().swap(numbers);
-    if (as_given.capacity() * sizeof(float) > most) std::vector<float>().swap(as_given);
-    if (panels.capacity() * sizeof(int16_t) > most) std::vector<int16_t>().swap(panels);
-    if (digits.digits.capacity() > most) std::vector<int8_t>().swap(digits.digits);
+  void trim(size_t wanted) {
+    gives_back(numbers, wanted), gives_back(sums, wanted), gives_back(turned, wanted), gives_back(codes, wanted);
+    gives_back(as_given, wanted), gives_back(panels, wanted);
+    gives_back(digits.digits, wanted), gives_back(digits.steps, wanted);
   }
 };
 
@@ -167,7 +166,7 @@ inline bool large(const float* x, int64_t count) {
 
 // Whether all rows are multiplied from panels; x is float32, bfloat16, float16 or bytes of codes, as the facts say.
 inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scratch) {
-  scratch.trim();
+  scratch.trim(call.m * f.padded);
   const Rows rows = {x, call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
   scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();

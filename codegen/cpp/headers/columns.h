@@ -7,6 +7,8 @@
 //
 //   quads.line(rows of the image) ; for each pixel of the result: quads.sums(i, to)
 #pragma once
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 

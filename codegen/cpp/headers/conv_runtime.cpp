@@ -6,14 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <mutex>
-#include <shared_mutex>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "called.h"
 #include "conv.h"
+#include "keeps.h"
+#include "known.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -21,7 +20,6 @@ using torch::stable::Tensor;
 namespace bitfold {
 
 using Run = void (*)(const Conv*, int64_t, int64_t, int64_t, int64_t);
-using Build = int (*)(const char* text);
 
 // What a spec says, in numbers; `codegen/cpp/conv_build.py` fills one in. Its name is not that of another operator: all of
 // them see each other's symbols, and templates over types of one name would be taken for the same.
@@ -39,17 +37,7 @@ struct ConvFacts {
 
 namespace {
 
-std::shared_mutex guard;
-std::unordered_map<std::string, ConvFacts> known;
-Build build = nullptr;
-
-bool find(const std::string& text, ConvFacts& found) {
-  std::shared_lock<std::shared_mutex> lock(guard);
-  const auto at = known.find(text);
-  if (at == known.end()) return false;
-  found = at->second;
-  return true;
-}
+Known<ConvFacts> known;
 
 using Sizes = std::vector<int64_t>;
 
@@ -123,6 +111,12 @@ struct Scratch {
   std::vector<float> numbers;
   std::vector<const uint8_t*> panels;
   std::vector<uint8_t> widened;
+  // Images of one large call are not kept for those after it.
+  void trim(size_t wanted) {
+    gives_back(x.held, wanted), gives_back(wide, wanted);
+    for (auto& one : codes) gives_back(one.held, wanted);
+    for (auto& one : floats) gives_back(one.held, wanted);
+  }
 };
 
 float one(const Tensor& scale, const std::string& text) {
@@ -194,11 +188,7 @@ void spread(const Conv& c, const ConvFacts& f) {
 }
 
 std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
-  ConvFacts f;
-  if (!find(text, f)) {
-    STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f), "no CPU kernel could be built for ",
-                    text, "; lower the graph with target cpu");
-  }
+  const ConvFacts f = known.of(text);
   const auto bits = [](int32_t of) { return __builtin_popcount(of); };
   const size_t wanted = 4 + f.zero + f.bias + f.reads + bits(f.read_codes) + bits(f.read_zeros) + f.vectors +
                         bits(f.write_codes) + bits(f.write_zeros);
@@ -247,6 +237,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   if (c.pixels() == 0) return results;
 
   thread_local Scratch s;
+  s.trim(std::max<int64_t>(x.numel(), c.pixels() * c.n));
   const float unit = one(inputs[1], text);
   STD_TORCH_CHECK(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
   if (f.zero) c.zero = origin(inputs[2], text);
@@ -348,8 +339,6 @@ extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, in
                          [&](auto given) { return bitfold::conv(std::move(given), text); });
 }
 
-extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::build = made; }
-extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) {
-  std::unique_lock<std::shared_mutex> lock(bitfold::guard);
-  bitfold::known[text] = *facts;
-}
+extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::known.builder(made); }
+extern "C" int64_t bitfold_size_of_conv_facts() { return sizeof(bitfold::ConvFacts); }
+extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) { bitfold::known.put(text, *facts); }

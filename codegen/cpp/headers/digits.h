@@ -5,6 +5,7 @@
 //
 // unit and steps are powers of two; the largest number of a block takes 22 or 23 bits and a sign, or 28 or 29.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -23,8 +24,6 @@ struct Digits {
   std::vector<float> steps;
   std::vector<int> exponents;
 };
-
-constexpr int32_t kMostDigits = 127 << 16 | 127 << 8 | 127;
 
 inline float power(int e) {
   const uint32_t bits = uint32_t(e + 127) << 23;

@@ -4,7 +4,8 @@
 
 namespace bitfold {
 
-// Weights that one x multiplies, and tensors that an epilogue reads, at most.
+// Weights that one x multiplies, in a kernel or in calls beside one another, and tensors that an epilogue reads, at most
+// (MOST_WEIGHTS and MOST_EXTRAS of codegen/spec.py).
 constexpr int kWeights = 4;
 constexpr int kExtras = 8;
 

@@ -1,5 +1,6 @@
 // Vectors for NEON (AArch64): 32 bytes, 8 floats; with the dot product extension, products of bytes by fours.
 #pragma once
+#include <cstdint>
 #include <arm_neon.h>
 
 namespace bitfold {

@@ -1,5 +1,6 @@
-// Weights in pages of 2 MiB: what is read from end to end is read twice as fast there (EPYC, two threads: 65 GB/s
-// where pages of 4 KiB give 27), as a processor fetches ahead only within a page and looks each page up.
+// Weights in pages of 2 MiB: what is read from end to end is read half as fast again there (EPYC, two threads: 62 GB/s
+// where pages of 4 KiB give 40, benchmarks/cpu_pages.py), as a processor fetches ahead only within a page and looks each
+// page up.
 //
 // Memory stays where it is: Linux is asked, when a weight is first read, to gather the pages around it. Weights of less
 // than a page share one with others, and with whatever else lies there; a page is gathered once a quarter of it is

@@ -1,6 +1,7 @@
 // The same vectors in plain C++: 32 bytes, 8 floats. Right everywhere; as fast as the compiler makes it.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 
 namespace bitfold {

@@ -8,16 +8,14 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstring>
-#include <mutex>
-#include <shared_mutex>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "kernel.h"
 #include VECTORS
 #include "call.h"
 #include "called.h"
+#include "known.h"
 #include "pages.h"
 #include "shares.h"
 
@@ -26,22 +24,10 @@ using torch::stable::Tensor;
 
 namespace bitfold {
 
-using Build = int (*)(const char* text);
-
 namespace {
 
-std::shared_mutex guard;
-std::unordered_map<std::string, Facts> known;
-Build build = nullptr;
+Known<Facts> known;
 Pages pages;
-
-bool find(const std::string& text, Facts& found) {
-  std::shared_lock<std::shared_mutex> lock(guard);
-  const auto at = known.find(text);
-  if (at == known.end()) return false;
-  found = at->second;
-  return true;
-}
 
 // Straight to the allocator: through the dispatcher it takes a third of a small product's time.
 Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
@@ -64,23 +50,15 @@ struct Prepared {
   std::vector<Tensor> inputs;  // what the call points into
 };
 
-Facts facts_of(const std::string& text) {
-  Facts f;
-  if (!find(text, f)) {
-    STD_TORCH_CHECK(build != nullptr && build(text.c_str()) == 0 && find(text, f),
-                    "no CPU kernel could be built for ", text, "; lower the graph with target cpu");
-  }
-  return f;
-}
-
 // beside: a product of the same x, made ready before; null if there is none.
 Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prepared* beside, Scratch& scratch) {
   Prepared to;
   to.inputs = std::move(given);
   std::vector<Tensor>& inputs = to.inputs;
-  to.facts = facts_of(text);
+  to.facts = known.of(text);
   const Facts& f = to.facts;
   Call& call = to.call;
+  STD_TORCH_CHECK(f.weights <= kWeights && f.matrices + f.vectors <= kExtras, "the kernel ", text, " reads too many tensors");
   const size_t wanted = 1 + (f.token_scales != 0) + size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
   STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
   for (auto& one : inputs)
@@ -120,10 +98,12 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
   }
   for (int w = 0; w < f.weights; ++w) {
     const auto part = [&](int at) { return at < 0 ? nullptr : inputs[next + at].const_data_ptr(); };
-    const auto right = [&](int at, int64_t size) {
-      return at < 0 || (inputs[next + at].numel() == f.scale_count && inputs[next + at].element_size() == size);
+    const auto right = [&](int at, int64_t type) {
+      if (at < 0) return true;
+      const Tensor& one = inputs[next + at];
+      return one.numel() == f.scale_count && (type < 0 ? one.element_size() == 1 : one.scalar_type() == kinds[type]);
     };
-    STD_TORCH_CHECK(right(f.scales, f.scale_bytes) && right(f.zeros, f.zero_bytes), "the kernel ", text, " reads ",
+    STD_TORCH_CHECK(right(f.scales, f.scale_type) && right(f.zeros, f.zero_type), "the kernel ", text, " reads ",
                     f.scale_count, " scales, in the dtype that its format stores");
     STD_TORCH_CHECK(f.level < 0 || inputs[next + f.level].scalar_type() == ScalarType::Float, "the kernel ", text,
                     " reads one scale of all scales in float32");
@@ -233,11 +213,12 @@ std::vector<Tensor> beside(std::vector<Tensor> inputs, std::string texts) {
   thread_local Scratch scratch[kWeights];
   std::vector<Prepared> all;
   size_t next = 0;
-  for (size_t at = 0; at != std::string::npos && all.size() < kWeights;) {
-    const size_t end = texts.find(kBeside, at);
-    const std::string text = texts.substr(at, end == std::string::npos ? end : end - at);
-    at = end == std::string::npos ? end : end + sizeof kBeside - 1;
-    const Facts f = facts_of(text);
+  size_t more = 0;  // where the next text begins
+  while (more != std::string::npos && all.size() < kWeights) {
+    const size_t end = texts.find(kBeside, more);
+    const std::string text = texts.substr(more, end == std::string::npos ? end : end - more);
+    more = end == std::string::npos ? end : end + sizeof kBeside - 1;
+    const Facts f = known.of(text);
     const size_t shared = 1 + (f.token_scales != 0);
     const size_t own = size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
     STD_TORCH_CHECK(inputs.size() >= std::max(next, shared) + own, "there are too few tensors for ", texts);
@@ -247,6 +228,8 @@ std::vector<Tensor> beside(std::vector<Tensor> inputs, std::string texts) {
     next += own;
     all.push_back(prepared(std::move(given), text, all.empty() ? nullptr : all.data(), scratch[all.size()]));
   }
+  STD_TORCH_CHECK(more == std::string::npos, "at most ", kWeights, " products are one call, not more: ", texts);
+  STD_TORCH_CHECK(next == inputs.size(), texts, " take ", next, " tensors, not ", inputs.size());
   run(all.data(), int(all.size()));
   std::vector<Tensor> found;
   for (const Prepared& one : all) found.push_back(one.y);
@@ -281,8 +264,6 @@ extern "C" AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle* in
   return bitfold::called(inputs, count, y, results, [&](auto given) { return bitfold::beside(std::move(given), texts); });
 }
 
-extern "C" void bitfold_builder(bitfold::Build made) { bitfold::build = made; }
-extern "C" void bitfold_know(const char* text, const bitfold::Facts* facts) {
-  std::unique_lock<std::shared_mutex> lock(bitfold::guard);
-  bitfold::known[text] = *facts;
-}
+extern "C" void bitfold_builder(bitfold::Build made) { bitfold::known.builder(made); }
+extern "C" int64_t bitfold_size_of_facts() { return sizeof(bitfold::Facts); }
+extern "C" void bitfold_know(const char* text, const bitfold::Facts* facts) { bitfold::known.put(text, *facts); }
