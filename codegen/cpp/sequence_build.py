@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import Library, text_of, vectors
+from .library import Library, text_of
+from .vectors import vectors
 
 
 @dataclass(frozen=True)

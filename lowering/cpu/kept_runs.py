@@ -28,8 +28,8 @@ from torch.fx import GraphModule
 from ...codegen import CodegenError
 from ...codegen.attention import AttentionSpec
 from ...codegen.conv import ConvSpec
-from ...codegen.cpp.build import folder
 from ...codegen.cpp.kept_files import FRAMES, read, write
+from ...codegen.cpp.library import folder
 from ...codegen.cpp.sequence_build import Native, sequence
 from ...codegen.spec import GemmSpec
 from ...formats import BitfoldError
