@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdio>
 #include <optional>
 #include <string>
 
@@ -16,6 +15,7 @@
 #include VECTORS
 #include "numbers.h"
 #include "attention.h"
+#include "called.h"
 #include "known.h"
 
 using torch::headeronly::ScalarType;
@@ -177,24 +177,8 @@ Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optio
   return y;
 }
 
-Tensor again(AtenTensorHandle given) {
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(given, &handle) == AOTI_TORCH_SUCCESS, "no handle of a tensor");
-  return Tensor(handle);
-}
-
 std::optional<Tensor> maybe(const AtenTensorHandle* given) {
   return given == nullptr ? std::nullopt : std::optional<Tensor>(again(*given));
-}
-
-template <class F> AOTITorchError said(AtenTensorHandle* y, F&& compute) {
-  try {
-    const Tensor found = compute();
-    return aoti_torch_new_tensor_handle(found.get(), y);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return AOTI_TORCH_FAILURE;
-  }
 }
 
 }  // namespace
@@ -209,17 +193,17 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
 extern "C" AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
                                                      AtenTensorHandle* mask, double scale, AtenTensorHandle* y) {
   using namespace bitfold;
-  return said(y, [&] { return few_queries(again(q), again(k), again(v), maybe(mask), scale); });
+  hand_out(few_queries(again(q), again(k), again(v), maybe(mask), scale), y);
+  return AOTI_TORCH_SUCCESS;
 }
 extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const AtenTensorHandle* cache, int64_t count,
                                                     AtenTensorHandle limits, AtenTensorHandle* mask,
                                                     AtenTensorHandle* pages, const char* text, AtenTensorHandle* y) {
   using namespace bitfold;
-  return said(y, [&] {
-    std::vector<Tensor> parts;
-    for (int64_t i = 0; i < count; ++i) parts.push_back(again(cache[i]));
-    return attend_few(again(q), std::move(parts), again(limits), maybe(mask), maybe(pages), text);
-  });
+  std::vector<Tensor> parts;
+  for (int64_t i = 0; i < count; ++i) parts.push_back(again(cache[i]));
+  hand_out(attend_few(again(q), std::move(parts), again(limits), maybe(mask), maybe(pages), text), y);
+  return AOTI_TORCH_SUCCESS;
 }
 
 extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::known.builder(made); }

@@ -256,7 +256,7 @@ extern "C" AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle* in
   AtenTensorHandle* y[bitfold::kWeights];
   size_t results = 1;
   for (const char* at = texts; (at = std::strstr(at, bitfold::kBeside)) != nullptr; ++at) ++results;
-  if (results > bitfold::kWeights) return AOTI_TORCH_FAILURE;
+  STD_TORCH_CHECK(results <= bitfold::kWeights, "at most ", bitfold::kWeights, " products are one call, not more: ", texts);
   va_list places;
   va_start(places, texts);
   for (size_t i = 0; i < results; ++i) y[i] = va_arg(places, AtenTensorHandle*);
