@@ -144,6 +144,8 @@ def keep(key: str, plan: Plan) -> None:
 
 def recalled(key: str) -> Compiled | Miss:
     """What a process before compiled for this key."""
+    if FRAMES.bytes() == 0:
+        return Miss("no frames are to be kept")
     path = place(key)
     try:
         plan = Plan.read(read(path))
