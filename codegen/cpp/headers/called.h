@@ -12,19 +12,21 @@
 #include <utility>
 #include <vector>
 
+#include "refuse.h"
+
 namespace bitfold {
 
 // A tensor that its caller keeps.
 inline torch::stable::Tensor again(AtenTensorHandle given) {
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(given, &handle) == AOTI_TORCH_SUCCESS, "no handle of a tensor");
+  require(aoti_torch_new_tensor_handle(given, &handle) == AOTI_TORCH_SUCCESS, "no handle of a tensor");
   return torch::stable::Tensor(handle);
 }
 
 // y: a place for it; null if it is not wanted.
 inline void hand_out(const torch::stable::Tensor& found, AtenTensorHandle* y) {
   if (y == nullptr) return;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(found.get(), y) == AOTI_TORCH_SUCCESS, "no handle of a result");
+  require(aoti_torch_new_tensor_handle(found.get(), y) == AOTI_TORCH_SUCCESS, "no handle of a result");
 }
 
 // y: places for the first `results` of what `compute` makes of the inputs.
