@@ -174,7 +174,7 @@ void spread(const Conv& c, const ConvFacts& f) {
   } else {
     together = std::min(count, std::max<int64_t>(1, kCached / (kLanes * f.row_bytes)));
     const int64_t work = kLanes * f.row_bytes * together;  // products of a pixel
-    rows = std::max<int64_t>(16 * kRows, kLeast / (work + 1));
+    rows = std::max<int64_t>(16 * kPixels, kLeast / (work + 1));
   }
   const int64_t across = (count + together - 1) / together, down = (pixels + rows - 1) / rows;
   const int64_t work = kLanes * f.row_bytes * together * std::min(rows, pixels);
