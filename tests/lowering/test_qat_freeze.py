@@ -149,3 +149,22 @@ def test_fewer_bits_and_a_failed_preparation() -> None:
     assert int(model.last.clock) == 2
     step(model, 3.0)
     assert all(torch.equal(one, other) for one, other in zip(means(model), before, strict=True))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("scope", ["module", "program"])
+def test_one_value_a_channel_is_refused_until_frozen_and_moves_nothing(scope: str, fold: bool) -> None:
+    x = torch.ones(1, 4, 1, 1)
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+    given = {"scope": scope} | ({"example_inputs": (x,)} if scope == "program" else {})
+    model = bf.prepare_qat(net, RECIPE, bf.Qat(freeze_norm=1, fold_norm=fold), **given).train()
+    with pytest.raises(bf.BitfoldError, match="more than one value a channel"):
+        model(x)
+    # A compiled step cannot look at the clock; it must not spoil the statistics either.
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    statistics = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    assert [buffer.unique().item() for buffer in statistics] == [0.0, 1.0]
+    bf.advance(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), model.eval()(x))  # frozen, one value is as good as many
