@@ -168,3 +168,23 @@ def test_one_value_a_channel_is_refused_until_frozen_and_moves_nothing(scope: st
     bf.advance(model)
     with torch.no_grad():
         assert torch.equal(model(x), model.eval()(x))  # frozen, one value is as good as many
+
+
+def test_statistics_that_stand_still_are_not_found_anew() -> None:
+    model = copy.deepcopy(prepared(made(), bf.Qat(freeze_norm=1), "module"))
+    torch.optim.swa_utils.update_bn([X], model)
+    bf.advance(model)
+    before = means(model)
+    with pytest.raises(bf.BitfoldError, match="before stand still since step 1"):
+        torch.optim.swa_utils.update_bn([2 * X], model)
+    with pytest.raises(bf.BitfoldError, match="behind stand still since step 1"):
+        model.behind.reset_running_stats()  # which the convolution computes
+    assert all(torch.equal(one, other) for one, other in zip(means(model), before, strict=True))
+
+
+def test_a_freezing_batch_norm_that_was_made_anew_is_noticed() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(prepared(model, bf.Qat(freeze_norm=2), "module"))
+    for call in (bf.advance, bf.convert):
+        with pytest.raises(bf.BitfoldError, match="0, a batch norm that freezes, was made a SyncBatchNorm"):
+            call(model)
