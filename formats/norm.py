@@ -25,6 +25,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops
 from .errors import BitfoldError
@@ -81,16 +83,15 @@ def unfold_norm(
     raw = raw if bias is None else raw + bias.to(torch.float32).reshape(shape)
     dims = [0, *range(2, y.ndim)]
     count = y.numel() // y.shape[1]
-    if clock is None and isinstance(count, int) and count == 1:
-        raise BitfoldError(
-            "batch norm in training needs more than one value a channel to normalize by, and got one"
-        )
+    _refuse_one(count, clock, freeze)
     center = raw.mean(dims)
     spread = raw.var(dims, unbiased=False)
     z = (raw - center.reshape(shape)) * torch.rsqrt(spread + eps).reshape(shape)
     z = z if gamma is None else z * gamma.to(torch.float32).reshape(shape)
     z = (z if beta is None else z + beta.to(torch.float32).reshape(shape)).to(y.dtype)
     follows = None if clock is None else clock < freeze
+    if _moves_nothing(count):
+        return z if follows is None else torch.where(follows, z, y)
     with torch.no_grad():
         unbiased = spread.detach() * (count / max(count - 1, 1))
         for held, new in ((mean, center.detach()), (var, unbiased)):
@@ -115,6 +116,10 @@ def freeze_norm(
     """Batch norm of x [B, O, ..]; moves mean and var until the step `freeze`. `cudnn`: as for batch norm."""
     if not training:
         return torch.batch_norm(x, gamma, beta, mean, var, False, momentum, eps, cudnn)
+    count = x.numel() // x.shape[1]
+    _refuse_one(count, clock, freeze)
+    if _moves_nothing(count):  # frozen, or traced, where torch's batch norm would refuse one value for good
+        return torch.batch_norm(x, gamma, beta, mean.clone(), var.clone(), False, momentum, eps, cudnn)
     # Copies: what follows writes to the statistics, and the way back needs them as they were.
     still, moved = (mean.clone(), var.clone()), (mean.clone(), var.clone())
     by_batch = torch.batch_norm(x, gamma, beta, *moved, True, momentum, eps, cudnn)
@@ -124,6 +129,29 @@ def freeze_norm(
         for held, new in zip((mean, var), moved, strict=True):
             held.copy_(torch.where(follows, new, held))
     return torch.where(follows, by_batch, by_running)
+
+
+def _refuse_one(count: int, clock: Tensor | None, freeze: int) -> None:
+    """Raises BitfoldError for one value a channel, where batch norm goes by its batch and the clock can be
+    read. In a graph that is traced or captured it cannot; there the statistics stand still (below)."""
+    if not isinstance(count, int) or count != 1:
+        return
+    if clock is not None and (not _readable(clock) or int(clock) >= freeze):
+        return
+    raise BitfoldError(
+        "batch norm in training needs more than one value a channel to normalize by, and got one"
+    )
+
+
+def _readable(clock: Tensor) -> bool:
+    if _get_current_dispatch_mode() is not None or is_functorch_wrapped_tensor(clock) or clock.is_meta:
+        return False
+    return not (clock.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _moves_nothing(count: int) -> bool:
+    """One value has no unbiased variance, and none has no mean: what is not a number would stay for good."""
+    return isinstance(count, int) and count <= 1
 
 
 SCHEMAS = {

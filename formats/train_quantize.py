@@ -174,12 +174,23 @@ def backward(
     """The gradients of x and of what is held, from that of the rounded x."""
     estimator = how.estimator
     back = Back(fmt, x, scales, held, gradient, how.number, how.item)
-    for_x = estimator.for_x(back).reshape(x.shape).to(x.dtype)
+    for_x = estimator.for_x(back)
+    size = for_x.numel()
+    if isinstance(size, int) and isinstance(x.numel(), int) and size != x.numel():
+        raise FormatError(
+            f"{estimator.name} gives a gradient of {list(for_x.shape)} for numbers in blocks of "
+            f"{list(back.flow.shape)}; its for_x() is to give one for each"
+        )
+    for_x = for_x.reshape(x.shape).to(x.dtype)
     if not how.learns or not held:
         return for_x, (None,) * len(held)
     factor, grain = estimator.factor(back), learned.grain_of(fmt)
-    parts = zip(estimator.for_held(back), held, strict=True)
-    sums = (_total(grain, part, like) for part, like in parts)
+    parts = tuple(estimator.for_held(back))
+    if len(parts) != len(held):
+        raise FormatError(
+            f"{estimator.name} learns {len(held)} tensor(s) of {fmt}, and its for_held() gives {len(parts)}"
+        )
+    sums = (_total(grain, part, like) for part, like in zip(parts, held, strict=True))
     return for_x, tuple(found if factor is None else found * factor for found in sums)
 
 

@@ -47,6 +47,12 @@ def register(estimator: Estimator) -> None:
             f"a gradient's name is letters, digits and underscores, other than {', '.join(_RESERVED)}, "
             f"not {name!r}"
         )
+    if not isinstance(estimator.learns, tuple | list) or not all(
+        isinstance(w, str) for w in estimator.learns
+    ):
+        raise FormatError(
+            f"what {name} learns is a tuple of names, such as ('step',), not {estimator.learns!r}"
+        )
     wrong = [one for one in estimator.learns if not _WORD.fullmatch(one) or one in _TAKEN]
     if wrong or len(set(estimator.learns)) < len(estimator.learns):
         raise FormatError(
@@ -55,10 +61,20 @@ def register(estimator: Estimator) -> None:
         )
     if estimator.identity and estimator.learns:
         raise FormatError(f"{name} keeps nothing for its gradient (identity), so that it cannot learn")
+    if estimator.learns and type(estimator).for_held is Estimator.for_held:
+        raise FormatError(f"{name} learns {', '.join(estimator.learns)}, and has no for_held() that says how")
+    if estimator.identity and (type(estimator).for_x is not Straight.for_x or estimator.number is not None):
+        raise FormatError(
+            f"{name} has a for_x() or a number that nothing would read (identity); derive it from Straight, "
+            "without a number, or leave identity out"
+        )
     if (ESTIMATORS | _registered).get(name, estimator) is not estimator:
         raise FormatError(f"the name {name!r} is taken; register the estimator under another name")
-    if estimator.number is not None:
-        estimator.check_number(estimator.number)
+    number = estimator.number
+    if number is not None and (not isinstance(number, int | float) or isinstance(number, bool)):
+        raise FormatError(f"the number of {name} is an int or a float, not {number!r}")
+    if number is not None:
+        estimator.check_number(number)
     _registered[name] = estimator
     cache_tag.add(f"{name} {_source(estimator)}")
 

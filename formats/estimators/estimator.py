@@ -108,7 +108,8 @@ class Kernel:
 class Estimator(ABC):
     """name: how a gradient's text spells it. learns: names of the parameters that take the place of scales,
     each a word. number: what `name:number` stands for if the text has no number; None: it takes none.
-    identity: the gradient of x is that of what came out, so that nothing is kept for it. by_item: what is
+    identity: the gradient of x is that of what came out, so that nothing is kept for it and `for_x` is not
+    called; for classes that derive from `Straight`. by_item: what is
     learned of an activation counts the numbers of one item of its batch (`Back.item`)."""
 
     name: ClassVar[str]
@@ -139,6 +140,16 @@ class Estimator(ABC):
         """What is learned, float32, as it begins at stored scales: by default the steps, and the smallest
         values of formats with a zero point."""
         return learned.learned(fmt, scales)
+
+    def begin(self, fmt: Format, scales: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """`start`, for callers. Raises FormatError if it is not one for each of `names`."""
+        begun, names = tuple(self.start(fmt, scales)), self.names(fmt)
+        if len(begun) != len(names):
+            raise FormatError(
+                f"{self.name} learns {', '.join(names) or 'nothing'} of {fmt}, and its start() gives "
+                f"{len(begun)} tensor(s); give one for each"
+            )
+        return begun
 
     def scales(self, fmt: Format, held: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The stored scales that what is learned stands for."""

@@ -86,8 +86,13 @@ def _module(model: nn.Module, contents: Contents) -> dict[str, Any]:
     # A module under two names is in the file under both, as its tensors are.
     every = model.named_modules(remove_duplicate=False)
     folded = {path: module for path, module in every if isinstance(module, Folded)}
+    prepared = [path for path, module in model.named_modules() if getattr(module, "is_prepared", False)]
+    if folded and prepared:
+        raise BitfoldError(
+            f"bf.convert was stopped midway: {prepared[0]} is prepared for training still; call it again"
+        )
     if not folded:
-        if any(getattr(module, "is_prepared", False) for module in model.modules()):
+        if prepared:
             raise BitfoldError(
                 "this model is prepared for training and holds no codes yet; save model.state_dict() to "
                 "go on training, or call bf.convert first"

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...formats import BitfoldError
+from ...passes.training.quantizers import CLOCK
 from ..folded import check_ranks, keeping_dtype
 from .bodies import BODIES, Bodies
 from .preparation import Preparation
@@ -43,6 +45,7 @@ class Prepared(nn.Module):
     preparation: Preparation
     own_forward: dict[str, Any]
     folded_norm: tuple[nn.Module, ...]
+    folded_into: tuple[nn.Module, ...]
     is_prepared = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +125,23 @@ class Prepared(nn.Module):
         return super()._apply(apply, recurse)  # type: ignore[no-untyped-call]
 
 
+class PreparedNorm(Prepared):
+    """A batch norm that another module computes (`folded_into`), or that freezes."""
+
+    def reset_running_stats(self) -> None:
+        """As torch's; `update_bn` begins with it, and averages what then does not move. Raises BitfoldError
+        once the statistics stand still."""
+        freeze, (clocked, *_) = self.preparation.options.freeze_norm, (*self.folded_into, self)
+        clock = clocked._buffers.get(CLOCK)
+        if freeze is not None and clock is not None and not clock.is_meta and int(clock) >= freeze:
+            raise BitfoldError(
+                f"the statistics of {self.preparation.path} stand still since step {freeze} (freeze_norm), "
+                "and a reset would stay; leave update_bn out, or call it before that step"
+            )
+        original: Any = super()
+        original.reset_running_stats()
+
+
 ATTRIBUTES = (*Prepared.__annotations__, *BODIES)
 """What a module must not have of its own."""
 
@@ -129,7 +149,8 @@ ATTRIBUTES = (*Prepared.__annotations__, *BODIES)
 @cache
 def prepared_class(original: type) -> type[Prepared]:
     """The class of a prepared `original`: a subclass of it."""
-    return type(f"Prepared{original.__name__}", (Prepared, original), {"__module__": __name__})
+    base = PreparedNorm if issubclass(original, _BatchNorm) else Prepared
+    return type(f"Prepared{original.__name__}", (base, original), {"__module__": __name__})
 
 
 def unprepared_class(module: nn.Module) -> type:
@@ -173,6 +194,7 @@ def prepare_module(
     module.arguments, module.ranks = arguments, ranks  # type: ignore[assignment]
     module.preparation, module.own_forward = preparation, own  # type: ignore[assignment]
     module.__dict__["folded_norm"] = () if norm is None else (norm,)
+    module.__dict__["folded_into"] = ()
     module._modules.update(zip(BODIES, bodies, strict=False))
     original: type = type(module)
     module.__class__ = prepared_class(original)
@@ -185,11 +207,17 @@ def _count(norm: nn.Module) -> None:
 
 
 def check_norms(model: nn.Module) -> None:
-    """Raises BitfoldError if a batch norm that is folded into a convolution is not in the model any more."""
+    """Raises BitfoldError if a batch norm that is folded into a convolution is not in the model any more, or
+    one that freezes was made anew: its children went along, and its freezing did not."""
     here = set(model.modules())
     for path, module in model.named_modules():
         if isinstance(module, Prepared) and not here.issuperset(module.folded_norm):
             raise BitfoldError(
                 f"the batch norm that trains within {path} has left the model, and what took its place "
                 "normalizes once more; convert_sync_batchnorm, say, goes before bf.prepare_qat"
+            )
+        if isinstance(module, _BatchNorm) and not isinstance(module, Prepared) and "still" in module._modules:
+            raise BitfoldError(
+                f"{path or 'the model'}, a batch norm that freezes, was made a {type(module).__name__}, "
+                "whose statistics move on; convert_sync_batchnorm goes before bf.prepare_qat"
             )

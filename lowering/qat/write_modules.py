@@ -59,6 +59,7 @@ class Writer:
         if norm is not None:
             about = Preparation(norm.path, order.recipe, order.options, folded_away=True)
             self._prepare(norm.module, identity(norm.path), about, None, None)
+            norm.module.__dict__["folded_into"] = (module,)  # whose clock it goes by, and no child
 
     def write_freezing(self, norm: Norm, gm: GraphModule) -> None:
         """Make a batch norm one that freezes."""

@@ -185,7 +185,7 @@ def _unseen(gradient: Gradient) -> Observer:
 def learned_start(fmt: Format, gradient: Gradient, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
     """The learned numbers that a weight begins with, as `gradient` holds them."""
     with torch.no_grad():
-        return gradient.estimator.start(fmt, first_scales(fmt, numbers, clip))
+        return gradient.estimator.begin(fmt, first_scales(fmt, numbers, clip))
 
 
 def first_scales(fmt: Format, numbers: Tensor, clip: bool) -> tuple[Tensor, ...]:
@@ -207,7 +207,7 @@ def _learned(
     gm: GraphModule, node: Node, on: Edge, fmt: Format, gradient: Gradient, start: tuple[Tensor, ...]
 ) -> list[Node]:
     learns = gradient.estimator
-    parts = zip(learns.names(fmt), learns.start(fmt, start), strict=True)
+    parts = zip(learns.names(fmt), learns.begin(fmt, start), strict=True)
     return [_hold(gm, node, on, name, value, trains=True) for name, value in parts]
 
 

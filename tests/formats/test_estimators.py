@@ -106,8 +106,48 @@ def test_what_it_trains_converts_bit_for_bit(scope: Any) -> None:
     assert torch.equal(bf.convert(made, target="reference")(X), wanted)
 
 
+class _Silent(Estimator):
+    """Learns, and does not say how."""
+
+    name = "silent"
+    learns = ("step",)
+
+    def for_x(self, back: Back) -> Tensor:
+        return back.flow
+
+
+class _Broken(_Silent):
+    """Other shapes and counts than it promises."""
+
+    name = "broken"
+
+    def __init__(self, *learns: str, sums: int = 1, columns: int | None = None) -> None:
+        self.learns, self.sums, self.columns = learns, sums, columns  # type: ignore[misc]
+
+    def for_x(self, back: Back) -> Tensor:
+        return back.flow[..., : self.columns]
+
+    def for_held(self, back: Back) -> tuple[Tensor, ...]:
+        return (back.flow,) * self.sums
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (_Broken("step", "low"), r"broken learns step, low .*start\(\) gives 1"),
+        (_Broken("step", sums=2), r"broken learns 1 .*for_held\(\) gives 2"),
+        (_Broken(columns=3), r"broken gives a gradient of .*one for each"),
+    ],
+)
+def test_a_broken_promise_is_one_sentence_with_its_name(given: Estimator, said: str) -> None:
+    bf.register_estimator(given)
+    with pytest.raises(FormatError, match=said):
+        model = bf.prepare_qat(nn.Sequential(nn.Linear(16, 4)), "int4[g16]", bf.Qat("broken"))
+        model(X).sum().backward()
+
+
 class _Named(Estimator):
-    def __init__(self, name: Any, *learns: str, identity: bool = False, number: float | None = None) -> None:
+    def __init__(self, name: Any, *learns: str, identity: bool = False, number: Any = None) -> None:
         self.name, self.learns, self.identity, self.number = name, learns, identity, number  # type: ignore[misc]
 
     def for_x(self, back: Back) -> Tensor:
@@ -127,6 +167,9 @@ class _Named(Estimator):
         (_Named("mine", "a", "a"), "one word"),
         (_Named("mine", "a", identity=True), "cannot learn"),
         (_Named("mine", number=float("nan")), "finite"),
+        (_Named("mine", number="x"), "an int or a float, not 'x'"),
+        (_Named("mine", identity=True), "nothing would read"),
+        (_Silent(), r"silent learns step, and has no for_held\(\)"),
         (Scaled, "made, can be registered"),
     ],
 )

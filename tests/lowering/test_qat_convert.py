@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def stopping(at: int, error: type[BaseException]) -> Callable[[str, int, int], N
 
 @pytest.mark.parametrize("made", [Net, Pairs])
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 4])
-def test_what_is_stopped_midway_is_ended_by_another_call(made: Callable[[], nn.Module], at: int) -> None:
+def test_what_is_stopped_midway_is_ended_by_another_call(
+    made: Callable[[], nn.Module], at: int, tmp_path: Path
+) -> None:
     model, x = trained(made)
     undisturbed = bf.convert(copy.deepcopy(model), target="reference").eval().state_dict()
     learned = {name: p for name, p in model.named_parameters() if name.endswith("_step")}
@@ -67,6 +70,10 @@ def test_what_is_stopped_midway_is_ended_by_another_call(made: Callable[[], nn.M
         with pytest.raises(KeyboardInterrupt):
             bf.convert(model, target="reference", progress=stopping(at, KeyboardInterrupt))
         assert torch.equal(model(x), expected)
+    if at < 4:  # no file for what nothing could load
+        with pytest.raises(bf.BitfoldError, match=r"holds no codes yet|stopped midway.*call it again"):
+            bf.save(model, tmp_path / "half.safetensors")
+        assert not list(tmp_path.iterdir())
     left = {name: p for name, p in model.named_parameters() if name.endswith("_step")}
     assert all(learned[name] is p for name, p in left.items()) and len(left) >= len(learned) - at
     assert model._forward_hooks and any(isinstance(one, Prepared) for one in model.modules()) == (at < 4)

@@ -149,3 +149,42 @@ def test_fewer_bits_and_a_failed_preparation() -> None:
     assert int(model.last.clock) == 2
     step(model, 3.0)
     assert all(torch.equal(one, other) for one, other in zip(means(model), before, strict=True))
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("scope", ["module", "program"])
+def test_one_value_a_channel_is_refused_until_frozen_and_moves_nothing(scope: str, fold: bool) -> None:
+    x = torch.ones(1, 4, 1, 1)
+    net = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8))
+    given = {"scope": scope} | ({"example_inputs": (x,)} if scope == "program" else {})
+    model = bf.prepare_qat(net, RECIPE, bf.Qat(freeze_norm=1, fold_norm=fold), **given).train()
+    with pytest.raises(bf.BitfoldError, match="more than one value a channel"):
+        model(x)
+    # A compiled step cannot look at the clock; it must not spoil the statistics either.
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    statistics = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    assert [buffer.unique().item() for buffer in statistics] == [0.0, 1.0]
+    bf.advance(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), model.eval()(x))  # frozen, one value is as good as many
+
+
+def test_statistics_that_stand_still_are_not_found_anew() -> None:
+    model = copy.deepcopy(prepared(made(), bf.Qat(freeze_norm=1), "module"))
+    torch.optim.swa_utils.update_bn([X], model)
+    bf.advance(model)
+    before = means(model)
+    with pytest.raises(bf.BitfoldError, match="before stand still since step 1"):
+        torch.optim.swa_utils.update_bn([2 * X], model)
+    with pytest.raises(bf.BitfoldError, match="behind stand still since step 1"):
+        model.behind.reset_running_stats()  # which the convolution computes
+    assert all(torch.equal(one, other) for one, other in zip(means(model), before, strict=True))
+
+
+def test_a_freezing_batch_norm_that_was_made_anew_is_noticed() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(prepared(model, bf.Qat(freeze_norm=2), "module"))
+    for call in (bf.advance, bf.convert):
+        with pytest.raises(bf.BitfoldError, match="0, a batch norm that freezes, was made a SyncBatchNorm"):
+            call(model)
