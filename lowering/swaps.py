@@ -19,7 +19,7 @@ from ..formats import Quantized, format
 from ..passes import expression
 from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
-from ..passes.core import below
+from ..passes.core import below, state
 from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
@@ -66,7 +66,9 @@ class Swaps:
         for node, note in annotated(site.gm):
             found = node.meta.get(DRAFT)
             rows = None
-            if note.weight and isinstance(found, Quantized):
+            if note.weight and note.stored:
+                rows = state(site.gm).stored[note.stored].dequantize()
+            elif note.weight and isinstance(found, Quantized):
                 rows = found.dequantize()
             elif note.weight and isinstance(found, Draft):
                 rows = found.rounded(format(note.weight))

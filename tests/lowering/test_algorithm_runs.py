@@ -214,3 +214,19 @@ def test_a_tied_weight_is_decided_once_and_blocks_are_measured_behind_what_is_st
 def test_wrong_orders_and_options_are_said_before_any_work(algorithm: str, said: str) -> None:
     with pytest.raises(bf.BitfoldError, match=said):
         bf.quantize(made(), "int3[g32]", algorithm=algorithm, calibration=[])
+
+
+def test_stored_codes_are_what_later_layers_are_decided_behind() -> None:
+    recipe = bf.Recipe("r", (bf.Rule("*.up", weight="int2[g32]"), bf.Rule("*.down", weight="int4[g32]")))
+    ids = [torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(1)) for _ in range(3)]
+    stored = {
+        f"blocks.{i}.up.weight": bf.format("int2[g32]").quantize(block.up.weight.detach())
+        for i, block in enumerate(made().blocks)
+    }
+    found = []
+    for rounded in (False, True):
+        net = made()
+        for path, codes in stored.items() if rounded else ():
+            net.get_parameter(path).data = codes.dequantize()
+        found.append(bf.quantize(net, recipe, algorithm="gptq", calibration=ids, stored=stored).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
