@@ -100,13 +100,15 @@ def _check(whole: Whole, algorithm: Algorithm, results: Results | None) -> None:
 def _solve(whole: Whole, decider: Decider) -> None:
     """Every site solved, block by block where the model is a chain of them."""
     algorithm, name = decider.algorithm, decider.algorithm.on_blocks()
-    chains, rest = recorded(whole.model, whole.sites, whole.batches, algorithm.measures)
+    chains, rest, dropped = recorded(whole.model, whole.sites, whole.batches, algorithm.measures)
     if isinstance(chains, Miss):
         if name:
             raise BitfoldError(f"{name} works on a chain of blocks, and this model is none: {chains.reason}")
         reason = f"{chains.reason}, so each layer is measured in the float model"
         whole.found.misses.append(MissRecord("", "", "", str(algorithm), reason))
         chains = []
+    for path, why in dropped.items():
+        whole.miss(path, str(algorithm), f"{why}, so its layers are measured in the float model")
     for chain in chains:
         walk(whole, chain, decider)
     blocks = " and ".join(f"{chain.paths[0]} to {chain.paths[-1]}" for chain in chains)

@@ -230,3 +230,41 @@ def test_stored_codes_are_what_later_layers_are_decided_behind() -> None:
             net.get_parameter(path).data = codes.dequantize()
         found.append(bf.quantize(net, recipe, algorithm="gptq", calibration=ids, stored=stored).state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+class Heads(Net):
+    """Its largest list is read in parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(32, 512) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+class Nested(Net):
+    """Lists of blocks in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for stage in self.blocks:
+            for block in stage:  # type: ignore[attr-defined]
+                x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "learn{steps=1}"])
+@pytest.mark.parametrize(("kind", "dropped"), [(Heads, ["heads"]), (Nested, [])])
+def test_lists_that_are_no_chain_are_left_out(kind: type[Net], dropped: list[str], algorithm: str) -> None:
+    ids = [torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(1)) for _ in range(3)]
+    net = bf.quantize(made(kind), "int4[g32]", algorithm=algorithm, calibration=ids)
+    said = [miss for miss in bf.report(net).misses if "measured in the float model" in miss.reason]
+    assert [miss.module_path for miss in said] == dropped
