@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..formats import Quantized, format
+from ..formats import BitfoldError, Quantized, format
 from ..passes import expression
 from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
@@ -119,6 +119,28 @@ class Swaps:
             return args, {**kwargs, "input": rounded(kwargs["input"])}  # what stock layers call it
 
         return hook
+
+
+def check_changes(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Raises BitfoldError, before anything is written, for what is no new value of a parameter."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for path, value in changes.items():
+        prefix, _, name = path.rpartition(".")
+        owner = owners.get(prefix)
+        if owner is None or name not in owner._parameters:
+            raise BitfoldError(
+                f"an algorithm gives a new value for {path!r}, and the model has no such parameter"
+            )
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise BitfoldError(
+                f"an algorithm gives {path!r} a {type(value).__name__} of no floating point; give a tensor"
+            )
+        held = owner._parameters[name]
+        if held is not None and held.shape != value.shape:
+            raise BitfoldError(
+                f"an algorithm gives {path!r} a tensor of shape {list(value.shape)}, and the parameter has "
+                f"{list(held.shape)}"
+            )
 
 
 @contextmanager

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError
 from ...passes import Miss, MissRecord
+from ...passes.algorithms.on_model import OnModel
 from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.observing.batch import Batch
 from ..module_scope import Plan
 from ..parameters import parameter_names
-from ..swaps import Swaps
+from ..swaps import Swaps, check_changes
 from . import balance_block, correct_biases, learn_block, rotate_model, tune_model  # what `work` does
 from .algorithm import Algorithm
 from .at_rest import at_rest
@@ -71,10 +72,13 @@ def solve_sites(
         for step in algorithm.at("model before"):
             with at_rest(model):
                 work(step, whole)
+            check_changes(model, whole.changes)
         _solve(whole, decider)
+        check_changes(model, whole.changes)
     with without_cache(model), at_rest(model):
         for step in algorithm.at("model after"):
             work(step, whole)
+            check_changes(model, whole.changes)
     return whole.changes
 
 
@@ -88,6 +92,9 @@ def _check(whole: Whole, algorithm: Algorithm, results: Results | None) -> None:
             f"{name} compares with float weights that other passes have changed, which resume does not keep; "
             "leave one of the two out"
         )
+    for step in algorithm.steps:
+        if isinstance(step, OnModel) and work.dispatch(type(step)) is work.dispatch(object):
+            work(step, whole)  # says that nothing is registered
     for step in algorithm.at("block before")[:1]:
         for site in whole.sites:
             if any(note.output and note.observer for _, note in annotated(site.gm)):

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
+from bitfold.lowering.algorithms.places import Whole, work
+from bitfold.passes import Pipeline
+from bitfold.passes.algorithms.gptq import GPTQ
+from bitfold.passes.algorithms.on_model import OnModel
 
 
 class Block(nn.Module):
@@ -268,3 +273,42 @@ def test_lists_that_are_no_chain_are_left_out(kind: type[Net], dropped: list[str
     net = bf.quantize(made(kind), "int4[g32]", algorithm=algorithm, calibration=ids)
     said = [miss for miss in bf.report(net).misses if "measured in the float model" in miss.reason]
     assert [miss.module_path for miss in said] == dropped
+
+
+@dataclass(frozen=True)
+class Odd(OnModel):
+    name: ClassVar[str] = "odd"
+    place: ClassVar[Any] = "model after"
+
+
+@dataclass(frozen=True)
+class Misplaced(Odd):
+    place: ClassVar[Any] = "after block"
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "sentence"),
+    [
+        (Misplaced(), {}, "has the place 'after block'; places are model before"),
+        (Odd(), None, "nothing is registered for odd"),
+        (Odd(), {"norm.wieght": torch.ones(32)}, "'norm.wieght', and the model has no such parameter"),
+        (Odd(), {"blocks.0.norm.weight": torch.ones(32), "blocks.1.norm.weight": 3.0}, "a float of no"),
+        (Odd(), {"blocks.0.norm.weight": torch.ones(31)}, r"shape \[31\], and the parameter has \[32\]"),
+    ],
+)
+def test_mistakes_of_own_passes_change_nothing(
+    step: Odd, changes: dict[str, Any] | None, sentence: str
+) -> None:
+    def do(step: Odd, at: Whole) -> None:
+        at.changes |= changes or {}
+
+    kind = type("Own", (type(step),), {})  # registered for this case alone
+    if changes is not None:
+        work.register(kind, do)
+    net = made()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    ids = [torch.arange(50).reshape(2, 25)]
+    with pytest.raises(bf.BitfoldError, match=sentence):
+        bf.quantize(net, "int4[g32]", algorithm=Pipeline([GPTQ(), kind()]), calibration=ids)
+    after = net.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
