@@ -66,7 +66,7 @@ def frozen(model: torch.nn.Module) -> Any:
 def ours(name: str, batch: int, seconds: float) -> dict[str, Any]:
     """A row: float32; `int8_static` by torch.compile; the same as a program, by bf.compile."""
     import bitfold as bf
-    from bitfold.codegen.cpp.build import vectors
+    from bitfold.codegen.cpp.vectors import vectors
 
     model, shape = build(name)
     x, data = torch.randn(batch, *shape), [torch.randn(batch, *shape) for _ in range(4)]

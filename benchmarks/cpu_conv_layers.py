@@ -28,8 +28,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import bitfold as bf
 from bitfold.codegen.conv import ConvSpec, panels
-from bitfold.codegen.cpp.build import vectors
 from bitfold.codegen.cpp.conv_build import know
+from bitfold.codegen.cpp.vectors import vectors
 from bitfold.formats import format
 
 CONV = torch.ops.bitfold.conv.default

@@ -22,7 +22,7 @@ import torch
 from kernel_alone import built, ran
 
 from bitfold.codegen import GemmSpec
-from bitfold.codegen.cpp.build import LOOPS, STRICT
+from bitfold.codegen.cpp.library import LOOPS, STRICT
 from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.formats import format
 

@@ -4,9 +4,9 @@ In: a shape, formats. Out: GB/s of each in both kinds of page, and with --out th
 
     python benchmarks/cpu_pages.py 14336x4096 --formats int8 'int4[g64]' --threads 2 --out pages.json
 
-Reading alone is `read_pages.cpp`, by two threads. Kernels ask for large pages when they first see a weight
-(`headers/pages.h`); memory is kept from it here by MADV_NOHUGEPAGE, then asked for. Weights past the last
-level of cache; the best of the repeats. Linux alone, and AVX2.
+Reading alone is `read_pages.cpp`, by two threads whatever --threads is. Kernels ask for large pages when they
+first see a weight (`headers/pages.h`); memory is kept from it here by MADV_NOHUGEPAGE, which is looked at,
+then asked for. Weights past the last level of cache; the best of the repeats. Linux 6.1 or newer, and AVX2.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def advise(tensor: Tensor, advice: int) -> None:
         libc.madvise(first, last - first, advice)
 
 
+def in_large_pages(tensors: list[Tensor]) -> int:
+    """Bytes in pages of 2 MiB of the mappings that hold whole such pages of tensors."""
+    starts = [-(-tensor.data_ptr() // PAGE) * PAGE for tensor in tensors if tensor.nbytes >= 2 * PAGE]
+    found, within = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            within = any(begin <= start < end for start in starts)
+        elif within and first == "AnonHugePages:":
+            found += int(rest.split()[0]) << 10
+    return found
+
+
 def reading() -> dict[str, float]:
     """Bytes a second of reading alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -66,8 +80,12 @@ def product(text: str, n: int, k: int, seconds: float) -> dict[str, Any]:
     for parts in copies:
         for part in parts:
             advise(part, NO_LARGE)
+    tensors = [part for parts in copies for part in parts]
     for pages in ("small", "large"):
         row[pages] = q.nbytes / best(calls, seconds)
+        row[f"bytes_in_large_pages_{pages}"] = in_large_pages(tensors)
+        if pages == "small" and row["bytes_in_large_pages_small"]:
+            raise SystemExit("memory that was to lie in small pages does not; nothing was measured")
         for parts in copies:
             for part in parts:
                 advise(part, LARGE)

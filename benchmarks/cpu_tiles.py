@@ -15,7 +15,8 @@ from pathlib import Path
 
 from cpu import processor
 
-from bitfold.codegen.cpp.build import FLAGS, HEADERS
+from bitfold.codegen.cpp.library import HEADERS
+from bitfold.codegen.cpp.vectors import FLAGS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 

@@ -24,8 +24,9 @@ from cpu import PAST_CACHE, processor, read_bandwidth
 from torch import Tensor
 
 from bitfold.codegen import GemmSpec
-from bitfold.codegen.cpp.build import know, vectors
+from bitfold.codegen.cpp.build import know
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import vectors
 from bitfold.formats import Quantized, format
 
 FORMATS = ["int8 x int8", "int8", "int4[g128]", "int4[g64]", "int4[g64] x int8"]

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import source
-from bitfold.codegen.cpp.build import FLAGS, HEADERS, facts_of, header
+from bitfold.codegen.cpp.build import facts_of
+from bitfold.codegen.cpp.library import HEADERS
+from bitfold.codegen.cpp.vectors import FLAGS, header
 
 MAIN = Path(__file__).with_name("kernel_main.cpp")
 

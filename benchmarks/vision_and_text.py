@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from vision_models import digits_network, efficientnet_lite0
 
 import bitfold as bf
-from bitfold.codegen.cpp.build import vectors
+from bitfold.codegen.cpp.vectors import vectors
 
 OBSERVERS = ("minmax", "percentile:99.99", "mse", "entropy")
 Ways = dict[str, tuple[bf.Recipe | str, str | None]]

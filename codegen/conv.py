@@ -99,7 +99,7 @@ class ConvSpec:
         if (why := obstacle(self.weight, self.activation)) is not None:
             raise CodegenError(why)
         for other in (*self.reads, *self.writes):
-            if other is not None and not _one_scale(other):
+            if other is not None and not one_scale(other):
                 raise CodegenError(f"kernels read and write codes of one scale a tensor, not {other}")
         if self.weight.layout != self.layout:
             raise CodegenError(f"{self} takes its weight in {self.weight.with_layout(self.layout)}")
@@ -243,7 +243,7 @@ def panels(n: int, k: int, taps: int, groups: int) -> Panels:
 
 def obstacle(weight: Format, activation: Format) -> str | None:
     """Why no kernel of a convolution multiplies codes in these formats, or None."""
-    if not _one_scale(activation):
+    if not one_scale(activation):
         return f"kernels of convolutions take x in int8 with one scale a tensor, not in {activation}"
     scale = weight.scale
     if (
@@ -259,7 +259,8 @@ def obstacle(weight: Format, activation: Format) -> str | None:
     return None
 
 
-def _one_scale(f: Format) -> bool:
+def one_scale(f: Format) -> bool:
+    """Whether these are bytes of int8 with one scale a tensor in float32, and perhaps a zero point."""
     scale = f.scale
     if f.element != Integer(8) or f.layout.name != "bytes" or scale is None:
         return False

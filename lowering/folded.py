@@ -278,13 +278,26 @@ class FoldedEmbedding(Folded, nn.Embedding):
     weight = _decoding("weight")
 
 
-class FoldedConv1d(Folded, nn.Conv1d):
+class FoldedConv(Folded):
+    """A convolution on codes: x may be one image without a batch, as of torch's own; graphs have a batch."""
+
+    kernel_size: tuple[int, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("input")
+        if not isinstance(x, Tensor) or x.ndim != len(self.kernel_size) + 1:
+            return super().forward(*args, **kwargs)
+        rest = {name: value for name, value in kwargs.items() if name != "input"}
+        return super().forward(x.unsqueeze(0), *args[1:], **rest).squeeze(0)
+
+
+class FoldedConv1d(FoldedConv, nn.Conv1d):
     """An `nn.Conv1d` on codes."""
 
     weight = _decoding("weight")
 
 
-class FoldedConv2d(Folded, nn.Conv2d):
+class FoldedConv2d(FoldedConv, nn.Conv2d):
     """An `nn.Conv2d` on codes."""
 
     weight = _decoding("weight")
@@ -298,13 +311,17 @@ _NAMED: dict[tuple[type, tuple[str, ...]], type[Folded]] = {
 }
 
 
+_STOCK_CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
 @cache
 def folded_class(original: type, names: tuple[str, ...]) -> type[Folded]:
     """The class of a folded `original`: a subclass of it, with the folded parameters decoded on demand."""
     if (original, names) in _NAMED:
         return _NAMED[original, names]
     members = {name: _decoding(name) for name in names}
-    return type(f"Folded{original.__name__}", (Folded, original), {"__module__": __name__, **members})
+    base = FoldedConv if getattr(original, "forward", None) in _STOCK_CONVOLUTIONS else Folded
+    return type(f"Folded{original.__name__}", (base, original), {"__module__": __name__, **members})
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from ..codegen.cpp.build import vectors
+from ..codegen.cpp.vectors import vectors
 from ..passes import Miss
 
 _OWNERS = ("torch", "_operator", "operator", "builtins", "math")

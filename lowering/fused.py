@@ -125,6 +125,8 @@ def build_for_cpu(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
     device = inputs[0].device.type if inputs else "no device"
     if device != "cpu":
         raise CodegenError(f"bitfold.fused runs on CUDA devices and CPUs, not on {device}")
+    if any(tensor.layout is not torch.strided for tensor in inputs):
+        raise CodegenError("bitfold.fused takes tensors whose numbers all lie in memory; call .to_dense()")
     from ..codegen.cpp.build import know
 
     know([spec])

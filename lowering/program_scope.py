@@ -9,7 +9,8 @@ takes; what is not quantized shares the model's memory, buffers excepted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from ..passes.observing.calibrate import calibrate, flat_arguments
 from ..passes.observing.observe import Observe
 from ..passes.observing.share import Share
 from ..passes.recipes import Recipe
+from ..passes.training.mode import evaluating
 from .algorithms.algorithm import Algorithm
+from .algorithms.buffers import Buffers
 from .algorithms.calibration import Batches
 from .algorithms.enough_data import measured, warn_of_few
 from .algorithms.measure import Gatherer, linears
@@ -72,13 +75,14 @@ def quantize_program(
     if notes + caches == 0 and any(not rule.skip for rule in recipe.rules):
         raise BitfoldError(f"recipe {recipe.name!r} found nothing to quantize in this {type(model).__name__}")
     data: list[Batch] = list(batches) if steps is not None else []
-    if steps is not None:
-        _solve(gm, steps, data, progress)
-    observed = first_calibrated(gm)
-    if observed is not None:
-        batches.check_given(observed)
-        Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
-        calibrate(gm, data if steps is not None else batches, progress)
+    with _measured(gm, model):
+        if steps is not None:
+            _solve(gm, steps, data, progress)
+        observed = first_calibrated(gm)
+        if observed is not None:
+            batches.check_given(observed)
+            Pipeline([Observe(), Share()]).run(gm, record=False, progress=progress)
+            calibrate(gm, data if steps is not None else batches, progress)
     Pipeline([Fold()]).run(gm, record=False, progress=progress)
     gm.meta[CANONICAL] = Canonical(dump(gm), {})
     lowered = lower_graph(gm, target)
@@ -86,11 +90,23 @@ def quantize_program(
     return as_program(lowered)
 
 
+@contextmanager
+def _measured(gm: GraphModule, model: nn.Module) -> Iterator[None]:
+    """In evaluation, and what the graph writes into buffers, which are the model's own, put back."""
+    kept = [Buffers(gm), Buffers(model)]
+    try:
+        with evaluating(gm):
+            yield
+    finally:
+        with torch.no_grad():
+            for one in kept:
+                one.back()
+
+
 @torch.no_grad()
 def _solve(gm: GraphModule, steps: Algorithm, batches: list[Batch], progress: Progress | None) -> None:
     """All layers measured in the float graph, then solved one after the other. (The module scope holds one
-    block's
-    statistics at a time, and measures each block behind the rounded ones.)"""
+    block's statistics at a time, and measures each block behind the rounded ones.)"""
     name = steps.on_whole() or steps.on_blocks()
     if name:
         raise BitfoldError(f"{name} works on the modules of a model; use scope='module'")

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from ..formats import Quantized, format
+from ..formats import BitfoldError, Quantized, format
 from ..passes import expression
 from ..passes.algorithms.draft import DRAFT, Draft
 from ..passes.anchors import TARGETS
-from ..passes.core import below
+from ..passes.core import below, state
 from ..passes.note import Note, annotated
 from ..passes.scopes.module import is_stock
 from .module_scope import Plan, Site
@@ -66,7 +66,9 @@ class Swaps:
         for node, note in annotated(site.gm):
             found = node.meta.get(DRAFT)
             rows = None
-            if note.weight and isinstance(found, Quantized):
+            if note.weight and note.stored:
+                rows = state(site.gm).stored[note.stored].dequantize()
+            elif note.weight and isinstance(found, Quantized):
                 rows = found.dequantize()
             elif note.weight and isinstance(found, Draft):
                 rows = found.rounded(format(note.weight))
@@ -117,6 +119,28 @@ class Swaps:
             return args, {**kwargs, "input": rounded(kwargs["input"])}  # what stock layers call it
 
         return hook
+
+
+def check_changes(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
+    """Raises BitfoldError, before anything is written, for what is no new value of a parameter."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    for path, value in changes.items():
+        prefix, _, name = path.rpartition(".")
+        owner = owners.get(prefix)
+        if owner is None or name not in owner._parameters:
+            raise BitfoldError(
+                f"an algorithm gives a new value for {path!r}, and the model has no such parameter"
+            )
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            raise BitfoldError(
+                f"an algorithm gives {path!r} a {type(value).__name__} of no floating point; give a tensor"
+            )
+        held = owner._parameters[name]
+        if held is not None and held.shape != value.shape:
+            raise BitfoldError(
+                f"an algorithm gives {path!r} a tensor of shape {list(value.shape)}, and the parameter has "
+                f"{list(held.shape)}"
+            )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Attention's kernels for this processor: `bitfold::attend_few` knows them, so that no Python runs between a
 graph and its cache.
 
-In: specs. Out: compiled side by side, kept on disk as `build.py` keeps products.
+In: specs. Out: compiled side by side, kept on disk as products are (`library.py`).
 
     know_attention([spec]);  torch.ops.bitfold.attend_few(q, cache, limits, mask, pages, str(spec))
 """
@@ -17,7 +17,9 @@ from typing import Any
 
 from ..attention import AttentionSpec, cache_shapes
 from .attention import source
-from .build import BYTE, OUTS, Library, operator, vectors
+from .build import BYTE, OUTS, operator
+from .library import Library
+from .vectors import vectors
 
 _MASKS = {"none": 0, "bool": 1, "float": 2}
 _PARTS = 6  # kParts

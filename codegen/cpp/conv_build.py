@@ -15,9 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 from ..conv import ConvSpec, has_zero
-from .build import FLAGS, Library, operator, vectors
+from .build import operator
 from .conv_end import normed
 from .conv_source import source
+from .library import Library
+from .vectors import FLAGS, vectors
 
 _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),

@@ -40,7 +40,7 @@ class Bound:
 
     def bytes(self) -> int:
         """That many; 0 if nothing is to be kept. BitfoldError where the variable is no such number."""
-        told = os.environ.get(self.variable, str(self.default))
+        told = os.environ.get(self.variable) or str(self.default)
         try:
             found = float(told)
         except ValueError:

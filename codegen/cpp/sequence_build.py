@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .build import Library, text_of, vectors
+from ..spec import CodegenError
+from .library import Library, text_of
+from .vectors import vectors
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def sequence(
         plan += step.made
     told = (ctypes.c_int64 * (len(plan) + len(results)))(*plan, *results)
     call, handles = _caller(), torch._C._aoti
+    if isinstance(call, CodegenError):
+        raise CodegenError(str(call))
 
     def run(values: list[Tensor]) -> list[Tensor]:
         given = handles.unsafe_alloc_void_ptrs_from_tensors(values)
@@ -58,7 +62,11 @@ def sequence(
 
 @cache
 def _caller() -> Any:
-    """The function of headers/sequence.cpp, called with the interpreter's lock."""
-    call = Library(text_of("sequence"), vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
+    """The function of headers/sequence.cpp, called with the interpreter's lock; or why there is none, so
+    that the compiler is asked once."""
+    try:
+        call = Library(text_of("sequence"), vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
+    except CodegenError as error:
+        return error
     call.argtypes, call.restype = [ctypes.c_void_p, ctypes.py_object], ctypes.py_object
     return call

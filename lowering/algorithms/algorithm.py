@@ -94,6 +94,7 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
     for step in steps.passes:
         if not isinstance(step, Solver | OnModel):
             raise BitfoldError(f"the pass {step.name!r} decides no codes; an algorithm is made of {_known()}")
+        _check_said(step)
         found.append(step)
     for first, second in pairwise(found):
         if first.name == second.name and _place(first) != "model after":
@@ -105,6 +106,18 @@ def algorithm_of(given: str | Pipeline) -> Algorithm:
 
 
 _PLACES = ("model before", "block before", "solve", "block after", "model after")
+_RANKS = ("weights", "scales", "codes")
+
+
+def _check_said(step: Solver | OnModel) -> None:
+    """Raises BitfoldError for a pass that says no known place, or decides what is not known."""
+    if isinstance(step, OnModel):
+        place = getattr(step, "place", None)
+        known = [one for one in _PLACES if one != "solve"]
+        if place not in known:
+            raise BitfoldError(f"{step.name} has the place {place!r}; places are {', '.join(known)}")
+    elif step.decides not in ("", *_RANKS):
+        raise BitfoldError(f"{step.name} decides {step.decides!r}; it may be {', '.join(_RANKS)} or ''")
 
 
 def _place(step: Solver | OnModel) -> str:
@@ -132,7 +145,6 @@ def _check_places(first: Solver | OnModel, second: Solver | OnModel, steps: Sequ
 
 def _check_order(steps: Sequence[Solver]) -> None:
     """Weights first, then scales, then codes: each would throw away what is decided later."""
-    ranks = ("weights", "scales", "codes")
     last: Solver | None = None
     for step in steps:
         if step.wants_codes and (last is None or last.decides != "codes"):
@@ -144,7 +156,7 @@ def _check_order(steps: Sequence[Solver]) -> None:
             )
         if not step.decides:
             continue
-        if last is not None and ranks.index(step.decides) < ranks.index(last.decides):
+        if last is not None and _RANKS.index(step.decides) < _RANKS.index(last.decides):
             raise BitfoldError(
                 f"{step.name} decides {step.decides} and would throw away the {last.decides} of {last.name}; "
                 f"put it before {last.name}"

@@ -42,7 +42,7 @@ def correct_biases(step: CorrectBias, at: Whole) -> None:
     model, found, changes = at.model, at.found, at.changes
     chosen: dict[nn.Module, _Error] = {}
     for site in found.sites:
-        _decide(site)
+        round_plainly(site)
         picked = _anchor(site, step)
         if isinstance(picked, Miss):
             at.miss(site.path, step.name, picked.reason)
@@ -67,7 +67,7 @@ def correct_biases(step: CorrectBias, at: Whole) -> None:
     at.changes |= corrected
 
 
-def _decide(site: Site) -> None:
+def round_plainly(site: Site) -> None:
     """Codes by plain rounding for what no solver has decided."""
     for node, note in annotated(site.gm):
         if note.weight and not note.stored and DRAFT not in node.meta:

@@ -44,6 +44,7 @@ class Decider:
     anew: bool = False  # what an earlier run has found of this block is not taken
     tied: frozenset[int] = frozenset()  # parameters that several modules have
     settled: dict[tuple[int, str, str], tuple[str, Quantized]] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)  # sites that have another's codes
 
     def __post_init__(self) -> None:
         self.total = len(self.whole.sites)
@@ -84,6 +85,7 @@ class Decider:
         keys = list(_tied_weights(site, self.tied))
         if not keys or any(DRAFT in node.meta or key not in self.settled for node, key in keys):
             return False
+        self.taken.add(site.path)
         for node, key in keys:
             path, codes = self.settled[key]
             node.meta[DRAFT] = codes

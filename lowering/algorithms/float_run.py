@@ -27,7 +27,7 @@ from .at_rest import hooked, in_order
 from .blocks import Chain
 from .enough_data import expected, measured, warn_of_few
 from .measure import gatherer
-from .record_blocks import block_lists, record
+from .record_blocks import Blocks, block_lists, record
 
 _AT_ONCE = 1 << 28
 """Numbers of the moments that are held at a time of layers outside of chains: 1 GiB."""
@@ -35,12 +35,19 @@ _AT_ONCE = 1 << 28
 
 def recorded(
     model: nn.Module, sites: Sequence[Site], batches: Sequence[Batch], measures: bool
-) -> tuple[list[Chain] | Miss, list[Site]]:
-    """The float run: the chains, and the sites outside them, whose first portion is measured on the way."""
+) -> tuple[list[Chain] | Miss, list[Site], dict[str, str]]:
+    """The float run: the chains; the sites outside them, whose first portion is measured on the way; and why
+    lists of blocks that hold sites are none, by their paths."""
     lists = block_lists(model)
+    dropped: dict[str, str] = {}
     found = record(model, batches[:1], lists)  # which are chains decides what the full run measures
-    while found and isinstance(found[0], Chain):
+    while True:
+        dropped |= {
+            _path(one): seen.reason for one, seen in zip(lists, found, strict=True) if isinstance(seen, Miss)
+        }
         lists = [one for one, seen in zip(lists, found, strict=True) if isinstance(seen, Chain)]
+        if not lists:
+            break
         paths = [path for one in lists for path, _ in one]
         rest = [site for site in sites if not any(within(site.path, path) for path in paths)]
         with _watched(model, sites, _looks(sites, rest, measures)) as reached:
@@ -50,7 +57,8 @@ def recorded(
             _check_reached(sites, reached)
             if measures:
                 warn_of_few((*_in_chains(sites, chains), *(one for s in rest for one in measured(s.gm))))
-            return chains, rest
+            held = {path: why for path, why in dropped.items() if any(within(s.path, path) for s in rest)}
+            return chains, rest, held
         _forget(rest)  # the next run sees the same batches again
     with _watched(model, sites, _looks(sites, sites, measures)) as reached:
         for batch in batches:
@@ -58,9 +66,13 @@ def recorded(
     _check_reached(sites, reached)
     if measures:
         warn_of_few(one for site in sites for one in measured(site.gm))
-    why = found[0] if found else Miss("it has no ModuleList of blocks")
-    assert isinstance(why, Miss)
-    return why, list(sites)
+    why = next(iter(dropped.values()), "it has no ModuleList of blocks")
+    return Miss(why), list(sites), {}
+
+
+def _path(blocks: Blocks) -> str:
+    """Of the ModuleList that holds them."""
+    return blocks[0][0].rpartition(".")[0]
 
 
 def _forget(sites: Sequence[Site]) -> None:

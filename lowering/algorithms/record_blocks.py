@@ -40,7 +40,10 @@ def block_lists(model: nn.Module) -> list[Blocks]:
     lists = [
         (path, module)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        # A list of lists is nothing that is called: those within are the lists of blocks.
+        and not any(isinstance(one, nn.ModuleList) for one in module)
     ]
     found: list[Blocks] = []
     taken: set[nn.Module] = set()

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from ...formats import BitfoldError
 from ...passes import Miss, MissRecord
+from ...passes.algorithms.on_model import OnModel
 from ...passes.core import Progress
 from ...passes.note import annotated
 from ...passes.observing.batch import Batch
 from ..module_scope import Plan
 from ..parameters import parameter_names
-from ..swaps import Swaps
+from ..swaps import Swaps, check_changes
 from . import balance_block, correct_biases, learn_block, rotate_model, tune_model  # what `work` does
 from .algorithm import Algorithm
 from .at_rest import at_rest
@@ -71,10 +72,13 @@ def solve_sites(
         for step in algorithm.at("model before"):
             with at_rest(model):
                 work(step, whole)
+            check_changes(model, whole.changes)
         _solve(whole, decider)
+        check_changes(model, whole.changes)
     with without_cache(model), at_rest(model):
         for step in algorithm.at("model after"):
             work(step, whole)
+            check_changes(model, whole.changes)
     return whole.changes
 
 
@@ -88,6 +92,9 @@ def _check(whole: Whole, algorithm: Algorithm, results: Results | None) -> None:
             f"{name} compares with float weights that other passes have changed, which resume does not keep; "
             "leave one of the two out"
         )
+    for step in algorithm.steps:
+        if isinstance(step, OnModel) and work.dispatch(type(step)) is work.dispatch(object):
+            work(step, whole)  # says that nothing is registered
     for step in algorithm.at("block before")[:1]:
         for site in whole.sites:
             if any(note.output and note.observer for _, note in annotated(site.gm)):
@@ -100,13 +107,15 @@ def _check(whole: Whole, algorithm: Algorithm, results: Results | None) -> None:
 def _solve(whole: Whole, decider: Decider) -> None:
     """Every site solved, block by block where the model is a chain of them."""
     algorithm, name = decider.algorithm, decider.algorithm.on_blocks()
-    chains, rest = recorded(whole.model, whole.sites, whole.batches, algorithm.measures)
+    chains, rest, dropped = recorded(whole.model, whole.sites, whole.batches, algorithm.measures)
     if isinstance(chains, Miss):
         if name:
             raise BitfoldError(f"{name} works on a chain of blocks, and this model is none: {chains.reason}")
         reason = f"{chains.reason}, so each layer is measured in the float model"
         whole.found.misses.append(MissRecord("", "", "", str(algorithm), reason))
         chains = []
+    for path, why in dropped.items():
+        whole.miss(path, str(algorithm), f"{why}, so its layers are measured in the float model")
     for chain in chains:
         walk(whole, chain, decider)
     blocks = " and ".join(f"{chain.paths[0]} to {chain.paths[-1]}" for chain in chains)

@@ -28,6 +28,7 @@ from ..outputs import divergence, first_output
 from ..parameters import parameter_names
 from ..swaps import Swaps
 from .at_rest import at_rest
+from .correct_biases import round_plainly
 from .learnable import Descent, Learnt, as_read, called, falls_short, roundings
 from .places import Whole, work
 
@@ -39,6 +40,8 @@ def tune_model(step: Tune, at: Whole) -> None:
     """Learn; the model itself is as it was. Raises BitfoldError where the loss is no number."""
     model, found, batches = at.model, at.found, at.batches
     found.misses += falls_short(step, found.sites)
+    for site in found.sites:
+        round_plainly(site)  # where no solver has decided, that is what it starts from
     learnt = roundings(found.sites, "")
     with Swaps() as swaps, at_rest(model):
         for site in found.sites:

@@ -12,11 +12,13 @@ the blocks' sites; the model itself is as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ...passes.note import annotated
 from ..module_scope import Site
 from ..swaps import Swaps
 from .at_rest import at_rest, hooked, in_order
@@ -62,6 +64,9 @@ def _walk_block(whole: Whole, chain: Chain, place: int, decider: Decider) -> Non
         at = Block(whole, chain, place, sites, swaps, targets)
         for step in algorithm.at("block before"):
             work(step, at)
+        for site in sites:
+            if any(note.stored for _, note in annotated(site.gm)):
+                swaps.put(site)  # what is decided is behind the codes that these will have
         decider.begin(sites)
         for group, repeated in _order(chain, place, sites):
             if algorithm.measures and not decider.restored(group):
@@ -70,8 +75,10 @@ def _walk_block(whole: Whole, chain: Chain, place: int, decider: Decider) -> Non
                 decider.solve(site)
                 swaps.put(site)
         if algorithm.together and not decider.restored(sites):
+            # A tied weight that another block has decided moves no more.
+            own = replace(at, sites=[site for site in sites if site.path not in decider.taken])
             for step in algorithm.at("block after"):
-                work(step, at)
+                work(step, own)
             for site in sites:
                 decider.settle(site)
                 swaps.put(site)

@@ -28,8 +28,8 @@ from torch.fx import GraphModule
 from ...codegen import CodegenError
 from ...codegen.attention import AttentionSpec
 from ...codegen.conv import ConvSpec
-from ...codegen.cpp.build import folder
 from ...codegen.cpp.kept_files import FRAMES, read, write
+from ...codegen.cpp.library import folder
 from ...codegen.cpp.sequence_build import Native, sequence
 from ...codegen.spec import GemmSpec
 from ...formats import BitfoldError
@@ -144,6 +144,8 @@ def keep(key: str, plan: Plan) -> None:
 
 def recalled(key: str) -> Compiled | Miss:
     """What a process before compiled for this key."""
+    if FRAMES.bytes() == 0:
+        return Miss("no frames are to be kept")
     path = place(key)
     try:
         plan = Plan.read(read(path))

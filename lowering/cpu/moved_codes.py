@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.nn import Parameter
 
+from ...codegen.conv import one_scale
 from ...formats import format
 from ...passes import inherit
 from ...passes.edges import epochs
@@ -42,7 +43,7 @@ def static(node: Node) -> bool:
     fmt = format(str(node.args[1]))
     scales: Any = node.args[2]
     held = len(scales) + 1 == len(fmt.parts) and all(one.op in ("placeholder", "get_attr") for one in scales)
-    return held and str(fmt) in ("int8[tensor]", "int8[tensor,zero]")
+    return held and one_scale(fmt)
 
 
 def scales_of(quantize: Node) -> list[Node]:

@@ -9,8 +9,10 @@ In: compiled pieces, which values each takes and makes, what the whole returns. 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -109,13 +111,24 @@ def _as_one(steps: list[Step], entries: Mapping[int, Entry | Miss], behind: set[
         held.append((step.run, of))  # as long as it may be called
     try:
         run = sequence(told, len(given), [number[i] for i in results])
-    except CodegenError:  # there is no Python.h; each layer is called from Python, as it was
-        return steps
+    except CodegenError as error:
+        _say_once(str(error))
+        return steps  # as they were
 
     def call(*args: Tensor, held: object = held) -> list[Tensor]:
         return run(list(args))
 
     return [Step(call, tuple(given), tuple(results))]
+
+
+@cache
+def _say_once(why: str) -> None:
+    if "Python.h" in why:
+        why = "there is no Python.h; install Python's headers, python3-dev"
+    warnings.warn(
+        f"layers are called from Python one by one, which takes longer than calling them from C++ ({why})",
+        stacklevel=2,
+    )
 
 
 def _let_go(steps: Sequence[Step], kept: set[int]) -> list[Step]:

@@ -35,14 +35,20 @@ _registered: dict[str, type[Observer]] = {}
 def register_observer(name: str, kind: type[Observer]) -> None:
     """`name` in a rule's `observer` stands for `kind`, made without arguments; with one, if it says what its
     `number` is. Raises BitfoldError for a name that is taken by another, or that would not parse."""
-    if not name.isidentifier():
+    if not (isinstance(name, str) and name.isidentifier()):
         raise BitfoldError(f"an observer's name is a word of letters, digits and _, not {name!r}")
     if not (isinstance(kind, type) and issubclass(kind, Observer)):
         raise BitfoldError(f"the observer {name} is to be a subclass of Observer, not {kind!r}")
     known = (_BUILT_IN | _registered).get(name)
-    if known is not None and known.__qualname__ != kind.__qualname__:
+    # A class that a notebook defines anew is another object; one of the library's own is never replaced.
+    again = known is kind or (name not in _BUILT_IN and known is not None and _full(known) == _full(kind))
+    if known is not None and not again:
         raise BitfoldError(f"the observer {name} is {known.__name__} already; take another name")
     _registered[name] = kind
+
+
+def _full(kind: type[Observer]) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def observer_names() -> list[str]:

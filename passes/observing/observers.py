@@ -12,6 +12,7 @@ numbers: NaN and infinity are refused when they come, not made a scale.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import ClassVar
 
@@ -89,8 +90,16 @@ class Agreed(Observer):
 
     def ends(self, fmt: Format) -> tuple[Tensor, Tensor]:
         others: list[Observer] = self.__dict__["others"]
-        lows, highs = zip(*(other.ends(fmt) for other in others if other.seen), strict=True)
+        ranged = [other for other in others if other.seen and not isinstance(other, FixedRange)]
+        lows, highs = zip(*(other.ends(fmt) for other in ranged), strict=True)
         return torch.stack(lows).amin(), torch.stack(highs).amax()
+
+    def params(self, fmt: Format) -> tuple[Tensor, ...]:
+        """As its own kind makes them, which may be no matter of the ends alone (powers of two, say)."""
+        own: Observer = self.__dict__["own"]
+        at_ends = copy.copy(own)  # whose `ends` are the agreed ones
+        at_ends.__dict__.update(ends=self.ends, range=lambda: self.ends(fmt))
+        return at_ends.params(fmt)
 
 
 class FixedRange(Observer):

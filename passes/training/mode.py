@@ -12,6 +12,8 @@ the other one from a graph of the same model that was captured in training.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,6 +89,30 @@ def trains(node: Node) -> bool:
     """Whether an operator is told that it is in training."""
     at = _told(node)
     return at is not None and arguments(node)[at] is True
+
+
+@contextmanager
+def evaluating(gm: GraphModule) -> Iterator[None]:
+    """The graph in evaluation meanwhile; then what trained does so again, and what did not still does not."""
+    on, off = TrainMode(on=True), TrainMode(on=False)
+    dropping = [node for node in gm.graph.nodes if node.target is ATTENTION and probability(node)]
+    fresh = [node for node in dropping if DROPOUT not in node.meta]
+    for node in fresh:
+        node.meta[DROPOUT] = probability(node)
+    trained = [*dropping, *(node for node in gm.graph.nodes if trains(node))]
+    for node in trained:
+        off._flip(gm, node)
+    state(gm).mutated = None
+    gm.recompile()
+    try:
+        yield
+    finally:
+        for node in trained:
+            on._flip(gm, node)
+        for node in fresh:
+            del node.meta[DROPOUT]
+        state(gm).mutated = None
+        gm.recompile()
 
 
 def _told(node: Node) -> int | None:

@@ -7,7 +7,7 @@ import ctypes
 import pytest
 import torch
 
-from bitfold.codegen.cpp.build import Library
+from bitfold.codegen.cpp.library import Library
 
 FAULTS = {
     "behind": "return at[size];",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 
-from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp.library import Library
 
 FLAGS = (
     *(
@@ -25,6 +25,6 @@ FLAGS = (
 )
 
 os.environ.pop("LD_PRELOAD", None)  # the compiler is not what is watched
-_flags = build.Library.flags.fget
+_flags = Library.flags.fget
 assert _flags is not None
-build.Library.flags = property(lambda self: (*_flags(self), *FLAGS))  # type: ignore[assignment,method-assign]
+Library.flags = property(lambda self: (*_flags(self), *FLAGS))  # type: ignore[assignment,method-assign]

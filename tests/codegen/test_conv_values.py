@@ -24,8 +24,10 @@ from torch import Tensor
 
 from bitfold.codegen import CodegenError
 from bitfold.codegen.conv import ConvSpec
-from bitfold.codegen.cpp import build
 from bitfold.codegen.cpp.conv_build import know
+from bitfold.codegen.cpp.library import Library
+from bitfold.codegen.cpp.vectors import runnable
+from bitfold.codegen.cpp.vectors import vectors as widest
 from bitfold.codegen.epilogue import OPS, Apply
 from bitfold.formats import BitfoldError
 from bitfold.lowering.cpu.conv import decoded, reference
@@ -34,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conv_cases import coded, operands, spec_of
 
 U = 2.0**-24
-HERE = build.vectors()
-RUNNABLE = build.runnable()
+HERE = widest()
+RUNNABLE = runnable()
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 CASES = {
     "one by one": ("20x12x1x1 bias", (1, 12, 5, 5)),
@@ -135,7 +137,7 @@ extern "C" int run() {
 @pytest.mark.parametrize("vectors", RUNNABLE)
 def test_a_kernel_has_the_vectors_that_are_named(vectors: str) -> None:
     """Those of convolutions choose by what the compiler may use, whatever the processor here has."""
-    found = build.Library(VECTORS, vectors).loaded(ctypes.CDLL).run()
+    found = Library(VECTORS, vectors).loaded(ctypes.CDLL).run()
     assert found == {"portable": 0, "neon": 0, "avx2": 1, "avx512": 3}.get(vectors, 7)
 
 

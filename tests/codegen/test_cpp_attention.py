@@ -13,7 +13,7 @@ from test_attention import COVER, FAST, FORMATS, SHAPES
 
 from bitfold.codegen.cpp.attention import source
 from bitfold.codegen.cpp.attention_build import know_attention
-from bitfold.codegen.cpp.build import runnable, vectors
+from bitfold.codegen.cpp.vectors import runnable, vectors
 from bitfold.lowering.kv_cache.attention import attend_reference
 
 # Those that tests of values do not go through anyway. Tiles are none of attention's.

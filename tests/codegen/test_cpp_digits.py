@@ -18,6 +18,7 @@ from bitfold.codegen.cpp import build, source
 from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.digits import MOST, digits
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import runnable
 from bitfold.formats import format
 
 # Every way that codes are made small unsigned numbers, and sizes of blocks.
@@ -187,7 +188,7 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors not in build.runnable():
+    if vectors not in runnable():
         pytest.skip("needs AVX2")
     from test_cpp_values import check
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from bitfold.codegen import CodegenError
-from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp import library as libraries
 from bitfold.codegen.cpp.kept_files import KERNELS
+from bitfold.codegen.cpp.vectors import FLAGS, header, runnable
 from bitfold.formats import BitfoldError
 from bitfold.lowering.target import get_target
 
@@ -24,10 +25,10 @@ pytestmark = pytest.mark.skipif(bool(get_target("cpu").missing()), reason="there
 SHARED = """
 import ctypes, sys
 from pathlib import Path
-from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp import library as libraries
 
-build.folder = lambda: Path(sys.argv[1])
-library = build.Library('extern "C" int run() { return 9; }', "portable")
+libraries.folder = lambda: Path(sys.argv[1])
+library = libraries.Library('extern "C" int run() { return 9; }', "portable")
 print("ready", flush=True)
 sys.stdin.readline()  # so that both begin at once
 print(ctypes.CDLL(str(library.path())).run(), flush=True)
@@ -39,12 +40,12 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
 ) -> None:
     full = tmp_path / "file"
     full.write_text("no folder")
-    monkeypatch.setattr(build, "folder", lambda: full / "kernels")
-    library = build.Library('extern "C" int run() { return 7; }\n', "portable")
+    monkeypatch.setattr(libraries, "folder", lambda: full / "kernels")
+    library = libraries.Library('extern "C" int run() { return 7; }\n', "portable")
     with pytest.warns(UserWarning, match="cannot be kept in"):
         path = library.path()
     assert path.exists()
-    broken = build.Library("no C++\n", "portable")
+    broken = libraries.Library("no C++\n", "portable")
     with pytest.raises(CodegenError, match="refused a kernel"):
         broken.path()
 
@@ -53,9 +54,9 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left where the power went between the name and the bytes."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
     for number, damaged in ((11, b""), (12, b"\x7fELF and no more")):
-        library = build.Library(f'extern "C" int run() {{ return {number}; }}\n', "portable")
+        library = libraries.Library(f'extern "C" int run() {{ return {number}; }}\n', "portable")
         (tmp_path / f"{library.name}.so").write_bytes(damaged)
         assert library.loaded(ctypes.CDLL).run() == number
 
@@ -63,26 +64,26 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(
 def test_folders_may_have_spaces_in_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of compiled kernels, and that in which this package is installed."""
     here = tmp_path / "my kernels"
-    monkeypatch.setattr(build, "folder", lambda: here)
-    shutil.copytree(build.HEADERS, tmp_path / "my headers")
-    monkeypatch.setattr(build, "HEADERS", tmp_path / "my headers")
+    monkeypatch.setattr(libraries, "folder", lambda: here)
+    shutil.copytree(libraries.HEADERS, tmp_path / "my headers")
+    monkeypatch.setattr(libraries, "HEADERS", tmp_path / "my headers")
     text = '#include "kernel.h"\nextern "C" int run() { return bitfold::kWeights; }\n'
-    library = build.Library(text, "portable")
+    library = libraries.Library(text, "portable")
     assert library.loaded(ctypes.CDLL).run() == 4 and library.path().parent == here
 
 
 def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler says that there is no space by refusing; elsewhere it does not."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path / "kernels")
-    whole = build.Library._compiled
+    monkeypatch.setattr(libraries, "folder", lambda: tmp_path / "kernels")
+    whole = libraries.Library._compiled
 
-    def compiled(self: build.Library, beside: Path) -> Path:
+    def compiled(self: libraries.Library, beside: Path) -> Path:
         if tmp_path in beside.parents:
             raise CodegenError("no space left on device")
         return whole(self, beside)
 
-    monkeypatch.setattr(build.Library, "_compiled", compiled)
-    library = build.Library('extern "C" int run() { return 8; }\n', "portable")
+    monkeypatch.setattr(libraries.Library, "_compiled", compiled)
+    library = libraries.Library('extern "C" int run() { return 8; }\n', "portable")
     with pytest.warns(UserWarning, match="cannot be kept in"):
         assert tmp_path not in library.path().parents
     assert not list((tmp_path / "kernels").iterdir())
@@ -100,8 +101,8 @@ def test_a_library_that_was_cut_short_is_made_anew(
     cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a power cut, or by a disk that was full: once, and what cannot be loaded even so is said."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path)
-    library = build.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', "portable")
+    monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
+    library = libraries.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', "portable")
     path = library.path()
     path.write_bytes(path.read_bytes()[:cut])
     assert library.loaded(ctypes.CDLL).run() == int(f"1{cut}")
@@ -125,39 +126,39 @@ def aged(path: Path, seconds: float, size: int = 0) -> Path:
 
 def test_the_folder_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not used longest goes; what this process uses stays, and what another has just used."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path)
+    monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
     monkeypatch.setenv(KERNELS.variable, "3")
 
-    def compiled(self: build.Library, beside: Path) -> Path:
+    def compiled(self: libraries.Library, beside: Path) -> Path:
         (beside / "made").write_bytes(b"a library")
         return beside / "made"
 
-    monkeypatch.setattr(build.Library, "_compiled", compiled)
+    monkeypatch.setattr(libraries.Library, "_compiled", compiled)
     text = 'extern "C" int run() {{ return {}; }}\n'
-    mine = build.Library(text.format(21), "portable")
+    mine = libraries.Library(text.format(21), "portable")
     path = aged(Path(mine.path()), 9000)
     others = [aged(tmp_path / f"{i}.so", 1000 * i, 2**20) for i in (1, 2, 3, 4)]
     new = aged(tmp_path / "new.so", 10, 2**20)
     left = tmp_path / "beside-left"
     left.mkdir()
     aged(left, 9000)
-    build.Library(text.format(22), "portable").path()
+    libraries.Library(text.format(22), "portable").path()
     assert [one.exists() for one in others] == [True, False, False, False]
     assert path.exists() and new.exists() and not left.exists()
     mine.path()  # used now
     assert time.time() - path.stat().st_mtime < 900
     monkeypatch.setenv(KERNELS.variable, "0.001")
-    build.Library(text.format(23), "portable").path()
+    libraries.Library(text.format(23), "portable").path()
     assert len(list(tmp_path.glob("c*.so"))) == 3 and new.exists() and not others[0].exists()
     monkeypatch.setenv(KERNELS.variable, "many")
     with pytest.raises(BitfoldError, match="BITFOLD_KEPT_KERNELS_MB is a number of megabytes"):
-        build.Library(text.format(24), "portable").path()
+        libraries.Library(text.format(24), "portable").path()
 
 
 def test_a_folder_that_is_only_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody writes there when a library was used, and nothing is removed."""
-    monkeypatch.setattr(build, "folder", lambda: tmp_path)
-    library = build.Library('extern "C" int run() { return 25; }\n', "portable")
+    monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
+    library = libraries.Library('extern "C" int run() { return 25; }\n', "portable")
     path = library.path()
 
     def refused(*args: object, **more: object) -> None:
@@ -171,10 +172,10 @@ def test_a_folder_that_is_only_read_serves(tmp_path: Path, monkeypatch: pytest.M
 ALONE = """
 from pathlib import Path
 import sys
-from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp import library as libraries
 
-build.folder = lambda: Path(sys.argv[1])
-made = build.Library('extern "C" int run() { return 26; }', "portable").path()
+libraries.folder = lambda: Path(sys.argv[1])
+made = libraries.Library('extern "C" int run() { return 26; }', "portable").path()
 assert made.exists()
 print(made)
 """
@@ -195,3 +196,43 @@ def test_two_processes_share_a_folder_that_is_too_small(
 ) -> None:
     words = [[str(tmp_path / "kernels")]] * 2
     assert at_once(SHARED, words, **{KERNELS.variable: "0.001"}) == ["9\n", "9\n"]
+
+
+def test_a_library_is_named_by_what_goes_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text, what that includes, the compiler: a change of anything else compiles nothing anew."""
+    shutil.copytree(libraries.HEADERS, tmp_path / "headers")
+    monkeypatch.setattr(libraries, "HEADERS", tmp_path / "headers")
+    text = '#include "kernel.h"\n#include VECTORS\nextern "C" int run() { return 27; }\n'
+    library = libraries.Library(text, "avx512")
+
+    def name() -> str:
+        libraries._header.cache_clear()
+        return library.name
+
+    def changed(header: str) -> bool:
+        before = name()
+        with (tmp_path / "headers" / header).open("a") as file:
+            file.write("// a word\n")
+        return name() != before
+
+    # pairs16.h is included by avx512.h alone
+    assert [changed(one) for one in ("kernel.h", "avx512.h", "pairs16.h")] == [True] * 3
+    assert [changed(one) for one in ("conv.h", "avx2.h", "attention.h")] == [False] * 3
+    before = name()
+    monkeypatch.setattr(libraries, "_compiler", lambda: "g++ 99")
+    assert name() != before
+    assert libraries.Library(text, "avx2").name != name()
+
+
+@pytest.mark.parametrize("name", ["runtime", "conv_runtime", "attention"])
+def test_all_headers_are_found(name: str) -> None:
+    """What the compiler includes is among what a name goes by; torch's headers are none of ours."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    text = libraries.text_of(name)
+    for vectors in runnable():
+        told = [f"-I{libraries.HEADERS}", f'-DVECTORS="{header(vectors)}"', *FLAGS[vectors], "-std=c++20"]
+        command = [get_cpp_compiler(), "-MM", "-MG", "-x", "c++", *told, "-"]
+        said = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout.split()
+        ours = {Path(one).name for one in said if Path(one).parent == libraries.HEADERS}
+        assert len(ours) > 5 and ours <= set(libraries._included(text, header(vectors)))

@@ -27,8 +27,8 @@ def madvise(address: int, size: int, advice: int) -> int:
     return int(libc.madvise(address, size, advice))
 
 
-def in_large_pages(address: int) -> int:
-    """Bytes of the mapping at `address` that lie in large pages."""
+def told_of(address: int, what: str) -> str:
+    """What Linux says of the mapping at `address`."""
     within = False
     with open("/proc/self/smaps", encoding="utf-8") as file:
         for line in file:
@@ -36,9 +36,14 @@ def in_large_pages(address: int) -> int:
             if "-" in first and not first.endswith(":"):
                 start, end = (int(part, 16) for part in first.split("-"))
                 within = start <= address < end
-            elif within and first == "AnonHugePages:":
-                return int(rest.split()[0]) << 10
-    return 0
+            elif within and first == what:
+                return rest
+    return ""
+
+
+def in_large_pages(address: int) -> int:
+    """Bytes of the mapping at `address` that lie in large pages."""
+    return int(told_of(address, "AnonHugePages:").split()[0]) << 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of 2 MiB are asked of Linux")
@@ -65,3 +70,24 @@ def test_a_weight_is_gathered_once_it_is_read() -> None:
     (y,) = torch.ops.bitfold.fused([x, codes, *q.parts[1:]], str(spec))
     assert torch.equal(y, want) and torch.equal(codes, before)
     assert in_large_pages(inside) >= 3 * PAGE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of 2 MiB are asked of Linux")
+def test_memory_that_is_to_stay_in_small_pages_does() -> None:
+    """Whoever said so, an allocator or a user, is not told otherwise."""
+    held = mmap.mmap(-1, 14 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    madvise(start, len(held), 15)  # MADV_NOHUGEPAGE
+    if "nh" not in told_of(start, "VmFlags:"):
+        pytest.skip("this Linux has no large pages")
+    f = cpu_layout(format("int8"), 4096)
+    assert f is not None
+    spec = GemmSpec(f, 3072, 4096, "f32")
+    q = f.quantize(torch.randn(3072, 4096))
+    codes = torch.frombuffer(held, dtype=torch.uint8, count=q.parts[0].numel()).view_as(q.parts[0])
+    codes.copy_(q.parts[0].view(torch.uint8))
+    build.know([spec])
+    torch.ops.bitfold.fused([torch.randn(1, 4096), codes, *q.parts[1:]], str(spec))
+    inside = -(-start // PAGE) * PAGE + PAGE
+    flags = told_of(inside, "VmFlags:").split()
+    assert "nh" in flags and "hg" not in flags and in_large_pages(inside) == 0

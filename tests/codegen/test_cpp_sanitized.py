@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from sanitized_faults import FAULTS
 
-from bitfold.codegen.cpp.build import runnable, vectors
+from bitfold.codegen.cpp.vectors import runnable, vectors
 
 FOUND = 99  # what a process ends with in which a sanitizer found something
 HERE = Path(__file__).parent

@@ -21,10 +21,11 @@ from bitfold.codegen.cpp import build
 from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.codegen.cpp.tiles import tiled
+from bitfold.codegen.cpp.vectors import vectors as widest
 from bitfold.codegen.epilogue import Epilogue
 from bitfold.formats import format
 
-TILES = "amx" if build.vectors() == "amx" else "amx_model"
+TILES = "amx" if widest() == "amx" else "amx_model"
 TEXTS = ["int8 x int8", "int4[g64] x int8", "uint4[g32,zero] x int8", "int8", "int4[g64]", "uint4[g32,zero]"]
 MORE = [
     "uint8[zero] x int8[tensor]", "int8[g128] x int8", "int3[g64] x int8", "mxfp4", "int3[g128]", "int6",
@@ -32,7 +33,7 @@ MORE = [
     "uint8[zero]",
 ]  # fmt: skip
 pytestmark = pytest.mark.skipif(
-    build.vectors() not in ("avx512vnni", "amx"), reason="tiles stand beside AVX-512 VNNI"
+    widest() not in ("avx512vnni", "amx"), reason="tiles stand beside AVX-512 VNNI"
 )
 
 
@@ -164,14 +165,14 @@ def test_convolutions(case: str) -> None:
 
 def test_without_leave_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that may not use tiles is told once, and has kernels without."""
-    build.vectors.cache_clear()
+    widest.cache_clear()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     try:
         with pytest.warns(UserWarning, match="the system does not let this process use it"):
-            assert build.vectors() == "avx512vnni"
+            assert widest() == "avx512vnni"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert build.vectors() == "avx512vnni"
+            assert widest() == "avx512vnni"
     finally:
-        build.vectors.cache_clear()
+        widest.cache_clear()

@@ -21,6 +21,7 @@ from bitfold.codegen import CodegenError, GemmSpec
 from bitfold.codegen.cpp import build
 from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.support import cpu_layout, obstacle
+from bitfold.codegen.cpp.vectors import runnable
 from bitfold.codegen.epilogue import OPS, Apply, Epilogue
 from bitfold.formats import Codebook, Format, Quantized, Scale, format
 from bitfold.formats.granularity import Granularity
@@ -201,7 +202,7 @@ def test_epilogues(text: str, weights: int, x: str, bias: bool) -> None:
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
     """Of a wider processor: what others have. The portable ones are right everywhere."""
-    if vectors not in build.runnable():
+    if vectors not in runnable():
         pytest.skip("needs AVX2")
     specs = [
         pair(text) for text in ("uint4[g32,zero]", "float8_e4m3fn", "nf4[g64]", "int8 x int8", "int4 x int8")

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import build, source
 from bitfold.codegen.cpp.body import Body
+from bitfold.codegen.cpp.vectors import runnable
 from bitfold.codegen.cpp.words import LARGEST, words
 from bitfold.formats import Quantized
 
@@ -127,7 +128,7 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors not in build.runnable():
+    if vectors not in runnable():
         pytest.skip("needs AVX2")
     for text in ("int8", "int8[g128]"):
         check(pair(text), 1, seed=2, vectors=vectors)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitfold as bf
+from bitfold.lowering.algorithms.places import Whole, work
+from bitfold.passes import Pipeline
+from bitfold.passes.algorithms.gptq import GPTQ
+from bitfold.passes.algorithms.on_model import OnModel
 
 
 class Block(nn.Module):
@@ -214,3 +219,96 @@ def test_a_tied_weight_is_decided_once_and_blocks_are_measured_behind_what_is_st
 def test_wrong_orders_and_options_are_said_before_any_work(algorithm: str, said: str) -> None:
     with pytest.raises(bf.BitfoldError, match=said):
         bf.quantize(made(), "int3[g32]", algorithm=algorithm, calibration=[])
+
+
+def test_stored_codes_are_what_later_layers_are_decided_behind() -> None:
+    recipe = bf.Recipe("r", (bf.Rule("*.up", weight="int2[g32]"), bf.Rule("*.down", weight="int4[g32]")))
+    ids = [torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(1)) for _ in range(3)]
+    stored = {
+        f"blocks.{i}.up.weight": bf.format("int2[g32]").quantize(block.up.weight.detach())
+        for i, block in enumerate(made().blocks)
+    }
+    found = []
+    for rounded in (False, True):
+        net = made()
+        for path, codes in stored.items() if rounded else ():
+            net.get_parameter(path).data = codes.dequantize()
+        found.append(bf.quantize(net, recipe, algorithm="gptq", calibration=ids, stored=stored).state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+class Heads(Net):
+    """Its largest list is read in parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(32, 512) for _ in range(4))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+class Nested(Net):
+    """Lists of blocks in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleList([Block(), Block()]) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for stage in self.blocks:
+            for block in stage:  # type: ignore[attr-defined]
+                x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "learn{steps=1}"])
+@pytest.mark.parametrize(("kind", "dropped"), [(Heads, ["heads"]), (Nested, [])])
+def test_lists_that_are_no_chain_are_left_out(kind: type[Net], dropped: list[str], algorithm: str) -> None:
+    ids = [torch.randint(50, (4, 40), generator=torch.Generator().manual_seed(1)) for _ in range(3)]
+    net = bf.quantize(made(kind), "int4[g32]", algorithm=algorithm, calibration=ids)
+    said = [miss for miss in bf.report(net).misses if "measured in the float model" in miss.reason]
+    assert [miss.module_path for miss in said] == dropped
+
+
+@dataclass(frozen=True)
+class Odd(OnModel):
+    name: ClassVar[str] = "odd"
+    place: ClassVar[Any] = "model after"
+
+
+@dataclass(frozen=True)
+class Misplaced(Odd):
+    place: ClassVar[Any] = "after block"
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "sentence"),
+    [
+        (Misplaced(), {}, "has the place 'after block'; places are model before"),
+        (Odd(), None, "nothing is registered for odd"),
+        (Odd(), {"norm.wieght": torch.ones(32)}, "'norm.wieght', and the model has no such parameter"),
+        (Odd(), {"blocks.0.norm.weight": torch.ones(32), "blocks.1.norm.weight": 3.0}, "a float of no"),
+        (Odd(), {"blocks.0.norm.weight": torch.ones(31)}, r"shape \[31\], and the parameter has \[32\]"),
+    ],
+)
+def test_mistakes_of_own_passes_change_nothing(
+    step: Odd, changes: dict[str, Any] | None, sentence: str
+) -> None:
+    def do(step: Odd, at: Whole) -> None:
+        at.changes |= changes or {}
+
+    kind = type("Own", (type(step),), {})  # registered for this case alone
+    if changes is not None:
+        work.register(kind, do)
+    net = made()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    ids = [torch.arange(50).reshape(2, 25)]
+    with pytest.raises(bf.BitfoldError, match=sentence):
+        bf.quantize(net, "int4[g32]", algorithm=Pipeline([GPTQ(), kind()]), calibration=ids)
+    after = net.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)

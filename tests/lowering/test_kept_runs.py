@@ -116,6 +116,17 @@ def test_a_folder_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
     assert torch.equal(a[0], b[0])
 
 
+def test_nothing_kept_is_nothing_recalled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound of 0 also passes over what an earlier process left; an empty one is one that is not set."""
+    kept = place / "frame"
+    kept.write_text("")
+    monkeypatch.setattr(kept_runs, "place", lambda key: kept)
+    monkeypatch.setenv("BITFOLD_KEPT_FRAMES_MB", "0")
+    assert isinstance(said := kept_runs.recalled("frame"), Miss) and "kept" in said.reason
+    monkeypatch.setenv("BITFOLD_KEPT_FRAMES_MB", "")
+    assert FRAMES.bytes() == 64 << 20
+
+
 def test_the_folder_of_frames_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was not read longest goes, never what was just written; what a dead process left goes too."""
     monkeypatch.setenv(FRAMES.variable, str(3500 / 2**20))

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import bitfold as bf
+from bitfold.lowering.algorithms import learn_block
 from bitfold.passes.algorithms.learn import Learn
 
 
@@ -129,3 +131,22 @@ def test_a_layer_that_a_batch_does_not_reach_learns_from_the_others() -> None:
             bf.quantize(q, "int3[g32]", algorithm=algorithm, calibration=data, target="reference")
             found.append(sum(float((q(x) - y).square().mean()) for x, y in zip(data, exact, strict=True)))
     assert found[1] < 0.8 * found[0]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_weight_that_an_earlier_block_has_decided_is_not_learned_again(
+    resumed: bool, model: Model, tmp_path: Path
+) -> None:
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    shown: list[list[str]] = []
+    given = {"resume": tmp_path} if resumed else {}
+    with pytest.MonkeyPatch.context() as patch:
+        real = learn_block.roundings
+
+        def seen(sites: Any, root: str) -> Any:
+            shown.append([site.path for site in sites])
+            return real(sites, root)
+
+        patch.setattr(learn_block, "roundings", seen)
+        bf.quantize(model, "int3[g32]", algorithm="gptq,learn{steps=2}", calibration=batches(), **given)
+    assert shown == [["blocks.0.up", "blocks.0.down"], ["blocks.1.down"]]

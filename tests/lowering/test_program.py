@@ -144,3 +144,21 @@ def test_tied_parameters_stay_tied() -> None:
     floats = [p for _, p in made.named_parameters() if p.shape == (9, 32)]
     assert len(floats) == 1 and floats[0] is not mine.embed.weight
     assert floats[0].data_ptr() == mine.embed.weight.data_ptr()
+
+
+@pytest.mark.parametrize("asked", [("int4[g32]", "gptq"), ("int8_static", None)])
+def test_a_model_in_train_mode_is_measured_in_evaluation(asked: tuple[str, str | None]) -> None:
+    recipe, algorithm = asked
+    made = []
+    for mode in (True, False):
+        mine = model().train(mode)
+        before = snapshot(mine)
+        batches = [X * 3 + 1, X]
+        one = bf.quantize(mine, recipe, scope="program", algorithm=algorithm, calibration=batches)
+        assert unchanged(mine, before)
+        made.append({name: value for name, value in one.state_dict().items() if "tracked" not in name})
+        if mode:
+            one(X)  # the program still trains, and counts
+            assert int(one.get_buffer("1.num_batches_tracked")) == 1
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items() if "running" not in name)

@@ -13,10 +13,13 @@ from test_repeats import WIDE, Layer, Tower
 from torch import Tensor
 
 import bitfold as bf
-from bitfold.codegen import CodegenError
+from bitfold.codegen import CodegenError, GemmSpec
 from bitfold.codegen.cpp import sequence_build
+from bitfold.codegen.cpp.build import know
+from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.lowering import backend
 from bitfold.lowering.cpu import repeats, run_pieces
+from bitfold.lowering.cpu.cpp_wrapper import SHIMS
 from bitfold.lowering.cpu.entries import entry
 from bitfold.lowering.cpu.run_pieces import Run, Step
 
@@ -85,12 +88,61 @@ def test_wrong_sizes_are_not_read(runs: list[Run]) -> None:
 
 
 def test_without_the_caller_it_goes_on_in_python(runs: list[Run]) -> None:
-    refuse = mock.Mock(side_effect=CodegenError("no Python.h"))
-    fast, slow, x, shift = pair()
-    with torch.inference_mode(), mock.patch.object(run_pieces, "sequence", refuse):
-        for _ in range(3):
-            torch.testing.assert_close(fast(x, shift), slow(x, shift), rtol=1e-4, atol=1e-4)
+    """And says so, once."""
+    why = "fatal error: Python.h: No such file or directory"
+    refuse = mock.Mock(side_effect=CodegenError(why))
+    run_pieces._say_once.cache_clear()
+    with mock.patch.object(run_pieces, "sequence", refuse), pytest.warns(UserWarning) as said:
+        fast, slow, x, shift = pair()
+        with torch.inference_mode():
+            for _ in range(3):
+                torch.testing.assert_close(fast(x, shift), slow(x, shift), rtol=1e-4, atol=1e-4)
+        run_pieces._say_once(why)  # another graph's
     assert refuse.called and len(runs[0].steps) == 6
+    assert [str(one.message) for one in said if "one by one" in str(one.message)] == [
+        "layers are called from Python one by one, which takes longer than calling them from C++ (there is "
+        "no Python.h; install Python's headers, python3-dev)"
+    ]
+
+
+def test_a_caller_that_the_compiler_refuses_is_compiled_once() -> None:
+    library = mock.Mock(side_effect=CodegenError("refused"))
+    sequence_build._caller.cache_clear()
+    try:
+        with mock.patch.object(sequence_build, "Library", library):
+            for _ in range(2):
+                with pytest.raises(CodegenError, match="refused"):
+                    sequence_build.sequence([sequence_build.Native(1, (0,), (1,))], 1, [1])
+        assert library.call_count == 1
+    finally:
+        sequence_build._caller.cache_clear()
+
+
+def test_an_operators_words_are_raised_behind_inductors_code() -> None:
+    """What it refuses, and not that a call failed."""
+    laid_out = cpu_layout(bf.format("int8"), 64)
+    assert laid_out is not None
+    spec = GemmSpec(laid_out, 32, 64, "f32")
+    q = laid_out.quantize(torch.randn(32, 64))
+    halves = [q.parts[0], *(part.half() for part in q.parts[1:])]
+
+    def compiled(gm: Any, examples: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = {"cpp_wrapper": True, "aot_inductor.custom_ops_to_c_shims": SHIMS}
+        return compile_fx(gm, examples, config_patches=patches)
+
+    def call(x: Tensor, *parts: Tensor) -> Tensor:
+        y: Tensor = torch.ops.bitfold.fused([x + 1, *parts], str(spec))[0]
+        return y * 2
+
+    torch._dynamo.reset()
+    know([spec])
+    fast, x = torch.compile(call, backend=compiled), torch.randn(3, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x, *q.parts), call(x, *q.parts))
+        with pytest.raises(RuntimeError, match="reads 32 scales, in the dtype that its format stores"):
+            fast(x, *halves)
 
 
 def test_a_function_of_python_has_no_entry() -> None:

@@ -66,3 +66,15 @@ def test_the_graph_still_runs_and_writes() -> None:
             torch.testing.assert_close(y, want_y, rtol=1e-4, atol=1e-5)
     assert (model.cache.abs().sum(1) > 0).tolist() == [False, True, False, True]
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("target", ["cpu", "reference"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_one_image_without_a_batch(dim: int, target: str) -> None:
+    """[C, H, W] is one image, which a kernel for [images, channels, width] must not take for that."""
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential((nn.Conv1d if dim == 1 else nn.Conv2d)(8, 8, 3, padding=1))
+    x = torch.randn(8, *(8,) * dim)
+    bf.quantize(model, "int8_static", target=target, calibration=[(x,)])
+    with torch.inference_mode():
+        assert torch.equal(model(x), model(x[None])[0])

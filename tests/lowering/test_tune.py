@@ -143,3 +143,7 @@ def test_it_is_last_and_alone(model: Model, tmp_path: Path) -> None:
 def test_a_block_that_stands_in_two_places_is_tuned_once(model: Model) -> None:
     model.blocks[1] = model.blocks[0]
     assert lost(model, "gptq,tune{steps=50,rate=0.02}") < lost(model, "gptq")
+
+
+def test_tune_alone_starts_from_plain_rounding(model: Model) -> None:
+    assert lost(model, "tune{steps=40}") < lost(model, None)

@@ -194,8 +194,14 @@ def test_observers_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         observer("most:few")
     with pytest.raises(bf.BitfoldError, match="is MinMax already"):
         bf.register_observer("minmax", Most)
-    with pytest.raises(bf.BitfoldError, match="letters, digits"):
-        bf.register_observer("mo:st", Most)
+    other = type("Most", (Most,), {"__module__": "another.package"})
+    with pytest.raises(bf.BitfoldError, match="is Most already"):
+        bf.register_observer("most", other)
+    with pytest.raises(bf.BitfoldError, match="is MinMax already"):
+        bf.register_observer("minmax", type("MinMax", (Most,), {}))
+    for name in ("mo:st", 3):
+        with pytest.raises(bf.BitfoldError, match="letters, digits"):
+            bf.register_observer(name, Most)  # type: ignore[arg-type]
     with pytest.raises(bf.BitfoldError, match="subclass of Observer"):
         bf.register_observer("linear", nn.Linear)
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import bitfold as bf
 from bitfold.passes import Annotate, Pipeline, Recipe, Rule, calibrate, capture
+from bitfold.passes.observing import kinds
+from bitfold.passes.observing.observers import MinMax
 from bitfold.passes.stages import find_attribute
 
 RULE = {"op": "linear|conv", "weight": "int8", "input": "int8[tensor]"}
@@ -149,3 +151,15 @@ def test_codes_are_concatenated_on_the_cpu() -> None:
     # Sums are exact there and rounded here; a number on the border of two codes may fall to either side.
     assert float((one - other).norm() / one.norm()) < 0.02
     assert float((model(data[1]) - other).norm() / one.norm()) < 0.05
+
+
+def test_an_observer_of_its_own_makes_the_agreed_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Power(MinMax):
+        def params(self, fmt: bf.Format) -> tuple[Tensor, ...]:
+            scale, *rest = super().params(fmt)
+            return (scale.log2().ceil().exp2(), *rest)
+
+    monkeypatch.setitem(kinds._registered, "power", Power)
+    torch.manual_seed(0)
+    found = scales(Moves(), torch.randn(2, 4, 4, 4), "observe,share", "power")
+    assert found["conv"] == found["fc"] and float(torch.tensor(found["conv"]).log2()).is_integer()

@@ -98,7 +98,7 @@ def example_shape(node: Node) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _on_cpu(text: str, kind: str) -> Kernel:
-    from ...codegen.cpp.build import vectors
+    from ...codegen.cpp.vectors import vectors
 
     return Kernel(text, "C++", "", _cpp(text, kind), {"vectors": vectors()})
 

@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstdio>
 #include <optional>
 #include <string>
 
@@ -16,6 +15,7 @@
 #include VECTORS
 #include "numbers.h"
 #include "attention.h"
+#include "called.h"
 #include "known.h"
 
 using torch::headeronly::ScalarType;
@@ -53,7 +53,7 @@ Four four(const Tensor& t) {
 
 Table table(const Tensor& t, const char* name) {
   const bool wide = t.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(t.dim() == 2 && (wide || t.scalar_type() == ScalarType::Int), name, " are integers of two dimensions");
+  require(t.dim() == 2 && (wide || t.scalar_type() == ScalarType::Int), name, " are integers of two dimensions");
   return {t.const_data_ptr(), wide, {t.size(0) == 1 ? 0 : t.stride(0), t.size(1) == 1 ? 0 : t.stride(1)}};
 }
 
@@ -61,12 +61,12 @@ Table table(const Tensor& t, const char* name) {
 void masked(Queries& call, const std::optional<Tensor>& mask, ScalarType kind) {
   if (!mask.has_value()) return;
   const int64_t wanted[] = {call.q.size[0], call.q.size[1], call.q.size[2]};
-  STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == call.tokens, "a mask has a number for each of ", call.tokens,
+  require(mask->dim() == 4 && mask->size(3) == call.tokens, "a mask has a number for each of ", call.tokens,
                   " tokens");
   for (int i = 0; i < 3; ++i)
-    STD_TORCH_CHECK(mask->size(i) == 1 || mask->size(i) == wanted[i], "a mask spreads over [B, H, T, S]");
+    require(mask->size(i) == 1 || mask->size(i) == wanted[i], "a mask spreads over [B, H, T, S]");
   call.bools = mask->scalar_type() == ScalarType::Bool;
-  STD_TORCH_CHECK(call.bools || mask->scalar_type() == kind, "a mask is of bools, or of q's dtype");
+  require(call.bools || mask->scalar_type() == kind, "a mask is of bools, or of q's dtype");
   call.mask = four(*mask);
 }
 
@@ -78,7 +78,7 @@ Tensor fresh(const Tensor& q) {
                        : kind == ScalarType::Half ? aoti_torch_dtype_float16()
                                                   : aoti_torch_dtype_bfloat16();
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(4, shape, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
+  require(aoti_torch_empty_strided(4, shape, strides, code, aoti_torch_device_type_cpu(), 0, &handle) ==
                       AOTI_TORCH_SUCCESS,
                   "no memory for the result");
   return Tensor(handle);
@@ -88,14 +88,14 @@ int64_t grain(const Queries& call) { return std::max<int64_t>(1, kWorth / (call.
 
 Tensor few_queries(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, double scale) {
   const ScalarType kind = q.scalar_type();
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "few_queries takes q, k and v of four dimensions");
-  STD_TORCH_CHECK(kind == ScalarType::Float || kind == ScalarType::BFloat16 || kind == ScalarType::Half,
+  require(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "few_queries takes q, k and v of four dimensions");
+  require(kind == ScalarType::Float || kind == ScalarType::BFloat16 || kind == ScalarType::Half,
                   "few_queries takes float32, bfloat16 and float16");
-  STD_TORCH_CHECK(k.scalar_type() == kind && v.scalar_type() == kind, "q, k and v are of one dtype");
-  for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k.size(i) == v.size(i), "k and v are of one shape");
-  STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+  require(k.scalar_type() == kind && v.scalar_type() == kind, "q, k and v are of one dtype");
+  for (int i = 0; i < 4; ++i) require(k.size(i) == v.size(i), "k and v are of one shape");
+  require(q.size(0) == k.size(0) && q.size(3) == k.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                   "heads of q share those of k evenly");
-  STD_TORCH_CHECK(q.size(3) % 16 == 0, "a head has a multiple of 16 numbers, not ", q.size(3));
+  require(q.size(3) % 16 == 0, "a head has a multiple of 16 numbers, not ", q.size(3));
   for (Tensor* t : {&q, &k, &v})
     if (t->stride(3) != 1) *t = torch::stable::contiguous(*t);
   Queries call;
@@ -118,19 +118,19 @@ Tensor few_queries(Tensor q, Tensor k, Tensor v, std::optional<Tensor> mask, dou
 
 // Parts as the kernel reads them: nothing of them is looked at again.
 void parts(Cache& to, const std::vector<Tensor>& cache, const AttentionFacts& f, const std::string& text) {
-  STD_TORCH_CHECK(cache.size() == size_t(f.parts), text, " takes a cache of ", f.parts, " tensors");
+  require(cache.size() == size_t(f.parts), text, " takes a cache of ", f.parts, " tensors");
   for (size_t i = 0; i < cache.size(); ++i) {
     const Tensor& one = cache[i];
-    STD_TORCH_CHECK(one.is_contiguous() && one.dim() == 4, "parts of a cache are contiguous");
+    require(one.is_contiguous() && one.dim() == 4, "parts of a cache are contiguous");
     bool right = f.types[i] < 0 ? one.element_size() == 1 : one.scalar_type() == kKinds[f.types[i]];
     for (int d = 0; d < 4; ++d) {
       const int64_t size = f.sizes[i][d];
       right = right && one.size(d) == (size == kEntries ? cache[0].size(0) : size == kLength ? cache[0].size(2) : size);
     }
-    STD_TORCH_CHECK(right, "part ", i, " of the cache has not the sizes and the dtype that ", text, " says, beside part 0");
+    require(right, "part ", i, " of the cache has not the sizes and the dtype that ", text, " says, beside part 0");
     to.parts[i] = one.const_data_ptr();
     // Codes are read two bytes at a time.
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(to.parts[i]) % 2 == 0 || f.sizes[i][3] == 1, "part ", i,
+    require(reinterpret_cast<uintptr_t>(to.parts[i]) % 2 == 0 || f.sizes[i][3] == 1, "part ", i,
                     " of the cache begins at an odd address; give a copy");
   }
   to.length = cache[0].size(2), to.page = f.page;
@@ -141,16 +141,16 @@ void check_pages(const Queries& call, const Cache& cache, int64_t entries, int64
   for (int64_t b = 0; b < entries; ++b)
     for (int64_t i = 0, end = end_of(call, b); i * cache.page < end; ++i) {
       const int64_t page = cache.pages.get(b, i);
-      STD_TORCH_CHECK(page >= 0 && page < pages, "there is no page ", page, " in a cache of ", pages);
+      require(page >= 0 && page < pages, "there is no page ", page, " in a cache of ", pages);
     }
 }
 
 Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optional<Tensor> mask,
                   std::optional<Tensor> pages, std::string text) {
   const AttentionFacts f = known.of(text);
-  STD_TORCH_CHECK(q.dim() == 4 && q.size(1) == f.heads && q.size(3) == f.dim && q.scalar_type() == kKinds[f.x], text,
+  require(q.dim() == 4 && q.size(1) == f.heads && q.size(3) == f.dim && q.scalar_type() == kKinds[f.x], text,
                   " takes q [B, ", f.heads, ", T, ", f.dim, "] in its dtype");
-  STD_TORCH_CHECK(mask.has_value() == (f.mask != 0) && pages.has_value() == (f.page != 0), text,
+  require(mask.has_value() == (f.mask != 0) && pages.has_value() == (f.page != 0), text,
                   " says whether there are a mask and a table of pages");
   if (q.stride(3) != 1) q = torch::stable::contiguous(q);
   Attention all;
@@ -159,15 +159,15 @@ Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optio
   call.q = four(q), call.kv_heads = f.kv_heads, call.scale = f.scale, call.tokens = all.cache.length;
   if (pages.has_value()) {
     all.cache.pages = table(*pages, "pages");
-    STD_TORCH_CHECK(pages->size(0) == 1 || pages->size(0) == q.size(0), "pages spread over [B, n]");
+    require(pages->size(0) == 1 || pages->size(0) == q.size(0), "pages spread over [B, n]");
     call.tokens = pages->size(1) * f.page;
   } else {
-    STD_TORCH_CHECK(cache[0].size(0) == q.size(0), "the cache has ", cache[0].size(0), " entries and the call ",
+    require(cache[0].size(0) == q.size(0), "the cache has ", cache[0].size(0), " entries and the call ",
                     q.size(0));
   }
   call.limits = table(limits, "limits");
   for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(limits.size(i) == 1 || limits.size(i) == q.size(2 * i), "limits spread over [B, T]");
+    require(limits.size(i) == 1 || limits.size(i) == q.size(2 * i), "limits spread over [B, T]");
   masked(call, mask, q.scalar_type());
   if (f.page != 0) check_pages(call, all.cache, q.size(0), cache[0].size(0));
   const Tensor y = fresh(q);
@@ -177,24 +177,8 @@ Tensor attend_few(Tensor q, std::vector<Tensor> cache, Tensor limits, std::optio
   return y;
 }
 
-Tensor again(AtenTensorHandle given) {
-  AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_new_tensor_handle(given, &handle) == AOTI_TORCH_SUCCESS, "no handle of a tensor");
-  return Tensor(handle);
-}
-
 std::optional<Tensor> maybe(const AtenTensorHandle* given) {
   return given == nullptr ? std::nullopt : std::optional<Tensor>(again(*given));
-}
-
-template <class F> AOTITorchError said(AtenTensorHandle* y, F&& compute) {
-  try {
-    const Tensor found = compute();
-    return aoti_torch_new_tensor_handle(found.get(), y);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return AOTI_TORCH_FAILURE;
-  }
 }
 
 }  // namespace
@@ -209,17 +193,17 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
 extern "C" AOTITorchError aoti_torch_cpu_few_queries(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v,
                                                      AtenTensorHandle* mask, double scale, AtenTensorHandle* y) {
   using namespace bitfold;
-  return said(y, [&] { return few_queries(again(q), again(k), again(v), maybe(mask), scale); });
+  hand_out(few_queries(again(q), again(k), again(v), maybe(mask), scale), y);
+  return AOTI_TORCH_SUCCESS;
 }
 extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const AtenTensorHandle* cache, int64_t count,
                                                     AtenTensorHandle limits, AtenTensorHandle* mask,
                                                     AtenTensorHandle* pages, const char* text, AtenTensorHandle* y) {
   using namespace bitfold;
-  return said(y, [&] {
-    std::vector<Tensor> parts;
-    for (int64_t i = 0; i < count; ++i) parts.push_back(again(cache[i]));
-    return attend_few(again(q), std::move(parts), again(limits), maybe(mask), maybe(pages), text);
-  });
+  std::vector<Tensor> parts;
+  for (int64_t i = 0; i < count; ++i) parts.push_back(again(cache[i]));
+  hand_out(attend_few(again(q), std::move(parts), again(limits), maybe(mask), maybe(pages), text), y);
+  return AOTI_TORCH_SUCCESS;
 }
 
 extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::known.builder(made); }

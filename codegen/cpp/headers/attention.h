@@ -13,7 +13,7 @@
 namespace bitfold {
 
 // Queries whose sums are in registers together.
-constexpr int kRows = 4;
+constexpr int kQueries = 4;
 // Tokens whose values are added to them together.
 constexpr int kTokens = 8;
 // Parts of a cache: codes, scales and zero points, of keys and of values.
@@ -223,7 +223,7 @@ void attend(const Queries& call, const Keys& keys, const Values& values, int64_t
     const int64_t entry = i / call.kv_heads, head = i % call.kv_heads;
     const int64_t end = end_of(call, entry), many = call.group() * call.queries();
     int64_t at = 0;
-    for (; at + kRows <= many; at += kRows) rows<T, kRows>(call, keys, values, entry, head, at, end, room);
+    for (; at + kQueries <= many; at += kQueries) rows<T, kQueries>(call, keys, values, entry, head, at, end, room);
     if (many - at == 3) rows<T, 3>(call, keys, values, entry, head, at, end, room);
     if (many - at == 2) rows<T, 2>(call, keys, values, entry, head, at, end, room);
     if (many - at == 1) rows<T, 1>(call, keys, values, entry, head, at, end, room);

@@ -135,7 +135,7 @@ inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64
     return gemm_in_tiles<Conv, Places, End>(c, first, last, from, to, step);
 #endif
   thread_local std::vector<const int8_t*> at;
-  const int64_t taps = c.taps(), count = last - first, all = (count + kRows - 1) / kRows;
+  const int64_t taps = c.taps(), count = last - first, all = (count + kPixels - 1) / kPixels;
   const int64_t less = count / all, longer = count % all;  // so many tiles have one pixel more
   at.resize(taps * count);
   Places places(c, first, kBytes<positive>);
@@ -149,8 +149,8 @@ inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64
   for (int64_t p = from; p < to; ++p) {
     const int64_t group = p / each, within = (p % each) * kLanes, offset = group * c.apart;
     const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kLanes, c.rows - within)));
-    tiles<positive, kRows>(c, static_cast<int>(less + 1), at.data(), c.panels[p], offset, first, longer, end);
-    tiles<positive, kRows>(c, static_cast<int>(less), at.data() + taps * split, c.panels[p], offset, first + split,
+    tiles<positive, kPixels>(c, static_cast<int>(less + 1), at.data(), c.panels[p], offset, first, longer, end);
+    tiles<positive, kPixels>(c, static_cast<int>(less), at.data() + taps * split, c.panels[p], offset, first + split,
                            all - longer, end);
   }
 }

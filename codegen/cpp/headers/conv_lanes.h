@@ -26,7 +26,7 @@ inline int32_t four(const int8_t* p) {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
 
-constexpr int kRows = 8;  // pixels of a tile
+constexpr int kPixels = 8;  // pixels of a tile
 template <bool positive> constexpr int kBytes = 1;  // of a number of x
 
 template <bool positive, int rows, int halves> struct Tile {
@@ -55,7 +55,7 @@ template <bool positive, int rows, int halves> struct Tile {
 
 #elif defined(__AVX2__)
 
-constexpr int kRows = 4;
+constexpr int kPixels = 4;
 // Numbers of either sign are multiplied in 16 bits; they are widened once for all panels.
 template <bool positive> constexpr int kBytes = positive ? 1 : 2;
 
@@ -100,7 +100,7 @@ template <bool positive, int rows, int halves> struct Tile {
 
 #else
 
-constexpr int kRows = 4;
+constexpr int kPixels = 4;
 template <bool positive> constexpr int kBytes = 1;
 
 template <bool positive, int rows, int halves> struct Tile {

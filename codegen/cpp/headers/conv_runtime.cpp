@@ -54,7 +54,7 @@ Sizes strides(const Sizes& shape, bool product) {
 
 Tensor fresh(const Sizes& shape, const Sizes& steps, bool codes) {
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), steps.data(),
+  require(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), steps.data(),
                                            codes ? aoti_torch_dtype_uint8() : aoti_torch_dtype_float32(),
                                            aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
                   "no memory for the result");
@@ -120,19 +120,19 @@ struct Scratch {
 };
 
 float one(const Tensor& scale, const std::string& text) {
-  STD_TORCH_CHECK(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "the kernel ", text,
+  require(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "the kernel ", text,
                   " takes one scale a tensor in float32");
   return static_cast<const float*>(scale.const_data_ptr())[0];
 }
 
 int32_t origin(const Tensor& zero, const std::string& text) {
-  STD_TORCH_CHECK(zero.numel() == 1 && zero.scalar_type() == ScalarType::Char, "the kernel ", text,
+  require(zero.numel() == 1 && zero.scalar_type() == ScalarType::Char, "the kernel ", text,
                   " takes one zero point a tensor in int8");
   return static_cast<const int8_t*>(zero.const_data_ptr())[0];
 }
 
 const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, const ConvFacts& f, const std::string& text) {
-  STD_TORCH_CHECK(given.numel() == f.n && given.scalar_type() == ScalarType::Float && given.is_contiguous(),
+  require(given.numel() == f.n && given.scalar_type() == ScalarType::Float && given.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " float32 numbers, one a channel");
   float* to = all.data() + used;
   std::copy_n(static_cast<const float*>(given.const_data_ptr()), f.n, to);
@@ -174,7 +174,7 @@ void spread(const Conv& c, const ConvFacts& f) {
   } else {
     together = std::min(count, std::max<int64_t>(1, kCached / (kLanes * f.row_bytes)));
     const int64_t work = kLanes * f.row_bytes * together;  // products of a pixel
-    rows = std::max<int64_t>(16 * kRows, kLeast / (work + 1));
+    rows = std::max<int64_t>(16 * kPixels, kLeast / (work + 1));
   }
   const int64_t across = (count + together - 1) / together, down = (pixels + rows - 1) / rows;
   const int64_t work = kLanes * f.row_bytes * together * std::min(rows, pixels);
@@ -192,16 +192,16 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   const auto bits = [](int32_t of) { return __builtin_popcount(of); };
   const size_t wanted = 4 + f.zero + f.bias + f.reads + bits(f.read_codes) + bits(f.read_zeros) + f.vectors +
                         bits(f.write_codes) + bits(f.write_zeros);
-  STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
+  require(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
   if (f.product)
     for (auto& rows : inputs)
       if (!rows.is_contiguous()) rows = torch::stable::contiguous(rows);
   const Tensor& x = inputs[0];
   const Sizes given(x.sizes().begin(), x.sizes().end());
   const size_t last = f.product ? given.size() - 1 : 1;
-  STD_TORCH_CHECK(f.product ? !given.empty() : given.size() == 3 || given.size() == 4, "the kernel ", text,
+  require(f.product ? !given.empty() : given.size() == 3 || given.size() == 4, "the kernel ", text,
                   f.product ? " takes x [.., K]" : " takes x [images, channels, height, width], or no height");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte && given[last] == f.k * f.groups, "the kernel ", text, " takes ",
+  require(x.scalar_type() == ScalarType::Byte && given[last] == f.k * f.groups, "the kernel ", text, " takes ",
                   f.k * f.groups, " channels of codes as uint8");
   Conv c{};
   c.n = f.n, c.groups = f.depthwise ? 1 : f.groups, c.rows = f.n / c.groups, c.depth = f.k, c.apart = f.k;
@@ -220,7 +220,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     const auto size = [](int64_t length, int64_t begin, int64_t end, int64_t dilation, int64_t kernel, int64_t stride) {
       return (length + begin + end - dilation * (kernel - 1) - 1) / stride + 1;
     };
-    STD_TORCH_CHECK(c.height + f.top + f.bottom > f.dilation_y * (f.kernel_height - 1) &&
+    require(c.height + f.top + f.bottom > f.dilation_y * (f.kernel_height - 1) &&
                         c.width + f.left + f.right > f.dilation_x * (f.kernel_width - 1),
                     "the kernel ", text, " is larger than its padded image");
     c.out_height = size(c.height, f.top, f.bottom, f.dilation_y, f.kernel_height, f.stride_y);
@@ -239,12 +239,12 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   thread_local Scratch s;
   s.trim(std::max<int64_t>(x.numel(), c.pixels() * c.n));
   const float unit = one(inputs[1], text);
-  STD_TORCH_CHECK(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
+  require(!(f.positive && unit < 0), "the kernel ", text, " takes codes whose scale is not negative");
   if (f.zero) c.zero = origin(inputs[2], text);
   const Tensor &codes = inputs[2 + f.zero], &scales = inputs[3 + f.zero];
-  STD_TORCH_CHECK(codes.numel() == f.n * f.row_bytes && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
+  require(codes.numel() == f.n * f.row_bytes && codes.scalar_type() == ScalarType::Byte && codes.is_contiguous(),
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
-  STD_TORCH_CHECK(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
+  require(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                   "the kernel ", text, " reads ", f.scales, " scales in float32");
   s.numbers.resize((2 + f.vectors) * (f.n + kLanes));  // what lies behind the last channel is never kept
   size_t used = 0, next = 4 + f.zero;
@@ -265,7 +265,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     const Tensor& read = inputs[next++];
     const bool coded = f.read_codes >> i & 1;
     const Sizes has(read.sizes().begin(), read.sizes().end());
-    STD_TORCH_CHECK(has == shape && read.scalar_type() == (coded ? ScalarType::Byte : ScalarType::Float), "the kernel ",
+    require(has == shape && read.scalar_type() == (coded ? ScalarType::Byte : ScalarType::Float), "the kernel ",
                     text, " reads a tensor of the result's shape, in float32 or in codes as it says");
     if (coded) {
       s.codes[i].take(read, shape, f.product, false);

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "functions.h"
 #include "kernel.h"
 
 namespace bitfold {
@@ -24,13 +25,6 @@ struct Digits {
   std::vector<float> steps;
   std::vector<int> exponents;
 };
-
-inline float power(int e) {
-  const uint32_t bits = uint32_t(e + 127) << 23;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 // The digits of 32 integers, and their sums by fours.
 inline void cut(const int32_t* v, int8_t* to, int32_t* sums) {
@@ -76,7 +70,7 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
     int e = std::max((top >> 23) - 127, least) + (!words && (top & 0x7fffff) > 0x7e0000);
     to.exponents[b] = e;
     highest = std::max(highest, e);
-    const float inverse = power(shift - e);
+    const float inverse = power_of_two(shift - e);
     int32_t small = 0;
     alignas(64) int32_t v[32];
     for (int64_t at = 0; at < count; at += 32) {
@@ -94,9 +88,9 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
     for (int j = 0; j < 8 && !words; ++j) to.middles[8 * b + j] *= -wants.base;
   }
   if (highest == least) return false;  // nothing but zeros, or numbers that are next to none
-  for (int64_t b = 0; b < blocks; ++b) to.steps[b] = power(std::max(to.exponents[b] - highest, -126));
+  for (int64_t b = 0; b < blocks; ++b) to.steps[b] = power_of_two(std::max(to.exponents[b] - highest, -126));
   call.digits = to.digits.data(), call.middles = to.middles.data(), call.steps = to.steps.data();
-  call.x_unit = power(std::max(highest - shift, -126));
+  call.x_unit = power_of_two(std::max(highest - shift, -126));
   return true;
 }
 

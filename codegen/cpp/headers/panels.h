@@ -75,9 +75,11 @@ template <bool held, int bits, int digits, int base, bool words, int many, int s
   return bits == 0 ? &of_floats : &of_codes;
 }
 
-// sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`.
+// sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`. Not inlined:
+// inside of `many` GCC 12 writes the sums of one vector to the stack behind every product (16 rows of x, AVX-512: twice the
+// time).
 template <int V>
-inline void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
+[[gnu::noinline]] void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
   Floats s[kTile][V];
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < V; ++v) s[r][v] = loadf(sums + r * across + v * kFloats);

@@ -35,7 +35,7 @@ Tensor fresh(const std::vector<int64_t>& shape, int32_t out) {
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
   const int32_t kinds[] = {aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
   AtenTensorHandle handle;
-  STD_TORCH_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), kinds[out],
+  require(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), kinds[out],
                                            aoti_torch_device_type_cpu(), 0, &handle) == AOTI_TORCH_SUCCESS,
                   "no memory for the result");
   return Tensor(handle);
@@ -58,16 +58,16 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
   to.facts = known.of(text);
   const Facts& f = to.facts;
   Call& call = to.call;
-  STD_TORCH_CHECK(f.weights <= kWeights && f.matrices + f.vectors <= kExtras, "the kernel ", text, " reads too many tensors");
+  require(f.weights <= kWeights && f.matrices + f.vectors <= kExtras, "the kernel ", text, " reads too many tensors");
   const size_t wanted = 1 + (f.token_scales != 0) + size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
-  STD_TORCH_CHECK(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
+  require(inputs.size() == wanted, "the kernel ", text, " takes ", wanted, " tensors, not ", inputs.size());
   for (auto& one : inputs)
     if (!one.is_contiguous()) one = torch::stable::contiguous(one);
   const Tensor& x = inputs[0];
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) == f.k, "the kernel ", text, " takes x [.., ", f.k, "]");
+  require(x.dim() > 0 && x.size(-1) == f.k, "the kernel ", text, " takes x [.., ", f.k, "]");
   const auto kind = x.scalar_type();
   const ScalarType kinds[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
-  STD_TORCH_CHECK(kind == (f.codes ? ScalarType::Byte : kinds[f.x]), "the kernel ", text,
+  require(kind == (f.codes ? ScalarType::Byte : kinds[f.x]), "the kernel ", text,
                   " does not take x in this dtype");
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
@@ -88,7 +88,7 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
   if (f.token_scales != 0) {
     const Tensor& scales = inputs[next++];
     const int64_t count = f.token_scales == 1 ? 1 : call.m * (f.token_scales - 1);
-    STD_TORCH_CHECK(scales.numel() == count && scales.scalar_type() == ScalarType::Float, "the kernel ", text,
+    require(scales.numel() == count && scales.scalar_type() == ScalarType::Float, "the kernel ", text,
                     " takes ", count, " scales of x in float32");
     call.x_scales = static_cast<const float*>(scales.const_data_ptr());
     if (f.token_scales == 1) {
@@ -103,11 +103,11 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
       const Tensor& one = inputs[next + at];
       return one.numel() == f.scale_count && (type < 0 ? one.element_size() == 1 : one.scalar_type() == kinds[type]);
     };
-    STD_TORCH_CHECK(right(f.scales, f.scale_type) && right(f.zeros, f.zero_type), "the kernel ", text, " reads ",
+    require(right(f.scales, f.scale_type) && right(f.zeros, f.zero_type), "the kernel ", text, " reads ",
                     f.scale_count, " scales, in the dtype that its format stores");
-    STD_TORCH_CHECK(f.level < 0 || inputs[next + f.level].scalar_type() == ScalarType::Float, "the kernel ", text,
+    require(f.level < 0 || inputs[next + f.level].scalar_type() == ScalarType::Float, "the kernel ", text,
                     " reads one scale of all scales in float32");
-    STD_TORCH_CHECK(inputs[next].numel() == f.n * f.stride && inputs[next].element_size() == 1, "the kernel ", text,
+    require(inputs[next].numel() == f.n * f.stride && inputs[next].element_size() == 1, "the kernel ", text,
                     " reads ", f.n, " rows of ", f.stride, " bytes of codes");
     call.weights[w].codes = static_cast<const uint8_t*>(part(0));
     pages.holds(call.weights[w].codes, f.n * f.stride);
@@ -117,13 +117,13 @@ Prepared prepared(std::vector<Tensor> given, const std::string& text, const Prep
     next += f.parts;
   }
   for (int w = 0; w < f.weights * f.bias; ++w) {
-    STD_TORCH_CHECK(inputs[next].numel() == f.n && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
+    require(inputs[next].numel() == f.n && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
                     " reads a bias of ", f.n, " numbers in x's dtype");
     call.weights[w].bias = inputs[next++].const_data_ptr();
   }
   for (int i = 0; i < f.matrices + f.vectors; ++i) {
     const int64_t count = i < f.matrices ? call.m * f.n : f.n;
-    STD_TORCH_CHECK(inputs[next].numel() == count && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
+    require(inputs[next].numel() == count && inputs[next].scalar_type() == kinds[f.x], "the kernel ", text,
                     " reads ", count, " numbers beside its sums, in the result's dtype");
     call.extras[i] = inputs[next++].const_data_ptr();
   }
@@ -221,15 +221,15 @@ std::vector<Tensor> beside(std::vector<Tensor> inputs, std::string texts) {
     const Facts f = known.of(text);
     const size_t shared = 1 + (f.token_scales != 0);
     const size_t own = size_t(f.weights) * (f.parts + f.bias) + f.matrices + f.vectors;
-    STD_TORCH_CHECK(inputs.size() >= std::max(next, shared) + own, "there are too few tensors for ", texts);
+    require(inputs.size() >= std::max(next, shared) + own, "there are too few tensors for ", texts);
     next = std::max(next, shared);
     std::vector<Tensor> given(inputs.begin(), inputs.begin() + shared);
     given.insert(given.end(), inputs.begin() + next, inputs.begin() + next + own);
     next += own;
     all.push_back(prepared(std::move(given), text, all.empty() ? nullptr : all.data(), scratch[all.size()]));
   }
-  STD_TORCH_CHECK(more == std::string::npos, "at most ", kWeights, " products are one call, not more: ", texts);
-  STD_TORCH_CHECK(next == inputs.size(), texts, " take ", next, " tensors, not ", inputs.size());
+  require(more == std::string::npos, "at most ", kWeights, " products are one call, not more: ", texts);
+  require(next == inputs.size(), texts, " take ", next, " tensors, not ", inputs.size());
   run(all.data(), int(all.size()));
   std::vector<Tensor> found;
   for (const Prepared& one : all) found.push_back(one.y);
@@ -256,7 +256,7 @@ extern "C" AOTITorchError aoti_torch_cpu_fused_beside(const AtenTensorHandle* in
   AtenTensorHandle* y[bitfold::kWeights];
   size_t results = 1;
   for (const char* at = texts; (at = std::strstr(at, bitfold::kBeside)) != nullptr; ++at) ++results;
-  if (results > bitfold::kWeights) return AOTI_TORCH_FAILURE;
+  bitfold::require(results <= bitfold::kWeights, "at most ", bitfold::kWeights, " products are one call, not more: ", texts);
   va_list places;
   va_start(places, texts);
   for (size_t i = 0; i < results; ++i) y[i] = va_arg(places, AtenTensorHandle*);

@@ -11,17 +11,23 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace bitfold {
 
 // use(first, last) for all tasks, by up to `threads` threads.
 template <class Use> void shared_out(int64_t tasks, int64_t threads, Use&& use) {
-  constexpr int64_t most = 64, pieces = 8;  // pieces: of a share
-  struct alignas(64) Share {                // a line of the cache each
+  constexpr int64_t pieces = 8;  // of a share
+  struct alignas(64) Share {     // a line of the cache each
     std::atomic<int64_t> next;
     int64_t end;
-  } shares[most];
-  const int64_t count = std::clamp<int64_t>(threads, 1, most);
+  };
+  // On the stack up to so many threads: a step of a small model comes here a hundred times.
+  constexpr int64_t most = 64;
+  const int64_t count = std::max<int64_t>(threads, 1);
+  Share few[most];
+  std::vector<Share> many(count > most ? count : 0);
+  Share* const shares = count > most ? many.data() : few;
   for (int64_t i = 0; i < count; ++i) {
     shares[i].next.store(tasks * i / count, std::memory_order_relaxed);
     shares[i].end = tasks * (i + 1) / count;

@@ -63,8 +63,8 @@ inline bool cut_block(const float* x, int64_t count, int8_t (*digits)[kAside][kM
   const int e = (top >> 23) - 127 + ((top & 0x7fffff) > 0x7e0000);
   if (e > most || (e < least && top != 0)) return false;
   const int exponent = std::max(e, least);
-  const float inverse = power(shift - exponent);
-  unit = power(exponent - shift);
+  const float inverse = power_of_two(shift - exponent);
+  unit = power_of_two(exponent - shift);
   int32_t small = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int32_t v = static_cast<int32_t>(std::nearbyint(x[i] * inverse));
