@@ -82,6 +82,12 @@ def quantize(
     folded already, if memory or disk gives out midway.
     """
     given, model = model, module_of(model, "bf.quantize")
+    prepared = [path for path, one in model.named_modules() if getattr(one, "is_prepared", False)]
+    if prepared:
+        raise BitfoldError(
+            f"{prepared[0] or 'this model'} is prepared for training; call bf.convert, which quantizes it as "
+            "it was trained, or give the model as it was before"
+        )
     with TRACING:
         wanted = Recipe.parse(recipe)
         check_scope(model, scope)

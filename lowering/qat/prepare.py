@@ -79,6 +79,10 @@ def prepare_qat(
     how = Qat() if options is None else options
     if not isinstance(how, Qat):
         raise BitfoldError(f"options is a bf.Qat, such as bf.Qat(weight='lsq'), not {type(how).__name__}")
+    if state is not None and not isinstance(state, Mapping):
+        raise BitfoldError(
+            f"state is a state dict, as torch.load(path) gives it, not a {type(state).__name__}"
+        )
     with TRACING:
         wanted = Recipe.parse(recipe)
         check_scope(model, scope)

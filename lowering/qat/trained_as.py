@@ -89,8 +89,9 @@ def check_trained_as(here: str, saved: Any, path: str, teacher: str = "") -> Non
     if teacher and their_teacher and teacher != their_teacher:
         raise BitfoldError(
             "the state was trained with another teacher: the model that was given here, which would teach "
-            "on, has other weights than the one which that run began with; give bf.prepare_qat that one, or, "
-            "to convert only, no distill"
+            "on, has other weights, or the same in another dtype, than the one which that run began with; "
+            "give bf.prepare_qat that one, and call .to(dtype) where that run did, before or after; or, to "
+            "convert only, give no distill"
         )
 
 

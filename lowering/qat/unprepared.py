@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from .begin import COUNTED
 from .bodies import BODIES
 from .prepared import Prepared, unprepared_class
 
@@ -67,7 +68,7 @@ def unprepare(module: Prepared) -> dict[str, Tensor]:
     for name in BODIES:
         module._modules.pop(name, None)
     own = module.own_forward
-    for name in Prepared.__annotations__:
+    for name in (*Prepared.__annotations__, COUNTED):
         module.__dict__.pop(name, None)
     module.__class__ = unprepared_class(module)
     module.__dict__.update(own)

@@ -143,6 +143,7 @@ def test_mistakes_are_one_sentence_and_change_nothing() -> None:
         (lambda: bf.prepare_qat(model, "uint4[g16,zero]", bf.Qat("pact")), "zero point"),
         (lambda: bf.prepare_qat(model, "float8_e4m3fn[unscaled]", bf.Qat("lsq")), "no scale"),
         (lambda: bf.prepare_qat(model, "int4[g24]"), "24"),
+        (lambda: bf.prepare_qat(model, "int8", state="run.pt"), "state dict, as torch.load.* not a str"),
         (lambda: bf.convert(model), "nothing"),
         (lambda: bf.advance(model), "nothing"),
     ]
@@ -155,6 +156,8 @@ def test_mistakes_are_one_sentence_and_change_nothing() -> None:
     bf.prepare_qat(model, ALL, bf.Qat("lsq"))
     with pytest.raises(bf.BitfoldError, match="24"):
         bf.prepare_qat(model, "int4[g24]")
+    with pytest.raises(bf.BitfoldError, match=r"prepared for training; call bf.convert"):
+        bf.quantize(model, "int8")
     assert isinstance(model.fc, Prepared) and isinstance(model.embed, Prepared)
     with torch.no_grad():
         model.fc.weight_step[0] = math.nan
@@ -174,3 +177,15 @@ def test_a_range_without_data_is_not_converted() -> None:
     with pytest.raises(bf.BitfoldError, match="no data"):
         bf.convert(model)
     assert isinstance(model.fc, Prepared)
+
+
+def test_what_counts_the_warmup_leaves_with_it() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", bf.Qat("lsq", warmup=2))
+    bf.advance(model)
+    assert not [name for name in bf.convert(model)[0].__dict__ if "counted" in name]
+
+
+def test_a_teacher_in_another_dtype_is_told_so() -> None:
+    model = bf.prepare_qat(made(), "int4[g16]", distill=bf.Distill()).to(torch.bfloat16)
+    with pytest.raises(bf.BitfoldError, match=r"in another dtype, .* call .to\(dtype\) where that run did"):
+        bf.prepare_qat(made().to(torch.bfloat16), "int4[g16]", distill=bf.Distill(), state=model.state_dict())
