@@ -9,6 +9,7 @@ In: a model and a batch, or what a layer returned. Out: tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +23,8 @@ from ..passes.observing.batch import Batch
 def first_output(model: nn.Module, batch: Batch) -> Tensor:
     """The first floating-point tensor that the model returns: its `logits`, where it names them."""
     result = batch.run(model)
-    found = numbers(getattr(result, "logits", result))
+    named = result.get("logits") if isinstance(result, Mapping) else getattr(result, "logits", None)
+    found = numbers(result if named is None else named)
     if not found:
         raise BitfoldError(f"{type(model).__name__} returned no floating-point tensor to compare")
     return found[0]

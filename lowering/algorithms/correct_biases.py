@@ -112,7 +112,8 @@ class _Error:
             exact = module.forward(*args, **kwargs)
         finally:
             module._parameters["weight"] = rounded
-        apart = (exact - result).detach().float().movedim(self.channels, -1).flatten(0, -2)
+        apart = (exact - result).detach().float().movedim(self.channels, -1)
+        apart = apart.reshape(-1, apart.shape[-1])  # of a single vector too
         if not len(apart):  # an expert that got no token
             return
         self.count += len(apart)

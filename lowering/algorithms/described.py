@@ -1,16 +1,18 @@
 """A module in words: its class, and the values, functions and tensors that it holds beside its parameters.
 
 In: a module. Out: text that is the same in every run, and another if the module holds another value of a kind
-that is known: numbers, text, dtypes, tensors, functions, and lists, tuples, sets and mappings of these.
+that is known: numbers, text, dtypes, tensors, functions, lists, tuples, sets and mappings of these, and
+objects with attributes of these (a configuration).
 
     described_module(MLP(act=F.relu, scale=2.0))   "models.MLP  {act: torch.nn.functional.relu, scale: 2.0}"
 
-Objects of other classes stand by their class alone: what they hold is not seen, and a run that was changed
-there is taken for the same.
+What lies deeper than a few levels, and what objects hold elsewhere than in `__dict__`, is not seen: they
+stand by their class alone, and a run that was changed there is taken for the same.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import hashlib
 import types
@@ -54,7 +56,12 @@ def _said(value: Any, depth: int) -> str:
         return f"{value.__module__}.{value.__qualname__} {body} {_said(parts, depth + 1)}"
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{getattr(value, '__module__', '')}.{value.__qualname__}"
-    return type(value).__qualname__
+    if isinstance(value, enum.Enum):
+        return str(value)
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, nn.Module | type) or not hasattr(value, "__dict__"):
+        return kind
+    return f"{kind} {_said(vars(value), depth + 1)}"
 
 
 def _digest(tensor: Tensor) -> str:

@@ -54,7 +54,7 @@ def recorded(
             found = record(model, batches, lists)
         chains = [one for one in found if isinstance(one, Chain)]
         if len(chains) == len(lists):
-            _check_reached(sites, reached)
+            _check_reached(model, sites, reached)
             if measures:
                 warn_of_few((*_in_chains(sites, chains), *(one for s in rest for one in measured(s.gm))))
             held = {path: why for path, why in dropped.items() if any(within(s.path, path) for s in rest)}
@@ -63,7 +63,7 @@ def recorded(
     with _watched(model, sites, _looks(sites, sites, measures)) as reached:
         for batch in batches:
             batch.run(model)
-    _check_reached(sites, reached)
+    _check_reached(model, sites, reached)
     if measures:
         warn_of_few(one for site in sites for one in measured(site.gm))
     why = next(iter(dropped.values()), "it has no ModuleList of blocks")
@@ -148,9 +148,12 @@ def _finite(site: Site) -> Callable[..., None]:
     return hook
 
 
-def _check_reached(sites: Sequence[Site], reached: set[nn.Module]) -> None:
+def _check_reached(model: nn.Module, sites: Sequence[Site], reached: set[nn.Module]) -> None:
+    # Attention reads the weight of its last linear without calling it: no batch can reach that, and solvers
+    # that want its inputs report that there are none.
+    only_read = {one.out_proj for one in model.modules() if isinstance(one, nn.MultiheadAttention)}
     for site in sites:
-        if site.module not in reached:
+        if site.module not in reached and site.module not in only_read:
             raise BitfoldError(
                 f"no calibration batch reaches layer {site.path}; give batches that do, or let a rule of the "
                 "recipe skip it"

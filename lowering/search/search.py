@@ -101,6 +101,12 @@ def search(
     scipy()
     Batches(data, None)  # a tensor is one batch, and would be taken apart into rows
     batches = [] if data is None else list(data)
+    if by not in ("measured", "trace"):
+        raise BitfoldError(f"by is 'measured' or 'trace', not {by!r}")
+    if wanted.kind == "perplexity" and not batches:
+        raise BitfoldError(
+            f"a budget of {budget!r} runs whole recipes on data; give batches, also with table="
+        )
     if table is not None:
         table.check_of(model)
     if wanted.kind == "seconds":  # first, being done sooner than the table of losses

@@ -63,7 +63,18 @@ class Observer(nn.Module):
 
     def params(self, fmt: Format) -> tuple[Tensor, ...]:
         """Scale, and zero point where `fmt` has one, as scalars."""
-        return fmt.from_range(*self.ends(fmt))
+        return fmt.from_range(*self._checked(fmt))
+
+    def _checked(self, fmt: Format) -> tuple[Tensor, Tensor]:
+        """The ends, if they are a range. Raises BitfoldError, naming the observer, for what is none."""
+        low, high = (torch.as_tensor(end, dtype=torch.float32) for end in self.ends(fmt))
+        ordered = low.numel() == high.numel() == 1 and -math.inf < float(low) <= float(high) < math.inf
+        if self.seen and not ordered:
+            raise BitfoldError(
+                f"the observer {type(self).__name__} gives {self.at} the range {low.tolist()} to "
+                f"{high.tolist()}; a range is two finite numbers, the lower one first"
+            )
+        return low, high
 
 
 def finite(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,9 +17,11 @@ from torch.nn import functional as F
 
 import bitfold as bf
 from bitfold.lowering.algorithms.places import Whole, work
+from bitfold.lowering.outputs import first_output
 from bitfold.passes import Pipeline
 from bitfold.passes.algorithms.gptq import GPTQ
 from bitfold.passes.algorithms.on_model import OnModel
+from bitfold.passes.observing.batch import as_batch
 
 
 class Block(nn.Module):
@@ -312,3 +315,42 @@ def test_mistakes_of_own_passes_change_nothing(
         bf.quantize(net, "int4[g32]", algorithm=Pipeline([GPTQ(), kind()]), calibration=ids)
     after = net.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Configured(Net):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(scale=scale)
+
+    def between(self, x: Tensor) -> Tensor:
+        scaled: Tensor = x * self.config.scale
+        return scaled
+
+
+def test_a_configuration_of_another_value_is_another_run(tmp_path: Path) -> None:
+    ids = [torch.arange(50).reshape(2, 25)]
+    for again in range(2):
+        bf.quantize(made(Configured, 1.0), "int4[g32]", algorithm="gptq", calibration=ids, resume=tmp_path)
+        assert again or len(list(tmp_path.iterdir())) > 1
+    with pytest.raises(bf.BitfoldError, match="another"):
+        bf.quantize(made(Configured, 50.0), "int4[g32]", algorithm="gptq", calibration=ids, resume=tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["clip,gptq", "learn{steps=1}", "smooth"])
+def test_attention_whose_last_linear_is_only_read(algorithm: str) -> None:
+    torch.manual_seed(0)
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    batches = [torch.randn(4, 20, 32)]
+    q = bf.quantize(net.eval(), "int4[g32]", algorithm=algorithm, calibration=batches)
+    assert sum(layer.path.endswith("out_proj") for layer in bf.report(q).layers) == 2
+    said = [miss for miss in bf.report(q).misses if "no such statistics" in miss.reason]
+    assert len(said) == (2 if "gptq" in algorithm else 0)
+
+
+def test_logits_of_a_dictionary_are_the_output() -> None:
+    class Named(Net):
+        def forward(self, ids: Tensor) -> Any:
+            logits = super().forward(ids)
+            return {"loss": logits.mean(), "logits": logits}
+
+    assert first_output(made(Named), as_batch(torch.arange(6).reshape(2, 3), "it")).shape == (2, 3, 50)

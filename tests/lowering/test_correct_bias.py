@@ -137,3 +137,12 @@ def test_a_batch_without_rows_for_a_layer_says_nothing_of_it() -> None:
         q = bf.quantize(copy.deepcopy(model), "int3[g32]", calibration=batches, **asked)
         biases.append(q.fc.bias.detach())
     assert torch.equal(biases[0], biases[1]) and torch.equal(biases[0], biases[2])
+
+
+def test_a_single_vector_is_a_batch() -> None:
+    torch.manual_seed(0)
+    fc = nn.Sequential(nn.Linear(32, 8))
+    before = fc[0].bias.detach().clone()
+    data = [torch.randn(32) for _ in range(40)]
+    bf.quantize(fc, "int2[g32]", algorithm="correct_bias", calibration=data)
+    assert not torch.equal(fc.get_parameter("0.bias"), before)

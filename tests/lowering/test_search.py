@@ -313,3 +313,17 @@ def test_a_recipe_is_run_batch_by_batch(model: nn.Module, data: list[Tensor]) ->
     lost = rounded_loss(watched, Recipe.parse("int4[g32]"), data * 2, divergence)
     assert lost == pytest.approx(rounded_loss(model, Recipe.parse("int4[g32]"), data, divergence))
     assert watched.most == 2 and watched.held == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"budget": "5 bits", "by": "guess"}, "by is 'measured' or 'trace'"),
+        ({"budget": "5% perplexity"}, "give batches"),
+    ],
+)
+def test_a_table_does_not_hide_mistakes(asked: dict[str, str], sentence: str) -> None:
+    model, data = nn.Sequential(nn.Linear(32, 32)), [torch.randn(4, 32)]
+    table = sensitivity(model, data, ("int8",))
+    with pytest.raises(bf.BitfoldError, match=sentence):
+        bf.search(model, [], table=table, **asked)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Observers that search: the chosen range against every other one on the numbers themselves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -214,3 +215,15 @@ def test_documents_name_every_observer() -> None:
         (root / "README.md").read_text(),
     ):
         assert all(name in text for name in observer_names())
+
+
+@pytest.mark.parametrize("ends", [(1.0, -1.0), (float("nan"), 1.0), (torch.zeros(4), torch.ones(4))])
+def test_what_is_no_range_is_refused(ends: tuple[Any, Any]) -> None:
+    class Own(MinMax):
+        def range(self) -> tuple[Any, Any]:
+            return ends
+
+    own = Own()
+    own(torch.ones(3))
+    with pytest.raises(bf.BitfoldError, match="the observer Own gives what is observed the range"):
+        own.params(bf.format("int8[tensor]"))
