@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .passes import Miss, Pass, Pipeline, Trace, capture, register_pass
     from .passes.observing.calibrate import calibrate
     from .passes.observing.kinds import register_observer
+    from .passes.observing.observers import Observer
     from .passes.recipes import Recipe
     from .passes.rules import Rule
     from .tools.explain import explain
@@ -56,6 +57,7 @@ _LATER = {
     "Distill": ("lowering.qat.distill", "Distill"),
     "Gradient": ("formats.gradient", "Gradient"),
     "Miss": ("passes", "Miss"),
+    "Observer": ("passes.observing.observers", "Observer"),
     "Pass": ("passes", "Pass"),
     "Pipeline": ("lowering", "Pipeline"),
     "Qat": ("lowering.qat.options", "Qat"),
@@ -99,6 +101,7 @@ __all__ = [
     "FormatError",
     "Gradient",
     "Miss",
+    "Observer",
     "Pass",
     "Pipeline",
     "Qat",
