@@ -115,7 +115,7 @@ def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
     for spec in wanted:
         if (why := obstacle(spec)) is not None:
             raise CodegenError(
-                f"no CPU kernel computes {spec}: {why}; graphs lowered for cpu ask for none such"
+                f"no CPU kernel computes {spec}: {why}; graphs lowered with target cpu ask for none such"
             )
     libraries = {spec: library_of(spec, words) for spec in wanted}
     apart = list(dict.fromkeys(libraries.values()))

@@ -69,7 +69,9 @@ class Observer(nn.Module):
         """The ends, if they are a range. Raises BitfoldError, naming the observer, for what is none."""
         low, high = (torch.as_tensor(end, dtype=torch.float32) for end in self.ends(fmt))
         ordered = low.numel() == high.numel() == 1 and -math.inf < float(low) <= float(high) < math.inf
-        if self.seen and not ordered:
+        # What stands there before training has seen anything.
+        unseen = low.numel() == high.numel() == 1 and float(low) == math.inf and float(high) == -math.inf
+        if self.seen and not ordered and not unseen:
             raise BitfoldError(
                 f"the observer {type(self).__name__} gives {self.at} the range {low.tolist()} to "
                 f"{high.tolist()}; a range is two finite numbers, the lower one first"
