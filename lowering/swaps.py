@@ -121,15 +121,23 @@ class Swaps:
         return hook
 
 
-def check_changes(model: nn.Module, changes: Mapping[str, Tensor]) -> None:
-    """Raises BitfoldError, before anything is written, for what is no new value of a parameter."""
+def check_changes(model: nn.Module, changes: Mapping[str, Tensor], found: Plan) -> None:
+    """Raises BitfoldError, before anything is written, for what is no new value of a parameter, or of one
+    that takes codes."""
     owners = dict(model.named_modules(remove_duplicate=False))
+    folded = {id(site.module._parameters.get("weight")): site.path for site in found.sites}
     for path, value in changes.items():
         prefix, _, name = path.rpartition(".")
         owner = owners.get(prefix)
         if owner is None or name not in owner._parameters:
             raise BitfoldError(
                 f"an algorithm gives a new value for {path!r}, and the model has no such parameter"
+            )
+        layer = folded.get(id(owner._parameters[name])) if owner._parameters[name] is not None else None
+        if layer is not None:
+            raise BitfoldError(
+                f"an algorithm gives a new value for {path!r}, which is folded; decide the codes of layer "
+                f"{layer} instead"
             )
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             raise BitfoldError(

@@ -72,13 +72,13 @@ def solve_sites(
         for step in algorithm.at("model before"):
             with at_rest(model):
                 work(step, whole)
-            check_changes(model, whole.changes)
+            check_changes(model, whole.changes, found)
         _solve(whole, decider)
-        check_changes(model, whole.changes)
+        check_changes(model, whole.changes, found)
     with without_cache(model), at_rest(model):
         for step in algorithm.at("model after"):
             work(step, whole)
-            check_changes(model, whole.changes)
+            check_changes(model, whole.changes, found)
     return whole.changes
 
 

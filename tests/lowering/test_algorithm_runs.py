@@ -296,6 +296,7 @@ class Misplaced(Odd):
         (Odd(), None, "nothing is registered for odd"),
         (Odd(), {"norm.wieght": torch.ones(32)}, "'norm.wieght', and the model has no such parameter"),
         (Odd(), {"blocks.0.norm.weight": torch.ones(32), "blocks.1.norm.weight": 3.0}, "a float of no"),
+        (Odd(), {"blocks.0.up.weight": torch.ones(32, 32)}, "folded; decide the codes of layer blocks.0.up"),
         (Odd(), {"blocks.0.norm.weight": torch.ones(31)}, r"shape \[31\], and the parameter has \[32\]"),
     ],
 )
