@@ -59,8 +59,7 @@ def has_kernel(x: Tensor, text: str) -> bool:
 def spec(dtype: torch.dtype, k: int, text: str, direction: str, *, given: bool) -> RoundingSpec:
     """The kernel for rows of k numbers. Raises CodegenError, one sentence, if there is none.
 
-    Kept, since it is asked for at each call: reading the texts takes as long as a kernel of some million
-    numbers, and a GPU that has nothing queued waits for it."""
+    Kept, since it is asked for at each call, before a launch that a GPU may wait for."""
     lane = next((name for name, held in TYPES.items() if held == dtype), str(dtype).removeprefix("torch."))
     return rounding_spec(format(text), lane, k, direction, given)
 

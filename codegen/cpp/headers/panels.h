@@ -76,8 +76,7 @@ template <bool held, int bits, int digits, int base, bool words, int many, int s
 }
 
 // sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`. Not inlined:
-// inside of `many` GCC 12 writes the sums of one vector to the stack behind every product (16 rows of x, AVX-512: twice the
-// time).
+// inside of `many` GCC 12 writes the sums of one vector to the stack behind every product.
 template <int V>
 [[gnu::noinline]] void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
   Floats s[kTile][V];
@@ -110,7 +109,7 @@ template <int many> inline void taken_out(const float* sums, int64_t across, flo
 
 #if !defined(BITFOLD_TILES)
 // The same of integers, exactly, D::depth at a time; `use(r, v, s)` has the sums of each. Not inlined: inside of `many`
-// the compiler writes all sums to the stack behind every product (of AVX-512's, 1.6 times the time).
+// the compiler writes all sums to the stack behind every product.
 template <class D, int V, int, class Use>
 [[gnu::noinline]] void multiply(Multiplier<false>&, const typename D::Code* w, int64_t stride,
                                 const typename D::Number* x, int64_t, int64_t count, Use&& use) {
