@@ -90,13 +90,30 @@ class Places {
   std::vector<const int8_t*> rows_;
 };
 
+// Four channels of each chain of sums; returns where the panel goes on.
+template <int rows, int chain = 0, class T>
+inline const uint8_t* in_turn(T& t, const uint8_t* panel, const int8_t* const* at, int64_t offset) {
+  if constexpr (chain == T::kChains) {
+    return panel;
+  } else {
+    t.template add<chain>(panel, at, offset + 4 * chain);
+    return in_turn<rows, chain + 1>(t, panel + 4 * kLanes, at, offset);
+  }
+}
+
 template <bool positive, int rows, int halves, class End>
 inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
                  const End& end) {
   Tile<positive, rows, halves> t;
+  constexpr int step = 4 * t.kChains, bytes = kBytes<positive>;
   t.clear(c.zero);
-  for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
-    for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
+  for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows) {
+    int64_t i = 0;
+    if constexpr (t.kChains > 1)
+      for (; i + step <= c.depth; i += step) panel = in_turn<rows>(t, panel, at, (offset + i) * bytes);
+    for (; i < c.depth; i += 4, panel += 4 * kLanes) t.template add<0>(panel, at, (offset + i) * bytes);
+  }
+  t.join();
   alignas(64) int32_t sums[rows][kLanes];
   // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
 #pragma GCC unroll 8
