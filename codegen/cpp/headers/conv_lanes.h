@@ -94,6 +94,7 @@ template <bool positive, int rows, int halves> struct Tile {
     } else {
       __m256i even[halves], odd[halves];
       for (int h = 0; h < halves; ++h) even[h] = evens(weight[h]), odd[h] = odds(weight[h]);
+#pragma GCC unroll 4  // or the sums are kept in memory for the sake of their index
       for (int r = 0; r < rows; ++r) {
         const __m256i x0 = _mm256_set1_epi32(four(at[r] + offset)), x1 = _mm256_set1_epi32(four(at[r] + offset + 4));
         for (int h = 0; h < halves; ++h) {
