@@ -34,7 +34,7 @@ def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
     """Instructions for each weight of a product with m rows of x."""
     name, _, of_x = text.partition(" x ")
     activation = format(of_x) if of_x else None
-    laid_out = cpu_layout(format(name), k, activation)
+    laid_out = cpu_layout(format(name), k, activation, vectors="avx2")
     assert laid_out is not None, text
     spec = GemmSpec(laid_out, n, k, "f32", activation=activation)
     x = torch.randn(m, k)

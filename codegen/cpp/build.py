@@ -113,7 +113,7 @@ def know(specs: Iterable[GemmSpec], words: str | None = None) -> None:
     if not wanted:
         return
     for spec in wanted:
-        if (why := obstacle(spec)) is not None:
+        if (why := obstacle(spec, words)) is not None:
             raise CodegenError(
                 f"no CPU kernel computes {spec}: {why}; graphs lowered with target cpu ask for none such"
             )

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "eights.h"
 #include "words.h"
 
 namespace bitfold {

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <arm_neon.h>
 
+#include "eights_plain.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 8;
