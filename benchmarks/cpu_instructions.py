@@ -24,6 +24,7 @@ from kernel_alone import built, ran
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp.library import LOOPS, STRICT
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import VECTORS
 from bitfold.formats import format
 
 FORMATS = ["int8", "int4[g64]", "uint4[g32,zero]", "int3[g64]", "mxfp4", "nf4[g64]", "float8_e4m3fn"]
@@ -41,7 +42,7 @@ def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
     inputs = [x] if activation is None else list(activation.quantize(x).parts)
     inputs += laid_out.quantize(torch.randn(n, k)).parts
     with tempfile.TemporaryDirectory() as folder:
-        program = built(spec, "avx2", Path(folder), flags=("-O3", *STRICT, *LOOPS))
+        program = built(spec, VECTORS["avx2"], Path(folder), flags=("-O3", *STRICT, *LOOPS))
         found = []
         for repeats in (1, 3):
             ran(program, spec, inputs, turn=turn, repeats=repeats)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from bitfold.codegen import GemmSpec
+from bitfold.codegen.cpp.vectors import VECTORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from cpp_cases import expected, operands, pair
 from kernel_alone import built, ran
-from test_cpp_values import expected, operands, pair
 
 # With no library to say what it was: the program is killed.
 UNDEFINED = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
@@ -41,15 +42,16 @@ def check(program: Path, spec: GemmSpec, runner: tuple[str, ...] = ()) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extension", ["", "+dotprod"])
+@pytest.mark.parametrize("vectors", ["neon", "neondot"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_neon(text: str, extension: str, tmp_path: Path) -> None:
+def test_neon(text: str, vectors: str, tmp_path: Path) -> None:
     compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
     if shutil.which(compiler) is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     spec = pair(text)
-    flags = ["-O2", f"-march=armv8.2-a{extension}", *UNDEFINED]
-    check(built(spec, "neon", tmp_path, [compiler, "-static"], flags), spec, (emulator,))
+    check(
+        built(spec, VECTORS[vectors], tmp_path, [compiler, "-static"], ["-O2", *UNDEFINED]), spec, (emulator,)
+    )
 
 
 def test_a_program_that_fails_is_told(tmp_path: Path) -> None:

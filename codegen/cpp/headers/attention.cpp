@@ -206,8 +206,4 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const At
   return AOTI_TORCH_SUCCESS;
 }
 
-extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::known.builder(made); }
-extern "C" int64_t bitfold_size_of_attention_facts() { return sizeof(bitfold::AttentionFacts); }
-extern "C" void bitfold_know_attention(const char* text, const bitfold::AttentionFacts* facts) {
-  bitfold::known.put(text, *facts);
-}
+BITFOLD_KNOWN(attention, bitfold::AttentionFacts)

@@ -1,5 +1,6 @@
 // Attention of a few queries: what the kernel over a cache of floats and those over codes share. A kind of keys
-// or values is a class with `row(entry, head, token, room)`, a token's numbers as floats.
+// or values is a class with `row(entry, head, token, room)`, a token's numbers as floats. Stands behind
+// VECTORS and numbers.h.
 #pragma once
 #include <algorithm>
 #include <cmath>

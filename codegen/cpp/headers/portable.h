@@ -7,6 +7,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kInts = 8;
 constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
