@@ -35,10 +35,15 @@ def built(
     flags: Sequence[str] = ("-O3",),
 ) -> Path:
     """The program, in `folder`; CalledProcessError with the compiler's words if it refuses."""
-    text, program = folder / "kernel.cpp", folder / "kernel"
-    text.write_text(source(spec), encoding="utf-8")
-    told = [f'-DVECTORS="{vectors.header}"', f"-I{HEADERS}", *vectors.flags, "-std=c++17", *flags]
-    subprocess.run([*compiler, *told, str(text), str(MAIN), "-o", str(program)], check=True)
+    return compiled(source(spec), MAIN, vectors, folder, [*compiler, *flags])
+
+
+def compiled(text: str, main: Path, vectors: Vectors, folder: Path, command: Sequence[str]) -> Path:
+    """A program of a kernel's text and what calls it."""
+    kernel, program = folder / "kernel.cpp", folder / "kernel"
+    kernel.write_text(text, encoding="utf-8")
+    told = [f'-DVECTORS="{vectors.header}"', f"-I{HEADERS}", *vectors.flags, "-std=c++17"]
+    subprocess.run([*command, *told, str(kernel), str(main), "-o", str(program)], check=True)
     return program
 
 
