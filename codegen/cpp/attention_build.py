@@ -20,7 +20,7 @@ from .library import Library
 from .vectors import Vectors
 
 _MASKS = {"none": 0, "bool": 1, "float": 2}
-_PARTS = 6  # kParts
+_PARTS = 6  # kCacheParts
 _ENTRIES, _LENGTH = -1, -2  # kEntries, kLength
 
 

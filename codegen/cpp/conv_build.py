@@ -38,7 +38,7 @@ _COUNTS = (
 )
 
 
-class Facts(ctypes.Structure):
+class ConvFacts(ctypes.Structure):
     """What `conv_runtime.cpp` knows of a spec, field by field."""
 
     _fields_ = [
@@ -49,13 +49,13 @@ class Facts(ctypes.Structure):
     ]
 
 
-def facts_of(spec: ConvSpec, entries: Addresses) -> Facts:
+def facts_of(spec: ConvSpec, entries: Addresses) -> ConvFacts:
     """The numbers that `conv_runtime.cpp` needs."""
     scale = spec.weight.scale
     assert scale is not None
     top, left, bottom, right = spec.padding
     height, width = spec.kernel or (1, 1)
-    return Facts(
+    return ConvFacts(
         **entries,
         n=spec.n,
         k=spec.k,
@@ -95,7 +95,7 @@ def _entries(loaded: ctypes.CDLL) -> Addresses:
 
 _CONVOLUTIONS = Kernels(
     "conv_runtime",
-    Facts,
+    ConvFacts,
     parse=ConvSpec.parse,
     library=lambda spec, vectors: Library(source(spec), vectors, loops=True),
     entries=_entries,

@@ -32,7 +32,7 @@ struct AttentionFacts {
   int32_t parts, x, mask;  // x: 0 float32, 1 bfloat16, 2 float16; mask: 0 none, 1 bools, 2 numbers
   float scale;
   // Of each part: sizes [entries or pages, heads, .., ..], and its type as x's, -1 for a byte.
-  int64_t sizes[kParts][4], types[kParts];
+  int64_t sizes[kCacheParts][4], types[kCacheParts];
 };
 constexpr int64_t kEntries = -1, kLength = -2;  // sizes that a call has: of the first part, of which others have as many
 
