@@ -17,7 +17,7 @@ from torch._inductor import config
 from bitfold.codegen import CodegenError
 from bitfold.codegen.cpp import library as libraries
 from bitfold.codegen.cpp.kept_files import KERNELS
-from bitfold.codegen.cpp.vectors import VECTORS, runnable
+from bitfold.codegen.cpp.vectors import ALL, VECTORS, Vectors, runnable
 from bitfold.formats import BitfoldError
 from bitfold.lowering.target import get_target
 
@@ -232,6 +232,14 @@ def test_a_library_is_named_by_what_goes_into_it(tmp_path: Path, monkeypatch: py
     shutil.move(tmp_path / "headers", tmp_path / "the same elsewhere")
     monkeypatch.setattr(libraries, "HEADERS", tmp_path / "the same elsewhere")
     assert name() == before
+
+
+@pytest.mark.parametrize("vectors", ALL, ids=str)
+def test_vectors_name_an_architecture(vectors: Vectors) -> None:
+    """By Inductor's -march=native a library would be one processor's, and the folder may be shared."""
+    assert (libraries.HEADERS / vectors.header).exists()
+    assert [flag for flag in vectors.flags if flag.startswith("-march=")] not in ([], ["-march=native"])
+    assert vectors.name not in vectors.also and VECTORS.keys() >= set(vectors.also)
 
 
 @pytest.mark.parametrize("name", ["runtime", "conv_runtime", "attention"])
