@@ -4,7 +4,7 @@ In: a spec; a format and the length of a row. Out: why not, or None; the format 
 
     cpu_layout(format("int4[g64]"), 576)              ->   int4[g64,planar64]
     cpu_layout(format("int4[g64]"), 4096)             ->   int4[g64,planar128]
-    cpu_layout(.., 4096, vectors="avx2")              ->   int4[g64,lanes.planar64]
+    cpu_layout(.., 4096, vectors=VECTORS["avx2"])     ->   int4[g64,lanes.planar64]
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from ..slices import Unwalkable
 from ..spec import GemmSpec
 from .body import walk_of
 from .values import multiples
-from .vectors import vectors as of_this_processor
+from .vectors import Vectors, widest
 
 # Codes of a slice: a whole vector of bytes, and a line of the cache where that leaves little padding.
 LENGTHS = (64, 32, 16)
 # A sum of so many products of 8-bit integers fits in 32 bits.
 MOST_INTEGERS = (2**31 - 1) // (255 * 128)
 MOST_CODES = 1024
-# Vectors whose floats and sums of bytes have eight lanes, as groups side by side need them.
-OF_EIGHT_LANES = ("avx2", "portable")
 # Numbers of a group that may lie beside others: fewer fill no run, more are as well on their own.
 SHORTEST, LONGEST = 16, 128
 # Of a row that padding may add, where groups lie side by side.
@@ -35,14 +33,14 @@ PADDING = 0.03
 
 
 def cpu_layout(
-    format: Format, k: int, activation: Format | None = None, *, vectors: str | None = None
+    format: Format, k: int, activation: Format | None = None, *, vectors: Vectors | None = None
 ) -> Format | None:
     """`format` as CPU kernels of these vectors (None: this processor's) walk over it; None if they do not."""
-    return _laid_out(format, k, activation, vectors or of_this_processor())
+    return _laid_out(format, k, activation, vectors or widest())
 
 
 @lru_cache(maxsize=1024)
-def _laid_out(format: Format, k: int, activation: Format | None, vectors: str) -> Format | None:
+def _laid_out(format: Format, k: int, activation: Format | None, vectors: Vectors) -> Format | None:
     scale = format.scale
     if not isinstance(format.sparsity, Dense) or (scale is not None and scale.native) or k == 0:
         return None
@@ -59,7 +57,7 @@ def _laid_out(format: Format, k: int, activation: Format | None, vectors: str) -
         waste = -(-k // span) * span / k
         if best is None or waste < padding - 0.02:
             best, padding = format.with_layout(_of_span(bits, span)), waste
-    found = side_by_side(format, activation) if vectors == "avx2" else None
+    found = side_by_side(format, activation) if vectors.lanes else None
     if found is not None and -(-k // found.span(format.run)) * found.span(format.run) / k <= 1 + PADDING:
         return format.with_layout(found)
     return best
@@ -83,7 +81,7 @@ def _of_span(bits: int, span: int) -> Layout:
     return Spare(span) if bits in (3, 7) else Planar(span)
 
 
-def obstacle(spec: GemmSpec, vectors: str | None = None) -> str | None:
+def obstacle(spec: GemmSpec, vectors: Vectors | None = None) -> str | None:
     """Why no CPU kernel of these vectors (None: this processor's) computes the spec, or None."""
     weight, activation = spec.weight, spec.activation
     if not isinstance(weight.sparsity, Dense):
@@ -102,9 +100,9 @@ def obstacle(spec: GemmSpec, vectors: str | None = None) -> str | None:
     if len(grouped) == 2 and grouped[1] % grouped[0]:
         return f"groups of {grouped[0]} and {grouped[1]} do not divide each other"
     if isinstance(weight.layout, GroupLanes):
-        words = vectors or of_this_processor()
-        if words not in OF_EIGHT_LANES:
-            return f"kernels of {words} read no groups side by side, as in {weight}; lay it out anew"
+        vectors = vectors or widest()
+        if not vectors.lanes:
+            return f"kernels of {vectors} read no groups side by side, as in {weight}; lay it out anew"
         if side_by_side(weight, activation) is None:
             return f"kernels read no groups of {weight} side by side"
     found = walk_of(spec)

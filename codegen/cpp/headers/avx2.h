@@ -12,6 +12,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;  // of a vector of floats; a vector of bytes has 32
+constexpr int kInts = 8;    // of a vector of integers
 // In which order `of_held` gives the bytes of a vector: number i of its floats is byte place(i).
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }
 using Bytes = __m256i;

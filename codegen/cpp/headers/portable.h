@@ -9,6 +9,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kInts = 8;
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
