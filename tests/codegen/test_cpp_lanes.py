@@ -21,8 +21,9 @@ from bitfold.formats import format
 
 FAST = ["int4[g64]", "int3[g128]", "uint4[g32,zero]", "mxfp4", "int4[g64] x int8", "uint5[g32,zero] x int8"]
 MORE = [
-    "nvfp4", "int2[g16]", "int1[g32]", "uint3[g64,f16,zero:min]", "int7[g32,f32]", "int6[g64]", "uint4[g128,zero:float]",
-    "int4[g48,f32]", "int4[g64,e4m3]", "int3[g32] x int8", "uint2[g32,f16,zero:min] x int8", "int7[g64] x int8[tensor]",
+    "nvfp4", "int2[g16]", "int1[g32]", "uint3[g64,f16,zero:min]", "int7[g32,f32]", "int6[g64]",
+    "uint4[g128,zero:float]", "int4[g48,f32]", "int4[g64,e4m3]", "int3[g32] x int8",
+    "uint2[g32,f16,zero:min] x int8", "int7[g64] x int8[tensor]",
 ]  # fmt: skip
 HERE = [one for one in (VECTORS["avx2"], VECTORS["portable"]) if one in runnable()]
 
