@@ -265,14 +265,17 @@ def _name(load: int, v: int) -> str:
     return f"l{load}_{v}"
 
 
-def _above(slices: Sequence[tuple[Take, ...]], i: int) -> int | None:
+def _above(body: Body, made: Digits, i: int, v: int) -> int | None:
     """The slice, if any, whose codes lie four bits above those of slice i, both in several pieces: they are
-    brought together at once."""
+    brought together at once, if codes v .. of both are added up together."""
+    slices, length = body.walk.slices, body.walk.length
     takes = slices[i]
     if len(takes) == 1 or any(take.low + take.width > 4 for take in takes):
         return None
     above = tuple(replace(take, bit=take.bit + 4) for take in takes)
-    return next((j for j in range(i + 1, len(slices)) if slices[j] == above), None)
+    block = (i * length + v) // made.joined
+    beside = [j for j in range(i + 1, len(slices)) if (j * length + v) // made.joined == block]
+    return next((j for j in beside if slices[j] == above), None)
 
 
 def _taken(takes: Sequence[Take], v: int, times: int) -> str:
@@ -296,10 +299,10 @@ def _chunk(body: Body, made: Digits, first: int, opens: bool) -> list[str]:
     i, v = divmod(first, body.walk.length)
     slices, element = body.walk.slices, body.spec.weight.element
     lines = []
-    if (other := _above(slices, i)) is not None:  # this one's, and those of another beside
+    if (other := _above(body, made, i, v)) is not None:  # this one's, and those of another beside
         lines.append(f"const Bytes both{other}_{v} = {_taken(slices[i], v, 0x11)};")
         codes = f"and_(both{other}_{v}, all({(1 << element.bits) - 1}))"
-    elif any(_above(slices, below) == i for below in range(i)):
+    elif any(_above(body, made, below, v) == i for below in range(i)):
         codes = f"and_(shr<4>(both{i}_{v}), all({(1 << element.bits) - 1}))"
     else:
         codes = _taken(slices[i], v, 1)
