@@ -73,6 +73,7 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return loadf(found);
 }
 
+template <class V> inline V in_register(V v) { return v; }  // see avx2.h
 inline Ints no_ints() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 inline int32_t sum(Ints v) { return vaddvq_s32(vaddq_s32(v.a, v.b)); }
 using Sums = Floats;  // as many as Ints
@@ -105,7 +106,7 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
-constexpr int kTile = 6, kIntTile = 6;
+constexpr int kTile = 6;
 inline Ints numbers(const void* x) {
   return {vld1q_s32(static_cast<const int32_t*>(x)), vld1q_s32(static_cast<const int32_t*>(x) + 4)};
 }
@@ -123,7 +124,7 @@ inline int32x4_t pairs(int32x4_t codes, int32x4_t x, int32x4_t onto) {
   return vaddq_s32(onto, vpaddq_s32(low, high));
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, tile = 6, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {

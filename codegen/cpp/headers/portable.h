@@ -143,6 +143,7 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return r;
 }
 
+template <class V> inline V in_register(V v) { return v; }  // see avx2.h
 inline Ints no_ints() { return Ints{}; }
 inline int32_t sum(Ints a) {
   int32_t r = 0;
@@ -176,7 +177,7 @@ inline Ints products(Words w, const int16_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
-constexpr int kTile = 6, kIntTile = 4;
+constexpr int kTile = 6;
 inline Ints numbers(const void* x) {
   Ints r;
   std::memcpy(r.v, x, 32);
@@ -189,7 +190,7 @@ inline Ints broadcast(const void* w) {
   return r;
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, tile = 4, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {
