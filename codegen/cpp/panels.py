@@ -24,6 +24,12 @@ from .values import raw
 from .words import Words
 
 _WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
+# Codes that are decoded next lie elsewhere: further on in these rows, or at the beginning of later ones.
+_NEXT = (
+    "  const int64_t later = kStored * stride / kUnits * kCodes - first;",
+    "  const int64_t next = (last < call.padded ? kDeep : later) / kCodes * kUnits;",
+)
+_AHEAD = ("      for (int b = 0; b < kUnits; b += kLine) ahead(u[0] + next + b);",)
 DEEP = 256  # floats: sixteen rows of x take 16 KiB
 
 
@@ -58,8 +64,10 @@ def _numbers(body: Body) -> list[str]:
         _WHERE,
         "  const int64_t base = scales_of(call, row);",
         *tail(body),
+        *_NEXT,
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
+        *_AHEAD,
     ]
     for first, slices in body.stretches():
         lines += [
@@ -84,8 +92,10 @@ def _codes(body: Body) -> list[str]:
         "  constexpr int R = 1, r = 0;",
         _WHERE,
         *tail(body),
+        *_NEXT,
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
+        *_AHEAD,
     ]
     for i in range(len(body.walk.slices)):
         step, places, takes = loads(body, i)
@@ -161,7 +171,7 @@ def _multiplied(body: Body, vectors: int) -> str:
 
 
 def _by_zeros(body: Body) -> bool:
-    """Whether what is added for x's sum differs from row to row: else it is integers, the same for all rows."""
+    """Whether what is added for x's sum differs from row to row; else it is integers, alike for all rows."""
     return body.scale is not None and body.scale.zero != "none"
 
 
@@ -171,14 +181,12 @@ def _stretches(body: Body) -> list[str]:
     at = f"(k0 + k) / {body.sum_cols} * call.across + m"
     use = [
         "              for (int i = 0; i < std::min<int64_t>(2 * kHalf, call.across - m); ++i)",
-        f"                starts[k / kStretch][i] = -{body.base} * static_cast<int32_t>(call.sum_panels[{at} + i]);",
+        f"                starts[k / kStretch][i] = -{body.base} * static_cast<int32_t>(",
+        f"                    call.sum_panels[{at} + i]);",
     ]
     if _by_zeros(body):
         use = [f"              x_sums[k / kStretch] = call.sum_panels + {at};"]
-    first = [
-        f"            if ((k0 + k) % {body.sum_cols} == 0)",
-        *use,
-    ]
+    first = [f"            if ((k0 + k) % {body.sum_cols} == 0)", *use]
     return [
         "          alignas(64) int32_t starts[kDeep / kStretch][2 * kHalf] = {};",
         "          const float* x_sums[kDeep / kStretch] = {};",

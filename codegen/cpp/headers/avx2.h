@@ -11,6 +11,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;  // of a vector of floats; a vector of bytes has 32
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 // In which order `of_held` gives the bytes of a vector: number i of its floats is byte place(i).
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }
 using Bytes = __m256i;
@@ -134,7 +135,8 @@ constexpr int kTile = 6;  // rows, with two vectors of sums each
 // runs: steps whose products fit in 16 bits together; sums of those are widened after so many.
 template <int bits> struct Deep {
   static constexpr int depth = bits < 8 ? 4 : 2, runs = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-  static constexpr int tile = runs > 1 ? 4 : 4;  // rows; products of integers need registers besides
+  // Rows of the weight, as products of integers need registers besides; rows of x from which on they are turned.
+  static constexpr int tile = 4, least = bits < 8 ? 5 : 7;
   using Number = std::conditional_t<bits < 8, int8_t, int16_t>;
   using Code = std::conditional_t<bits < 8, uint8_t, int16_t>;
   static void put(Code* to, Bytes v) {

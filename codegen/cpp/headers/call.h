@@ -47,9 +47,6 @@ struct Scratch {
   }
 };
 
-// From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
-constexpr int64_t kMany = 9;
-
 template <class From, class To, class Out>
 void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
   torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
@@ -171,7 +168,7 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
   scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();
   float* sums = scratch.sums.data();
-  bool turn = call.m >= kMany && f.many != nullptr;
+  bool turn = call.m >= f.wants()->least && f.many != nullptr;
   const bool floats = !f.codes && f.x == 0;
   const bool as_it_lies = floats && f.padded == f.k && f.sum_cols == 0;
   const bool alone = call.m == 1 && f.wants()->digits > 0;

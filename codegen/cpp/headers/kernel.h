@@ -22,6 +22,7 @@ struct Wants {
   const int8_t* order;           // number i of 32 is number order[i] of x's; null: as they lie
   int32_t width, depth, size;    // a panel: rows side by side, numbers of each together, bytes of a number
   int32_t rows;                  // of the weight, that a task of many rows of x takes
+  int32_t least;                 // rows of x from which on they are turned into panels
   int32_t digits, base, words;   // numbers of one row of x to a block of digits (digits.h), 0 for none; see there
   int32_t tiles;                 // whether panels are multiplied in tiles of AMX (tiled.h)
   int32_t many, step;            // then numbers of many rows of x to a block of digits, 0 for none, and to a tile

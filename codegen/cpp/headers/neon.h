@@ -6,6 +6,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8x16_t a, b;
@@ -124,7 +125,7 @@ inline int32x4_t pairs(int32x4_t codes, int32x4_t x, int32x4_t onto) {
   return vaddq_s32(onto, vpaddq_s32(low, high));
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2, tile = 6, runs = 1;
+  static constexpr int depth = 2, tile = 6, least = 9, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {

@@ -60,6 +60,8 @@ template <class T> class Lines {
   std::vector<T> all_;
 };
 
+constexpr int kLeast = 9;  // rows of x, as floats, from which on they are turned; Deep<bits>::least, as integers
+
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
 // bits: of codes that are multiplied as integers, 0 for floats; many, step: numbers of many rows of x to a block of
 // digits and to a tile of it, 0 for none. `static`, since statics of an inline function are one
@@ -73,17 +75,18 @@ template <bool held, int bits, int digits, int base, bool words, int many, int s
     return found;
   }();
   constexpr bool moved = held && place(1) != 1;
-  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base, words,
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, kLeast, digits, base, words,
                                       kTiled, kTiled ? many : 0, step};
   static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
-                                     kStored, 0, 0, 0, kTiled, 0, 0};
+                                     kStored, Deep<bits>::least, 0, 0, 0, kTiled, 0, 0};
   return bits == 0 ? &of_floats : &of_codes;
 }
 
 // sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`. Not inlined:
 // inside of `many` GCC 12 writes the sums of one vector to the stack behind every product.
 template <int V>
-[[gnu::noinline]] void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
+[[gnu::noinline]] void multiply(
+    const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
   Floats s[kTile][V];
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < V; ++v) s[r][v] = loadf(sums + r * across + v * kFloats);

@@ -7,6 +7,7 @@
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
@@ -190,7 +191,7 @@ inline Ints broadcast(const void* w) {
   return r;
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2, tile = 4, runs = 1;
+  static constexpr int depth = 2, tile = 4, least = 9, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {

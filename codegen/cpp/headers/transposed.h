@@ -57,12 +57,15 @@ inline void transposed8(const void* from, int64_t from_row, void* to, int64_t to
     __m256 a[4], b[4];
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      const auto quarter = [&](int row) { return _mm_loadu_ps(reinterpret_cast<const float*>(at + row * from_row) + 4 * side); };
-      a[r] = _mm256_insertf128_ps(_mm256_castps128_ps256(quarter(r)), quarter(r + 4), 1);
+      const char* const quarter = at + r * from_row + 16 * side;
+      a[r] = _mm256_castps128_ps256(_mm_loadu_ps(reinterpret_cast<const float*>(quarter)));
+      a[r] = _mm256_insertf128_ps(a[r], _mm_loadu_ps(reinterpret_cast<const float*>(quarter + 4 * from_row)), 1);
     }
     b[0] = _mm256_unpacklo_ps(a[0], a[1]), b[1] = _mm256_unpackhi_ps(a[0], a[1]);
     b[2] = _mm256_unpacklo_ps(a[2], a[3]), b[3] = _mm256_unpackhi_ps(a[2], a[3]);
-    const auto store = [&](int c, __m256 v) { _mm256_storeu_ps(reinterpret_cast<float*>(put + (4 * side + c) * to_row), v); };
+    const auto store = [&](int c, __m256 v) {
+      _mm256_storeu_ps(reinterpret_cast<float*>(put + (4 * side + c) * to_row), v);
+    };
     store(0, _mm256_shuffle_ps(b[0], b[2], 0x44)), store(1, _mm256_shuffle_ps(b[0], b[2], 0xEE));
     store(2, _mm256_shuffle_ps(b[1], b[3], 0x44)), store(3, _mm256_shuffle_ps(b[1], b[3], 0xEE));
   }
