@@ -298,6 +298,7 @@ BAD = {
     "channels": (lambda inputs: [inputs[0][:, :3], *inputs[1:]], "4 channels of codes"),
     "floats": (lambda inputs: [inputs[0].float(), *inputs[1:]], "codes as uint8"),
     "one image": (lambda inputs: [inputs[0][0, 0], *inputs[1:]], "takes x "),
+    "a line": (lambda inputs: [inputs[0][:, :, 0], *inputs[1:]], "is of two dimensions"),
     "small": (lambda inputs: [inputs[0][..., :1, :1], *inputs[1:]], "larger than its padded image"),
     "scale": (lambda inputs: [inputs[0], torch.ones(2), *inputs[2:]], "one scale a tensor"),
     "codes": (lambda inputs: [*inputs[:2], inputs[2][:4], *inputs[3:]], "rows of"),
@@ -314,6 +315,16 @@ def test_what_a_call_takes_is_checked(case: str) -> None:
     change, says = BAD[case]
     with pytest.raises(RuntimeError, match=says):
         torch.ops.bitfold.conv(change(inputs), str(spec))
+
+
+def test_a_line_is_no_image() -> None:
+    """Padded above and below, a kernel of three rows would fit on one."""
+    spec = spec_of("8x4x3x3 p1x1 bias")
+    codes, *others = operands(spec, (1, 4, 5, 5))
+    for device in ("cpu", "meta"):
+        inputs = [one.to(device) for one in (codes[:, :, 0], *others)]
+        with pytest.raises((RuntimeError, CodegenError), match="is of two dimensions"):
+            torch.ops.bitfold.conv(inputs, str(spec))
 
 
 def test_no_gradient() -> None:
