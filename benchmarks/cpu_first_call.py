@@ -1,4 +1,4 @@
-"""The first call of SmolLM2's compiled decode step in a fresh process whose caches are warm, and what it is made of.
+"""The first call of SmolLM2's compiled decode step in a process with warm caches, and what it is made of.
 
 In: who, how often. Out: a line for each, and the numbers as JSON.
 

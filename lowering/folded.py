@@ -115,7 +115,7 @@ class Folded(nn.Module):
         straight = alone and self.ranks is None and self.arguments == ("input",)
         straight = straight and not isinstance(self, FoldedConv)
         made = straight_class(type(self), body.graph if straight else None, self.operands, Folded.forward)
-        self.__class__ = made  # type: ignore[assignment]
+        self.__class__ = made
 
     def _positional(self, given: int, kwargs: dict[str, Any]) -> list[Any]:
         """Keyword arguments in the order of the original forward, which is that of the body."""

@@ -9,8 +9,8 @@ forward is that body.
                 v0 = t0([input, self.codes, self.scales], "..")
                 return v0[0]
 
-`Folded.forward` looks its operands and its body up by names that it holds, and each look-up is a guard of each
-module. Here they are the class's own, which Dynamo guards once for all modules that are alike.
+`Folded.forward` looks its operands and its body up by names that it holds, and each look-up is a guard of
+each module. Here they are the class's own, which Dynamo guards once for all modules that are alike.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _code(graph: Graph, operands: Sequence[str]) -> tuple[str, tuple[Any, ...]] 
         return None
     told = [f"self.{name}" for name in operands] + ["input"]
     spelled = _Spelled(dict(zip(inputs, told, strict=True)))
-    lines = []
+    lines: list[str] = []
     for node in graph.nodes:
         if node.op == "call_function":
             lines.append(f"v{len(lines)} = {spelled.call(node)}")
