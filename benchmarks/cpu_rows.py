@@ -74,8 +74,7 @@ def row(text: str, n: int, k: int, m: int, given: argparse.Namespace) -> dict[st
     ways: dict[str, Any] = dict.fromkeys(given.vectors, ours)
     for peer in given.peers:
         if PEERS[peer][1] == text:
-            with torch.inference_mode(False), torch.no_grad():
-                ways[peer] = PEERS[peer][0](text, linear, x.clone(), min(count, 40))
+            ways[peer] = PEERS[peer][0](text, linear, x, min(count, 40))
     if text == FORMATS[0]:
         ways["float32 by torch"] = [lambda: torch.nn.functional.linear(x, linear.weight)]
     found = in_turn(ways, lambda way: know([spec], way) if way in given.vectors else None, given.seconds)
@@ -108,7 +107,7 @@ def main() -> None:
     about = {"machine": processor(), "torch": torch.__version__, "threads": 1, "products_a_second": most}
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for n, k in (map(int, shape.split("x")) for shape in given.shapes):
             for m in given.ms:
                 for text in given.formats:
