@@ -14,8 +14,9 @@ stretch that shares its scales, and scaled as in `products.py`. Where there are 
 from __future__ import annotations
 
 from ...formats import Integer
+from ...formats.group_lanes import GROUPS
 from .body import Body
-from .digits import alone
+from .digits import Digits, alone
 from .ends import whole
 from .many_rows import each_weight, ends, opening, scales_of_panel
 from .products import each_float, loads, registers, tail, units
@@ -38,10 +39,11 @@ def panels(body: Body) -> list[str]:
     if body.token_cols is not None:
         return []
     deepest = "kDeepest" if body.by_integers else DEEP
+    each = "kCodes" if body.span is None else "kSpan"
     shared = "kDeep" if body.cols is None else f"std::gcd(kDeep, {body.cols})"
     return [
         "// Codes of a row: decoded at a time, whose integer sums are scaled at once, of a step of tiles.",
-        f"constexpr int kDeep = kCodes * std::max(1, {deepest} / kCodes);",
+        f"constexpr int kDeep = {each} * std::max(1, {deepest} / {each});",
         f"constexpr int kStretch = {shared}, kStep = std::gcd(64, std::gcd(kCodes, kStretch));",
         *([f"using Codes = Deep<{body.spec.weight.element.bits}>;"] if body.by_integers else []),
         "",
@@ -54,8 +56,9 @@ def panels(body: Body) -> list[str]:
 def _numbers(body: Body) -> list[str]:
     """Codes first .. last - 1 of a row, a whole number of runs, as float32."""
     before, behind = body.apart()
-    value = "f" if before == "0.0f" else "plus(f, same(a))"
-    value = f"mul({value}, same(s))" if behind == "0.0f" else f"plus(mul({value}, same(s)), same(z))"
+    s, a, z = ("same(s)", "same(a)", "same(z)") if body.span is None else ("s", "a", "z")
+    value = "f" if before == "0.0f" else f"plus(f, {a})"
+    value = f"mul({value}, {s})" if behind == "0.0f" else f"plus(mul({value}, {s}), {z})"
     lines = [
         *whole(body),
         "inline void stored(",
@@ -70,16 +73,32 @@ def _numbers(body: Body) -> list[str]:
         *_AHEAD,
     ]
     for first, slices in body.stretches():
-        lines += [
-            "      {",
-            "        float s, a, z;",
-            f"        whole(w, base + ({body.group(first)}) * call.scale_group, s, a, z);",
-        ]
+        lines += ["      {", *(_of_a_group(body, first) if body.span is None else _of_lanes())]
         for i in slices:
             place = f"to + k - first + {i * body.walk.length} + v + part * kFloats"
             lines += each_float(body, i, [f"storef({place}, {value});"])
         lines += ["      }"]
     return [*lines, "  }", "}", ""]
+
+
+def _of_a_group(body: Body, first: int) -> list[str]:
+    """What makes numbers of the stretch from code k + first on values."""
+    return [
+        "        float s, a, z;",
+        f"        whole(w, base + ({body.group(first)}) * call.scale_group, s, a, z);",
+    ]
+
+
+def _of_lanes() -> list[str]:
+    """The same where eight groups lie side by side, in vectors."""
+    return [
+        "        float each[3][kLanes];",
+        "        for (int i = 0; i < kLanes; ++i) {",
+        "          const int64_t group = std::min<int64_t>(k / kSpan * kLanes + i, call.groups - 1);",
+        "          whole(w, base + group * call.scale_group, each[0][i], each[1][i], each[2][i]);",
+        "        }",
+        "        const Floats s = loadf(each[0]), a = loadf(each[1]), z = loadf(each[2]);",
+    ]
 
 
 def _codes(body: Body) -> list[str]:
@@ -102,10 +121,19 @@ def _codes(body: Body) -> list[str]:
         lines += [
             f"      for (int v = 0; v < kLength; v += {step}) {{",
             *(f"        {line}" for line in registers(step, places)),
-            f"        Codes::put(to + k - first + {i * body.walk.length} + v, {raw(element, takes)});",
+            f"        {_put(body, f'{i * body.walk.length} + v', raw(element, takes))}",
             "      }",
         ]
     return [*lines, "  }", "}", ""]
+
+
+def _put(body: Body, at: str, codes: str) -> str:
+    """Codes k + at .. of a run, to where x has them: groups side by side, each to its own."""
+    if body.span is None:
+        return f"Codes::put(to + k - first + {at}, {codes});"
+    return (
+        f"put_apart(to + k / kSpan * kSpan - first + (k % kSpan + {at}) / kLanes, kSpan / kLanes, {codes});"
+    )
 
 
 def _many(body: Body) -> list[str]:
@@ -218,7 +246,11 @@ def entry(body: Body) -> list[str]:
     in_digits = "0, 0, false" if made is None else f"{made.block}, {made.base}, {words}"
     many = tiled(body)
     of_many = "0, 0" if many is None else f"{many.block}, {many.step}"
-    kind = f"{str(body.held).lower()}, {bits}, {in_digits}, {of_many}"
+    side_by_side = "0, 0"
+    if body.span is not None:
+        joined = made.joined // GROUPS if isinstance(made, Digits) else 0
+        side_by_side = f"{body.cols}, {joined}"
+    kind = f"{str(body.held).lower()}, {bits}, {in_digits}, {of_many}, {side_by_side}"
     wants = (f'extern "C" const bitfold::Wants* wants() {{ return bitfold::wants<{kind}>(); }}',)
     if body.token_cols is not None:
         return [*wants]

@@ -73,7 +73,7 @@ def tile(body: Body) -> list[str]:
         run += [*([] if body.whole_rows else _close(body, first)), "      }"]
     blocks = [
         "  for (int64_t k0 = 0, at = 0; k0 < call.k; k0 += kBlock) {",
-        "    const int64_t end = std::min<int64_t>(k0 + kBlock, call.k);",
+        f"    const int64_t end = {last(body)};",
         *opened(body),
         "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
     ]
@@ -93,6 +93,11 @@ def tile(body: Body) -> list[str]:
         "}",
         "",
     ]
+
+
+def last(body: Body) -> str:
+    """Where a block's codes end: groups side by side end together, behind what fills the last ones."""
+    return f"std::min<int64_t>(k0 + kBlock, call.{'k' if body.span is None else 'padded'})"
 
 
 def place(body: Body) -> str:
@@ -233,6 +238,8 @@ def _close(body: Body, first: int) -> list[str]:
     """Sums over a group, scaled, go to the sums over the row."""
     k = f"k + {first}"
     scale = f"s[r][(k - k0 + {first}) / {body.cols}]" if body.cols is not None else "s"
+    if body.span is not None:
+        scale = "loadf(s[r] + (k - k0) / kSpan * kLanes)"
     lines = ["        for (int r = 0; r < R; ++r) {"]
     if body.cols is None:
         lines += ["          float s, z;", "          scales(w, base[r], s, z);"]
@@ -247,7 +254,8 @@ def _close(body: Body, first: int) -> list[str]:
     if body.by_integers:
         lines.append(f"            total[r * M + m] = scaled(p[r][m][0], {scale}, total[r * M + m]);")
     else:
-        lines.append(f"            total[r * M + m] = madd(p[r][m][0], same({scale}), total[r * M + m]);")
+        vector = scale if body.span is not None else f"same({scale})"
+        lines.append(f"            total[r * M + m] = madd(p[r][m][0], {vector}, total[r * M + m]);")
     if body.needs_sums and body.sum_cols > 0 and body.cols is None:
         place = f"(m0 + m) * (call.k / {body.sum_cols}) + (k + {first}) / {body.sum_cols}"
         when = f"k + {first} < call.k && (k + {first}) % {body.sum_cols} == 0"

@@ -56,6 +56,7 @@ def source(spec: GemmSpec) -> str:
             if body.cols is None
             else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
         ),
+        *([] if body.span is None else [f"constexpr int kSpan = {body.span};  // codes of eight groups"]),
         "constexpr int kRead = 8;  // scales that are turned into float32 together",
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",

@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "eights.h"
 #include "pairs16.h"
 #include "words.h"
 
 namespace bitfold {
 
 constexpr int kFloats = 8;  // of a vector of floats; a vector of bytes has 32
+constexpr int kInts = 8;    // of a vector of integers
 constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 // In which order `of_held` gives the bytes of a vector: number i of its floats is byte place(i).
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }
@@ -107,6 +109,7 @@ template <class V> inline V in_register(V v) {
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 using Sums = Floats;  // as many as Ints
 inline Sums no_sums() { return zeros(); }
+inline Sums scaled(Ints v, Floats s, Sums onto) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), s, onto); }
 inline Sums scaled(Ints v, float s, Sums onto) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), same(s), onto); }
 inline int32_t sum(Ints v) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

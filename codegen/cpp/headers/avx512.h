@@ -7,11 +7,13 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "eights.h"
 #include "words.h"
 
 namespace bitfold {
 
 constexpr int kFloats = 16;  // of a vector of floats; a vector of bytes has 32
+constexpr int kInts = 8;    // of a vector of integers
 constexpr int kMostOfX = 8;  // rows of x that a few rows of the weight meet, of up to 32 sums
 constexpr int place(int i) { return i; }  // see avx2.h
 using Bytes = __m256i;

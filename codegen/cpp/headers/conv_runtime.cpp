@@ -339,6 +339,4 @@ extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, in
                          [&](auto given) { return bitfold::conv(std::move(given), text); });
 }
 
-extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::known.builder(made); }
-extern "C" int64_t bitfold_size_of_conv_facts() { return sizeof(bitfold::ConvFacts); }
-extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) { bitfold::known.put(text, *facts); }
+BITFOLD_KNOWN(conv_runtime, bitfold::ConvFacts)

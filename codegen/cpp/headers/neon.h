@@ -3,9 +3,12 @@
 #include <cstdint>
 #include <arm_neon.h>
 
+#include "eights_plain.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kInts = 8;
 constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
@@ -108,11 +111,14 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 
 // For panels (panels.h); see avx2.h.
 constexpr int kTile = 6;
+// As bytes: what lies there is int16 too, or sums that are floats later.
 inline Ints numbers(const void* x) {
-  return {vld1q_s32(static_cast<const int32_t*>(x)), vld1q_s32(static_cast<const int32_t*>(x) + 4)};
+  const auto* from = static_cast<const uint8_t*>(x);
+  return {vreinterpretq_s32_u8(vld1q_u8(from)), vreinterpretq_s32_u8(vld1q_u8(from + 16))};
 }
 inline void store_ints(void* to, Ints v) {
-  vst1q_s32(static_cast<int32_t*>(to), v.a), vst1q_s32(static_cast<int32_t*>(to) + 4, v.b);
+  auto* bytes = static_cast<uint8_t*>(to);
+  vst1q_u8(bytes, vreinterpretq_u8_s32(v.a)), vst1q_u8(bytes + 16, vreinterpretq_u8_s32(v.b));
 }
 inline Ints broadcast(const void* w) {
   int32_t two;

@@ -1,4 +1,5 @@
-// Stored numbers as float32, and float32 as what is stored; what the body of a kernel is written with.
+// Stored numbers as float32, and float32 as what is stored; what the body of a kernel is written with. Stands behind
+// VECTORS, which has half floats.
 #pragma once
 #include <cmath>
 #include <cstdint>

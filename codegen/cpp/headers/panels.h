@@ -2,7 +2,7 @@
 //
 // A panel is x turned: a vector holds the same number of neighbouring rows, so that each number of the weight is
 // broadcast and multiplies whole vectors, and no sum goes across one. kTile rows of the weight and two vectors keep
-// all sums in registers.
+// all sums in registers. Stands behind VECTORS.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,7 +12,6 @@
 
 namespace bitfold {
 
-constexpr int kInts = 8;              // of a vector of integers
 constexpr int kPanel = 2 * kFloats;   // rows of x side by side, as floats
 constexpr int kIntPanel = 2 * kInts;  // and as integers
 
@@ -64,9 +63,10 @@ constexpr int kLeast = 9;  // rows of x, as floats, from which on they are turne
 
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
 // bits: of codes that are multiplied as integers, 0 for floats; many, step: numbers of many rows of x to a block of
-// digits and to a tile of it, 0 for none. `static`, since statics of an inline function are one
-// for the whole process: a library for other vectors would be told what the first one wants.
-template <bool held, int bits, int digits, int base, bool words, int many, int step> static const Wants* wants() {
+// digits and to a tile of it, 0 for none; lanes, joined: as `Wants` has them. `static`, since statics of an inline
+// function are one for the whole process: a library for other vectors would be told what the first one wants.
+template <bool held, int bits, int digits, int base, bool words, int many, int step, int lanes, int joined>
+static const Wants* wants() {
   static constexpr auto order = [] {
     struct {
       int8_t at[32];
@@ -75,11 +75,19 @@ template <bool held, int bits, int digits, int base, bool words, int many, int s
     return found;
   }();
   constexpr bool moved = held && place(1) != 1;
-  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, kLeast, digits, base, words,
-                                      kTiled, kTiled ? many : 0, step};
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kLeast, kStored, digits, base, words,
+                                      kTiled, kTiled ? many : 0, step, lanes, joined};
   static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
-                                     kStored, Deep<bits>::least, 0, 0, 0, kTiled, 0, 0};
+                                     Deep<bits>::least, kStored, 0, 0, 0, kTiled, 0, 0, lanes, 0};
   return bits == 0 ? &of_floats : &of_codes;
+}
+
+// A vector of bytes, four of each of eight groups, each four to its own group, which are `apart` numbers apart.
+template <class Code> inline void put_apart(Code* to, int64_t apart, Bytes v) {
+  uint8_t all[32];
+  store(all, v);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) to[lane * apart + i] = all[4 * lane + i];
 }
 
 // sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`. Not inlined:
