@@ -29,6 +29,7 @@ from cpu_vectors import in_turn
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp.build import know
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import VECTORS
 from bitfold.formats import Quantized, format
 
 FORMATS = ["int8 x int8", "int4[g64] x int8", "int8", "int4[g64]"]
@@ -54,31 +55,35 @@ def row(text: str, n: int, k: int, m: int, given: argparse.Namespace) -> dict[st
     """Microseconds of ours by each kind of vectors, and of the peers that compute the same."""
     name, _, of_x = text.partition(" x ")
     activation = format(of_x) if of_x else None
-    laid_out = cpu_layout(format(name), k, activation)
-    assert laid_out is not None, text
-    spec = GemmSpec(laid_out, n, k, "f32", activation=activation)
     torch.manual_seed(0)
-    x, q = torch.randn(m, k), laid_out.quantize(torch.randn(n, k) * 0.05)
+    x, weight = torch.randn(m, k), torch.randn(n, k) * 0.05
     of_call = [x] if activation is None else list(activation.quantize(x).parts)
     values = x if activation is None else Quantized.from_parts(activation, of_call, k).dequantize()
+    q = format(name).quantize(weight)
     exact = values.double() @ q.dequantize(torch.float64).T
-    op, said = torch.ops.bitfold.fused.default, str(spec)
-    for kind in given.vectors:
-        know([spec], kind)
-        (y,) = op([*of_call, *q.parts], said)
-        assert float((y - exact).norm() / exact.norm()) < 1e-5, (text, kind)
+    op = torch.ops.bitfold.fused.default
     count = max(2, int(PAST_CACHE / q.nbytes)) if given.rotated else 1
-    parts = [[part.clone() for part in q.parts] for _ in range(count)]
-    ours = [lambda p=p: op([*of_call, *p], said) for p in parts]
+    specs: dict[str, GemmSpec] = {}
+    ways: dict[str, Any] = {}
+    for kind in given.vectors:
+        laid_out = cpu_layout(format(name), k, activation, vectors=VECTORS[kind])
+        assert laid_out is not None, text
+        specs[kind] = spec = GemmSpec(laid_out, n, k, "f32", activation=activation)
+        know([spec], VECTORS[kind])
+        parts, said = laid_out.quantize(weight).parts, str(spec)
+        (y,) = op([*of_call, *parts], said)
+        assert float((y - exact).norm() / exact.norm()) < 1e-5, (text, kind)
+        copies = [[part.clone() for part in parts] for _ in range(count)]
+        ways[kind] = [lambda p=p, said=said: op([*of_call, *p], said) for p in copies]
     linear = torch.nn.Linear(k, n, bias=False).eval()
-    ways: dict[str, Any] = dict.fromkeys(given.vectors, ours)
     for peer in given.peers:
         if PEERS[peer][1] == text:
-            with torch.inference_mode(False), torch.no_grad():
-                ways[peer] = PEERS[peer][0](text, linear, x.clone(), min(count, 40))
+            ways[peer] = PEERS[peer][0](text, linear, x, min(count, 40))
     if text == FORMATS[0]:
         ways["float32 by torch"] = [lambda: torch.nn.functional.linear(x, linear.weight)]
-    found = in_turn(ways, lambda way: know([spec], way) if way in given.vectors else None, given.seconds)
+    found = in_turn(
+        ways, lambda way: know([specs[way]], VECTORS[way]) if way in specs else None, given.seconds
+    )
     return {"format": text, "n": n, "k": k, "m": m, "us": {way: 1e6 * s for way, s in found.items()}}
 
 
@@ -108,7 +113,7 @@ def main() -> None:
     about = {"machine": processor(), "torch": torch.__version__, "threads": 1, "products_a_second": most}
     print(about, flush=True)
     rows: list[dict[str, Any]] = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for n, k in (map(int, shape.split("x")) for shape in given.shapes):
             for m in given.ms:
                 for text in given.formats:

@@ -107,14 +107,14 @@ def test_any_shape(compiled: None, text: str, m: int, n: int, groups: int, seed:
 @pytest.mark.parametrize("vectors", ["widest", "avx2"])
 def test_sums_of_integers_are_exact(vectors: str) -> None:
     """Where a saturating product of bytes would not be, nor sums of 16 bits: the largest codes everywhere."""
-    here = runnable()[0] if vectors == "widest" else vectors
+    here = runnable()[0] if vectors == "widest" else VECTORS[vectors]
     if here not in runnable():
         pytest.skip("needs AVX2")
     k, act = 4096, format("int8")
     cases = [
         GemmSpec(f, 24, k, "f32", activation=act)
         for text in ("int8", "int7", "int6", "int5", "int4", "int4[g64]", "int2[g32]")
-        if (f := cpu_layout(format(text), k, act)) is not None
+        if (f := cpu_layout(format(text), k, act, vectors=here)) is not None
     ]
     build.know(cases, here)
     for spec, m in [(spec, m) for spec in cases for m in (2, 12)]:
