@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cache_tag
+from .batched import one_by_one
 from .errors import FormatError
 from .format import Quantized
 from .text import format
@@ -121,6 +122,8 @@ def choose(x: Tensor, text: str) -> list[Tensor]:
 for _function in (quantize, dequantize, fake_quantize, pack, unpack, choose):
     _library.define(_function.__name__ + SCHEMAS[_function.__name__])
     _library.impl(_function.__name__, _function, "CompositeImplicitAutograd")
+    _op = getattr(torch.ops.bitfold, _function.__name__).default
+    torch.library.register_vmap(_op, one_by_one(_op), lib=_library)
 
 _library.define("no_gradient" + SCHEMAS["no_gradient"])
 _library.impl("no_gradient", no_gradient, "CompositeExplicitAutograd")

@@ -9,7 +9,8 @@ The body holds no tensor: parts are parameters of the module (so that FSDP2 shar
 them) and go into it in each call. `weight` is decoded when somebody asks for it, and is read-only.
 
 Dynamo traces a call of a GraphModule through a dozen of torch's own functions, and guards what it reads on
-the way: for thirty layers an eighth of its work. It sees the body's function alone.
+the way: for thirty layers an eighth of its work. It sees the body's function alone, and of a layer with one
+input a forward that is spelled out (`straight_forward.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ..formats import BitfoldError, Quantized, format
 from .folded_weight import Canonical, FoldedWeight
 from .read_only import ReadOnly
 from .retype import retyped, retyped_body
+from .straight_forward import plain_class, straight_class
 
 
 class Folded(nn.Module):
@@ -59,6 +61,10 @@ class Folded(nn.Module):
         self._modules["body"] = body
         self.run = type(body).forward if alone else None
         self.ranks = self.canonical.ranks
+        straight = alone and self.ranks is None and self.arguments == ("input",)
+        straight = straight and not isinstance(self, FoldedConv)
+        made = straight_class(type(self), body.graph if straight else None, self.operands, Folded.forward)
+        self.__class__ = made
 
     def _positional(self, given: int, kwargs: dict[str, Any]) -> list[Any]:
         """Keyword arguments in the order of the original forward, which is that of the body."""
@@ -90,7 +96,7 @@ class Folded(nn.Module):
         # A class made by `folded_class` has no name to be found by: it is made again in the same way.
         names = _decoded_names(self.folded_weights, self.operands)
         original: type = original_class(self)
-        if type(self) is not folded_class(original, names):
+        if plain_class(type(self)) is not folded_class(original, names):
             return super().__reduce_ex__(protocol)
         return _blank, (original, names), self.__getstate__()
 

@@ -24,6 +24,7 @@ from torch.fx import Node
 from ..codegen import CodegenError, GemmSpec, Inputs, choose, library
 from ..codegen.choose import alone
 from ..formats import FormatError, cache_tag
+from ..formats.batched import one_by_one
 from ..formats.ops import no_gradient_text
 
 
@@ -117,6 +118,23 @@ def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
         with unset_fake_temporarily():
             reserve(x.device)
     return [x.new_empty(*x.shape[:-1], spec.n, dtype=spec.out)]
+
+
+def mapped(info: Any, in_dims: tuple[Any, Any], inputs: list[Tensor], text: str) -> tuple[Any, Any]:
+    """What `torch.vmap` does: members of a batch are more rows of x; of other weights each is a call."""
+    spec, dims = parsed(text), list(in_dims[0])
+    vectors = spec.epilogue.count("v")
+    matrices = range(spec.arity - vectors - spec.epilogue.count("e"), spec.arity - vectors)
+    rows = {0, *matrices} | ({1} if spec.activation is not None else set())
+    others = any(dim is not None for i, dim in enumerate(dims) if i not in rows)
+    if spec.experts or others or info.batch_size == 0:
+        found: tuple[Any, Any] = one_by_one(torch.ops.bitfold.fused)(info, in_dims, inputs, text)
+        return found
+    given = list(inputs)
+    for i in rows:
+        one, dim = inputs[i], dims[i]
+        given[i] = one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+    return torch.ops.bitfold.fused(given, text), [0]
 
 
 def build_for_cpu(inputs: Sequence[Tensor], text: str) -> list[Tensor]:

@@ -25,6 +25,12 @@ from .values import raw
 from .words import Words
 
 _WHERE = "  const int64_t stride = call.stride; const uint8_t* const codes_of_row = w.codes + row * stride;"
+# Codes that are decoded next lie elsewhere: further on in these rows, or at the beginning of later ones.
+_NEXT = (
+    "  const int64_t later = kStored * stride / kUnits * kCodes - first;",
+    "  const int64_t next = (last < call.padded ? kDeep : later) / kCodes * kUnits;",
+)
+_AHEAD = ("      for (int b = 0; b < kUnits; b += kLine) ahead(u[0] + next + b);",)
 DEEP = 256  # floats: sixteen rows of x take 16 KiB
 
 
@@ -61,8 +67,10 @@ def _numbers(body: Body) -> list[str]:
         _WHERE,
         "  const int64_t base = scales_of(call, row);",
         *tail(body),
+        *_NEXT,
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
+        *_AHEAD,
     ]
     for first, slices in body.stretches():
         lines += ["      {", *(_of_a_group(body, first) if body.span is None else _of_lanes())]
@@ -103,8 +111,10 @@ def _codes(body: Body) -> list[str]:
         "  constexpr int R = 1, r = 0;",
         _WHERE,
         *tail(body),
+        *_NEXT,
         "  for (int64_t k = first, at = first / kCodes * kUnits; k < last; k += kCodes, at += kUnits) {",
         *units(body),
+        *_AHEAD,
     ]
     for i in range(len(body.walk.slices)):
         step, places, takes = loads(body, i)
@@ -131,8 +141,9 @@ def _many(body: Body) -> list[str]:
         ("Codes::Number", "Codes::Code", "kIntPanel") if body.by_integers else ("float", "float", "kPanel")
     )
     step, half, tile = (
-        ("2 * kHalf", "kHalf", "kIntTile") if body.by_integers else ("kPanel", "kFloats", "kTile")
+        ("2 * kHalf", "kHalf", "Codes::tile") if body.by_integers else ("kPanel", "kFloats", "kTile")
     )
+    grouped = body.by_integers and not body.whole_rows
     return [
         "// Rows first .. last - 1 of the weight, times rows begin .. end - 1 of x, from a panel's first on.",
         "inline void many(const Call& call, int64_t first, int64_t last, int64_t begin, int64_t end) {",
@@ -152,10 +163,11 @@ def _many(body: Body) -> list[str]:
         "        const int64_t count_k = std::min<int64_t>(kDeep, call.padded - k0);",
         "        for (int64_t r = 0; r < count; ++r)",
         "          stored(call, w, row + r, k0, k0 + count_k, kept + r * stride);",
-        *(scales_of_panel(body, "kDeep", "kStretch") if body.by_integers and not body.whole_rows else []),
+        *(scales_of_panel(body, "kDeep", "kStretch") if grouped else []),
         f"        for (int64_t m = begin; m < end; m += {step}) {{",
         f"          const auto* panels = static_cast<const {number}*>(call.panels);",
         f"          const auto* x = panels + m * call.padded + k0 * {panel};",
+        *(_stretches(body) if grouped else []),
         f"          for (int64_t r0 = 0; r0 < count; r0 += {tile}) {{",
         f"            if (end - m > {half})",
         f"              {_multiplied(body, 2)}",
@@ -179,22 +191,38 @@ def _multiplied(body: Body, vectors: int) -> str:
         return f"multiply<{vectors}>({rows}, stride, x, count_k, {to}, across);"
     if body.whole_rows:
         return f"added<Codes, {vectors}, kStep>(tiles, {rows}, stride, x, next, count_k, {to}, across);"
-    zero = ""
-    if body.needs_sums:
-        zero = (
-            f" if ((k0 + k) % {body.sum_cols} == 0) all = scaled("
-            f"wide_sums(call.sum_panels + (k0 + k) / {body.sum_cols} * call.across + m + v * kWide), "
-            "zeros_[r0 + r][k / kStretch], all);"
-        )
+    zeros = str(_by_zeros(body)).lower()
     return (
-        "for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch) "
-        f"multiply<Codes, {vectors}, kStep>(tiles, {rows} + k, stride, x + k * kIntPanel, next, "
-        "kStretch, "
-        "[&](int r, int v, WideInts p) { "
-        f"float* at = {to} + r * across + v * kWide; "
-        f"WideSums all = scaled(p, scales_[r0 + r][k / kStretch], wide_sums(at));{zero} "
-        "store_wide(at, all); });"
+        f"scaled_and_added<Codes, {vectors}, kStep, kStretch, kDeep / kStretch, {zeros}>("
+        f"tiles, {rows}, stride, x, next, of_m, r0, {to}, across);"
     )
+
+
+def _by_zeros(body: Body) -> bool:
+    """Whether what is added for x's sum differs from row to row; else it is integers, alike for all rows."""
+    return body.scale is not None and body.scale.zero != "none"
+
+
+def _stretches(body: Body) -> list[str]:
+    """What stretches of some rows of x begin with: codes are `base` too high, times x's sum, where a stretch
+    has one; or those sums, for the zeros of each row."""
+    at = f"(k0 + k) / {body.sum_cols} * call.across + m"
+    use = [
+        "              for (int i = 0; i < std::min<int64_t>(2 * kHalf, call.across - m); ++i)",
+        f"                starts[k / kStretch][i] = -{body.base} * static_cast<int32_t>(",
+        f"                    call.sum_panels[{at} + i]);",
+    ]
+    if _by_zeros(body):
+        use = [f"              x_sums[k / kStretch] = call.sum_panels + {at};"]
+    first = [f"            if ((k0 + k) % {body.sum_cols} == 0)", *use]
+    return [
+        "          alignas(64) int32_t starts[kDeep / kStretch][2 * kHalf] = {};",
+        "          const float* x_sums[kDeep / kStretch] = {};",
+        "          int64_t stretches = 0;",
+        "          for (int64_t k = 0; k < count_k && k0 + k < call.k; k += kStretch, ++stretches)",
+        *(first if body.needs_sums else ["            ;"]),
+        "          const Stretches of_m = {stretches, starts[0], scales_[0], zeros_[0], x_sums};",
+    ]
 
 
 def _exact(body: Body) -> list[str]:

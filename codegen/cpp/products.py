@@ -63,7 +63,8 @@ def tile(body: Body) -> list[str]:
     run = [
         *units(body),
         *AHEAD,
-        f"      const {element}* x = rows + k;",
+        f"      const {element}* x[M];  // one address each: others would not fit in registers",
+        "      for (int m = 0; m < M; ++m) x[m] = settled(rows + k + m * padded);",
     ]
     for first, slices in body.stretches():
         run += ["      {", *(f"        {line}" for line in fresh if not body.whole_rows)]
@@ -128,9 +129,9 @@ def tail(body: Body) -> list[str]:
     ]
 
 
-def each_float(body: Body, i: int, use: Sequence[str]) -> list[str]:
+def each_float(body: Body, i: int, use: Sequence[str], before: Sequence[str] = ()) -> list[str]:
     """Slice i of R rows as vectors of floats: `use` has each, `f`, of row r; it is number `part` of the chunk
-    of the slice that begins at code v."""
+    of the slice that begins at code v. `before`: what the rows share."""
     step, places, takes = loads(body, i)
     made = decode(body.spec.weight.element, takes)
     if made.bytes == "b0" and not body.held:  # as they lie: widening reads memory
@@ -149,6 +150,7 @@ def each_float(body: Body, i: int, use: Sequence[str]) -> list[str]:
         "          }",
         f"          unrolled<{step} / kFloats>([&](auto part_) {{",
         "            constexpr int part = decltype(part_)::value;",
+        *(f"            {line}" for line in before),
         "            for (int r = 0; r < R; ++r) {",
         f"              const Floats f = {floats};",
         *(f"              {line}" for line in use),
@@ -171,22 +173,28 @@ def registers(step: int, places: Sequence[str]) -> list[str]:
 
 
 def _of_floats(body: Body, i: int) -> list[str]:
-    at = f"m * padded + {i * body.walk.length} + v + part * kFloats"
-    use = f"p[r][m][part % A] = madd(f, loadf(x + {at}), p[r][m][part % A]);"
-    return each_float(body, i, [f"for (int m = 0; m < M; ++m) {use}"])
+    at = f"{i * body.walk.length} + v + part * kFloats"
+    # Rows of the weight share what is loaded of x: loads are two a cycle, as many as products.
+    before = [
+        "Floats y[M];",
+        f"for (int m = 0; m < M; ++m) y[m] = shared<R>(loadf(x[m] + {at}));",
+    ]
+    use = "p[r][m][part % A] = madd(f, y[m], p[r][m][part % A]);"
+    return each_float(body, i, [f"for (int m = 0; m < M; ++m) {use}"], before)
 
 
 def _of_integers(body: Body, i: int) -> list[str]:
     step, places, takes = loads(body, i)
     element = body.spec.weight.element
     assert isinstance(element, Integer)
-    at = f"m * padded + {i * body.walk.length} + v"
+    at = f"{i * body.walk.length} + v"
     return [
         f"        for (int v = 0; v < kLength; v += {step})",
         "          for (int r = 0; r < R; ++r) {",
         *(f"            {line}" for line in registers(step, places)),
         f"            const Bytes c = {raw(element, takes)};",
-        f"            for (int m = 0; m < M; ++m) p[r][m][0] = dot<{element.bits}>(c, x + {at}, p[r][m][0]);",
+        "            for (int m = 0; m < M; ++m)",
+        f"              p[r][m][0] = dot<{element.bits}>(c, x[m] + {at}, p[r][m][0]);",
         "          }",
     ]
 

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 
+from .formats.batched import one_by_one
 from .formats.round_groups import KERNELS
 
 _library: Any = torch.library.Library("bitfold", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
+    @cache
+    def found() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(
+            importlib.import_module(f".lowering.{module}", __package__), name
+        )
+        return function
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f".lowering.{module}", __package__), name)(*args, **kwargs)
+        return found()(*args, **kwargs)
 
     return call
 
@@ -86,3 +95,10 @@ torch.library.register_autograd(
 for _name, _function in (("round_groups", "rounded"), ("round_groups_backward", "gradients")):
     _library.impl(_name, _later("cuda.rounding", _function), "CUDA")
 KERNELS["cuda"] = _later("cuda.rounding", "has_kernel")
+
+# torch.vmap; operators that write have no rule.
+torch.library.register_vmap("bitfold::fused", _later("fused", "mapped"), lib=_library)
+for _name in ("cpu_linear", "rows", "fused_beside", "few_queries", "conv", "attend", "attend_few"):
+    torch.library.register_vmap(
+        f"bitfold::{_name}", one_by_one(getattr(torch.ops.bitfold, _name).default), lib=_library
+    )

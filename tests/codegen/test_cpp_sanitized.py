@@ -47,6 +47,9 @@ ONLY = ("convolutions",)
 RUNS = [(part, vectors) for part in PARTS for vectors in KINDS]
 # Tiles of AMX, or their model.
 RUNS += [("tiles", widest())] * any(one.tiles for one in runnable())
+# Groups side by side, as AVX2 has them, in AVX2 and in plain C++.
+RUNS += [("side by side", VECTORS["avx2"])] * (VECTORS["avx2"] in runnable())
+PARTS["side by side"] = ["test_cpp_lanes.py::test_values"]
 PARTS["tiles"] = [
     "test_cpp_tiles.py::test_formats",
     "test_cpp_tiles.py::test_epilogues",

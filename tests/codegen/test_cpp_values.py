@@ -104,23 +104,28 @@ def test_any_shape(compiled: None, text: str, m: int, n: int, groups: int, seed:
     check(spec, m, seed)
 
 
-def test_sums_of_integers_are_exact() -> None:
-    """Where a saturating product of bytes would not be: the largest codes everywhere."""
-    k = 4096
-    for text, code in (("int8 x int8", 127), ("int8 x int8", -128), ("int4 x int8", 7)):
-        weight, _, _ = text.partition(" x ")
-        f = cpu_layout(format(weight), k, format("int8"))
-        assert f is not None
-        spec = GemmSpec(f, 8, k, "f32", activation=format("int8"))
-        codes = torch.full((8, k), code, dtype=torch.int8)
-        for x in (127, -128):
-            xs = torch.full((2, k), x, dtype=torch.int8)
-            unpacked = codes.view(torch.uint8) & ((1 << f.element.bits) - 1)
-            ones = torch.ones_like(f.quantize(torch.ones(8, k)).parts[1])
-            (y,) = torch.ops.bitfold.fused(
-                [xs.view(torch.uint8), torch.ones(2, 1), f.pack(unpacked), ones], str(spec)
-            )
-            assert (y == float(k * code * x)).all(), (text, code, x)
+@pytest.mark.parametrize("vectors", ["widest", "avx2"])
+def test_sums_of_integers_are_exact(vectors: str) -> None:
+    """Where a saturating product of bytes would not be, nor sums of 16 bits: the largest codes everywhere."""
+    here = runnable()[0] if vectors == "widest" else VECTORS[vectors]
+    if here not in runnable():
+        pytest.skip("needs AVX2")
+    k, act = 4096, format("int8")
+    cases = [
+        GemmSpec(f, 24, k, "f32", activation=act)
+        for text in ("int8", "int7", "int6", "int5", "int4", "int4[g64]", "int2[g32]")
+        if (f := cpu_layout(format(text), k, act, vectors=here)) is not None
+    ]
+    build.know(cases, here)
+    for spec, m in [(spec, m) for spec in cases for m in (2, 12)]:
+        f, most = spec.weight, 1 << spec.weight.element.bits - 1
+        ones = torch.ones_like(f.quantize(torch.ones(24, k)).parts[1])
+        for code, x in [(code, x) for code in (most - 1, -most) for x in (127, -128)]:
+            codes = torch.full((24, k), code, dtype=torch.int8).view(torch.uint8) & (2 * most - 1)
+            xs = torch.full((m, k), x, dtype=torch.int8).view(torch.uint8)
+            (y,) = torch.ops.bitfold.fused([xs, torch.ones(m, 1), f.pack(codes), ones], str(spec))
+            assert (y == float(k * code * x)).all(), (str(spec), m, code, x)
+    build.know(cases)
 
 
 def test_autocast_changes_no_sum() -> None:

@@ -116,7 +116,7 @@ def test_a_folded_layer_takes_keywords() -> None:
     bf.quantize(model, "int8_all", target="reference")
     assert torch.equal(model["fc"](input=x), model["fc"](x))
     assert torch.equal(model["embed"](input=torch.tensor([3])), model["embed"](torch.tensor([3])))
-    with pytest.raises(TypeError, match=r"takes \['input'\] and got 0 in order and \['x'\]"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
         model["fc"](x=x)
 
 

@@ -74,6 +74,15 @@ template <int count, class F> inline void unrolled(F&& f) {
 constexpr int kLine = 64;
 inline void ahead(const void* p) { __builtin_prefetch(p); }
 
+// An address that the compiler takes as it is, without adding its own from what it was made of.
+template <class T> inline T* settled(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// What so many rows use: loaded once for all of them.
+template <int rows> inline Floats shared(Floats v) { return rows > 1 ? in_register(v) : v; }
+
 inline float dotted(const float* a, const float* b, int64_t count) {
   Floats all = zeros();
   int64_t i = 0;

@@ -10,6 +10,7 @@ namespace bitfold {
 
 constexpr int kFloats = 8;
 constexpr int kInts = 8;
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
@@ -146,6 +147,7 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return r;
 }
 
+template <class V> inline V in_register(V v) { return v; }  // see avx2.h
 inline Ints no_ints() { return Ints{}; }
 inline int32_t sum(Ints a) {
   int32_t r = 0;
@@ -183,7 +185,7 @@ inline Ints products(Words w, const int16_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
-constexpr int kTile = 6, kIntTile = 4;
+constexpr int kTile = 6;
 inline Ints numbers(const void* x) {
   Ints r;
   std::memcpy(r.v, x, 32);
@@ -196,7 +198,7 @@ inline Ints broadcast(const void* w) {
   return r;
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, tile = 4, least = 9, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {
