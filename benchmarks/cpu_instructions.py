@@ -27,7 +27,10 @@ from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.codegen.cpp.vectors import VECTORS
 from bitfold.formats import format
 
-FORMATS = ["int8", "int4[g64]", "uint4[g32,zero]", "int3[g64]", "mxfp4", "nf4[g64]", "float8_e4m3fn"]
+FORMATS = [
+    "int8", "int4[g64]", "uint4[g32,zero]", "int3[g64]", "int3[g128]", "mxfp4", "nvfp4", "nf4[g64]",
+    "float8_e4m3fn",
+]  # fmt: skip
 COUNTED = re.compile(rb"Collected : (\d+)")
 
 
@@ -69,6 +72,8 @@ def main() -> None:
         for shape in given.shapes:
             for m in given.ms:
                 n, k = map(int, shape.split("x"))
+                if k % (format(text.partition(" x ")[0]).cols or 1):
+                    continue  # no whole groups
                 each = counted(text, n, k, m, turn=m >= 9)
                 rows.append({"format": text, "n": n, "k": k, "m": m, "instructions": round(each, 4)})
                 print(f"{text:18} {shape:10} M={m:<3} {each:6.3f} instructions a weight", flush=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cpu_tables import cpu_instructions, cpu_pages
 from markdown_table import table
 from ptq_tables import ptq, ptq_short, search_sizes, search_times
 from training_tables import qat_images, qat_lm, qat_step
@@ -156,6 +157,7 @@ def _speed(row: dict[str, Any] | None, base: dict[str, Any] | None) -> str:
 TABLES: dict[str, Callable[[dict[str, Any], str], str]] = {
     "demo": demo, "kernels": kernels, "llama": llama, "cpu": cpu, "cpu_linears": cpu_linears, "ptq": ptq,
     "ptq_short": ptq_short, "search_sizes": search_sizes, "search_times": search_times, "vision": vision,
+    "cpu_pages": cpu_pages, "cpu_instructions": cpu_instructions,
     "vision_times": vision_times, "qat_lm": qat_lm, "qat_step": qat_step, "qat_images": qat_images,
 }  # fmt: skip
 
