@@ -66,7 +66,7 @@ def frozen(model: torch.nn.Module) -> Any:
 def ours(name: str, batch: int, seconds: float) -> dict[str, Any]:
     """A row: float32; `int8_static` by torch.compile; the same as a program, by bf.compile."""
     import bitfold as bf
-    from bitfold.codegen.cpp.vectors import vectors
+    from bitfold.codegen.cpp.vectors import widest
 
     model, shape = build(name)
     x, data = torch.randn(batch, *shape), [torch.randn(batch, *shape) for _ in range(4)]
@@ -74,7 +74,7 @@ def ours(name: str, batch: int, seconds: float) -> dict[str, Any]:
         "int8_static, program": bf.quantize(model, "int8_static", scope="program", calibration=data),
         "int8_static": bf.quantize(build(name)[0], "int8_static", calibration=data),
     }
-    row: dict[str, Any] = {"model": name, "batch": batch, "vectors": vectors()}
+    row: dict[str, Any] = {"model": name, "batch": batch, "vectors": widest().name}
     with torch.inference_mode():
         wanted, made = model(x), {"float32": frozen(model)}
         made["int8_static"] = torch.compile(

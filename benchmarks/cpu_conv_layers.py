@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Interpreter, Node
 import bitfold as bf
 from bitfold.codegen.conv import ConvSpec, panels
 from bitfold.codegen.cpp.conv_build import know
-from bitfold.codegen.cpp.vectors import vectors
+from bitfold.codegen.cpp.vectors import widest
 from bitfold.formats import format
 
 CONV = torch.ops.bitfold.conv.default
@@ -105,7 +105,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     peak = yardstick(True, 1.0)
-    print(f"{processor()}, {vectors()}: {peak:.1f} products a ns")
+    print(f"{processor()}, {widest().name}: {peak:.1f} products a ns")
     rows: dict[str, Any] = {}
     for name in given.models:
         model, shape = build(name)
@@ -117,7 +117,7 @@ def main() -> None:
         rows[name] = [asdict(layer) for layer in timed.layers]
         printed(name, timed.layers, peak, given.each)
     if given.out:
-        about = {"processor": processor(), "vectors": vectors(), "torch": torch.__version__}
+        about = {"processor": processor(), "vectors": widest().name, "torch": torch.__version__}
         about |= {"products a ns": peak, "models": rows}
         given.out.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 

@@ -24,6 +24,7 @@ from kernel_alone import built, ran
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp.library import LOOPS, STRICT
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import VECTORS
 from bitfold.formats import format
 
 FORMATS = ["int8", "int4[g64]", "uint4[g32,zero]", "int3[g64]", "mxfp4", "nf4[g64]", "float8_e4m3fn"]
@@ -34,14 +35,14 @@ def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
     """Instructions for each weight of a product with m rows of x."""
     name, _, of_x = text.partition(" x ")
     activation = format(of_x) if of_x else None
-    laid_out = cpu_layout(format(name), k, activation)
+    laid_out = cpu_layout(format(name), k, activation, vectors=VECTORS["avx2"])
     assert laid_out is not None, text
     spec = GemmSpec(laid_out, n, k, "f32", activation=activation)
     x = torch.randn(m, k)
     inputs = [x] if activation is None else list(activation.quantize(x).parts)
     inputs += laid_out.quantize(torch.randn(n, k)).parts
     with tempfile.TemporaryDirectory() as folder:
-        program = built(spec, "avx2", Path(folder), flags=("-O3", *STRICT, *LOOPS))
+        program = built(spec, VECTORS["avx2"], Path(folder), flags=("-O3", *STRICT, *LOOPS))
         found = []
         for repeats in (1, 3):
             ran(program, spec, inputs, turn=turn, repeats=repeats)

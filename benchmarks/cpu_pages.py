@@ -1,12 +1,13 @@
-"""What pages of 2 MiB are worth: reading alone, and kernels on one row of x, in small and in large pages.
+"""Bytes a second of kernels on one row of x beside reading alone, in pages of 4 KiB and of 2 MiB.
 
-In: a shape, formats. Out: GB/s of each in both kinds of page, and with --out the numbers as JSON.
+In: a shape, formats. Out: GB/s of each and its share of reading, and with --out the numbers as JSON.
 
     python benchmarks/cpu_pages.py 14336x4096 --formats int8 'int4[g64]' --threads 2 --out pages.json
 
 Reading alone is `read_pages.cpp`, by two threads whatever --threads is. Kernels ask for large pages when they
 first see a weight (`headers/pages.h`); memory is kept from it here by MADV_NOHUGEPAGE, which is looked at,
-then asked for. Weights past the last level of cache; the best of the repeats. Linux 6.1 or newer, and AVX2.
+then asked for. Weights past the last level of cache. In turns, for a machine whose memory others use too:
+in each round reading, then each kernel; shares are of the same round. Linux 6.1 or newer, and AVX2.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import statistics
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,11 @@ from torch import Tensor
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp.build import know
 from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.vectors import widest
 from bitfold.formats import format
 
+FORMATS = ["int8", "int4[g128]", "int4[g64]", "int3[g128]", "int3[g64]", "mxfp4", "nvfp4"]
+WARM = 0.2  # seconds
 PAGE = 2 << 20
 NO_LARGE, LARGE, COLLAPSE = 15, 14, 25  # MADV_NOHUGEPAGE, MADV_HUGEPAGE, MADV_COLLAPSE
 
@@ -56,41 +62,79 @@ def in_large_pages(tensors: list[Tensor]) -> int:
     return found
 
 
+@cache
+def reader() -> tempfile.TemporaryDirectory[str]:
+    """A folder with the program `read`."""
+    folder = tempfile.TemporaryDirectory()
+    text = Path(__file__).with_name("read_pages.cpp")
+    told = [
+        "g++",
+        "-O3",
+        "-march=x86-64-v3",
+        "-std=c++17",
+        str(text),
+        "-o",
+        f"{folder.name}/read",
+        "-lpthread",
+    ]
+    subprocess.run(told, check=True)
+    return folder
+
+
 def reading() -> dict[str, float]:
     """Bytes a second of reading alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "read"
-        text = Path(__file__).with_name("read_pages.cpp")
-        told = ["g++", "-O3", "-march=x86-64-v3", "-std=c++17", str(text), "-o", str(program), "-lpthread"]
-        subprocess.run(told, check=True)
-        small, large = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    program = Path(reader().name) / "read"
+    small, large = subprocess.run([program], stdout=subprocess.PIPE, text=True, check=True).stdout.split()
     return {"small": float(small), "large": float(large)}
 
 
-def product(text: str, n: int, k: int, seconds: float) -> dict[str, Any]:
-    """A row: bytes a second of one format's kernel in both kinds of page."""
-    laid_out = cpu_layout(format(text), k)
-    assert laid_out is not None, text
-    spec = GemmSpec(laid_out, n, k, "f32")
-    know([spec])
-    x, q = torch.randn(1, k), laid_out.quantize(torch.randn(n, k) * 0.05)
-    copies = [[part.clone() for part in q.parts] for _ in range(max(1, int(PAST_CACHE / 2 / q.nbytes)))]
-    calls = [lambda p=p: torch.ops.bitfold.fused([x, *p], str(spec)) for p in copies]
-    row: dict[str, Any] = {"format": text, "n": n, "k": k, "bytes": q.nbytes}
-    for parts in copies:
-        for part in parts:
-            advise(part, NO_LARGE)
-    tensors = [part for parts in copies for part in parts]
+class Product:
+    """One format's kernel on one row of x, by turns on copies of its weights past the last level of cache."""
+
+    def __init__(self, text: str, n: int, k: int) -> None:
+        laid_out = cpu_layout(format(text), k)
+        assert laid_out is not None, text
+        spec = GemmSpec(laid_out, n, k, "f32")
+        know([spec])
+        x, q = torch.randn(1, k), laid_out.quantize(torch.randn(n, k) * 0.05)
+        copies = [[part.clone() for part in q.parts] for _ in range(max(1, int(PAST_CACHE / 2 / q.nbytes)))]
+        self.calls = [lambda p=p: torch.ops.bitfold.fused([x, *p], str(spec)) for p in copies]
+        self.tensors = [part for parts in copies for part in parts]
+        self.row: dict[str, Any] = {
+            "format": text,
+            "n": n,
+            "k": k,
+            "bytes": q.nbytes,
+            "small": [],
+            "large": [],
+        }
+        self.advise(NO_LARGE)
+
+    def advise(self, advice: int) -> None:
+        for tensor in self.tensors:
+            advise(tensor, advice)
+
+    def measure(self, pages: str, seconds: float) -> None:
+        """A round: bytes a second, once both threads run: one may have slept, on the other's core."""
+        best(self.calls, WARM)
+        self.row[pages].append(self.row["bytes"] / best(self.calls, seconds))
+
+
+def measured(products: list[Product], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Bytes a second of reading alone, in each round; products, in turns with it, keep theirs."""
+    alone: dict[str, list[float]] = {"small": [], "large": []}
     for pages in ("small", "large"):
-        row[pages] = q.nbytes / best(calls, seconds)
-        row[f"bytes_in_large_pages_{pages}"] = in_large_pages(tensors)
-        if pages == "small" and row["bytes_in_large_pages_small"]:
-            raise SystemExit("memory that was to lie in small pages does not; nothing was measured")
-        for parts in copies:
-            for part in parts:
-                advise(part, LARGE)
-                advise(part, COLLAPSE)
-    return row
+        for _ in range(rounds):
+            alone[pages].append(reading()[pages])
+            for product in products:
+                product.measure(pages, seconds / rounds)
+        for product in products:
+            held = product.row[f"bytes_in_large_pages_{pages}"] = in_large_pages(product.tensors)
+            if pages == "small" and held:
+                raise SystemExit("memory that was to lie in small pages does not; nothing was measured")
+            product.advise(LARGE)
+            product.advise(COLLAPSE)
+    return alone
 
 
 def main() -> None:
@@ -98,36 +142,39 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("shape")
-    parser.add_argument(
-        "--formats", nargs="+", default=["int8", "int4[g128]", "int4[g64]", "int3[g128]", "mxfp4"]
-    )
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each product, in all rounds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     n, k = map(int, given.shape.split("x"))
     with torch.inference_mode():
-        big = torch.randn(1 << 26)
-        advise(big, NO_LARGE)
-        of_torch = big.nbytes / min(best([lambda: big.sum()], 1.0), best([lambda: big.amax()], 1.0))
-        rows = [product(text, n, k, given.seconds) for text in given.formats]
+        products = [Product(text, n, k) for text in given.formats]
+        alone = measured(products, given.rounds, given.seconds)
     record: dict[str, Any] = {
         "machine": processor(),
         "torch": torch.__version__,
+        "vectors": str(widest()),
         "threads": given.threads,
-        "read_by_torch": of_torch,
-        "read": reading(),
-        "rows": rows,
+        "read": alone,
+        "rows": [product.row for product in products],
     }
-    alone = record["read"]
-    print(f"torch reads {of_torch / 1e9:.1f} GB/s", *(f"{name}: {alone[name] / 1e9:.1f}" for name in alone))
-    for row in rows:
-        small, large = row["small"], row["large"]
-        said = f"{small / 1e9:.1f} GB/s, {small / of_torch:.1%} of torch's; large {large / 1e9:.1f}"
-        print(f"{row['format']:12} {said}")
+    print("reading alone, GB/s:", *(f"{name} {max(alone[name]) / 1e9:.1f}" for name in alone))
+    for row in record["rows"]:
+        said = [
+            f"{name} {max(row[name]) / 1e9:5.1f} GB/s, {share(row[name], alone[name]):.0%} of reading"
+            for name in alone
+        ]
+        print(f"{row['format']:12}", *said)
     if given.out:
         given.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def share(of: list[float], alone: list[float]) -> float:
+    """The median over rounds of what a kernel reads of what reading alone does in the same round."""
+    return statistics.median(a / b for a, b in zip(of, alone, strict=True))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from cpu import processor
 
 from bitfold.codegen.cpp.library import HEADERS
-from bitfold.codegen.cpp.vectors import FLAGS
+from bitfold.codegen.cpp.vectors import VECTORS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
@@ -25,7 +25,7 @@ def measured() -> dict[str, float]:
     """Nanoseconds of each operation; CalledProcessError where the system lets nobody use tiles."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "tiles"
-        flags = [*FLAGS["amx"], f"-I{HEADERS}", "-std=c++17", "-O3"]
+        flags = [*VECTORS["amx"].flags, f"-I{HEADERS}", "-std=c++17", "-O3"]
         subprocess.run(["g++", *flags, str(SOURCE), "-o", str(program)], check=True)
         told = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     found: dict[str, float] = json.loads(told)

@@ -26,7 +26,7 @@ from torch import Tensor
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp.build import know
 from bitfold.codegen.cpp.support import cpu_layout
-from bitfold.codegen.cpp.vectors import vectors
+from bitfold.codegen.cpp.vectors import VECTORS, widest
 from bitfold.formats import Quantized, format
 
 FORMATS = ["int8 x int8", "int8", "int4[g128]", "int4[g64]", "int4[g64] x int8"]
@@ -79,13 +79,15 @@ def row(text: str, n: int, k: int, m: int, given: argparse.Namespace) -> dict[st
     exact = values.double() @ q.dequantize(torch.float64).T
     errors = {}
     for kind in given.vectors:
-        know([spec], kind)
+        know([spec], VECTORS[kind])
         (y,) = op([*of_call, *q.parts], said)
         errors[kind] = float((y - exact).norm() / exact.norm())
         assert errors[kind] < 1e-5, (text, kind, errors)
     parts = copies(q.parts)
     calls = [lambda p=p: op([*of_call, *p], said) for p in parts]
-    found = in_turn(dict.fromkeys(given.vectors, calls), lambda kind: know([spec], kind), given.seconds)
+    found = in_turn(
+        dict.fromkeys(given.vectors, calls), lambda kind: know([spec], VECTORS[kind]), given.seconds
+    )
     us = {kind: 1e6 * seconds for kind, seconds in found.items()}
     return {"format": text, "n": n, "k": k, "m": m, "us": us, "bytes": q.nbytes, "errors": errors}
 
@@ -110,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vectors", nargs="+", default=["amx", "avx512vnni"])
+    parser.add_argument("--vectors", nargs="+", choices=list(VECTORS), default=["amx", "avx512vnni"])
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "1536x576"])
@@ -121,7 +123,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     about = {
-        "machine": processor(), "torch": torch.__version__, "threads": given.threads, "here": vectors(),
+        "machine": processor(), "torch": torch.__version__, "threads": given.threads, "here": widest().name,
         "read": read_bandwidth(),
     }  # fmt: skip
     print(about, flush=True)

@@ -2,7 +2,7 @@
 
 In: a spec, vectors, a compiler. Out: a program (`built`), and what it computes from a call's tensors (`ran`).
 
-    program = built(spec, "neon", folder, ["aarch64-linux-gnu-g++", "-static"])
+    program = built(spec, VECTORS["neon"], folder, ["aarch64-linux-gnu-g++", "-static"])
     y = ran(program, spec, inputs, runner=["qemu-aarch64"])
 
 x comes as float32 or int8 codes, and the epilogue is plain: it is the products that are looked at.
@@ -22,23 +22,28 @@ from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import source
 from bitfold.codegen.cpp.build import facts_of
 from bitfold.codegen.cpp.library import HEADERS
-from bitfold.codegen.cpp.vectors import FLAGS, header
+from bitfold.codegen.cpp.vectors import Vectors
 
 MAIN = Path(__file__).with_name("kernel_main.cpp")
 
 
 def built(
     spec: GemmSpec,
-    vectors: str,
+    vectors: Vectors,
     folder: Path,
     compiler: Sequence[str] = ("g++",),
     flags: Sequence[str] = ("-O3",),
 ) -> Path:
     """The program, in `folder`; CalledProcessError with the compiler's words if it refuses."""
-    text, program = folder / "kernel.cpp", folder / "kernel"
-    text.write_text(source(spec), encoding="utf-8")
-    told = [f'-DVECTORS="{header(vectors)}"', f"-I{HEADERS}", *FLAGS[vectors], "-std=c++17", *flags]
-    subprocess.run([*compiler, *told, str(text), str(MAIN), "-o", str(program)], check=True)
+    return compiled(source(spec), MAIN, vectors, folder, [*compiler, *flags])
+
+
+def compiled(text: str, main: Path, vectors: Vectors, folder: Path, command: Sequence[str]) -> Path:
+    """A program of a kernel's text and what calls it."""
+    kernel, program = folder / "kernel.cpp", folder / "kernel"
+    kernel.write_text(text, encoding="utf-8")
+    told = [f'-DVECTORS="{vectors.header}"', f"-I{HEADERS}", *vectors.flags, "-std=c++17"]
+    subprocess.run([*command, *told, str(kernel), str(main), "-o", str(program)], check=True)
     return program
 
 

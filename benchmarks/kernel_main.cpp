@@ -34,7 +34,7 @@ int main(int, char** names) {
     if (size > 0 && std::fread(part, size, 1, file) != 1) return 2;
   }
   std::fclose(file);
-  const Rows rows = {parts[0], g.m, g.k, g.padded, g.sum_cols, wants()->order};
+  const Rows rows = {parts[0], g.m, g.k, g.padded, g.sum_cols, wants()->order, wants()->lanes};
   std::vector<float> sums(g.m * rows.sums()), turned_, numbers, units;
   std::vector<int8_t> codes, cut;
   std::vector<int16_t> wide;
@@ -94,8 +94,8 @@ int main(int, char** names) {
     for (int64_t m = 0; m < g.m; ++m) ready<f32>(rows, m, numbers.data() + m * g.padded, sums.data());
     call.x = numbers.data();
     const bool alone = g.m == 1 && wants()->digits > 0;
-    if (!(alone && in_digits(numbers.data(), g.padded, *wants(), digits, call)) && rows.order != nullptr)
-      placed(numbers.data(), g.m * g.padded, rows.order);
+    if (!(alone && in_digits(numbers.data(), g.padded, *wants(), digits, call)))
+      placed(numbers.data(), g.m * g.padded, rows);
   }
   call.x_sums = sums.data();
   for (int64_t i = 0; i < g.repeats; ++i) g.turn != 0 ? many(&call, 0, g.n, 0, g.m) : run(&call, 0, g.n);

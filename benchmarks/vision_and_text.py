@@ -45,7 +45,7 @@ from torch.nn import functional as F
 from vision_models import digits_network, efficientnet_lite0
 
 import bitfold as bf
-from bitfold.codegen.cpp.vectors import vectors
+from bitfold.codegen.cpp.vectors import widest
 
 OBSERVERS = ("minmax", "percentile:99.99", "mse", "entropy")
 Ways = dict[str, tuple[bf.Recipe | str, str | None]]
@@ -369,7 +369,7 @@ def _write(given: argparse.Namespace, name: str, rows: list[Row]) -> None:
         kept = [row for row in found["rows"] if row["model"] != name]
     about[name] = {
         "processor": processor(),
-        "vectors": vectors(),
+        "vectors": widest().name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "asked": {key: value for key, value in vars(given).items() if key not in ("out", "models")},

@@ -123,6 +123,18 @@ class ConvSpec:
         return self.groups > 1 and self.k == 1
 
     @property
+    def of_a_line(self) -> bool:
+        """Whether it may be a convolution of one dimension."""
+        top, _, bottom, _ = self.padding
+        return bool(self.kernel) and (self.kernel[0], self.stride[0], top, bottom, self.dilation[0]) == (
+            1,
+            1,
+            0,
+            0,
+            1,
+        )
+
+    @property
     def layout(self) -> Panels:
         """How the weight lies."""
         return panels(self.n, self.k, self.taps, self.groups)

@@ -19,8 +19,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from . import group_lanes, panels, registry, spare, sparsity, units
 from . import layout as layouts
-from . import panels, registry, sparsity, units
 from .catalog import FORMATS
 from .element import Element
 from .errors import FormatError, nearest
@@ -113,9 +113,10 @@ def _item(text: str, word: str) -> tuple[str, Any]:
 
 
 def _layout(word: str) -> Layout | None:
-    built_in = layouts.parse(word) or panels.parse(word) or units.Units.parse(word)
-    if built_in is not None:
-        return built_in
+    for parse in (layouts.parse, spare.parse, group_lanes.parse, panels.parse, units.Units.parse):
+        built_in = parse(word)
+        if built_in is not None:
+            return built_in
     found = registry.registered().get(word)
     return found if isinstance(found, Layout) else None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,61 +27,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized, format
+from .folded_weight import Canonical, FoldedWeight
 from .read_only import ReadOnly
 from .retype import retyped, retyped_body
 from .straight_forward import plain_class, straight_class
-
-Steps = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Canonical:
-    """What a file says of a folded module: its folded graph as data, what each attribute is called in the
-    module, and the numbers of dimensions that its inputs must have (None for any).
-    """
-
-    graph: dict[str, Any]
-    names: dict[str, str]
-    ranks: tuple[int, ...] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Canonical:
-        # Never written to, and as large for each copy as the graph's text.
-        return self
-
-
-@dataclass(frozen=True)
-class FoldedWeight:
-    """One parameter that became codes.
-
-    `path` is the parameter's first path in the model, `format` that of the parts as they lie here,
-    `canonical` the same in the layout that files have. `back` leads from the decoded rows to the parameter by
-    ("columns", places), ("permute", dims), ("reshape", shape) and ("hadamard", ()) steps; None if the rows
-    are only a slice of it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    path: str
-    format: str
-    canonical: str
-    k: int
-    parts: tuple[str, ...]
-    back: Steps | None = ()
-
-    def restore(self, rows: Tensor) -> Tensor:
-        """The parameter in its own shape, from the decoded rows."""
-        if self.back is None:
-            raise BitfoldError(
-                f"{self.name!r} was folded through a slice of it, so it cannot be decoded as a whole"
-            )
-        for step, sizes in self.back:
-            if step == "columns":
-                rows = rows[..., torch.tensor(sizes, device=rows.device)]
-            elif step == "hadamard":
-                rows = torch.ops.bitfold.hadamard(rows, True)
-            else:
-                rows = rows.permute(sizes) if step == "permute" else rows.reshape(sizes)
-        return rows
 
 
 class Folded(nn.Module):

@@ -18,7 +18,8 @@ from torch import nn
 from ..formats import BitfoldError
 from ..passes.recipes import Recipe, is_head
 from ..passes.rules import STORED, Rule, Site
-from .folded import Folded, FoldedWeight
+from .folded import Folded
+from .folded_weight import FoldedWeight
 
 
 def folded_sites(model: nn.Module, recipe: Recipe) -> Iterator[Site]:

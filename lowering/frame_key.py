@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from ..codegen.cpp.vectors import vectors
+from ..codegen.cpp.vectors import widest
 from ..passes import Miss
 
 _OWNERS = ("torch", "_operator", "operator", "builtins", "math")
@@ -123,7 +123,7 @@ def _process() -> list[str]:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
-        vectors(),
+        widest().name,
         torch.backends.mkldnn.enabled,
     )
     return [

@@ -30,7 +30,8 @@ from .cpu import conv
 from .files.graph_data import Data, tensor_names
 from .files.graph_data import load as load_graph
 from .files.graph_values import enum_value
-from .folded import Canonical, FoldedWeight, Steps, fold_module
+from .folded import fold_module
+from .folded_weight import Canonical, FoldedWeight, Steps
 from .fused import weights_of
 from .lower import Lower
 from .target import default_target, get_target

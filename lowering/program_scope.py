@@ -35,7 +35,7 @@ from .algorithms.calibration import Batches
 from .algorithms.enough_data import measured, warn_of_few
 from .algorithms.measure import Gatherer, linears
 from .files.graph_data import dump
-from .folded import Canonical
+from .folded_weight import Canonical
 from .install import CANONICAL, lower_graph
 from .kv_cache.quantize import QuantizeCache, speaks_of_caches
 from .parameters import with_all_names

@@ -22,7 +22,8 @@ from torch.fx import GraphModule
 from ..formats import BitfoldError
 from ..passes import MissRecord, state
 from ..passes.stages import find_attribute
-from .folded import Canonical, Folded
+from .folded import Folded
+from .folded_weight import Canonical
 from .given_model import is_graph, module_of
 from .install import CANONICAL, Parts, canonical_parts, decoded_dtypes, weight_parts
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..passes import Expression
 from ..passes.anchors import BATCHED
-from .folded import Steps
+from .folded_weight import Steps
 
 aten = torch.ops.aten
 

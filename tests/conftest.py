@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# What tests of several folders use stands beside this.
+sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch

@@ -8,17 +8,19 @@ In: a `GemmSpec`. Out: a `Body`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ...formats import Integer, Scale
+from ...formats.group_lanes import GroupLanes
 from ...formats.rules import middle
-from ..slices import BYTE, Unwalkable, Walk, renumbered, walk
+from ..slices import BYTE, Unwalkable, Walk, joined, renumbered, walk
 from ..spec import GemmSpec
 from .values import Decode, decode
 
 RUN_OF_BYTES = 64  # of codes in order: longer runs of a row of 576 would end in padding
-BLOCK = 2048  # codes whose scales are kept ready, on the stack
+BLOCK = 4096  # codes whose scales are kept ready, on the stack
+WOVEN = 512  # codes of a run of groups side by side, at most: of a kernel's text, which has all of a run
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,13 @@ class Body:
     def token_cols(self) -> int | None:
         """Numbers of a row of x that share a scale."""
         return self.spec.activation.cols if self.spec.activation is not None else None
+
+    @property
+    def span(self) -> int | None:
+        """Codes of eight groups, whose codes lie side by side: lane i of a vector of eight numbers of 32
+        bits, integers or floats, belongs to group i of them. None where a stretch is of one group."""
+        layout = self.spec.weight.layout
+        return layout.span(self.spec.weight.run) if isinstance(layout, GroupLanes) else None
 
     @property
     def whole_rows(self) -> bool:
@@ -104,7 +113,7 @@ class Body:
     def block(self) -> int:
         """Codes of a row whose scales are turned into float32 together: whole runs and whole groups."""
         assert self.cols is not None
-        least = math.lcm(self.walk.codes, self.cols)
+        least = self.span or math.lcm(self.walk.codes, self.cols)
         return least * max(1, BLOCK // least)
 
     def added(self) -> str:
@@ -135,7 +144,9 @@ class Body:
         return terms[self.scale.zero if self.scale is not None else "none"]
 
     def stretches(self) -> list[tuple[int, list[int]]]:
-        """(first code, slices) of each stretch of a run whose codes share their scales."""
+        """(first code, slices) of each stretch of a run whose codes share their scales, or lanes of them."""
+        if self.span is not None:
+            return [(0, list(range(len(self.walk.slices))))]
         found: list[tuple[int, list[int]]] = []
         for i in range(len(self.walk.slices)):
             start = i * self.walk.length
@@ -167,4 +178,21 @@ class Body:
 
 def walk_of(spec: GemmSpec) -> Walk | Unwalkable:
     """How the kernel walks over a row: in bytes."""
+    if isinstance(spec.weight.layout, GroupLanes):
+        return _woven(spec, spec.weight.layout)
     return walk(spec.weight, spec.k, BYTE, math.gcd(*spec.groups), RUN_OF_BYTES)
+
+
+def _woven(spec: GemmSpec, layout: GroupLanes) -> Walk | Unwalkable:
+    """Over a row of groups side by side, in the order in which codes lie."""
+    weight = spec.weight
+    span = layout.span(weight.run)
+    inner = walk(weight.with_layout(layout.inner), span, BYTE)
+    if isinstance(inner, Unwalkable):
+        return inner
+    if span % inner.codes:
+        return Unwalkable(f"runs of {inner.codes} codes of {layout.inner} do not divide groups side by side")
+    times = max(t for t in range(1, max(1, WOVEN // inner.codes) + 1) if span % (t * inner.codes) == 0)
+    each = joined(inner, times)
+    runs = -(-spec.k // span) * span // each.codes
+    return replace(each, runs=runs, stride=layout.row_bytes(weight.element.bits, weight.run, spec.k))

@@ -1,4 +1,4 @@
-"""Kernels of convolutions compiled and made known to torch's operator `bitfold::conv`; see `build.py`.
+"""Kernels of convolutions compiled and made known to torch's operator `bitfold::conv`; see `known.py`.
 
 In: `ConvSpec`s. Out: nothing; a call of the operator then goes to the kernel without Python.
 
@@ -8,18 +8,14 @@ In: `ConvSpec`s. Out: nothing; a call of the operator then goes to the kernel wi
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any
 
 from ..conv import ConvSpec, has_zero
-from .build import operator
 from .conv_end import normed
 from .conv_source import source
+from .known import Addresses, Kernels, addresses
 from .library import Library
-from .vectors import FLAGS, vectors
+from .vectors import Vectors
 
 _PLACES = (
     *("n", "k", "kernel_height", "kernel_width", "stride_y", "stride_x", "top", "left", "bottom", "right"),
@@ -42,7 +38,7 @@ _COUNTS = (
 )
 
 
-class Facts(ctypes.Structure):
+class ConvFacts(ctypes.Structure):
     """What `conv_runtime.cpp` knows of a spec, field by field."""
 
     _fields_ = [
@@ -53,15 +49,14 @@ class Facts(ctypes.Structure):
     ]
 
 
-def facts_of(spec: ConvSpec, run: int, widen: int | None) -> Facts:
+def facts_of(spec: ConvSpec, entries: Addresses) -> ConvFacts:
     """The numbers that `conv_runtime.cpp` needs."""
     scale = spec.weight.scale
     assert scale is not None
     top, left, bottom, right = spec.padding
     height, width = spec.kernel or (1, 1)
-    return Facts(
-        run=run,
-        widen=widen,
+    return ConvFacts(
+        **entries,
         n=spec.n,
         k=spec.k,
         kernel_height=height,
@@ -93,37 +88,21 @@ def facts_of(spec: ConvSpec, run: int, widen: int | None) -> Facts:
     )
 
 
-@lru_cache(maxsize=1024)
-def _entries(library: Library) -> tuple[int, int | None]:
-    """The addresses of the kernel, and of what makes x ready for it, if it does not take x as it is."""
-    loaded = library.loaded(ctypes.CDLL)
-    run = ctypes.cast(loaded.run, ctypes.c_void_p).value
-    assert run is not None
-    return run, ctypes.cast(loaded.widen, ctypes.c_void_p).value if loaded.bytes() == 2 else None
+def _entries(loaded: ctypes.CDLL) -> Addresses:
+    """Of the kernel, and of what makes x ready for it, if it does not take x as it is."""
+    return addresses(loaded, ("run", "widen") if loaded.bytes() == 2 else ("run",))
 
 
-def _build(text: str) -> None:
-    know([ConvSpec.parse(text)])
+_CONVOLUTIONS = Kernels(
+    "conv_runtime",
+    ConvFacts,
+    parse=ConvSpec.parse,
+    library=lambda spec, vectors: Library(source(spec), vectors, loops=True),
+    entries=_entries,
+    told=facts_of,
+)
 
 
-_known: set[tuple[str, str]] = set()
-
-
-def know(specs: Iterable[ConvSpec], words: str | None = None) -> None:
-    """Makes the operator know these specs; kernels are compiled side by side, `words` being their vectors."""
-    words = words or vectors()
-    wanted = [spec for spec in dict.fromkeys(specs) if (str(spec), words) not in _known]
-    if not wanted:
-        return
-    libraries = [Library(source(spec), words, loops=True) for spec in wanted]
-    apart = list(dict.fromkeys(libraries))
-    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
-        first: Any = pool.submit(operator, "conv_runtime", "bitfold_conv_builder", _build)
-        entries = dict(zip(apart, pool.map(_entries, apart), strict=True))
-        loaded = first.result()
-    assert loaded.bitfold_size_of_conv_facts() == ctypes.sizeof(Facts), "the two do not list the same fields"
-    for spec, library in zip(wanted, libraries, strict=True):
-        loaded.bitfold_know_conv(str(spec).encode(), ctypes.byref(facts_of(spec, *entries[library])))
-        # One text has one kernel at a time: another's vectors, in a test, take its place.
-        _known.difference_update({(str(spec), other) for other in FLAGS})
-        _known.add((str(spec), words))
+def know(specs: Iterable[ConvSpec], vectors: Vectors | None = None) -> None:
+    """Makes the operator know these specs. CodegenError if the compiler refuses one."""
+    _CONVOLUTIONS.know(specs, vectors)

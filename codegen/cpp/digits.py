@@ -16,14 +16,16 @@ A row whose blocks hold numbers of very different sizes, or no finite ones, goes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ...formats import Integer
-from ..byte_lanes import codes_of
-from ..slices import Walk, renumbered
+from ..byte_lanes import all_bytes
+from ..lanes import AND_OR, Constant, Program
+from ..slices import Take, Walk, renumbered
 from .body import Body
-from .products import CHUNK, opened, place, tail
+from .products import CHUNK, last, opened, place, tail
 from .values import expression, multiples
 from .words import Words, words
 from .words import row as row_of_words
@@ -35,10 +37,12 @@ LANES16, LANES32 = 16, 8  # sums of a vector of 32 bytes
 
 @dataclass(frozen=True)
 class Digits:
-    """block: numbers of x that share a power of two; base: how much more than the multiple of `unit` a code
-    is; high: the largest code; table: what codes become by a look-up first, if anything."""
+    """block: numbers of x that share a power of two; joined: codes whose sums are joined at once, those of
+    a block, or of eight groups side by side; base: how much more than the multiple of `unit` a code is; high:
+    the largest code; table: what codes become by a look-up first, if anything."""
 
     block: int
+    joined: int
     base: int
     high: int
     unit: float
@@ -66,7 +70,6 @@ def digits(body: Body) -> Digits | None:
     reach = max(base, high - base)
     # What a sum of n products for each digit holds at most, in 16 bits and joined in 32.
     most = min(
-        LARGEST // CHUNK,
         (2**15 - 1) // (CHUNK // LANES16 * high * 128),
         (2**31 - 1) // (CHUNK // LANES32 * reach * MOST),
     )
@@ -74,7 +77,11 @@ def digits(body: Body) -> Digits | None:
     if len(sizes) != 1 or most == 0:
         return None
     chunks = sizes.pop() // CHUNK
-    return Digits(CHUNK * max(n for n in range(1, most + 1) if chunks % n == 0), base, high, unit, table)
+    if body.span is not None:
+        joined = CHUNK * max(n for n in range(1, most + 1) if chunks % n == 0)
+        return Digits(body.span // LANES32, joined, base, high, unit, table)
+    block = CHUNK * max(n for n in range(1, min(most, LARGEST // CHUNK) + 1) if chunks % n == 0)
+    return Digits(block, block, base, high, unit, table)
 
 
 def alone(body: Body) -> Digits | Words | None:
@@ -138,10 +145,10 @@ def _each(body: Body, made: Digits | Words) -> list[str]:
 
 def _row(body: Body, made: Digits) -> list[str]:
     table = ", ".join(map(str, [*made.table, *[0] * (16 - len(made.table))]))
-    blocks = body.walk.codes // made.block
+    blocks = body.walk.codes // made.joined
     grouped = body.cols is not None
     lines = [
-        f"constexpr int kDigits = {made.block};",
+        f"constexpr int kDigits = {made.block}, kJoined = {made.joined};",
         *([f"alignas(16) constexpr int8_t kSmall[16] = {{{table}}};"] if made.table else []),
         "// R rows of the weight times x in digits, but for x's and the codes' units.",
         "template <int R>",
@@ -155,7 +162,7 @@ def _row(body: Body, made: Digits) -> list[str]:
         "  for (int r = 0; r < R; ++r) base[r] = scales_of(call, row + r), total[r] = no_sums();",
         *tail(body),
         f"  for (int64_t k0 = 0; k0 < call.k; k0 += {'kBlock' if grouped else 'call.k'}) {{",
-        f"    const int64_t end = {'std::min<int64_t>(k0 + kBlock, call.k)' if grouped else 'call.k'};",
+        f"    const int64_t end = {last(body) if grouped else 'call.k'};",
     ]
     if grouped:
         lines += [
@@ -171,36 +178,49 @@ def _row(body: Body, made: Digits) -> list[str]:
     lines += [
         "    for (int r = 0; r < R; ++r) {",
         "      const int8_t* x = call.digits + k0 * 3;",
-        f"      const int32_t* middles = call.middles + k0 / kDigits * {LANES32};",
+        f"      const int32_t* middles = call.middles + k0 / kJoined * {LANES32};",
         f"      const float* f = {'both[r]' if grouped else 'call.steps'};",
         "      Sums near[2] = {no_sums(), no_sums()};",
         "      int64_t at = k0 / kCodes * kUnits;",
         *unrolled,
-        "      for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
+        *_runs(body),
         f"        const uint8_t* const bytes = {place(body)};",
         *(f"  {line}" for line in _loaded(body)),
     ]
     for block in range(blocks):
         lines += ["        {"]
-        for i in range(made.block // CHUNK):
+        for i in range(made.joined // CHUNK):
             lines += [
-                f"          {line}" for line in _chunk(body, made, block * made.block + i * CHUNK, i == 0)
+                f"          {line}" for line in _chunk(body, made, block * made.joined + i * CHUNK, i == 0)
             ]
+        scale = f"f[{block}]" if body.span is None else "of_groups"
         lines += [
             f"          const Ints all = joined(p0, p1, p2, middles + {block * LANES32});",
-            f"          near[{block % 2}] = scaled(all, f[{block}], near[{block % 2}]);",
+            f"          near[{block % 2}] = scaled(all, {scale}, near[{block % 2}]);",
             "        }",
         ]
+    each = f", f += {blocks}" if body.span is None else ""
     return [
         *lines,
-        f"        x += 3 * kCodes, middles += {blocks * LANES32}, f += {blocks};",
-        "      }",
+        f"        x += 3 * kCodes, middles += {blocks * LANES32}{each};",
+        "      }" if body.span is None else "      }}",
         "      total[r] = scaled(near[1], 1.0f, scaled(near[0], 1.0f, total[r]));",
         "    }",
         "  }",
         "  for (int r = 0; r < R; ++r) added[r] = rest[r][0];",
         "}",
         "",
+    ]
+
+
+def _runs(body: Body) -> list[str]:
+    """The loop over a block's runs; where groups lie side by side, of spans, whose scales are a vector."""
+    if body.span is None:
+        return ["      for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {"]
+    return [
+        "      for (int64_t k = k0; k < end; k += kSpan, f += kLanes) {",
+        "        const Floats of_groups = loadf(f);",
+        "      for (int i = 0; i < kSpan / kCodes; ++i, at += kUnits) {",
     ]
 
 
@@ -245,16 +265,50 @@ def _name(load: int, v: int) -> str:
     return f"l{load}_{v}"
 
 
+def _above(body: Body, made: Digits, i: int, v: int) -> int | None:
+    """The slice, if any, whose codes lie four bits above those of slice i, both in several pieces: they are
+    brought together at once, if codes v .. of both are added up together."""
+    slices, length = body.walk.slices, body.walk.length
+    takes = slices[i]
+    if len(takes) == 1 or any(take.low + take.width > 4 for take in takes):
+        return None
+    above = tuple(replace(take, bit=take.bit + 4) for take in takes)
+    block = (i * length + v) // made.joined
+    beside = [j for j in range(i + 1, len(slices)) if (j * length + v) // made.joined == block]
+    return next((j for j in beside if slices[j] == above), None)
+
+
+def _taken(takes: Sequence[Take], v: int, times: int) -> str:
+    """Codes in the low bits of their bytes, or (times: 0x11) of both halves."""
+    ((renamed,), read) = renumbered([takes])
+    program = Program(len(read))
+    value: int | Constant = Constant(0)
+    for take in renamed:
+        shifted = program.shift(take.load, take.low - take.bit)
+        mask = all_bytes((((1 << take.width) - 1) << take.low) * times)
+        value = program.logic(shifted, mask, value, AND_OR)
+    assert isinstance(value, int)
+    codes = expression(program, value)
+    for at in reversed(range(len(read))):  # b1 before b0: no name is in another
+        codes = codes.replace(f"b{at}", _name(read[at], v))
+    return codes
+
+
 def _chunk(body: Body, made: Digits, first: int, opens: bool) -> list[str]:
     """The products of codes first .. first + 31 of a run."""
     i, v = divmod(first, body.walk.length)
-    ((takes,), read) = renumbered(body.walk.slices[i : i + 1])
-    codes = expression(*codes_of(takes, 0))
-    for at in reversed(range(len(read))):  # b1 before b0: no name is in another
-        codes = codes.replace(f"b{at}", _name(read[at], v))
+    slices, element = body.walk.slices, body.spec.weight.element
+    lines = []
+    if (other := _above(body, made, i, v)) is not None:  # this one's, and those of another beside
+        lines.append(f"const Bytes both{other}_{v} = {_taken(slices[i], v, 0x11)};")
+        codes = f"and_(both{other}_{v}, all({(1 << element.bits) - 1}))"
+    elif any(_above(body, made, below, v) == i for below in range(i)):
+        codes = f"and_(shr<4>(both{i}_{v}), all({(1 << element.bits) - 1}))"
+    else:
+        codes = _taken(slices[i], v, 1)
     if made.table:
         codes = f"look_up(kSmall, {codes})"
-    lines = [f"const Bytes c{first} = {codes};"]
+    lines.append(f"const Bytes c{first} = {codes};")
     for digit in range(3):
         onto = "" if opens else f", p{digit}"
         kept = "Pairs " if opens else ""

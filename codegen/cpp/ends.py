@@ -19,22 +19,28 @@ def scales(body: Body) -> list[str]:
     scale = body.scale
     rows = scale.granularity.rows if scale is not None else None
     row = "0" if rows is None else ("row" if rows == 1 else f"row / {rows}")
-    read = ["  s = 1.0f;"]
-    if scale is not None:
-        read = [f"  s = {scale.dtype}::get(w.scales, at);"]
-        if scale.zero != "none":
-            kind = ("i8" if body.base else "u8") if scale.zero == "int" else scale.dtype
-            read.append(f"  const float zero = {kind}::get(w.zeros, at);")
+    s = "1.0f" if scale is None else f"{scale.dtype}::get(w.scales, at)"
+    zero = "0.0f" if scale is None or scale.zero == "none" else f"{_zeros(body)}::get(w.zeros, at)"
     return [
         f"inline int64_t scales_of(const Call& call, int64_t row) {{ return {row} * call.scale_row; }}",
-        "inline void scales(const Weight& w, int64_t at, float& s, float& z) {",
-        *read,
+        "// Of a stored scale and zero point: s and z.",
+        "inline void completed(float& s, [[maybe_unused]] float zero, float& z) {",
         f"  z = {body.added() if body.needs_sums else '0.0f'};",
         *([f"  s *= {body.factor};"] if body.factor != "1.0f" else []),
+        "}",
+        "inline void scales(const Weight& w, int64_t at, float& s, float& z) {",
+        f"  s = {s};",
+        f"  completed(s, {zero}, z);",
         "}",
         "",
         *([] if body.cols is None else _many_scales(body)),
     ]
+
+
+def _zeros(body: Body) -> str:
+    """How a zero point is stored."""
+    assert body.scale is not None
+    return ("i8" if body.base else "u8") if body.scale.zero == "int" else body.scale.dtype
 
 
 def whole(body: Body) -> list[str]:
@@ -46,8 +52,7 @@ def whole(body: Body) -> list[str]:
     if scale is not None:
         read = [f"  s = {scale.dtype}::get(w.scales, at){' * w.level[0]' if scale.two_level else ''};"]
     if scale is not None and kind != "none":
-        of = ("i8" if body.base else "u8") if kind == "int" else scale.dtype
-        read.append(f"  const float zero = {of}::get(w.zeros, at);")
+        read.append(f"  const float zero = {_zeros(body)}::get(w.zeros, at);")
     before, behind = body.apart()
     return [
         "inline void whole(const Weight& w, int64_t at, float& s, float& a, float& z) {",
@@ -71,14 +76,25 @@ def _many_scales(body: Body) -> list[str]:
         *([] if zeros else ["  float none;"]),
     ]
     to = "s[i], " + ("z[i]" if zeros else "none")
+    scale = body.scale
+    assert scale is not None
+    given = [f"      eight<{scale.dtype}>(w.scales, at + i0, s + i0);"]
+    if zeros and scale.zero != "none":
+        given.append(f"      eight<{_zeros(body)}>(w.zeros, at + i0, zero);")
+    of_each = "zero[i], z[i0 + i]" if zeros else "zero[i], none"
     return [
         *lines,
         "  // In vectors, on into the next row's.",
-        "  if (call.scale_group == 1 && at + count + kRead <= call.scale_count)",
-        "    for (int64_t i0 = 0; i0 < count; i0 += kRead)",
-        f"      for (int64_t i = i0; i < i0 + kRead; ++i) scales(w, at + i, {to});",
-        "  else",
+        "  if (call.scale_group == 1 && at + count + kRead <= call.scale_count) {",
+        "    for (int64_t i0 = 0; i0 < count; i0 += kRead) {",
+        "      float zero[kRead] = {};",
+        *given,
+        "#pragma GCC unroll 1  // unrolled first, it is not made vectors of",
+        f"      for (int i = 0; i < kRead; ++i) completed(s[i0 + i], {of_each});",
+        "    }",
+        "  } else {",
         f"    for (int64_t i = 0; i < count; ++i) scales(w, at + i * call.scale_group, {to});",
+        "  }",
         # Of codes behind the row's end, where x is zero.
         f"  const int64_t all = std::min<int64_t>(kScales, (call.padded - 1) / {body.cols} + 1 - group);",
         "  for (int64_t i = count; i < all; ++i) s[i] = 0.0f;",

@@ -2,7 +2,7 @@
 
 In: a text. Out: a file, compiled if it is not there yet.
 
-    Library(text, "avx2").path()  ->  <caches of torch>/bitfold/cpu/c3f9...so;  .loaded(ctypes.CDLL)
+    Library(text, VECTORS["avx2"]).path()  ->  <caches of torch>/bitfold/cpu/c3f9...so;  .loaded(ctypes.CDLL)
 
 It lies in a folder beside torch's own compile caches, named by all that goes into it; it is built beside its
 place and renamed in, so that processes may share the folder, which is held to a size (`kept_files.py`). Where
@@ -30,7 +30,7 @@ import torch
 
 from ..spec import CodegenError
 from .kept_files import BESIDE, KERNELS, put, used
-from .vectors import FLAGS, header
+from .vectors import Vectors
 
 HEADERS = Path(__file__).with_name("headers")
 # What Inductor adds for speed must not drop NaN.
@@ -71,31 +71,33 @@ class Library:
     its loops call functions that are to become vectors."""
 
     text: str
-    vectors: str
+    vectors: Vectors
     operator: bool = False
     loops: bool = False
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What the compiler is told beyond Inductor's own options."""
-        return (*FLAGS[self.vectors], *STRICT, *LOOPS, *OWN, *(NO_ERRNO if self.loops else ()))
+        """What the compiler is told of the file, behind Inductor's own options."""
+        return (*self.vectors.flags, *STRICT, *LOOPS, *OWN, *(NO_ERRNO if self.loops else ()))
 
     @property
     def name(self) -> str:
-        """By all that goes into it; what the processor is does not, as flags name an architecture."""
+        """By all that goes into it: the compiler and its whole command line, but for folders, which are
+        another machine's or installation's. What the processor is does not: flags name an architecture."""
         made = hashlib.sha256()
-        for part in (self.text, self.vectors, *self.flags, torch.__version__, _compiler()):
+        options = [word for word in shlex.split(self._command()[0]) if not word.startswith(("-I", "-L"))]
+        for part in (self.text, self.vectors.name, *options, torch.__version__, _compiler()):
             made.update(part.encode() + b"\0")
-        for name, text in sorted(_included(self.text, header(self.vectors)).items()):
+        for name, text in sorted(_included(self.text, self.vectors.header).items()):
             made.update(f"{name}\0{text}\0".encode())
         return "c" + made.hexdigest()[:32]
 
     def path(self) -> Path:
         """The compiled file, compiled now if it is not there. CodegenError if the compiler refuses."""
-        refused, why = None, ""
+        refused, why, name = None, "", self.name
         for place in (folder, _private) if KERNELS.bytes() > 0 else (_private,):
             here = place()
-            found = here / f"{self.name}.so"
+            found = here / f"{name}.so"
             _held.add(found)
             if found.exists():
                 used(found)
@@ -116,7 +118,7 @@ class Library:
                         stacklevel=2,
                     )
                 return found
-        raise refused or CodegenError(f"no folder can be written in which to compile {self.name}")
+        raise refused or CodegenError(f"no folder can be written in which to compile {name}")
 
     def loaded(self, load: Callable[[str], T]) -> T:
         """What `load` makes of the file. One that is no library, since a power cut or a full disk left it
@@ -142,12 +144,24 @@ class Library:
             ) from error
 
     def _compiled(self, beside: Path) -> Path:
-        from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions, run_compile_cmd
+        from torch._inductor.cpp_builder import run_compile_cmd
         from torch._inductor.exc import CppCompileError
 
         (beside / "source.cpp").write_text(self.text, encoding="utf-8")
+        command, made = self._command()
+        try:
+            run_compile_cmd(command, str(beside))
+        except CppCompileError as error:
+            raise CodegenError(f"the C++ compiler refused a kernel: {str(error)[-2000:]}") from error
+        return beside / made
+
+    def _command(self) -> tuple[str, str]:
+        """What compiles source.cpp, and the name of the file that comes of it. Inductor's own options follow
+        its configuration."""
+        from torch._inductor.cpp_builder import CppBuilder, CppOptions, CppTorchOptions
+
         told = f"-I{shlex.quote(str(HEADERS))}"
-        flags = [f"-DVECTORS='\"{header(self.vectors)}\"'", told, *self.flags]
+        flags = [f"-DVECTORS='\"{self.vectors.header}\"'", told, *self.flags]
         if self.operator:
             # The interface as of torch 2.10, which later versions keep.
             flags.append("-DTORCH_TARGET_VERSION=0x020a000000000000")
@@ -156,16 +170,12 @@ class Library:
             options = CppOptions(warning_all=False, extra_flags=flags)
         # Names without a folder: torch's builder splits its command where a folder's name has a space.
         builder = CppBuilder("library", "source.cpp", options)
-        try:
-            run_compile_cmd(builder.get_command_line(), str(beside))
-        except CppCompileError as error:
-            raise CodegenError(f"the C++ compiler refused a kernel: {str(error)[-2000:]}") from error
-        return beside / builder.get_target_file_path()
+        return builder.get_command_line(), builder.get_target_file_path()
 
 
 @cache
 def _compiler() -> str:
-    """What it says of itself. Its flags are torch's, and go by torch's version."""
+    """What it says of itself."""
     from torch._inductor.cpp_builder import get_compiler_version_info, get_cpp_compiler
 
     return get_compiler_version_info(get_cpp_compiler())

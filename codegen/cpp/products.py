@@ -63,7 +63,8 @@ def tile(body: Body) -> list[str]:
     run = [
         *units(body),
         *AHEAD,
-        f"      const {element}* x = rows + k;",
+        f"      const {element}* x[M];  // one address each: others would not fit in registers",
+        "      for (int m = 0; m < M; ++m) x[m] = settled(rows + k + m * padded);",
     ]
     for first, slices in body.stretches():
         run += ["      {", *(f"        {line}" for line in fresh if not body.whole_rows)]
@@ -72,7 +73,7 @@ def tile(body: Body) -> list[str]:
         run += [*([] if body.whole_rows else _close(body, first)), "      }"]
     blocks = [
         "  for (int64_t k0 = 0, at = 0; k0 < call.k; k0 += kBlock) {",
-        "    const int64_t end = std::min<int64_t>(k0 + kBlock, call.k);",
+        f"    const int64_t end = {last(body)};",
         *opened(body),
         "    for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {",
     ]
@@ -92,6 +93,11 @@ def tile(body: Body) -> list[str]:
         "}",
         "",
     ]
+
+
+def last(body: Body) -> str:
+    """Where a block's codes end: groups side by side end together, behind what fills the last ones."""
+    return f"std::min<int64_t>(k0 + kBlock, call.{'k' if body.span is None else 'padded'})"
 
 
 def place(body: Body) -> str:
@@ -123,9 +129,9 @@ def tail(body: Body) -> list[str]:
     ]
 
 
-def each_float(body: Body, i: int, use: Sequence[str]) -> list[str]:
+def each_float(body: Body, i: int, use: Sequence[str], before: Sequence[str] = ()) -> list[str]:
     """Slice i of R rows as vectors of floats: `use` has each, `f`, of row r; it is number `part` of the chunk
-    of the slice that begins at code v."""
+    of the slice that begins at code v. `before`: what the rows share."""
     step, places, takes = loads(body, i)
     made = decode(body.spec.weight.element, takes)
     if made.bytes == "b0" and not body.held:  # as they lie: widening reads memory
@@ -144,6 +150,7 @@ def each_float(body: Body, i: int, use: Sequence[str]) -> list[str]:
         "          }",
         f"          unrolled<{step} / kFloats>([&](auto part_) {{",
         "            constexpr int part = decltype(part_)::value;",
+        *(f"            {line}" for line in before),
         "            for (int r = 0; r < R; ++r) {",
         f"              const Floats f = {floats};",
         *(f"              {line}" for line in use),
@@ -166,22 +173,28 @@ def registers(step: int, places: Sequence[str]) -> list[str]:
 
 
 def _of_floats(body: Body, i: int) -> list[str]:
-    at = f"m * padded + {i * body.walk.length} + v + part * kFloats"
-    use = f"p[r][m][part % A] = madd(f, loadf(x + {at}), p[r][m][part % A]);"
-    return each_float(body, i, [f"for (int m = 0; m < M; ++m) {use}"])
+    at = f"{i * body.walk.length} + v + part * kFloats"
+    # Rows of the weight share what is loaded of x: loads are two a cycle, as many as products.
+    before = [
+        "Floats y[M];",
+        f"for (int m = 0; m < M; ++m) y[m] = shared<R>(loadf(x[m] + {at}));",
+    ]
+    use = "p[r][m][part % A] = madd(f, y[m], p[r][m][part % A]);"
+    return each_float(body, i, [f"for (int m = 0; m < M; ++m) {use}"], before)
 
 
 def _of_integers(body: Body, i: int) -> list[str]:
     step, places, takes = loads(body, i)
     element = body.spec.weight.element
     assert isinstance(element, Integer)
-    at = f"m * padded + {i * body.walk.length} + v"
+    at = f"{i * body.walk.length} + v"
     return [
         f"        for (int v = 0; v < kLength; v += {step})",
         "          for (int r = 0; r < R; ++r) {",
         *(f"            {line}" for line in registers(step, places)),
         f"            const Bytes c = {raw(element, takes)};",
-        f"            for (int m = 0; m < M; ++m) p[r][m][0] = dot<{element.bits}>(c, x + {at}, p[r][m][0]);",
+        "            for (int m = 0; m < M; ++m)",
+        f"              p[r][m][0] = dot<{element.bits}>(c, x[m] + {at}, p[r][m][0]);",
         "          }",
     ]
 
@@ -225,6 +238,8 @@ def _close(body: Body, first: int) -> list[str]:
     """Sums over a group, scaled, go to the sums over the row."""
     k = f"k + {first}"
     scale = f"s[r][(k - k0 + {first}) / {body.cols}]" if body.cols is not None else "s"
+    if body.span is not None:
+        scale = "loadf(s[r] + (k - k0) / kSpan * kLanes)"
     lines = ["        for (int r = 0; r < R; ++r) {"]
     if body.cols is None:
         lines += ["          float s, z;", "          scales(w, base[r], s, z);"]
@@ -239,7 +254,8 @@ def _close(body: Body, first: int) -> list[str]:
     if body.by_integers:
         lines.append(f"            total[r * M + m] = scaled(p[r][m][0], {scale}, total[r * M + m]);")
     else:
-        lines.append(f"            total[r * M + m] = madd(p[r][m][0], same({scale}), total[r * M + m]);")
+        vector = scale if body.span is not None else f"same({scale})"
+        lines.append(f"            total[r * M + m] = madd(p[r][m][0], {vector}, total[r * M + m]);")
     if body.needs_sums and body.sum_cols > 0 and body.cols is None:
         place = f"(m0 + m) * (call.k / {body.sum_cols}) + (k + {first}) / {body.sum_cols}"
         when = f"k + {first} < call.k && (k + {first}) % {body.sum_cols} == 0"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..spec import CodegenError
 from .library import Library, text_of
-from .vectors import vectors
+from .vectors import widest
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _caller() -> Any:
     """The function of headers/sequence.cpp, called with the interpreter's lock; or why there is none, so
     that the compiler is asked once."""
     try:
-        call = Library(text_of("sequence"), vectors(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
+        call = Library(text_of("sequence"), widest(), operator=True).loaded(ctypes.PyDLL).bitfold_sequence
     except CodegenError as error:
         return error
     call.argtypes, call.restype = [ctypes.c_void_p, ctypes.py_object], ctypes.py_object

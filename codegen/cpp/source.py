@@ -56,6 +56,7 @@ def source(spec: GemmSpec) -> str:
             if body.cols is None
             else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
         ),
+        *([] if body.span is None else [f"constexpr int kSpan = {body.span};  // codes of eight groups"]),
         "constexpr int kRead = 8;  // scales that are turned into float32 together",
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",
@@ -84,6 +85,7 @@ def source(spec: GemmSpec) -> str:
 def rows(body: Body) -> list[str]:
     """How the rows of a call are cut into tiles."""
     many = body.spec.weights
+    eight = 2 if body.whole_rows else 1  # groups have sums of their own besides, as many again
     integers = "  if (call.digits != nullptr) return by_digits<R>(call, row);"
     return [
         "// Rows row .. row + R - 1, `most` of them at a time; their ends together, in vectors.",
@@ -101,6 +103,8 @@ def rows(body: Body) -> list[str]:
         "inline void few(const Call& call, int64_t row) {",
         *([] if alone(body) is None else [integers]),
         "  int64_t m = 0;",
+        "  if constexpr (kMostOfX > 4)",
+        f"    for (; m + kMostOfX <= call.m; m += kMostOfX) each_row<{eight}, kMostOfX, R>(call, row, m);",
         f"  for (; m + 4 <= call.m; m += 4) each_row<{ROWS[4]}, 4, R>(call, row, m);",
         f"  for (; m + 2 <= call.m; m += 2) each_row<{ROWS[2]}, 2, R>(call, row, m);",
         f"  for (; m < call.m; ++m) each_row<{ROWS[1]}, 1, R>(call, row, m);",

@@ -40,7 +40,7 @@ class Tiled:
 
 def tiled(body: Body) -> Tiled | None:
     """How many rows of x are multiplied as digits, or None where they are as floats."""
-    if body.by_integers or not body.decode.floats.startswith("of_integers"):
+    if body.by_integers or body.span is not None or not body.decode.floats.startswith("of_integers"):
         return None
     codes = body.walk.codes
     deep = codes * max(1, DEEP // codes)

@@ -55,6 +55,8 @@ def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
 def _empty(spec: ConvSpec, x: Tensor, dtype: torch.dtype) -> Tensor:
     if not spec.kernel:
         return x.new_empty(*x.shape[:-1], spec.n, dtype=dtype)
+    if x.ndim == 3 and not spec.of_a_line:
+        raise CodegenError(f"{spec} is of two dimensions, and takes x [images, channels, height, width]")
     height, width = spec.size(1 if x.ndim == 3 else x.shape[2], x.shape[-1])
     places = (width,) if x.ndim == 3 else (height, width)
     return x.new_empty(x.shape[0], *places, spec.n, dtype=dtype).movedim(-1, 1)

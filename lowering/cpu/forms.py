@@ -10,9 +10,7 @@ A piece is a stretch of codes that one shift and one mask take out of contiguous
 layout's index map, values from the element and the scale, so no format is named here. The weights are bit for
 bit those of `dequantize`; only the order of the sum differs (see `tolerance.py`).
 
-Measured on one core (4096 x 4096, milliseconds, batch 1 / 8): float32 6.3 / 19, int8 3.1 / 8,
-int4[g64] 3.1 / 8, q4_1 4.0 / 9, mxfp4 5.7 / 11, int3[g64] 6.7 / 11, int2[g64] 3.2 / 10; a decoded weight and
-then the matmul 41 / 50.
+What each form takes is a run of `benchmarks/cpu_forms.py`.
 """
 
 from __future__ import annotations

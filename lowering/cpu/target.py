@@ -37,6 +37,7 @@ from ...codegen.cpp.support import cpu_layout, obstacle
 from ...codegen.spec import type_name
 from ...formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ...formats import format as parse
+from ...formats.group_lanes import GroupLanes
 from ...passes import Miss, inherit
 from ..fused import parsed
 from ..inductor import InductorTarget, compiled, dequantized
@@ -109,6 +110,11 @@ for _name in ("target.py", "forms.py", "values.py"):
     cache_tag.add(Path(__file__).with_name(_name).read_text(encoding="utf-8"))
 
 
+def _by_kernels_alone(format: Format) -> bool:
+    """Whether a layout is for kernels, though Inductor's loops over it would be no vectors."""
+    return format.element.bits == 8 or isinstance(format.layout, GroupLanes)
+
+
 class CpuTarget(InductorTarget):
     """The processor that torch runs on."""
 
@@ -119,7 +125,7 @@ class CpuTarget(InductorTarget):
 
     def layout(self, format: Format, k: int) -> Layout:
         found = cpu_layout(format, k) if self.has_kernels() else None
-        if found is not None and (found.element.bits == 8 or plan(found, k)):
+        if found is not None and (_by_kernels_alone(found) or plan(found, k)):
             return found.layout
         return vector_layout(format, k) or format.layout
 

@@ -9,7 +9,7 @@ In: unpacked codes, uint8, and their element. Out: terms, float32, whose sum is 
 
 Inductor writes a value to memory (as many floats as there are codes, in every call) when it takes more than
 30 to 50 operations, hence two terms instead of a tree of 16 leaves. An indexed table it would read code by
-code: 38 ms for 4096 x 4096 on two cores where the trees take 12 and the integers 6.
+code, without vectors.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...formats import BitfoldError
-from ..folded import Canonical
+from ..folded_weight import Canonical
 from ..given_model import module_of
 from ..install import CANONICAL, canonical_parts, lower_graph, resolve_target
 from ..program import as_program

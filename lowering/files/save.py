@@ -26,7 +26,8 @@ from ...formats import BitfoldError, Quantized, format
 from ...passes import Stage, state
 from ...passes.core import Progress
 from ...passes.stages import find_attribute
-from ..folded import Canonical, Folded, FoldedWeight, original_class
+from ..folded import Folded, original_class
+from ..folded_weight import Canonical, FoldedWeight
 from ..given_model import is_graph, module_of
 from ..install import CANONICAL, Kind, canonical_parts, part_kinds, weight_parts
 from .extra_state import dump_states

@@ -39,7 +39,7 @@ from ...passes.training.settle_quantizers import SettleQuantizers
 from ...passes.training.share_learned import share_learned
 from ..algorithms.calibration import Batches
 from ..files.graph_data import dump
-from ..folded import Canonical
+from ..folded_weight import Canonical
 from ..install import CANONICAL, lower_graph
 from ..kv_cache.quantize import speaks_of_caches
 from ..program import as_program, own_tensors

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bitfold.codegen.cpp.library import Library
+from bitfold.codegen.cpp.vectors import VECTORS
 
 FAULTS = {
     "behind": "return at[size];",
@@ -22,6 +23,6 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault(name: str) -> None:
     head = '#include <cstdint>\n#include <vector>\nextern "C" int run(const int8_t* at, int64_t size) {'
-    found = Library(f"{head} {FAULTS[name]} }}\n", "portable").loaded(ctypes.CDLL)
+    found = Library(f"{head} {FAULTS[name]} }}\n", VECTORS["portable"]).loaded(ctypes.CDLL)
     x = torch.zeros(64, dtype=torch.int8)
     found.run(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(64))

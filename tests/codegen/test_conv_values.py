@@ -26,8 +26,7 @@ from bitfold.codegen import CodegenError
 from bitfold.codegen.conv import ConvSpec
 from bitfold.codegen.cpp.conv_build import know
 from bitfold.codegen.cpp.library import Library
-from bitfold.codegen.cpp.vectors import runnable
-from bitfold.codegen.cpp.vectors import vectors as widest
+from bitfold.codegen.cpp.vectors import CHOICES, VECTORS, Vectors, runnable, widest
 from bitfold.codegen.epilogue import OPS, Apply
 from bitfold.formats import BitfoldError
 from bitfold.lowering.cpu.conv import decoded, reference
@@ -77,9 +76,12 @@ def evaluated(of: object, named: dict[str, Tensor]) -> Tensor:
     return named[of] if isinstance(of, str) else of  # type: ignore[return-value]
 
 
-def check(spec: ConvSpec, inputs: list[Tensor], vectors: str) -> None:
+def check(spec: ConvSpec, inputs: list[Tensor], vectors: Vectors) -> None:
     know([spec], vectors)
-    results = torch.ops.bitfold.conv(inputs, str(spec))
+    compare(spec, inputs, torch.ops.bitfold.conv(inputs, str(spec)))
+
+
+def compare(spec: ConvSpec, inputs: list[Tensor], results: list[Tensor]) -> None:
     told, plain = spec.inputs(inputs), spec.plain()
     exact = reference(inputs[: plain.arity], str(plain), torch.float64)[0]
     shape = (-1, *(1,) * (exact.ndim - 2)) if spec.kernel else (-1,)
@@ -109,36 +111,30 @@ def check(spec: ConvSpec, inputs: list[Tensor], vectors: str) -> None:
         assert bool((off <= 0.5 + bound / step + 2 * U * wanted.abs()).all()), float(off.max())
 
 
-@pytest.mark.parametrize("vectors", [v if v in (HERE, "avx2") else SLOW(v) for v in RUNNABLE])
+@pytest.mark.parametrize(
+    "vectors", [v if v in (HERE, VECTORS["avx2"]) else SLOW(v) for v in RUNNABLE], ids=str
+)
 @pytest.mark.parametrize("case", CASES)
-def test_values(case: str, vectors: str) -> None:
+def test_values(case: str, vectors: Vectors) -> None:
     text, shape = CASES[case]
     spec = spec_of(text)
     check(spec, operands(spec, shape), vectors)
 
 
-VECTORS = """
-extern "C" int run() {
-  int found = 0;
-#ifdef __AVX2__
-  found |= 1;
-#endif
-#ifdef __AVX512F__
-  found |= 2;
-#endif
-#ifdef __AVX512VNNI__
-  found |= 4;
-#endif
-  return found;
-}
-"""
-
-
-@pytest.mark.parametrize("vectors", RUNNABLE)
-def test_a_kernel_has_the_vectors_that_are_named(vectors: str) -> None:
+@pytest.mark.parametrize("vectors", RUNNABLE, ids=str)
+def test_a_kernel_has_the_vectors_that_are_named(vectors: Vectors) -> None:
     """Those of convolutions choose by what the compiler may use, whatever the processor here has."""
-    found = Library(VECTORS, vectors).loaded(ctypes.CDLL).run()
-    assert found == {"portable": 0, "neon": 0, "avx2": 1, "avx512": 3}.get(vectors, 7)
+    found = [f"#ifdef {macro}\n  found |= {1 << i};\n#endif" for i, macro in enumerate(CHOICES)]
+    text = [
+        "#include VECTORS",
+        'extern "C" int run() {',
+        "  int found = 0;",
+        *found,
+        "  return found;",
+        "}\n",
+    ]
+    macros = Library("\n".join(text), vectors).loaded(ctypes.CDLL).run()
+    assert {macro for i, macro in enumerate(CHOICES) if macros >> i & 1} == vectors.macros
 
 
 @settings(max_examples=25)
@@ -171,7 +167,7 @@ def test_any_shape(sizes, kernel, stride, padding, dilation, image, kind) -> Non
     padding=st.tuples(*[st.integers(0, 9)] * 4),
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
     image=st.tuples(st.integers(1, 2), st.integers(17, 19), st.integers(19, 23)),
-    vectors=st.sampled_from(["avx2", HERE] if "avx2" in RUNNABLE else [HERE]),
+    vectors=st.sampled_from([v for v in RUNNABLE if v in (HERE, VECTORS["avx2"])]),
 )
 def test_any_depthwise_shape(channels, kernel, stride, padding, dilation, image, vectors) -> None:  # type: ignore[no-untyped-def]
     """Codes that are not negative, four taps at a time: kernels whose rows are no fours, wide margins."""
@@ -184,10 +180,10 @@ def test_any_depthwise_shape(channels, kernel, stride, padding, dilation, image,
     check(spec, operands(spec, (image[0], channels, *image[1:]), seed=channels), vectors)
 
 
-@pytest.mark.parametrize("vectors", RUNNABLE)
+@pytest.mark.parametrize("vectors", RUNNABLE, ids=str)
 @pytest.mark.parametrize("sizes", ["16x64x3x3", "16x1x5x5 g16"])
 @pytest.mark.parametrize("sign", ["+ ", ""])
-def test_extreme_codes_do_not_saturate(vectors: str, sign: str, sizes: str) -> None:
+def test_extreme_codes_do_not_saturate(vectors: Vectors, sign: str, sizes: str) -> None:
     """Sums of the largest products: with pairs in 16 bits that saturate, these would be other numbers."""
     spec = spec_of(f"{sizes} {sign}".strip())
     inputs = operands(spec, (1, spec.k * spec.groups, 5, 5))
@@ -221,8 +217,8 @@ def test_both_ways_to_end_a_sum_give_the_same_bits() -> None:
                 assert torch.equal(got, all_of[:, :n])
 
 
-@pytest.mark.parametrize("vectors", RUNNABLE)
-def test_what_is_no_number_becomes_code_0_and_what_is_too_large_the_last(vectors: str) -> None:
+@pytest.mark.parametrize("vectors", RUNNABLE, ids=str)
+def test_what_is_no_number_becomes_code_0_and_what_is_too_large_the_last(vectors: Vectors) -> None:
     spec = spec_of("8x4 bias -> y0 y:int8[tensor]")
     inputs = operands(spec, (2, 4))
     bias = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 0.0, 2.5, -3.5]
@@ -302,6 +298,7 @@ BAD = {
     "channels": (lambda inputs: [inputs[0][:, :3], *inputs[1:]], "4 channels of codes"),
     "floats": (lambda inputs: [inputs[0].float(), *inputs[1:]], "codes as uint8"),
     "one image": (lambda inputs: [inputs[0][0, 0], *inputs[1:]], "takes x "),
+    "a line": (lambda inputs: [inputs[0][:, :, 0], *inputs[1:]], "is of two dimensions"),
     "small": (lambda inputs: [inputs[0][..., :1, :1], *inputs[1:]], "larger than its padded image"),
     "scale": (lambda inputs: [inputs[0], torch.ones(2), *inputs[2:]], "one scale a tensor"),
     "codes": (lambda inputs: [*inputs[:2], inputs[2][:4], *inputs[3:]], "rows of"),
@@ -318,6 +315,16 @@ def test_what_a_call_takes_is_checked(case: str) -> None:
     change, says = BAD[case]
     with pytest.raises(RuntimeError, match=says):
         torch.ops.bitfold.conv(change(inputs), str(spec))
+
+
+def test_a_line_is_no_image() -> None:
+    """Padded above and below, a kernel of three rows would fit on one."""
+    spec = spec_of("8x4x3x3 p1x1 bias")
+    codes, *others = operands(spec, (1, 4, 5, 5))
+    for device in ("cpu", "meta"):
+        inputs = [one.to(device) for one in (codes[:, :, 0], *others)]
+        with pytest.raises((RuntimeError, CodegenError), match="is of two dimensions"):
+            torch.ops.bitfold.conv(inputs, str(spec))
 
 
 def test_no_gradient() -> None:

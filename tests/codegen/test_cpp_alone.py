@@ -15,13 +15,18 @@ import pytest
 import torch
 
 from bitfold.codegen import GemmSpec
+from bitfold.codegen.cpp.vectors import VECTORS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import conv_alone
+from conv_cases import operands as operands_of_conv
+from conv_cases import spec_of
+from cpp_cases import expected, operands, pair
 from kernel_alone import built, ran
-from test_cpp_values import expected, operands, pair
+from test_conv_values import CASES, compare
 
 # With no library to say what it was: the program is killed.
-UNDEFINED = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
+FLAGS = ["-O2", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
 TEXTS = [
     "int8", "int4[g64]", "int3[g64]", "uint4[g32,zero]", "mxfp4", "nf4[g64]", "float8_e4m3fn", "int4[tensor]",
     "int8[g128]",
@@ -40,16 +45,33 @@ def check(program: Path, spec: GemmSpec, runner: tuple[str, ...] = ()) -> None:
         assert (error <= bound).all(), (str(spec), m, turn, (error / bound).nan_to_num(0).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("extension", ["", "+dotprod"])
-@pytest.mark.parametrize("text", TEXTS)
-def test_neon(text: str, extension: str, tmp_path: Path) -> None:
+def cross() -> tuple[list[str], tuple[str, ...]]:
+    """A compiler for ARM, and what runs its programs."""
     compiler, emulator = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64")
     if shutil.which(compiler) is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
+    return [compiler, "-static"], (emulator,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["neon", "neondot"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_neon(text: str, vectors: str, tmp_path: Path) -> None:
+    compiler, runner = cross()
     spec = pair(text)
-    flags = ["-O2", f"-march=armv8.2-a{extension}", *UNDEFINED]
-    check(built(spec, "neon", tmp_path, [compiler, "-static"], flags), spec, (emulator,))
+    check(built(spec, VECTORS[vectors], tmp_path, compiler, FLAGS), spec, runner)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if conv_alone.alone(spec_of(CASES[case][0]))])
+def test_convolutions_on_neon(case: str, tmp_path: Path) -> None:
+    """Their loops are plain C++, of which the compiler makes NEON."""
+    compiler, runner = cross()
+    text, shape = CASES[case]
+    spec = spec_of(text)
+    inputs = operands_of_conv(spec, shape)
+    program = conv_alone.built(spec, VECTORS["neondot"], tmp_path, compiler, FLAGS)
+    compare(spec, inputs, conv_alone.ran(program, spec, inputs, runner))
 
 
 def test_a_program_that_fails_is_told(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpp_cases import drawn, expected, operands, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpp_values import drawn, expected, operands, pair
 from torch import Tensor
 
 from bitfold.codegen import GemmSpec
@@ -18,7 +18,7 @@ from bitfold.codegen.cpp import build, source
 from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.digits import MOST, digits
 from bitfold.codegen.cpp.support import cpu_layout
-from bitfold.codegen.cpp.vectors import runnable
+from bitfold.codegen.cpp.vectors import VECTORS, runnable
 from bitfold.formats import format
 
 # Every way that codes are made small unsigned numbers, and sizes of blocks.
@@ -59,7 +59,7 @@ def test_blocks_sums_cannot_overflow(text: str) -> None:
     assert made.block // 8 * max(made.base, made.high - made.base) * MOST < 2**31
 
 
-@pytest.mark.parametrize("text", ["nf4[g64]", "float8_e4m3fn", "nvfp4"])
+@pytest.mark.parametrize("text", ["nf4[g64]", "float8_e4m3fn", "mxfp6_e3m2"])
 def test_other_numbers_stay_floats(text: str) -> None:
     spec = spec_of(text, 8, 512)
     assert digits(Body(spec)) is None and "by_digits" not in source(spec)
@@ -180,7 +180,7 @@ def test_a_row_of_zeros_is_zero(compiled: None) -> None:
 
 @pytest.mark.parametrize("x", ["bf16", "f16"])
 def test_half_floats(x: str) -> None:
-    from test_cpp_values import check
+    from cpp_cases import check
 
     for k in (64, 192, 4096 + 64):
         check(spec_of("int4[g64]", 13, k, x), 1)
@@ -188,10 +188,10 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors not in runnable():
+    if VECTORS[vectors] not in runnable():
         pytest.skip("needs AVX2")
-    from test_cpp_values import check
+    from cpp_cases import check
 
     for text in ("int3[g64]", "mxfp4", "int4[tensor]"):
-        check(pair(text), 1, seed=2, vectors=vectors)
+        check(pair(text), 1, seed=2, vectors=VECTORS[vectors])
     assert operands(pair("mxfp4"), 1, 0)

@@ -12,23 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch._inductor import config
 
 from bitfold.codegen import CodegenError
 from bitfold.codegen.cpp import library as libraries
 from bitfold.codegen.cpp.kept_files import KERNELS
-from bitfold.codegen.cpp.vectors import FLAGS, header, runnable
+from bitfold.codegen.cpp.vectors import ALL, VECTORS, Vectors, runnable
 from bitfold.formats import BitfoldError
 from bitfold.lowering.target import get_target
 
 pytestmark = pytest.mark.skipif(bool(get_target("cpu").missing()), reason="there is no C++ compiler")
 
+PORTABLE = VECTORS["portable"]
 SHARED = """
 import ctypes, sys
 from pathlib import Path
 from bitfold.codegen.cpp import library as libraries
+from bitfold.codegen.cpp.vectors import VECTORS
 
 libraries.folder = lambda: Path(sys.argv[1])
-library = libraries.Library('extern "C" int run() { return 9; }', "portable")
+library = libraries.Library('extern "C" int run() { return 9; }', VECTORS["portable"])
 print("ready", flush=True)
 sys.stdin.readline()  # so that both begin at once
 print(ctypes.CDLL(str(library.path())).run(), flush=True)
@@ -41,11 +44,11 @@ def test_a_folder_that_cannot_be_written_does_no_harm(
     full = tmp_path / "file"
     full.write_text("no folder")
     monkeypatch.setattr(libraries, "folder", lambda: full / "kernels")
-    library = libraries.Library('extern "C" int run() { return 7; }\n', "portable")
+    library = libraries.Library('extern "C" int run() { return 7; }\n', PORTABLE)
     with pytest.warns(UserWarning, match="cannot be kept in"):
         path = library.path()
     assert path.exists()
-    broken = libraries.Library("no C++\n", "portable")
+    broken = libraries.Library("no C++\n", PORTABLE)
     with pytest.raises(CodegenError, match="refused a kernel"):
         broken.path()
 
@@ -56,7 +59,7 @@ def test_a_library_that_cannot_be_loaded_is_made_anew(
     """What is left where the power went between the name and the bytes."""
     monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
     for number, damaged in ((11, b""), (12, b"\x7fELF and no more")):
-        library = libraries.Library(f'extern "C" int run() {{ return {number}; }}\n', "portable")
+        library = libraries.Library(f'extern "C" int run() {{ return {number}; }}\n', PORTABLE)
         (tmp_path / f"{library.name}.so").write_bytes(damaged)
         assert library.loaded(ctypes.CDLL).run() == number
 
@@ -68,7 +71,7 @@ def test_folders_may_have_spaces_in_their_names(tmp_path: Path, monkeypatch: pyt
     shutil.copytree(libraries.HEADERS, tmp_path / "my headers")
     monkeypatch.setattr(libraries, "HEADERS", tmp_path / "my headers")
     text = '#include "kernel.h"\nextern "C" int run() { return bitfold::kWeights; }\n'
-    library = libraries.Library(text, "portable")
+    library = libraries.Library(text, PORTABLE)
     assert library.loaded(ctypes.CDLL).run() == 4 and library.path().parent == here
 
 
@@ -83,7 +86,7 @@ def test_a_full_disk_does_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return whole(self, beside)
 
     monkeypatch.setattr(libraries.Library, "_compiled", compiled)
-    library = libraries.Library('extern "C" int run() { return 8; }\n', "portable")
+    library = libraries.Library('extern "C" int run() { return 8; }\n', PORTABLE)
     with pytest.warns(UserWarning, match="cannot be kept in"):
         assert tmp_path not in library.path().parents
     assert not list((tmp_path / "kernels").iterdir())
@@ -102,7 +105,7 @@ def test_a_library_that_was_cut_short_is_made_anew(
 ) -> None:
     """By a power cut, or by a disk that was full: once, and what cannot be loaded even so is said."""
     monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
-    library = libraries.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', "portable")
+    library = libraries.Library(f'extern "C" int run() {{ return 1{cut}; }}\n', PORTABLE)
     path = library.path()
     path.write_bytes(path.read_bytes()[:cut])
     assert library.loaded(ctypes.CDLL).run() == int(f"1{cut}")
@@ -135,30 +138,30 @@ def test_the_folder_does_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(libraries.Library, "_compiled", compiled)
     text = 'extern "C" int run() {{ return {}; }}\n'
-    mine = libraries.Library(text.format(21), "portable")
+    mine = libraries.Library(text.format(21), PORTABLE)
     path = aged(Path(mine.path()), 9000)
     others = [aged(tmp_path / f"{i}.so", 1000 * i, 2**20) for i in (1, 2, 3, 4)]
     new = aged(tmp_path / "new.so", 10, 2**20)
     left = tmp_path / "beside-left"
     left.mkdir()
     aged(left, 9000)
-    libraries.Library(text.format(22), "portable").path()
+    libraries.Library(text.format(22), PORTABLE).path()
     assert [one.exists() for one in others] == [True, False, False, False]
     assert path.exists() and new.exists() and not left.exists()
     mine.path()  # used now
     assert time.time() - path.stat().st_mtime < 900
     monkeypatch.setenv(KERNELS.variable, "0.001")
-    libraries.Library(text.format(23), "portable").path()
+    libraries.Library(text.format(23), PORTABLE).path()
     assert len(list(tmp_path.glob("c*.so"))) == 3 and new.exists() and not others[0].exists()
     monkeypatch.setenv(KERNELS.variable, "many")
     with pytest.raises(BitfoldError, match="BITFOLD_KEPT_KERNELS_MB is a number of megabytes"):
-        libraries.Library(text.format(24), "portable").path()
+        libraries.Library(text.format(24), PORTABLE).path()
 
 
 def test_a_folder_that_is_only_read_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody writes there when a library was used, and nothing is removed."""
     monkeypatch.setattr(libraries, "folder", lambda: tmp_path)
-    library = libraries.Library('extern "C" int run() { return 25; }\n', "portable")
+    library = libraries.Library('extern "C" int run() { return 25; }\n', PORTABLE)
     path = library.path()
 
     def refused(*args: object, **more: object) -> None:
@@ -173,9 +176,10 @@ ALONE = """
 from pathlib import Path
 import sys
 from bitfold.codegen.cpp import library as libraries
+from bitfold.codegen.cpp.vectors import VECTORS
 
 libraries.folder = lambda: Path(sys.argv[1])
-made = libraries.Library('extern "C" int run() { return 26; }', "portable").path()
+made = libraries.Library('extern "C" int run() { return 26; }', VECTORS["portable"]).path()
 assert made.exists()
 print(made)
 """
@@ -199,11 +203,11 @@ def test_two_processes_share_a_folder_that_is_too_small(
 
 
 def test_a_library_is_named_by_what_goes_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its text, what that includes, the compiler: a change of anything else compiles nothing anew."""
+    """Its text, what that includes, the compiler and its options: nothing else compiles it anew."""
     shutil.copytree(libraries.HEADERS, tmp_path / "headers")
     monkeypatch.setattr(libraries, "HEADERS", tmp_path / "headers")
     text = '#include "kernel.h"\n#include VECTORS\nextern "C" int run() { return 27; }\n'
-    library = libraries.Library(text, "avx512")
+    library = libraries.Library(text, VECTORS["avx512"])
 
     def name() -> str:
         libraries._header.cache_clear()
@@ -221,7 +225,21 @@ def test_a_library_is_named_by_what_goes_into_it(tmp_path: Path, monkeypatch: py
     before = name()
     monkeypatch.setattr(libraries, "_compiler", lambda: "g++ 99")
     assert name() != before
-    assert libraries.Library(text, "avx2").name != name()
+    assert libraries.Library(text, VECTORS["avx2"]).name != name()
+    before = name()
+    with config.patch({"cpp.enable_floating_point_contract_flag": "fast"}):
+        assert name() != before
+    shutil.move(tmp_path / "headers", tmp_path / "the same elsewhere")
+    monkeypatch.setattr(libraries, "HEADERS", tmp_path / "the same elsewhere")
+    assert name() == before
+
+
+@pytest.mark.parametrize("vectors", ALL, ids=str)
+def test_vectors_name_an_architecture(vectors: Vectors) -> None:
+    """By Inductor's -march=native a library would be one processor's, and the folder may be shared."""
+    assert (libraries.HEADERS / vectors.header).exists()
+    assert [flag for flag in vectors.flags if flag.startswith("-march=")] not in ([], ["-march=native"])
+    assert vectors.name not in vectors.also and VECTORS.keys() >= set(vectors.also)
 
 
 @pytest.mark.parametrize("name", ["runtime", "conv_runtime", "attention"])
@@ -231,8 +249,8 @@ def test_all_headers_are_found(name: str) -> None:
 
     text = libraries.text_of(name)
     for vectors in runnable():
-        told = [f"-I{libraries.HEADERS}", f'-DVECTORS="{header(vectors)}"', *FLAGS[vectors], "-std=c++20"]
+        told = [f"-I{libraries.HEADERS}", f'-DVECTORS="{vectors.header}"', *vectors.flags, "-std=c++20"]
         command = [get_cpp_compiler(), "-MM", "-MG", "-x", "c++", *told, "-"]
         said = subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout.split()
         ours = {Path(one).name for one in said if Path(one).parent == libraries.HEADERS}
-        assert len(ours) > 5 and ours <= set(libraries._included(text, header(vectors)))
+        assert len(ours) > 5 and ours <= set(libraries._included(text, vectors.header))

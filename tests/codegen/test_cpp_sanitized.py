@@ -15,15 +15,14 @@ from pathlib import Path
 import pytest
 from sanitized_faults import FAULTS
 
-from bitfold.codegen.cpp.vectors import runnable, vectors
+from bitfold.codegen.cpp.vectors import VECTORS, Vectors, runnable, widest
 
 FOUND = 99  # what a process ends with in which a sanitizer found something
 HERE = Path(__file__).parent
-# What torch is told of the processor, for a kind of vectors; the widest is what it has.
-CAPABILITY = {"portable": {"ATEN_CPU_CAPABILITY": "default"}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2"}}
-WORDS = [word for word in dict.fromkeys(("portable", "avx2", vectors())) if word in runnable()]
+# Those that torch can be told of, and what it has.
+KINDS = [one for one in runnable() if one.capability is not None or one == widest()]
 PARTS = {
-    "products": ["test_cpp_values.py::test_formats", "test_cpp_values.py::test_specials_propagate"],
+    "products": ["test_cpp_values.py::test_formats", "test_cpp_specials.py::test_specials_propagate"],
     # Digits and words of one row, a share of rows for each of several threads, products that are one call.
     "rows": [
         "test_cpp_threads.py",
@@ -45,9 +44,12 @@ PARTS = {
 }
 # Of tests that run other vectors, too.
 ONLY = ("convolutions",)
-RUNS = [(part, words) for part in PARTS for words in WORDS]
+RUNS = [(part, vectors) for part in PARTS for vectors in KINDS]
 # Tiles of AMX, or their model.
-RUNS += [("tiles", vectors())] * ("amx_model" in runnable())
+RUNS += [("tiles", widest())] * any(one.tiles for one in runnable())
+# Groups side by side, as AVX2 has them, in AVX2 and in plain C++.
+RUNS += [("side by side", VECTORS["avx2"])] * (VECTORS["avx2"] in runnable())
+PARTS["side by side"] = ["test_cpp_lanes.py::test_values"]
 PARTS["tiles"] = [
     "test_cpp_tiles.py::test_formats",
     "test_cpp_tiles.py::test_epilogues",
@@ -64,7 +66,7 @@ def shared(name: str) -> str:
     return said.stdout.strip()
 
 
-def watched(tests: list[str], words: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def watched(tests: list[str], vectors: Vectors, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Tests in a process with sanitizers."""
     env = os.environ | {
         "LD_PRELOAD": f"{shared('libasan.so')} {shared('libstdc++.so')}",
@@ -72,7 +74,7 @@ def watched(tests: list[str], words: str, folder: Path, *more: str) -> subproces
         "UBSAN_OPTIONS": f"print_stacktrace=1:exitcode={FOUND}",
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": os.pathsep.join([str(HERE), *(p for p in sys.path if p)]),
-        **CAPABILITY.get(words, {}),
+        **({"ATEN_CPU_CAPABILITY": vectors.capability} if vectors.capability else {}),
         "TORCHINDUCTOR_CACHE_DIR": str(folder),
     }
     command = [sys.executable, "-m", "pytest", "-s", "-x", "-p", "sanitizers", "-p", "no:cacheprovider"]
@@ -81,11 +83,11 @@ def watched(tests: list[str], words: str, folder: Path, *more: str) -> subproces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("part", "words"), RUNS)
-def test_under_sanitizers(part: str, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("part", "vectors"), RUNS, ids=str)
+def test_under_sanitizers(part: str, vectors: Vectors, tmp_path: Path) -> None:
     chosen = [] if part == "tiles" else ["-m", "not slow"]  # a model of tiles is
-    chosen += ["-k", f"{words} and not model"] if part in ONLY else []
-    done = watched(PARTS[part], words, tmp_path, *chosen)
+    chosen += ["-k", f"{vectors} and not model"] if part in ONLY else []
+    done = watched(PARTS[part], vectors, tmp_path, *chosen)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
 
@@ -94,6 +96,6 @@ def test_under_sanitizers(part: str, words: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(fault: str, tmp_path: Path) -> None:
     """Else all of the above could pass unwatched."""
-    done = watched([f"sanitized_faults.py::test_fault[{fault}]"], "portable", tmp_path)
+    done = watched([f"sanitized_faults.py::test_fault[{fault}]"], VECTORS["portable"], tmp_path)
     assert done.returncode == FOUND, done.stderr[-2000:]
     assert "AddressSanitizer" in done.stderr or "runtime error" in done.stderr, done.stderr[-2000:]

@@ -13,19 +13,19 @@ import pytest
 import torch
 from conv_cases import operands as operands_of_conv
 from conv_cases import spec_of
+from cpp_cases import check, expected, operands, pair
 from test_conv_values import check as check_conv
-from test_cpp_values import check, expected, operands, pair
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import build
 from bitfold.codegen.cpp.body import Body
 from bitfold.codegen.cpp.support import cpu_layout
 from bitfold.codegen.cpp.tiles import tiled
-from bitfold.codegen.cpp.vectors import vectors as widest
+from bitfold.codegen.cpp.vectors import VECTORS, widest
 from bitfold.codegen.epilogue import Epilogue
 from bitfold.formats import format
 
-TILES = "amx" if widest() == "amx" else "amx_model"
+TILES = widest() if widest().tiles else VECTORS["amx_model"]
 TEXTS = ["int8 x int8", "int4[g64] x int8", "uint4[g32,zero] x int8", "int8", "int4[g64]", "uint4[g32,zero]"]
 MORE = [
     "uint8[zero] x int8[tensor]", "int8[g128] x int8", "int3[g64] x int8", "mxfp4", "int3[g128]", "int6",
@@ -33,7 +33,7 @@ MORE = [
     "uint8[zero]",
 ]  # fmt: skip
 pytestmark = pytest.mark.skipif(
-    widest() not in ("avx512vnni", "amx"), reason="tiles stand beside AVX-512 VNNI"
+    "__AVX512VNNI__" not in widest().macros, reason="tiles stand beside AVX-512 VNNI"
 )
 
 
@@ -80,7 +80,7 @@ def test_sums_of_codes_are_those_of_other_vectors(compiled: None, text: str) -> 
     spec = sized(text, 70, 1152)
     inputs = operands(spec, 45, seed=3)
     found = []
-    for vectors in (TILES, "avx512vnni"):
+    for vectors in (TILES, VECTORS["avx512vnni"]):
         build.know([spec], vectors)
         found.append(torch.ops.bitfold.fused(inputs, str(spec))[0])
     assert torch.equal(*found)
@@ -119,7 +119,7 @@ def test_x_without_digits_goes_the_way_of_floats(compiled: None) -> None:
     large[149, 7] = large[2, 7] = 2.0**70
     for given in (far, large):
         (y,) = torch.ops.bitfold.fused([given, *inputs[1:]], str(spec))
-        build.know([spec], "avx512vnni")
+        build.know([spec], VECTORS["avx512vnni"])
         (other,) = torch.ops.bitfold.fused([given, *inputs[1:]], str(spec))
         build.know([spec], TILES)
         scale = other.abs().amax(1, keepdim=True)
@@ -170,9 +170,9 @@ def test_without_leave_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: False)
     try:
         with pytest.warns(UserWarning, match="the system does not let this process use it"):
-            assert widest() == "avx512vnni"
+            assert widest() == VECTORS["avx512vnni"]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert widest() == "avx512vnni"
+            assert widest() == VECTORS["avx512vnni"]
     finally:
         widest.cache_clear()

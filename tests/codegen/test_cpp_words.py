@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cpp_cases import check, drawn, expected, pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cpp_digits import product, spec_of
-from test_cpp_values import check, drawn, expected, pair
 from torch import Tensor
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import build, source
 from bitfold.codegen.cpp.body import Body
-from bitfold.codegen.cpp.vectors import runnable
+from bitfold.codegen.cpp.vectors import VECTORS, runnable
 from bitfold.codegen.cpp.words import LARGEST, words
 from bitfold.formats import Quantized
 
@@ -128,7 +128,7 @@ def test_half_floats(x: str) -> None:
 
 @pytest.mark.parametrize("vectors", ["avx2", "portable"])
 def test_other_vectors(vectors: str) -> None:
-    if vectors not in runnable():
+    if VECTORS[vectors] not in runnable():
         pytest.skip("needs AVX2")
     for text in ("int8", "int8[g128]"):
-        check(pair(text), 1, seed=2, vectors=vectors)
+        check(pair(text), 1, seed=2, vectors=VECTORS[vectors])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from ewgs_estimator import Ewgs
 from torch import Tensor, nn
 
 import bitfold as bf
@@ -16,18 +17,6 @@ from bitfold.formats.gradient import Gradient
 
 OP = torch.ops.bitfold.train_quantize
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-
-
-class Scaled(Estimator):
-    """Element-wise gradient scaling (EWGS, arXiv 2104.00903): g (1 + d sign(g) (x - v) / step)."""
-
-    name = "scaled"
-    number = 0.1
-
-    def for_x(self, back: Back) -> Tensor:
-        assert back.number is not None
-        way = (back.numbers - back.value) / back.step
-        return back.flow * (1 + back.number * back.flow.sign() * way)
 
 
 class Width(Estimator):
@@ -57,24 +46,24 @@ class Width(Estimator):
 def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(estimators, "_registered", {})
     with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag):
-        bf.register_estimator(Scaled())
+        bf.register_estimator(Ewgs())
         bf.register_estimator(Width())
         yield
 
 
 def test_it_prints_and_parses_like_those_that_are_there() -> None:
-    assert str(Gradient("scaled")) == "scaled:0.1"
-    assert Gradient.parse("scaled:2e-7+keep") == Gradient("scaled", 2e-7, keep=True)
-    assert Gradient.parse(str(Gradient("scaled", 1e20))) == Gradient("scaled", 1e20)
-    assert Gradient("width").learns and not Gradient("scaled").learns
-    with pytest.raises(FormatError, match=r"one of straight, .*, scaled, width, not 'widht'"):
+    assert str(Gradient("ewgs")) == "ewgs:0.1"
+    assert Gradient.parse("ewgs:2e-7+keep") == Gradient("ewgs", 2e-7, keep=True)
+    assert Gradient.parse(str(Gradient("ewgs", 1e20))) == Gradient("ewgs", 1e20)
+    assert Gradient("width").learns and not Gradient("ewgs").learns
+    with pytest.raises(FormatError, match=r"one of straight, .*, ewgs, width, not 'widht'"):
         Gradient("widht")
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_its_gradients_are_those_that_it_says(compiled: bool) -> None:
     def rounding(x: Tensor) -> Tensor:
-        return OP(x, "int4[g16]", "scaled:0.5", [])
+        return OP(x, "int4[g16]", "ewgs:0.5", [])
 
     x, flow = X.clone().requires_grad_(), torch.randn_like(X)
     y = torch.compile(rounding, backend="aot_eager", fullgraph=True)(x) if compiled else rounding(x)
@@ -88,7 +77,7 @@ def test_its_gradients_are_those_that_it_says(compiled: bool) -> None:
 def test_what_it_trains_converts_bit_for_bit(scope: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
-    made = bf.prepare_qat(model, "int4[g16]", bf.Qat("width", "scaled"), scope=scope, example_inputs=(X,))
+    made = bf.prepare_qat(model, "int4[g16]", bf.Qat("width", "ewgs"), scope=scope, example_inputs=(X,))
     names = [name for name, _ in made.named_parameters() if name.endswith("width")]
     assert len(names) == 2 and len(bf.parameter_groups(made, 0.1)[1]["params"]) == 2
     made.train()
@@ -158,7 +147,7 @@ class _Named(Estimator):
     ("given", "said"),
     [
         (_Named("lsq"), "'lsq' is taken"),
-        (_Named("scaled"), "'scaled' is taken"),
+        (_Named("ewgs"), "'ewgs' is taken"),
         (_Named("a+b"), "letters, digits and underscores"),
         (_Named("forward"), "other than forward"),
         (_Named(None), "not None"),
@@ -170,7 +159,7 @@ class _Named(Estimator):
         (_Named("mine", number="x"), "an int or a float, not 'x'"),
         (_Named("mine", identity=True), "nothing would read"),
         (_Silent(), r"silent learns step, and has no for_held\(\)"),
-        (Scaled, "made, can be registered"),
+        (Ewgs, "made, can be registered"),
     ],
 )
 def test_what_cannot_be_registered_is_one_sentence(given: Any, said: str) -> None:

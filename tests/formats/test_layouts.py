@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitfold.formats import Bytes, Field, FormatError, Layout, Packed, Planar, Quantized, format
+from bitfold.formats.group_lanes import GroupLanes
 from bitfold.formats.layout import Halfwords
 from bitfold.formats.mover import K, evaluate, k
+from bitfold.formats.spare import Spare
 from bitfold.formats.units import Piece, Units, slices
 
 LAYOUTS = [Bytes(), Packed(), Planar(), Planar(64), Planar(24), Halfwords(16), Halfwords(48)]
@@ -95,6 +97,63 @@ def test_planar_by_hand() -> None:
     # 2 bits: byte j holds codes j, j + 2, j + 4, j + 6; 3 bits: that, then one byte of top bits
     assert Planar().pack(codes & 3, 2).tolist() == [[0b10_00_10_00, 0b11_01_11_01]]
     assert Planar().pack(codes, 3).tolist() == [[0b10_00_10_00, 0b11_01_11_01, 0b11110000]]
+
+
+def test_spare_bits_by_hand() -> None:
+    """3 bits: six codes in nibbles, two in their top bits; 7 bits: seven in bytes, one in theirs."""
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 0b011, 0b110]], dtype=torch.uint8)
+    assert Spare(8).pack(codes, 3).tolist() == [[0b0_010_1_001, 0b1_100_1_011, 0b1_110_0_101]]
+    codes = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 0b1000101]], dtype=torch.uint8)
+    tops = [128 * (0b1000101 >> b & 1) for b in range(7)]
+    assert Spare(8).pack(codes, 7).tolist() == [[i + 1 + top for i, top in enumerate(tops)]]
+
+
+def test_groups_lie_side_by_side() -> None:
+    """Eight groups of 8: four codes of each, then the other four."""
+    woven = GroupLanes(Planar(64)).weave(torch.arange(64), 8)
+    assert woven[:12].tolist() == [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19]
+    assert woven[32:40].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def woven_cases() -> list[tuple[Layout, int, int, int]]:
+    """(layout, bits, run, length)"""
+    cases: list[tuple[Layout, int, int, int]] = []
+    for length in (0, 1, 63, 64, 200):
+        cases += [(Spare(span), bits, 8, length) for span in (8, 64) for bits in (3, 7)]
+    for inner, bits in ((Planar(64), 4), (Planar(32), 5), (Spare(64), 3), (Spare(128), 7), (Packed(), 2)):
+        cases += [(GroupLanes(inner), bits, run, count * run) for run in (16, 32) for count in (1, 8, 19)]
+    return cases
+
+
+@pytest.mark.parametrize(("layout", "bits", "run", "length"), woven_cases(), ids=lambda case: str(case))
+def test_layouts_of_some_widths(layout: Layout, bits: int, run: int, length: int) -> None:
+    codes = codes_of(bits, 2, length)
+    packed = layout.pack(codes, bits, run)
+    assert packed.shape == (2, layout.row_bytes(bits, run, length))
+    assert torch.equal(layout.unpack(packed, length, bits, run), codes)
+    byte, bit, low = evaluate(layout, bits, run, length)
+    by_the_map = np.zeros(packed.shape, dtype=np.uint8)
+    for row, which in enumerate(low):
+        for r in range(2):
+            np.bitwise_or.at(
+                by_the_map[r], byte[row], (codes[r].numpy() >> which & 1) << bit[row].astype(np.uint8)
+            )
+    np.testing.assert_array_equal(packed.numpy(), by_the_map)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("int4[g32,spare256]", "3 or 7 bits"),
+        ("int3[g32,spare12]", "multiple of 8"),
+        ("int4[lanes.planar64]", "weaves groups"),
+        ("int4[g2,lanes.planar64]", "weaves groups"),
+        ("int4[g4,lanes.planar64]", "do not divide"),
+    ],
+)
+def test_layouts_that_do_not_fit(text: str, why: str) -> None:
+    with pytest.raises(FormatError, match=why):
+        format(text).quantize(torch.randn(4, 64))
 
 
 def test_halfwords_by_hand() -> None:

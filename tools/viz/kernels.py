@@ -98,9 +98,9 @@ def example_shape(node: Node) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _on_cpu(text: str, kind: str) -> Kernel:
-    from ...codegen.cpp.vectors import vectors
+    from ...codegen.cpp.vectors import widest
 
-    return Kernel(text, "C++", "", _cpp(text, kind), {"vectors": vectors()})
+    return Kernel(text, "C++", "", _cpp(text, kind), {"vectors": widest().name})
 
 
 def _cpp(text: str, kind: str) -> str:

@@ -32,7 +32,7 @@ struct AttentionFacts {
   int32_t parts, x, mask;  // x: 0 float32, 1 bfloat16, 2 float16; mask: 0 none, 1 bools, 2 numbers
   float scale;
   // Of each part: sizes [entries or pages, heads, .., ..], and its type as x's, -1 for a byte.
-  int64_t sizes[kParts][4], types[kParts];
+  int64_t sizes[kCacheParts][4], types[kCacheParts];
 };
 constexpr int64_t kEntries = -1, kLength = -2;  // sizes that a call has: of the first part, of which others have as many
 
@@ -206,8 +206,4 @@ extern "C" AOTITorchError aoti_torch_cpu_attend_few(AtenTensorHandle q, const At
   return AOTI_TORCH_SUCCESS;
 }
 
-extern "C" void bitfold_attention_builder(bitfold::Build made) { bitfold::known.builder(made); }
-extern "C" int64_t bitfold_size_of_attention_facts() { return sizeof(bitfold::AttentionFacts); }
-extern "C" void bitfold_know_attention(const char* text, const bitfold::AttentionFacts* facts) {
-  bitfold::known.put(text, *facts);
-}
+BITFOLD_KNOWN(attention, bitfold::AttentionFacts)

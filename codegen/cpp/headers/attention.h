@@ -1,5 +1,6 @@
 // Attention of a few queries: what the kernel over a cache of floats and those over codes share. A kind of keys
-// or values is a class with `row(entry, head, token, room)`, a token's numbers as floats.
+// or values is a class with `row(entry, head, token, room)`, a token's numbers as floats. Stands behind
+// VECTORS and numbers.h.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,7 +18,7 @@ constexpr int kQueries = 4;
 // Tokens whose values are added to them together.
 constexpr int kTokens = 8;
 // Parts of a cache: codes, scales and zero points, of keys and of values.
-constexpr int kParts = 6;
+constexpr int kCacheParts = 6;
 
 // A tensor of four dimensions: where it is, and how far apart neighbours are.
 struct Four {
@@ -56,7 +57,7 @@ struct Queries {
 
 // A cache in codes: parts in order, and which page holds an entry's tokens, if there are pages.
 struct Cache {
-  const void* parts[kParts] = {};
+  const void* parts[kCacheParts] = {};
   Table pages;
   int64_t length = 0, page = 0;  // tokens of an entry, or of a page, in memory; of a page, or 0
 };

@@ -5,12 +5,15 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "eights.h"
 #include "pairs16.h"
 #include "words.h"
 
 namespace bitfold {
 
 constexpr int kFloats = 8;  // of a vector of floats; a vector of bytes has 32
+constexpr int kInts = 8;    // of a vector of integers
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 // In which order `of_held` gives the bytes of a vector: number i of its floats is byte place(i).
 constexpr int place(int i) { return 4 * (i % 8) + i / 8; }
 using Bytes = __m256i;
@@ -97,9 +100,16 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return _mm256_i32gather_ps(table, at, 4);
 }
 
+// A value that the compiler keeps as it is: it neither reads memory again instead, nor sees that it equals another.
+template <class V> inline V in_register(V v) {
+  asm("" : "+x"(v));
+  return v;
+}
+
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 using Sums = Floats;  // as many as Ints
 inline Sums no_sums() { return zeros(); }
+inline Sums scaled(Ints v, Floats s, Sums onto) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), s, onto); }
 inline Sums scaled(Ints v, float s, Sums onto) { return _mm256_fmadd_ps(_mm256_cvtepi32_ps(v), same(s), onto); }
 inline int32_t sum(Ints v) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -124,9 +134,12 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 
 // For panels (panels.h): some codes of a row, together with as many numbers of 8 rows of x. Codes of 8 bits are
 // widened to 16, where no product saturates.
-constexpr int kTile = 6, kIntTile = 4;  // rows, with two vectors of sums each; products of integers need registers besides
+constexpr int kTile = 6;  // rows, with two vectors of sums each
+// runs: steps whose products fit in 16 bits together; sums of those are widened after so many.
 template <int bits> struct Deep {
-  static constexpr int depth = bits < 8 ? 4 : 2;
+  static constexpr int depth = bits < 8 ? 4 : 2, runs = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+  // Rows of the weight, as products of integers need registers besides; rows of x from which on they are turned.
+  static constexpr int tile = 4, least = bits < 8 ? 5 : 7;
   using Number = std::conditional_t<bits < 8, int8_t, int16_t>;
   using Code = std::conditional_t<bits < 8, uint8_t, int16_t>;
   static void put(Code* to, Bytes v) {
@@ -142,6 +155,9 @@ template <int bits> struct Deep {
     if constexpr (bits < 8) return dot4(codes, x, onto);
     return _mm256_add_epi32(onto, _mm256_madd_epi16(codes, x));
   }
+  static Ints narrow(Ints codes, Ints x) { return _mm256_maddubs_epi16(codes, x); }
+  static Ints narrow(Ints codes, Ints x, Ints onto) { return _mm256_add_epi16(onto, narrow(codes, x)); }
+  static Ints widened(Ints n, Ints onto) { return _mm256_add_epi32(onto, _mm256_madd_epi16(n, _mm256_set1_epi16(1))); }
 };
 inline Ints numbers(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 inline void store_ints(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }

@@ -7,11 +7,14 @@
 #include <type_traits>
 
 #include "amx.h"
+#include "eights.h"
 #include "words.h"
 
 namespace bitfold {
 
 constexpr int kFloats = 16;  // of a vector of floats; a vector of bytes has 32
+constexpr int kInts = 8;    // of a vector of integers
+constexpr int kMostOfX = 8;  // rows of x that a few rows of the weight meet, of up to 32 sums
 constexpr int place(int i) { return i; }  // see avx2.h
 using Bytes = __m256i;
 using Floats = __m512;
@@ -89,6 +92,12 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return _mm512_i32gather_ps(at, table, 4);
 }
 
+// A value that the compiler keeps as it is: it neither reads memory again instead, nor sees that it equals another.
+template <class V> inline V in_register(V v) {
+  asm("" : "+v"(v));
+  return v;
+}
+
 inline Ints no_ints() { return _mm256_setzero_si256(); }
 using Sums = __m256;  // as many as Ints
 inline Sums no_sums() { return _mm256_setzero_ps(); }
@@ -129,9 +138,9 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 
 // For panels (panels.h); see avx2.h.
 #ifdef BITFOLD_TILES
-constexpr int kTile = 8, kIntTile = 2 * kTileRows;
+constexpr int kTile = 8;
 #else
-constexpr int kTile = 12, kIntTile = 12;
+constexpr int kTile = 12;
 #endif
 #ifdef __AVX512VNNI__
 constexpr bool kBytes = true;
@@ -141,6 +150,11 @@ constexpr bool kBytes = false;
 template <int bits> struct Deep {
   static constexpr bool bytes = kBytes || bits < 8;
   static constexpr int depth = bytes ? 4 : 2;
+#ifdef BITFOLD_TILES
+  static constexpr int tile = 2 * kTileRows, least = 9, runs = 1;
+#else
+  static constexpr int tile = 12, least = bits < 8 ? 5 : 9, runs = kBytes || bits > 6 ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+#endif
   using Number = std::conditional_t<bytes, int8_t, int16_t>;
   using Code = std::conditional_t<bytes, uint8_t, int16_t>;
   static void put(Code* to, Bytes v) {
@@ -153,6 +167,9 @@ template <int bits> struct Deep {
     if constexpr (bytes) return dot4(codes, x, onto);
     return _mm256_add_epi32(onto, _mm256_madd_epi16(codes, x));
   }
+  static Ints narrow(Ints codes, Ints x) { return _mm256_maddubs_epi16(codes, x); }
+  static Ints narrow(Ints codes, Ints x, Ints onto) { return _mm256_add_epi16(onto, narrow(codes, x)); }
+  static Ints widened(Ints n, Ints onto) { return _mm256_add_epi32(onto, _mm256_madd_epi16(n, _mm256_set1_epi16(1))); }
 };
 inline Ints numbers(const void* x) { return _mm256_loadu_si256(static_cast<const __m256i*>(x)); }
 inline void store_ints(void* to, Ints v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }

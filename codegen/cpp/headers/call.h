@@ -47,9 +47,6 @@ struct Scratch {
   }
 };
 
-// From so many rows of x on, they are turned into panels and rows of the weight decoded once for all of them.
-constexpr int64_t kMany = 9;
-
 template <class From, class To, class Out>
 void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) {
   torch::stable::parallel_for(0, (rows.m + wants.width - 1) / wants.width, 1, [&](int64_t first, int64_t last) {
@@ -167,11 +164,11 @@ inline bool large(const float* x, int64_t count) {
 // Whether all rows are multiplied from panels; x is float32, bfloat16, float16 or bytes of codes, as the facts say.
 inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scratch) {
   scratch.trim(call.m * f.padded);
-  const Rows rows = {x, call.m, f.k, f.padded, f.sum_cols, f.wants()->order};
+  const Rows rows = {x, call.m, f.k, f.padded, f.sum_cols, f.wants()->order, f.wants()->lanes};
   scratch.sums.resize(call.m * rows.sums());
   call.x_sums = scratch.sums.data();
   float* sums = scratch.sums.data();
-  bool turn = call.m >= kMany && f.many != nullptr;
+  bool turn = call.m >= f.wants()->least && f.many != nullptr;
   const bool floats = !f.codes && f.x == 0;
   const bool as_it_lies = floats && f.padded == f.k && f.sum_cols == 0;
   const bool alone = call.m == 1 && f.wants()->digits > 0;
@@ -180,8 +177,9 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
   } else if (f.codes) {
     scratch.codes.resize(call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
+    if (rows.lanes != 0) side_by_side(scratch.codes.data(), call.m * f.padded, rows.lanes);
     call.x = scratch.codes.data();
-  } else if (as_it_lies && rows.order == nullptr && !alone) {
+  } else if (as_it_lies && !rows.moved() && !alone) {
     call.x = rows.x;
     turn = f.many != nullptr && large(static_cast<const float*>(rows.x), call.m * f.k);
   } else if (alone && as_it_lies && in_digits(static_cast<const float*>(rows.x), f.padded, *f.wants(), scratch.digits,
@@ -202,8 +200,7 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
     turn = f.many != nullptr && (large(scratch.numbers.data(), call.m * f.padded) ||
                                  !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite));
     if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
-      for (int64_t m = 0; m < call.m && rows.order != nullptr; ++m)
-        placed(scratch.numbers.data() + m * f.padded, f.padded, rows.order);
+      placed(scratch.numbers.data(), call.m * f.padded, rows);
   }
   if (turn) many(call, f, rows, scratch);
   return turn;

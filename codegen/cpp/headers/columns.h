@@ -5,7 +5,7 @@
 // kernel in turn. One row that is left over lies in quads of four neighbours: of a kernel of 5 x 5 the products are
 // 5 + 2 instead of 25.
 //
-//   quads.line(rows of the image) ; for each pixel of the result: quads.sums(i, to)
+//   quads.weights(panels, 3) ; quads.line(..) ; for pixels of the result: quads.sums<4>(0, i, to)
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -39,16 +39,19 @@ inline void quad(const int8_t* const* at, int8_t* to) {
 template <int kGroups>
 inline void of_quads(const int8_t* x, const int64_t* offsets, int count, const int8_t* weight, int32_t* sums) {
   const int groups = kGroups ? kGroups : count;
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  __m512i all = _mm512_setzero_si512();
+#pragma GCC unroll 8
+  for (int g = 0; g < groups; ++g)
+    all = _mm512_dpbusd_epi32(all, _mm512_loadu_si512(x + offsets[g]), _mm512_loadu_si512(weight + g * kQuad));
+  _mm512_storeu_si512(sums, all);
+#else
   __m256i low = _mm256_setzero_si256(), high = low;
   const auto add = [](__m256i sum, const int8_t* a, const int8_t* w) {
     const __m256i of_x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
     const __m256i of_w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sum, of_x, of_w);
-#else
     const __m256i pairs = _mm256_maddubs_epi16(of_x, of_w);  // at most 2 * 127 * 128: fits
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
   };
 #pragma GCC unroll 8
   for (int g = 0; g < groups; ++g) {
@@ -57,6 +60,7 @@ inline void of_quads(const int8_t* x, const int64_t* offsets, int count, const i
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums), low);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums) + 1, high);
+#endif
 }
 
 // The quads of one line of the result and sixteen channels. C: `Conv`.
@@ -71,25 +75,12 @@ template <class C> class Quads {
       for (int64_t j = 0; j < c.kernel_width; ++j) offsets_.push_back((f * width_ + j * c.dilation_x) * kQuad);
     for (int64_t j = 0; flat_ && j < c.kernel_width; j += 4)
       offsets_.push_back((fours_ * width_ + j * c.dilation_x) * kQuad);
-    weight_.resize(offsets_.size() * kQuad);
     nothing_.assign(kLanes, 0);
   }
-  // Sixteen channels' weights, [tap][16], in the same order.
-  void weight(const uint8_t* panel) {
-    int8_t* to = weight_.data();
-    const auto put = [&](int64_t row, int64_t down, int64_t column, int64_t across) {
-      const int8_t* at[4];
-      for (int64_t i = 0; i < 4; ++i) {
-        const int64_t y = row + i * down, x = column + i * across;
-        const bool there = y < rows_ && x < c_.kernel_width;
-        at[i] = there ? reinterpret_cast<const int8_t*>(panel) + (y * c_.kernel_width + x) * kLanes : nothing_.data();
-      }
-      quad(at, to);
-      to += kQuad;
-    };
-    for (int64_t row = 0; row < rows_ - flat_; row += 4)
-      for (int64_t j = 0; j < c_.kernel_width; ++j) put(row, 1, j, 0);
-    for (int64_t j = 0; flat_ && j < c_.kernel_width; j += 4) put(rows_ - 1, 0, j, 1);
+  // Weights of sixteen channels each, [tap][16], in the same order.
+  void weights(const uint8_t* const* panels, int64_t count) {
+    weight_.resize(count * offsets_.size() * kQuad);
+    for (int64_t p = 0; p < count; ++p) weight(panels[p], weight_.data() + p * offsets_.size() * kQuad);
   }
   // The line that starts with a pixel of the result, of the channels from `first` on.
   void line(int64_t pixel, int64_t first) {
@@ -125,16 +116,36 @@ template <class C> class Quads {
     }
     outside(end, width_);
   }
-  // Of the i-th pixel of that line.
-  void sums(int64_t i, int32_t* to) const {
-    const int8_t* const x = bytes_.data() + i * c_.stride_x * kQuad;
-    const int groups = static_cast<int>(offsets_.size());
-    if (groups == 3) return of_quads<3>(x, offsets_.data(), 3, weight_.data(), to);
-    if (groups == 7) return of_quads<7>(x, offsets_.data(), 7, weight_.data(), to);
-    of_quads<0>(x, offsets_.data(), groups, weight_.data(), to);
+  // Of `pixels` of that line, from the i-th on, by the p-th weights.
+  template <int pixels> void sums(int64_t p, int64_t i, int32_t (*to)[kLanes]) const {
+    const int8_t* const weight = weight_.data() + p * offsets_.size() * kQuad;
+    if (offsets_.size() == 3) return each<3, pixels>(weight, i, to);
+    if (offsets_.size() == 7) return each<7, pixels>(weight, i, to);
+    each<0, pixels>(weight, i, to);
   }
 
  private:
+  template <int kGroups, int pixels> void each(const int8_t* weight, int64_t i, int32_t (*to)[kLanes]) const {
+    const int64_t apart = c_.stride_x * kQuad;
+    const int8_t* x = bytes_.data() + i * apart;
+    for (int p = 0; p < pixels; ++p, x += apart)
+      of_quads<kGroups>(x, offsets_.data(), static_cast<int>(offsets_.size()), weight, to[p]);
+  }
+  void weight(const uint8_t* panel, int8_t* to) const {
+    const auto put = [&](int64_t row, int64_t down, int64_t column, int64_t across) {
+      const int8_t* at[4];
+      for (int64_t i = 0; i < 4; ++i) {
+        const int64_t y = row + i * down, x = column + i * across;
+        const bool there = y < rows_ && x < c_.kernel_width;
+        at[i] = there ? reinterpret_cast<const int8_t*>(panel) + (y * c_.kernel_width + x) * kLanes : nothing_.data();
+      }
+      quad(at, to);
+      to += kQuad;
+    };
+    for (int64_t row = 0; row < rows_ - flat_; row += 4)
+      for (int64_t j = 0; j < c_.kernel_width; ++j) put(row, 1, j, 0);
+    for (int64_t j = 0; flat_ && j < c_.kernel_width; j += 4) put(rows_ - 1, 0, j, 1);
+  }
   // Where a row that the kernel reads begins, and how far its next pixel is; zeros, again and again, outside.
   void row(int64_t image, int64_t line, int64_t i, int64_t first, const int8_t*& at, int64_t& step) const {
     const int64_t y = line * c_.stride_y - c_.top + i * c_.dilation_y;

@@ -52,9 +52,10 @@ class Places {
     plain_ = c.taps() == 1 && c.stride_x == 1 && c.stride_y == 1 && c.top == 0 && c.left == 0 &&
              c.out_width == c.width && c.out_height == c.height;
     step_ = c.channels * bytes;
-    rows_.resize(c.kernel_height);
     at_ = c.x + first * step_;
-    if (!plain_) line();
+    if (plain_) return;
+    rows_.resize(c.kernel_height);
+    line();
   }
   // The next pixel's, `apart` pointers from tap to tap.
   void next(const int8_t** to, int64_t apart) {
@@ -90,13 +91,30 @@ class Places {
   std::vector<const int8_t*> rows_;
 };
 
+// Four channels of each chain of sums; returns where the panel goes on.
+template <int rows, int chain = 0, class T>
+inline const uint8_t* in_turn(T& t, const uint8_t* panel, const int8_t* const* at, int64_t offset) {
+  if constexpr (chain == T::kChains) {
+    return panel;
+  } else {
+    t.template add<chain>(panel, at, offset + 4 * chain);
+    return in_turn<rows, chain + 1>(t, panel + 4 * kLanes, at, offset);
+  }
+}
+
 template <bool positive, int rows, int halves, class End>
 inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, int64_t offset, int64_t pixel,
                  const End& end) {
   Tile<positive, rows, halves> t;
+  constexpr int step = 4 * t.kChains, bytes = kBytes<positive>;
   t.clear(c.zero);
-  for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows)
-    for (int64_t i = 0; i < c.depth; i += 4, panel += 4 * kLanes) t.add(panel, at, (offset + i) * kBytes<positive>);
+  for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows) {
+    int64_t i = 0;
+    if constexpr (t.kChains > 1)
+      for (; i + step <= c.depth; i += step) panel = in_turn<rows>(t, panel, at, (offset + i) * bytes);
+    for (; i < c.depth; i += 4, panel += 4 * kLanes) t.template add<0>(panel, at, (offset + i) * bytes);
+  }
+  t.join();
   alignas(64) int32_t sums[rows][kLanes];
   // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
 #pragma GCC unroll 8
@@ -160,16 +178,22 @@ inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64
 template <class End>
 inline void by_columns(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
   Quads<Conv> quads(c);
-  alignas(64) int32_t sums[kLanes];
-  for (int64_t p = from; p < to; ++p) {
-    quads.weight(c.panels[p]);
-    const End end(c, p * kLanes, static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes)));
-    for (int64_t a = first; a < last; a += c.out_width) {
+  constexpr int together = 4;  // what an end reads of the call is read once for so many pixels
+  alignas(64) int32_t sums[together][kLanes];
+  quads.weights(c.panels + from, to - from);
+  for (int64_t a = first; a < last; a += c.out_width) {
+    const int64_t count = std::min(c.out_width, last - a);
+    for (int64_t p = from; p < to; ++p) {
+      const End end(c, p * kLanes, static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes)));
       quads.line(a, p * kLanes);
-      const int64_t count = std::min(c.out_width, last - a);
-      for (int64_t i = 0; i < count; ++i) {
-        quads.sums(i, sums);
-        end(a + i, sums);
+      int64_t i = 0;
+      for (; i + together <= count; i += together) {
+        quads.template sums<together>(p - from, i, sums);
+        end.template all<together>(a + i, sums);
+      }
+      for (; i < count; ++i) {
+        quads.template sums<1>(p - from, i, sums);
+        end(a + i, sums[0]);
       }
     }
   }

@@ -30,26 +30,35 @@ constexpr int kPixels = 8;  // pixels of a tile
 template <bool positive> constexpr int kBytes = 1;  // of a number of x
 
 template <bool positive, int rows, int halves> struct Tile {
-  __m512i sums[rows], of_weight, surplus;
+  // A product is added four cycles after it is begun, and one is begun in each: so many sums of few pixels are under way.
+  static constexpr int kChains = rows == 1 ? 4 : rows < 4 ? 2 : 1;
+  __m512i sums[kChains][rows], of_weight[kChains], surplus;
 
   void clear(int32_t zero) {
-    for (auto& s : sums) s = _mm512_setzero_si512();
-    of_weight = _mm512_setzero_si512();
+    for (auto& chain : sums)
+      for (auto& s : chain) s = _mm512_setzero_si512();
+    for (auto& s : of_weight) s = _mm512_setzero_si512();
     surplus = _mm512_set1_epi8(static_cast<char>(128 + zero));
   }
   // w: four channels of sixteen rows; at: the same four channels of each pixel, `offset` bytes further.
-  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+  template <int chain> void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     const __m512i weight = _mm512_loadu_si512(w);
-    if constexpr (!positive) of_weight = _mm512_dpbusd_epi32(of_weight, surplus, weight);
+    if constexpr (!positive) of_weight[chain] = _mm512_dpbusd_epi32(of_weight[chain], surplus, weight);
     for (int r = 0; r < rows; ++r) {
       __m512i x = _mm512_set1_epi32(four(at[r] + offset));
       // 128 more than x is never negative; the surplus, 128 and the zero point times the weight's sum, goes at the end.
       if constexpr (!positive) x = _mm512_xor_si512(x, _mm512_set1_epi8(-128));
-      sums[r] = _mm512_dpbusd_epi32(sums[r], x, weight);
+      sums[chain][r] = _mm512_dpbusd_epi32(sums[chain][r], x, weight);
+    }
+  }
+  void join() {
+    for (int chain = 1; chain < kChains; ++chain) {
+      for (int r = 0; r < rows; ++r) sums[0][r] = _mm512_add_epi32(sums[0][r], sums[chain][r]);
+      of_weight[0] = _mm512_add_epi32(of_weight[0], of_weight[chain]);
     }
   }
   void store(int r, int32_t* to) const {
-    _mm512_storeu_si512(to, positive ? sums[r] : _mm512_sub_epi32(sums[r], of_weight));
+    _mm512_storeu_si512(to, positive ? sums[0][r] : _mm512_sub_epi32(sums[0][r], of_weight[0]));
   }
 };
 
@@ -63,13 +72,14 @@ inline __m256i evens(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 
 inline __m256i odds(__m256i v) { return _mm256_srai_epi16(v, 8); }
 
 template <bool positive, int rows, int halves> struct Tile {
+  static constexpr int kChains = 1;  // sums are added in one cycle
   __m256i sums[rows][halves];
 
   void clear(int32_t) {
     for (auto& row : sums)
       for (auto& s : row) s = _mm256_setzero_si256();
   }
-  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+  template <int> void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     __m256i weight[halves];
     for (int h = 0; h < halves; ++h) weight[h] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w) + h);
     if constexpr (positive) {
@@ -84,6 +94,7 @@ template <bool positive, int rows, int halves> struct Tile {
     } else {
       __m256i even[halves], odd[halves];
       for (int h = 0; h < halves; ++h) even[h] = evens(weight[h]), odd[h] = odds(weight[h]);
+#pragma GCC unroll 4  // or the sums are kept in memory for the sake of their index
       for (int r = 0; r < rows; ++r) {
         const __m256i x0 = _mm256_set1_epi32(four(at[r] + offset)), x1 = _mm256_set1_epi32(four(at[r] + offset + 4));
         for (int h = 0; h < halves; ++h) {
@@ -93,6 +104,7 @@ template <bool positive, int rows, int halves> struct Tile {
       }
     }
   }
+  void join() {}
   void store(int r, int32_t* to) const {
     for (int h = 0; h < halves; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to) + h, sums[r][h]);
   }
@@ -104,15 +116,17 @@ constexpr int kPixels = 4;
 template <bool positive> constexpr int kBytes = 1;
 
 template <bool positive, int rows, int halves> struct Tile {
+  static constexpr int kChains = 1;
   int32_t sums[rows][kLanes], origin;
 
   void clear(int32_t zero) { std::memset(sums, 0, sizeof sums), origin = zero; }
-  void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
+  template <int> void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
     const int8_t* weight = reinterpret_cast<const int8_t*>(w);
     for (int r = 0; r < rows; ++r)
       for (int n = 0; n < 8 * halves; ++n)
         for (int i = 0; i < 4; ++i) sums[r][n] += (at[r][offset + i] - origin) * weight[4 * n + i];
   }
+  void join() {}
   void store(int r, int32_t* to) const { std::memcpy(to, sums[r], sizeof(int32_t) * 8 * halves); }
 };
 

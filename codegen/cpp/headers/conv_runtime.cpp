@@ -97,6 +97,11 @@ template <class T> struct Laid {
           std::copy_n(line, count[2] * count[3], to);
           continue;
         }
+        if (count[3] == 3 && step[2] == 1) {  // an image's colours, which a loop of one channel each takes twice as long for
+          const T *const red = line, *const green = line + step[3], *const blue = line + 2 * step[3];
+          for (int64_t j = 0; j < count[2]; ++j) to[3 * j] = red[j], to[3 * j + 1] = green[j], to[3 * j + 2] = blue[j];
+          continue;
+        }
         for (int64_t c = 0; c < count[3]; ++c)
           for (int64_t j = 0; j < count[2]; ++j) to[j * count[3] + c] = line[j * step[2] + c * step[3]];
       }
@@ -169,8 +174,10 @@ constexpr int64_t kLeast = 1 << 17, kCached = 1 << 16;
 void spread(const Conv& c, const ConvFacts& f) {
   const int64_t count = c.groups * c.panels_of_group(), pixels = c.pixels();
   int64_t together = count, rows;
-  if (f.depthwise) {
-    rows = c.out_width * std::max<int64_t>(1, kLeast / (4 * c.taps() * c.n * c.out_width + 1));
+  const int64_t threads = torch::stable::get_num_threads();
+  if (f.depthwise) {  // whole lines; a task puts its weights in order first, so there are few
+    const int64_t lines = pixels / c.out_width;
+    rows = c.out_width * (threads == 1 ? lines : std::max<int64_t>(1, lines / (4 * threads)));
   } else {
     together = std::min(count, std::max<int64_t>(1, kCached / (kLanes * f.row_bytes)));
     const int64_t work = kLanes * f.row_bytes * together;  // products of a pixel
@@ -179,12 +186,14 @@ void spread(const Conv& c, const ConvFacts& f) {
   const int64_t across = (count + together - 1) / together, down = (pixels + rows - 1) / rows;
   const int64_t work = kLanes * f.row_bytes * together * std::min(rows, pixels);
   const int64_t grain = 1 + kLeast / (work + 1);
-  torch::stable::parallel_for(0, across * down, grain, [&](int64_t first, int64_t last) {
+  const auto some = [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t from = task / down * together, pixel = task % down * rows;
       f.run(&c, pixel, std::min(pixel + rows, pixels), from, std::min(from + together, count));
     }
-  });
+  };
+  if (threads == 1 || across * down == 1) return some(0, across * down);
+  torch::stable::parallel_for(0, across * down, grain, some);
 }
 
 std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
@@ -216,6 +225,8 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     c.out_height = 1, c.out_width = c.width;
     shape.back() = f.n;
   } else {
+    require(given.size() == 4 || (f.kernel_height == 1 && f.stride_y == 1 && f.top + f.bottom == 0 && f.dilation_y == 1),
+            "the kernel ", text, " is of two dimensions, and takes x [images, channels, height, width]");
     c.images = given[0], c.height = given.size() == 4 ? given[2] : 1, c.width = given.back();
     const auto size = [](int64_t length, int64_t begin, int64_t end, int64_t dilation, int64_t kernel, int64_t stride) {
       return (length + begin + end - dilation * (kernel - 1) - 1) / stride + 1;
@@ -316,7 +327,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
     c.x = reinterpret_cast<const int8_t*>(s.wide.data());
     c.channels = c.groups * c.apart;
   }
-  s.zeros.assign(2 * c.channels + 64, f.widen != nullptr ? 0 : static_cast<int8_t>(c.zero));
+  if (!f.product) s.zeros.assign(2 * c.channels + 64, f.widen != nullptr ? 0 : static_cast<int8_t>(c.zero));
   c.zeros = s.zeros.data();
   panels(c, f, static_cast<const uint8_t*>(codes.const_data_ptr()), s);
   spread(c, f);
@@ -339,6 +350,4 @@ extern "C" AOTITorchError aoti_torch_cpu_conv(const AtenTensorHandle* inputs, in
                          [&](auto given) { return bitfold::conv(std::move(given), text); });
 }
 
-extern "C" void bitfold_conv_builder(bitfold::Build made) { bitfold::known.builder(made); }
-extern "C" int64_t bitfold_size_of_conv_facts() { return sizeof(bitfold::ConvFacts); }
-extern "C" void bitfold_know_conv(const char* text, const bitfold::ConvFacts* facts) { bitfold::known.put(text, *facts); }
+BITFOLD_KNOWN(conv_runtime, bitfold::ConvFacts)

@@ -18,7 +18,8 @@
 namespace bitfold {
 
 // What a call with digits reads: for 32 numbers, 32 of each digit, or their high words and the low ones; for a block, a
-// step, and for digits eight sums of its integers, by fours, times how much codes are too high.
+// step, and for digits eight sums of its integers, by fours, times how much codes are too high; where eight groups lie
+// side by side, the digits of four numbers of each in turn, and sums of each.
 struct Digits {
   std::vector<int8_t> digits;
   std::vector<int32_t> middles;
@@ -39,6 +40,24 @@ inline void cut(const int32_t* v, int8_t* to, int32_t* sums) {
   for (int j = 0; j < 8; ++j) sums[j] += v[4 * j] + v[4 * j + 1] + v[4 * j + 2] + v[4 * j + 3];
 }
 
+// `count` integers from number `at` of a group on, where eight groups lie side by side, four numbers of each in turn. A
+// sum is of `joined` numbers of the group; those of eight groups lie together.
+inline void cut_in_lane(const int32_t* v, int64_t at, int count, int64_t joined, int8_t* to, int32_t* sums) {
+  for (int i = 0; i < count; i += 4) {
+    int8_t d[3][4];
+    for (int j = 0; j < 4; ++j) {
+      const int32_t n = v[i + j];
+      d[0][j] = static_cast<int8_t>(n);
+      const int32_t rest = (n - d[0][j]) >> 8;
+      d[1][j] = static_cast<int8_t>(rest);
+      d[2][j] = static_cast<int8_t>((rest - d[1][j]) >> 8);
+    }
+    int8_t* const four = to + (at + i) / 4 * (3 * 4 * kLanes);
+    for (int digit = 0; digit < 3; ++digit) std::memcpy(four + 4 * kLanes * digit, d[digit], 4);
+    sums[(at + i) / joined * kLanes] += v[i] + v[i + 1] + v[i + 2] + v[i + 3];
+  }
+}
+
 // The words of 32 integers, high ones first.
 inline void cut(const int32_t* v, int16_t* to) {
   for (int i = 0; i < 32; ++i) {
@@ -54,7 +73,8 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
   const int64_t block = wants.digits, blocks = (padded + block - 1) / block, bytes = words ? 4 : 3;
   const int shift = words ? 28 : 22, least = shift - 126;  // below, a step would be no normal number
   to.digits.resize(bytes * padded), to.steps.resize(blocks + 16), to.exponents.resize(blocks);
-  to.middles.assign(words ? 0 : 8 * blocks, 0);
+  const int64_t joins = wants.lanes != 0 ? block / wants.joined : kLanes;  // sums of a block
+  to.middles.assign(words ? 0 : joins * blocks, 0);
   int highest = least;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* from = x + b * block;
@@ -74,19 +94,23 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
     int32_t small = 0;
     alignas(64) int32_t v[32];
     for (int64_t at = 0; at < count; at += 32) {
-      for (int i = 0; i < 32; ++i) {
+      const int some = static_cast<int>(std::min<int64_t>(32, count - at));
+      for (int i = 0; i < some; ++i) {
         v[i] = static_cast<int32_t>(std::nearbyint(from[at + i] * inverse));
         small += (std::abs(v[i]) < 64) & (from[at + i] != 0.0f);
       }
       int8_t* const cuts = to.digits.data() + bytes * (b * block + at);
       if (words)
         cut(v, reinterpret_cast<int16_t*>(cuts));
+      else if (wants.lanes == 0)
+        cut(v, cuts, to.middles.data() + joins * b);
       else
-        cut(v, cuts, to.middles.data() + 8 * b);
+        cut_in_lane(v, at, some, wants.joined, to.digits.data() + 3 * block * (b - b % kLanes) + 4 * (b % kLanes),
+                    to.middles.data() + joins * (b - b % kLanes) + b % kLanes);
     }
     if (4 * small > count) return false;
-    for (int j = 0; j < 8 && !words; ++j) to.middles[8 * b + j] *= -wants.base;
   }
+  for (int32_t& sum : to.middles) sum *= -wants.base;
   if (highest == least) return false;  // nothing but zeros, or numbers that are next to none
   for (int64_t b = 0; b < blocks; ++b) to.steps[b] = power_of_two(std::max(to.exponents[b] - highest, -126));
   call.digits = to.digits.data(), call.middles = to.middles.data(), call.steps = to.steps.data();

@@ -8,6 +8,10 @@ namespace bitfold {
 // (MOST_WEIGHTS and MOST_EXTRAS of codegen/spec.py).
 constexpr int kWeights = 4;
 constexpr int kExtras = 8;
+// Groups of a row of the weight that lie side by side, four codes of each in turn (formats/group_lanes.py), and numbers
+// of a group then, at most.
+constexpr int kLanes = 8;
+constexpr int kLongest = 128;
 
 struct Weight {
   const uint8_t* codes;  // rows of `stride` bytes
@@ -21,10 +25,13 @@ struct Weight {
 struct Wants {
   const int8_t* order;           // number i of 32 is number order[i] of x's; null: as they lie
   int32_t width, depth, size;    // a panel: rows side by side, numbers of each together, bytes of a number
+  int32_t least;                 // rows of x from which on panels are made, and rows of the weight decoded once for all
   int32_t rows;                  // of the weight, that a task of many rows of x takes
   int32_t digits, base, words;   // numbers of one row of x to a block of digits (digits.h), 0 for none; see there
   int32_t tiles;                 // whether panels are multiplied in tiles of AMX (tiled.h)
   int32_t many, step;            // then numbers of many rows of x to a block of digits, 0 for none, and to a tile
+  int32_t lanes, joined;         // numbers of a group where eight lie side by side, else 0; of one row in digits, numbers
+                                 // of a group whose sums are joined at once
 };
 
 // One call: y [m, n] from x [m, k]. `x` is made ready once: rows of `padded` numbers, zeros behind the k-th, in

@@ -1,5 +1,6 @@
 // Kernels that an operator knows, by their texts; one that it does not know is built when it is called.
 #pragma once
+#include <cstdint>
 #include <mutex>
 #include <shared_mutex>
 #include <stdexcept>
@@ -43,3 +44,9 @@ template <class Facts> class Known {
 };
 
 }  // namespace bitfold
+
+// What Python calls of an operator, the file of that name, that has a `known` of its own (known.py).
+#define BITFOLD_KNOWN(name, Facts)                                                              \
+  extern "C" void bitfold_builder_##name(bitfold::Build made) { bitfold::known.builder(made); } \
+  extern "C" int64_t bitfold_size_of_facts_##name() { return sizeof(Facts); }                   \
+  extern "C" void bitfold_know_##name(const char* text, const Facts* facts) { bitfold::known.put(text, *facts); }

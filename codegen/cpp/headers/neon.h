@@ -3,9 +3,13 @@
 #include <cstdint>
 #include <arm_neon.h>
 
+#include "eights_plain.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 8;
+constexpr int kInts = 8;
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
 constexpr int place(int i) { return i; }  // see avx2.h
 struct Bytes {
   uint8x16_t a, b;
@@ -73,6 +77,7 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return loadf(found);
 }
 
+template <class V> inline V in_register(V v) { return v; }  // see avx2.h
 inline Ints no_ints() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 inline int32_t sum(Ints v) { return vaddvq_s32(vaddq_s32(v.a, v.b)); }
 using Sums = Floats;  // as many as Ints
@@ -105,12 +110,15 @@ template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
-constexpr int kTile = 6, kIntTile = 6;
+constexpr int kTile = 6;
+// As bytes: what lies there is int16 too, or sums that are floats later.
 inline Ints numbers(const void* x) {
-  return {vld1q_s32(static_cast<const int32_t*>(x)), vld1q_s32(static_cast<const int32_t*>(x) + 4)};
+  const auto* from = static_cast<const uint8_t*>(x);
+  return {vreinterpretq_s32_u8(vld1q_u8(from)), vreinterpretq_s32_u8(vld1q_u8(from + 16))};
 }
 inline void store_ints(void* to, Ints v) {
-  vst1q_s32(static_cast<int32_t*>(to), v.a), vst1q_s32(static_cast<int32_t*>(to) + 4, v.b);
+  auto* bytes = static_cast<uint8_t*>(to);
+  vst1q_u8(bytes, vreinterpretq_u8_s32(v.a)), vst1q_u8(bytes + 16, vreinterpretq_u8_s32(v.b));
 }
 inline Ints broadcast(const void* w) {
   int32_t two;
@@ -123,7 +131,7 @@ inline int32x4_t pairs(int32x4_t codes, int32x4_t x, int32x4_t onto) {
   return vaddq_s32(onto, vpaddq_s32(low, high));
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, tile = 6, least = 9, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {

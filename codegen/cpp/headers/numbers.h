@@ -1,4 +1,5 @@
-// Stored numbers as float32, and float32 as what is stored; what the body of a kernel is written with.
+// Stored numbers as float32, and float32 as what is stored; what the body of a kernel is written with. Stands behind
+// VECTORS, which has half floats.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -72,6 +73,15 @@ template <int count, class F> inline void unrolled(F&& f) {
 // Asks for the line of the cache at p, which may be no memory.
 constexpr int kLine = 64;
 inline void ahead(const void* p) { __builtin_prefetch(p); }
+
+// An address that the compiler takes as it is, without adding its own from what it was made of.
+template <class T> inline T* settled(T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// What so many rows use: loaded once for all of them.
+template <int rows> inline Floats shared(Floats v) { return rows > 1 ? in_register(v) : v; }
 
 inline float dotted(const float* a, const float* b, int64_t count) {
   Floats all = zeros();

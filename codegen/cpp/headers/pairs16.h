@@ -10,7 +10,11 @@ using Pairs = __m256i;
 inline Pairs pairs(__m256i codes, const int8_t* x) {
   return _mm256_maddubs_epi16(codes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
-inline Pairs pairs(__m256i codes, const int8_t* x, Pairs onto) { return _mm256_add_epi16(onto, pairs(codes, x)); }
+inline Pairs pairs(__m256i codes, const int8_t* x, Pairs onto) {
+  Pairs sum = _mm256_add_epi16(onto, pairs(codes, x));
+  asm("" : "+x"(sum));  // GCC would add up at the end of a block, and keep all products in memory until then
+  return sum;
+}
 // Sums for three digits, lowest first, joined: exact where the result fits, whatever passes 32 bits on the way.
 inline __m256i joined(Pairs a, Pairs b, Pairs c, const int32_t* onto) {
   const __m256i low = _mm256_madd_epi16(a, _mm256_set1_epi16(1)), mid = _mm256_madd_epi16(b, _mm256_set1_epi16(256));

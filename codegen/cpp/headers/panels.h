@@ -2,17 +2,26 @@
 //
 // A panel is x turned: a vector holds the same number of neighbouring rows, so that each number of the weight is
 // broadcast and multiplies whole vectors, and no sum goes across one. kTile rows of the weight and two vectors keep
-// all sums in registers.
+// all sums in registers. Stands behind VECTORS.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "transposed.h"
+
 namespace bitfold {
 
-constexpr int kInts = 8;              // of a vector of integers
 constexpr int kPanel = 2 * kFloats;   // rows of x side by side, as floats
 constexpr int kIntPanel = 2 * kInts;  // and as integers
+
+// Codes of decoded rows by stretches that share their scales, `count` of them.
+struct Stretches {
+  int64_t count;
+  const int32_t* starts;        // [count][kIntPanel or two of them]: what sums of integers start with
+  const float *scales, *zeros;  // [kStored][most]
+  const float* const* x_sums;   // [count]: what zeros are multiplied by, null where nothing is
+};
 
 }  // namespace bitfold
 
@@ -33,14 +42,9 @@ template <bool> struct Multiplier {
   explicit Multiplier(int) {}
 };
 
-// What sums of integers are scaled in; rows of x whose sums are taken out of the way that they lie in at a time.
-constexpr int kWide = kInts, kEnds = 1;
-using WideInts = Ints;
-using WideSums = Sums;
-inline WideSums wide_sums(const float* p) { return load_sums(p); }
-inline void store_wide(float* p, WideSums v) { store_sums(p, v); }
+constexpr int kEnds = 8;       // rows of x whose sums are taken out of the way that they lie in at a time
 #endif
-static_assert(kStored % kTile == 0 && kStored % kIntTile == 0);
+static_assert(kStored % kTile == 0 && kStored % kEnds == 0);
 
 // Numbers from a line of the cache on.
 template <class T> class Lines {
@@ -55,11 +59,14 @@ template <class T> class Lines {
   std::vector<T> all_;
 };
 
+constexpr int kLeast = 9;  // rows of x, as floats, from which on they are turned; Deep<bits>::least, as integers
+
 // What the runtime is told of these; held: whether codes leave registers in the order of `place`.
 // bits: of codes that are multiplied as integers, 0 for floats; many, step: numbers of many rows of x to a block of
-// digits and to a tile of it, 0 for none. `static`, since statics of an inline function are one
-// for the whole process: a library for other vectors would be told what the first one wants.
-template <bool held, int bits, int digits, int base, bool words, int many, int step> static const Wants* wants() {
+// digits and to a tile of it, 0 for none; lanes, joined: as `Wants` has them. `static`, since statics of an inline
+// function are one for the whole process: a library for other vectors would be told what the first one wants.
+template <bool held, int bits, int digits, int base, bool words, int many, int step, int lanes, int joined>
+static const Wants* wants() {
   static constexpr auto order = [] {
     struct {
       int8_t at[32];
@@ -68,17 +75,26 @@ template <bool held, int bits, int digits, int base, bool words, int many, int s
     return found;
   }();
   constexpr bool moved = held && place(1) != 1;
-  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kStored, digits, base, words,
-                                      kTiled, kTiled ? many : 0, step};
+  static constexpr Wants of_floats = {moved ? order.at : nullptr, kPanel, 1, 4, kLeast, kStored, digits, base, words,
+                                      kTiled, kTiled ? many : 0, step, lanes, joined};
   static constexpr Wants of_codes = {nullptr, kIntPanel, Deep<bits>::depth, int(sizeof(typename Deep<bits>::Number)),
-                                     kStored, 0, 0, 0, kTiled, 0, 0};
+                                     Deep<bits>::least, kStored, 0, 0, 0, kTiled, 0, 0, lanes, 0};
   return bits == 0 ? &of_floats : &of_codes;
+}
+
+// A vector of bytes, four of each of eight groups, each four to its own group, which are `apart` numbers apart.
+template <class Code> inline void put_apart(Code* to, int64_t apart, Bytes v) {
+  uint8_t all[32];
+  store(all, v);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) to[lane * apart + i] = all[4 * lane + i];
 }
 
 // sums[r][v] += w[r][k] * x[k][v] for k < count; a row of the weight is `stride` numbers, of sums `across`. Not inlined:
 // inside of `many` GCC 12 writes the sums of one vector to the stack behind every product.
 template <int V>
-[[gnu::noinline]] void multiply(const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
+[[gnu::noinline]] void multiply(
+    const float* w, int64_t stride, const float* x, int64_t count, float* sums, int64_t across) {
   Floats s[kTile][V];
   for (int r = 0; r < kTile; ++r)
     for (int v = 0; v < V; ++v) s[r][v] = loadf(sums + r * across + v * kFloats);
@@ -96,46 +112,85 @@ template <int V>
 
 // Sums of kStored rows of each weight, `across` apart, for kEnds rows of x, as their end takes them.
 template <int many> inline void taken_out(const float* sums, int64_t across, float (*to)[many][kStored][1]) {
-  for (int i = 0; i < many; ++i) {
-    const float* of = sums + i * kStored * across;
-#if defined(BITFOLD_TILES)
-    for (int r = 0; r < kStored; r += kEnds)
-      transposed(of + r * across, across * int64_t(sizeof(float)), &to[0][i][r][0], sizeof to[0]);
-#else
-    for (int r = 0; r < kStored; ++r) to[0][i][r][0] = of[r * across];
-#endif
-  }
+  for (int i = 0; i < many; ++i)
+    for (int r = 0; r < kStored; r += kEnds) {
+      const float* const from = sums + (i * kStored + r) * across;
+      if constexpr (kEnds == 16)
+        transposed(from, across * int64_t(sizeof(float)), &to[0][i][r][0], sizeof to[0]);
+      else
+        transposed8(from, across * int64_t(sizeof(float)), &to[0][i][r][0], sizeof to[0]);
+    }
 }
 
 #if !defined(BITFOLD_TILES)
-// The same of integers, exactly, D::depth at a time; `use(r, v, s)` has the sums of each. Not inlined: inside of `many`
-// the compiler writes all sums to the stack behind every product.
-template <class D, int V, int, class Use>
-[[gnu::noinline]] void multiply(Multiplier<false>&, const typename D::Code* w, int64_t stride,
-                                const typename D::Number* x, int64_t, int64_t count, Use&& use) {
-  Ints s[kIntTile][V];
-  for (int r = 0; r < kIntTile; ++r)
-    for (int v = 0; v < V; ++v) s[r][v] = no_ints();
-  for (int64_t k = 0; k < count; k += D::depth) {
+// Products of `count` codes of D::tile rows and of V vectors of rows of x, exactly. `start(r, v)` is what they are added
+// to; `use(r, v, s)` has the sums. Both are unrolled by hand: otherwise the compiler keeps all sums in memory, for a loop
+// that it does not unroll.
+template <class D, int V, class Start, class Use>
+[[gnu::always_inline]] inline void products_of(const typename D::Code* w, int64_t stride, const typename D::Number* x,
+                                               int64_t count, Start&& start, Use&& use) {
+  Ints s[D::tile][V];
+  unrolled<D::tile>([&](auto r) { unrolled<V>([&](auto v) { s[r][v] = start(r, v); }); });
+  const auto step = [&](int64_t k, auto&& add_to) {
     Ints b[V];
-    for (int v = 0; v < V; ++v) b[v] = numbers(x + k * kIntPanel + v * kInts * D::depth);
-    for (int r = 0; r < kIntTile; ++r) {
+    unrolled<V>([&](auto v) { b[v] = in_register(numbers(x + k * kIntPanel + v * kInts * D::depth)); });
+    unrolled<D::tile>([&](auto r) {
       const Ints a = broadcast(w + r * stride + k);
-      for (int v = 0; v < V; ++v) s[r][v] = D::products(a, b[v], s[r][v]);
+      unrolled<V>([&](auto v) { add_to(r, v, a, b[v]); });
+    });
+  };
+  if constexpr (D::runs == 1) {
+    for (int64_t k = 0; k < count; k += D::depth)
+      step(k, [&](auto r, auto v, Ints a, Ints b) { s[r][v] = in_register(D::products(a, b, s[r][v])); });
+  } else {
+    // Narrow sums first, of as many products as they hold; codes are decoded by 32.
+    static_assert(32 % (D::runs * D::depth) == 0);
+    for (int64_t k = 0; k < count; k += D::runs * D::depth) {
+      Ints n[D::tile][V];
+      unrolled<D::runs>([&](auto i) {
+        step(k + i * D::depth, [&](auto r, auto v, Ints a, Ints b) {
+          n[r][v] = in_register(i == 0 ? D::narrow(a, b) : D::narrow(a, b, n[r][v]));
+        });
+      });
+      unrolled<D::tile>([&](auto r) { unrolled<V>([&](auto v) { s[r][v] = D::widened(n[r][v], s[r][v]); }); });
     }
   }
-  // Unrolled by hand: otherwise the compiler keeps all sums in memory, for a loop that it does not unroll.
-  unrolled<kIntTile>([&](auto r) { unrolled<V>([&](auto v) { use(r, v, s[r][v]); }); });
+  unrolled<D::tile>([&](auto r) { unrolled<V>([&](auto v) { use(r, v, s[r][v]); }); });
 }
 
-// And added to int32 at `to`, in rows of `across`.
-template <class D, int V, int depth>
-inline void added(Multiplier<false>& t, const typename D::Code* w, int64_t stride, const typename D::Number* x,
-                  int64_t apart, int64_t count, float* to, int64_t across) {
-  multiply<D, V, depth>(t, w, stride, x, apart, count, [&](int r, int v, Ints p) {
-    float* at = to + r * across + v * kInts;
-    store_ints(at, add(numbers(at), p));
-  });
+// Added to int32 at `to`, in rows of `across`. Not inlined, like the next one: inside of `many` the compiler writes all
+// sums to the stack behind every product.
+template <class D, int V, int>
+[[gnu::noinline]] void added(Multiplier<false>&, const typename D::Code* w, int64_t stride,
+                             const typename D::Number* x, int64_t, int64_t count, float* to, int64_t across) {
+  products_of<D, V>(
+      w, stride, x, count, [&](int r, int v) { return numbers(to + r * across + v * kInts); },
+      [&](int r, int v, Ints p) { store_ints(to + r * across + v * kInts, p); });
+}
+
+// Stretches of rows r0 .. r0 + D::tile - 1, `most` at most, added to float32 at `to`: products and what they start with
+// are integers, times a scale of each row; where there are zeros, they times x's sums.
+template <class D, int V, int, int stretch, int most, bool zeros>
+[[gnu::noinline]] void scaled_and_added(Multiplier<false>&, const typename D::Code* w, int64_t stride,
+                                        const typename D::Number* x, int64_t, const Stretches& of, int64_t r0, float* to,
+                                        int64_t across) {
+  for (int64_t i = 0; i < of.count; ++i) {
+    const int32_t* const start = of.starts + i * 2 * kHalf;
+    const float *const scales = of.scales + r0 * most + i, *const added = of.zeros + r0 * most + i;
+    products_of<D, V>(
+        w + i * stretch, stride, x + i * stretch * kIntPanel, stretch,
+        [&](int, int v) { return numbers(start + v * kInts); },
+        [&](int r, int v, Ints p) {
+          float* const at = to + r * across + v * kInts;
+          store_sums(at, scaled(p, scales[r * most], load_sums(at)));
+        });
+    if (!zeros || of.x_sums[i] == nullptr) continue;
+    for (int r = 0; r < D::tile; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* const at = to + r * across + v * kInts;
+        store_sums(at, scaled(load_sums(of.x_sums[i] + v * kInts), added[r * most], load_sums(at)));
+      }
+  }
 }
 #endif
 

@@ -4,10 +4,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "eights_plain.h"
+
 namespace bitfold {
 
 constexpr int kFloats = 8;
-constexpr int place(int i) { return i; }  // see avx2.h
+constexpr int kInts = 8;
+constexpr int kMostOfX = 4;  // rows of x that a few rows of the weight meet
+constexpr int place(int i) { return 4 * (i % 8) + i / 8; }  // see avx2.h
 struct Bytes {
   uint8_t v[32];
 };
@@ -119,7 +123,7 @@ inline Held held(Bytes v) { return v; }
 constexpr float kHeld = 1.0f;
 template <int part> inline Floats of_held(const Held& h) {
   Floats r;
-  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<int8_t>(h.v[8 * part + i]);
+  for (int i = 0; i < 8; ++i) r.v[i] = static_cast<int8_t>(h.v[4 * i + part]);
   return r;
 }
 template <int part> inline Floats of_integers(const uint8_t* p) {
@@ -143,6 +147,7 @@ template <int part, int bits> inline Floats of_table(const float* table, const u
   return r;
 }
 
+template <class V> inline V in_register(V v) { return v; }  // see avx2.h
 inline Ints no_ints() { return Ints{}; }
 inline int32_t sum(Ints a) {
   int32_t r = 0;
@@ -153,6 +158,10 @@ using Sums = Floats;  // as many as Ints
 inline Sums no_sums() { return zeros(); }
 inline Sums scaled(Ints v, float s, Sums onto) {
   for (int i = 0; i < 8; ++i) onto.v[i] += static_cast<float>(v.v[i]) * s;
+  return onto;
+}
+inline Sums scaled(Ints v, Floats s, Sums onto) {
+  for (int i = 0; i < 8; ++i) onto.v[i] += static_cast<float>(v.v[i]) * s.v[i];
   return onto;
 }
 template <int bits> inline Ints dot(Bytes codes, const int8_t* x, Ints onto) {
@@ -176,7 +185,7 @@ inline Ints products(Words w, const int16_t* x, Ints onto) {
 }
 
 // For panels (panels.h); see avx2.h.
-constexpr int kTile = 6, kIntTile = 4;
+constexpr int kTile = 6;
 inline Ints numbers(const void* x) {
   Ints r;
   std::memcpy(r.v, x, 32);
@@ -189,7 +198,7 @@ inline Ints broadcast(const void* w) {
   return r;
 }
 template <int bits> struct Deep {
-  static constexpr int depth = 2;
+  static constexpr int depth = 2, tile = 4, least = 9, runs = 1;
   using Number = int16_t;
   using Code = int16_t;
   static void put(Code* to, Bytes v) {

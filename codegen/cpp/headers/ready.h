@@ -15,16 +15,30 @@ struct Rows {
   const void* x;
   int64_t m, k, padded, sum_cols;
   const int8_t* order;
+  int64_t lanes;  // numbers of a group, eight of which lie side by side, or 0
 
+  bool moved() const { return order != nullptr || lanes != 0; }
   int64_t sums() const { return sum_cols == 0 ? 0 : sum_cols < 0 ? 1 : k / sum_cols; }  // of a row
 };
 
-// Numbers of a row, 32 at a time, in the order in which codes leave a register.
-inline void placed(float* r, int64_t count, const int8_t* order) {
-  for (int64_t at = 0; at < count; at += 32) {
+// Numbers of eight groups side by side, four of each in turn, as their codes lie.
+template <class T> void side_by_side(T* r, int64_t count, int64_t group) {
+  T as_given[kLanes * kLongest];
+  for (int64_t at = 0; at < count; at += kLanes * group) {
+    std::memcpy(as_given, r + at, kLanes * group * sizeof(T));
+    T* to = r + at;
+    for (int64_t i = 0; i < group; i += 4)
+      for (int lane = 0; lane < kLanes; ++lane, to += 4) std::memcpy(to, as_given + lane * group + i, 4 * sizeof(T));
+  }
+}
+
+// Numbers of rows, 32 at a time, in the order in which codes leave a register.
+inline void placed(float* r, int64_t count, const Rows& rows) {
+  if (rows.lanes != 0) side_by_side(r, count, rows.lanes);
+  for (int64_t at = 0; at < count && rows.order != nullptr; at += 32) {
     float as_given[32];
     std::memcpy(as_given, r + at, sizeof as_given);
-    for (int i = 0; i < 32; ++i) r[at + i] = as_given[order[i]];
+    for (int i = 0; i < 32; ++i) r[at + i] = as_given[rows.order[i]];
   }
 }
 
@@ -66,7 +80,7 @@ void turned(const Rows& rows, const Wants& wants, int64_t first, int64_t last, O
     for (int64_t i = 0; i < count; ++i)
       ready<From>(rows, panel * wants.width + i, own.data() + i * rows.padded, sums);
     if constexpr (std::is_same_v<To, float>)
-      if (rows.order != nullptr) placed(own.data(), count * rows.padded, rows.order);
+      placed(own.data(), count * rows.padded, rows);
     Out* to = panels + panel * wants.width * rows.padded;
     // A depth that the compiler does not know is a call of memcpy for each number.
     if (wants.depth == 1) woven<1>(own.data(), rows.padded, wants.width, to);

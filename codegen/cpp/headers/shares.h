@@ -4,7 +4,7 @@
 //   tasks 0 .. 99, two threads   ->   0 5 10 .. 45 | 50 55 .. 95, five at a time; to one that is held up, less is left
 //
 // A thread that takes whatever piece is next reads no stream of memory: each piece begins one anew, and a page of
-// weights is read by all. On two threads of an EPYC a step of SmolLM2 in int8 took 6.9 ms so, and takes 5.8.
+// weights is read by all. What that made of a step of SmolLM2 is in docs/notes/cpu.md ("Kernels of one x").
 #pragma once
 #include <torch/csrc/stable/ops.h>
 

@@ -12,19 +12,12 @@
 namespace bitfold {
 
 constexpr int kHalf = kTileRows;      // rows of x, of the two times so many that `multiply` takes
-constexpr int kStored = kIntTile;     // rows of the weight that are decoded at a time
+constexpr int kStored = 2 * kTileRows;  // rows of the weight that are decoded at a time
 constexpr int kApart = kTileBytes;    // numbers between decoded rows: each begins a line of the cache
 constexpr int kDeepest = 512;         // codes: so many of 32 rows take 18 KiB
 constexpr bool kTiled = true;
 
-// What sums of integers are scaled in; rows of x whose sums are taken out of the way that they lie in at a time.
-constexpr int kWide = kTileRows, kEnds = kTileRows;
-using WideInts = __m512i;
-using WideSums = Floats;
-inline WideSums scaled(WideInts v, float s, WideSums onto) { return madd(_mm512_cvtepi32_ps(v), same(s), onto); }
-inline WideSums scaled(WideSums v, float s, WideSums onto) { return madd(v, same(s), onto); }
-inline WideSums wide_sums(const float* p) { return loadf(p); }
-inline void store_wide(float* p, WideSums v) { storef(p, v); }
+constexpr int kEnds = kTileRows;      // rows of x whose sums are taken out of the way that they lie in at a time
 
 // The tiles of a thread, `depth` products to a step: sums of codes, or of digits.
 template <bool digits> struct Multiplier : Tiles {
@@ -48,18 +41,29 @@ inline void steps(Multiplier<false>& t, const uint8_t* w, int64_t stride, const 
   }
 }
 
-// Sums of 32 rows of codes and V panels of x, `apart` bytes from one to the next; `use(r, v, s)` has sixteen of them.
-template <class D, int V, int depth, class Use>
-inline void multiply(Multiplier<false>& t, const uint8_t* w, int64_t stride, const int8_t* x, int64_t apart,
-                     int64_t count, Use&& use) {
+// Stretches of 32 rows of codes and V panels of x, `apart` bytes from one to the next, scaled and added to float32 at
+// `to`; see panels.h.
+template <class D, int V, int depth, int stretch, int most, bool zeros>
+inline void scaled_and_added(Multiplier<false>& t, const uint8_t* w, int64_t stride, const int8_t* x, int64_t apart,
+                             const Stretches& of, int64_t, float* to, int64_t across) {
   alignas(64) int32_t sums[2 * kTileRows][V * kTileRows];
-  unrolled<4>([&](auto i) { t.zero<i.value>(); });
-  steps<V, depth>(t, w, stride, x, apart, count);
-  unrolled<2>([&](auto r) {
-    unrolled<V>([&](auto v) { t.store<2 * r.value + v.value>(sums[kTileRows * r] + kTileRows * v, sizeof sums[0]); });
-  });
-  for (int r = 0; r < 2 * kTileRows; ++r)
-    for (int v = 0; v < V; ++v) use(r, v, _mm512_load_si512(sums[r] + v * kWide));
+  for (int64_t i = 0; i < of.count; ++i) {
+    const int32_t* const start = of.starts + i * 2 * kHalf;
+    unrolled<4>([&](auto t_) { t.zero<t_.value>(); });
+    steps<V, depth>(t, w + i * stretch, stride, x + i * stretch * kTileRows, apart, stretch);
+    unrolled<2>([&](auto r) {
+      unrolled<V>([&](auto v) { t.store<2 * r.value + v.value>(sums[kTileRows * r] + kTileRows * v, sizeof sums[0]); });
+    });
+    for (int r = 0; r < 2 * kTileRows; ++r)
+      for (int v = 0; v < V; ++v) {
+        const int at = v * kTileRows;
+        const __m512i all = _mm512_add_epi32(_mm512_load_si512(sums[r] + at), _mm512_loadu_si512(start + at));
+        Floats found = madd(_mm512_cvtepi32_ps(all), same(of.scales[r * most + i]), loadf(to + r * across + at));
+        if (zeros && of.x_sums[i] != nullptr)
+          found = madd(loadf(of.x_sums[i] + at), same(of.zeros[r * most + i]), found);
+        storef(to + r * across + at, found);
+      }
+  }
 }
 
 // The same, added to int32 at `to`, in rows of `across`.
