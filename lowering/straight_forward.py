@@ -6,8 +6,7 @@ forward is that body.
     body(codes, scales, x) = fused([x, codes, scales], "..")[0]
     ->  class FoldedLinear(FoldedLinear):
             def forward(self, input):
-                v0 = t0([input, self.codes, self.scales], "..")
-                return v0[0]
+                return t0([input, self.codes, self.scales], "..")[0]
 
 `Folded.forward` looks its operands and its body up by names that it holds, and each look-up is a guard of
 each module. Here they are the class's own, which Dynamo guards once for all modules that are alike.
@@ -57,8 +56,11 @@ def _code(graph: Graph, operands: Sequence[str]) -> tuple[str, tuple[Any, ...]] 
     lines: list[str] = []
     for node in graph.nodes:
         if node.op == "call_function":
-            lines.append(f"v{len(lines)} = {spelled.call(node)}")
-            spelled.names[node] = f"v{len(lines) - 1}"
+            text = spelled.call(node)
+            if not _picked(node):
+                lines.append(f"v{len(lines)} = {text}")
+                text = f"v{len(lines) - 1}"
+            spelled.names[node] = text
         elif node.op == "output":
             lines.append(f"return {spelled.value(node.args[0])}")
     try:
@@ -66,6 +68,12 @@ def _code(graph: Graph, operands: Sequence[str]) -> tuple[str, tuple[Any, ...]] 
     except TypeError:
         return None
     return "def forward(self, input):\n    " + "\n    ".join(lines) + "\n", tuple(spelled.others)
+
+
+def _picked(node: Node) -> bool:
+    """Whether all that becomes of a value, next, is that one of its members is taken or it is returned."""
+    ends = node.next.target is operator.getitem or (node.next.op == "output" and node.next.args[0] is node)
+    return list(node.users) == [node.next] and ends
 
 
 class _Spelled:

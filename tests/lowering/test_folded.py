@@ -3,6 +3,7 @@
 import copy
 import io
 import os
+import pickle
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import bitfold as bf
-from bitfold.lowering import FoldedLinear
+from bitfold.lowering import Folded, FoldedLinear
 
 
 class Small(nn.Module):
@@ -307,3 +308,20 @@ def test_layers_that_are_alike_have_one_body(how: str) -> None:
         bf.convert(bf.prepare_qat(model, "int4[g16]", bf.Qat("lsq")), target="cpu")
     assert model[0].body is model[1].body is model[2].body
     assert model[3].body is not model[0].body
+
+
+def test_a_forward_is_spelled_out_and_stays_that_of_its_body() -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+    model, x = bf.quantize(nn.Sequential(*layers).eval(), "int8", target="cpu"), torch.randn(3, 64)
+    assert type(model[0]) is type(model[2]) and type(model[0]) is not type(model[3])
+    assert isinstance(model[0], FoldedLinear) and type(model[0]).__name__ == "FoldedLinear"
+    for layer in (model[0], model[3]):
+        assert torch.equal(layer(x), Folded.forward(layer, x))
+        again = pickle.loads(pickle.dumps(layer))
+        assert type(again) is type(layer) is type(copy.deepcopy(layer)) and torch.equal(again(x), layer(x))
+    # Whoever puts a class of their own on top has the new body too, when the dtype changes.
+    model[0].__class__ = type("Sharded", (type(model[0]),), {})
+    model.bfloat16()
+    assert model[0](x.bfloat16()).dtype == torch.bfloat16 and type(model[0]).__name__ == "Sharded"
+    assert torch.equal(model[0](x.bfloat16()), Folded.forward(model[0], x.bfloat16()))
