@@ -64,7 +64,7 @@ def tile(body: Body) -> list[str]:
         *units(body),
         *AHEAD,
         f"      const {element}* x[M];  // one address each: others would not fit in registers",
-        "      for (int m = 0; m < M; ++m) x[m] = settled(rows + k + m * padded);",
+        "      for (int m = 0; m < M; ++m) x[m] = one_address(rows + k + m * padded);",
     ]
     for first, slices in body.stretches():
         run += ["      {", *(f"        {line}" for line in fresh if not body.whole_rows)]

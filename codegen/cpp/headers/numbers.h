@@ -75,7 +75,7 @@ constexpr int kLine = 64;
 inline void ahead(const void* p) { __builtin_prefetch(p); }
 
 // An address that the compiler takes as it is, without adding its own from what it was made of.
-template <class T> inline T* settled(T* p) {
+template <class T> inline T* one_address(T* p) {
   asm("" : "+r"(p));
   return p;
 }
