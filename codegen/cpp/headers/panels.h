@@ -133,7 +133,7 @@ template <class D, int V, int runs, class Start, class Use>
                                                int64_t count, Start&& start, Use&& use) {
   Ints s[D::tile][V];
   unrolled<D::tile>([&](auto r) { unrolled<V>([&](auto v) { s[r][v] = start(r, v); }); });
-  const auto step = [&](int64_t k, auto&& add_to) {
+  const auto step = [&](int64_t k, auto&& add_to) __attribute__((always_inline)) {
     Ints b[V];
     unrolled<V>([&](auto v) { b[v] = in_register(numbers(x + k * kIntPanel + v * kInts * D::depth)); });
     unrolled<D::tile>([&](auto r) {
