@@ -52,9 +52,9 @@ inline void cut_in_lane(const int32_t* v, int64_t at, int count, int64_t joined,
       d[1][j] = static_cast<int8_t>(rest);
       d[2][j] = static_cast<int8_t>((rest - d[1][j]) >> 8);
     }
-    int8_t* const four = to + (at + i) / 4 * (3 * 4 * kLanes);
-    for (int digit = 0; digit < 3; ++digit) std::memcpy(four + 4 * kLanes * digit, d[digit], 4);
-    sums[(at + i) / joined * kLanes] += v[i] + v[i + 1] + v[i + 2] + v[i + 3];
+    int8_t* const four = to + (at + i) / 4 * (3 * 4 * kGroups);
+    for (int digit = 0; digit < 3; ++digit) std::memcpy(four + 4 * kGroups * digit, d[digit], 4);
+    sums[(at + i) / joined * kGroups] += v[i] + v[i + 1] + v[i + 2] + v[i + 3];
   }
 }
 
@@ -73,7 +73,7 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
   const int64_t block = wants.digits, blocks = (padded + block - 1) / block, bytes = words ? 4 : 3;
   const int shift = words ? 28 : 22, least = shift - 126;  // below, a step would be no normal number
   to.digits.resize(bytes * padded), to.steps.resize(blocks + 16), to.exponents.resize(blocks);
-  const int64_t joins = wants.lanes != 0 ? block / wants.joined : kLanes;  // sums of a block
+  const int64_t joins = wants.lanes != 0 ? block / wants.joined : kGroups;  // sums of a block
   to.middles.assign(words ? 0 : joins * blocks, 0);
   int highest = least;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -105,8 +105,8 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
       else if (wants.lanes == 0)
         cut(v, cuts, to.middles.data() + joins * b);
       else
-        cut_in_lane(v, at, some, wants.joined, to.digits.data() + 3 * block * (b - b % kLanes) + 4 * (b % kLanes),
-                    to.middles.data() + joins * (b - b % kLanes) + b % kLanes);
+        cut_in_lane(v, at, some, wants.joined, to.digits.data() + 3 * block * (b - b % kGroups) + 4 * (b % kGroups),
+                    to.middles.data() + joins * (b - b % kGroups) + b % kGroups);
     }
     if (4 * small > count) return false;
   }
