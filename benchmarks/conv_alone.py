@@ -5,8 +5,8 @@ In: a spec, vectors, a compiler. Out: a program (`built`), and what it computes 
     program = built(spec, VECTORS["neon"], folder, ["aarch64-linux-gnu-g++", "-static"])
     results = ran(program, spec, inputs, runner=["qemu-aarch64"])
 
-What `conv_runtime.cpp` makes ready is made ready here, for specs that read nothing but x, and whose groups
-have one row of the weight or several channels of x.
+What `conv_runtime.cpp` makes ready is made ready here, for specs whose groups have one row of the weight or
+several channels of x, and whose epilogue has no batch norm of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bitfold.codegen.conv import ConvSpec
 from bitfold.codegen.cpp.conv_build import facts_of
+from bitfold.codegen.cpp.conv_end import normed
 from bitfold.codegen.cpp.conv_source import source
 from bitfold.codegen.cpp.vectors import Vectors
 
@@ -42,7 +43,7 @@ def built(
 
 def alone(spec: ConvSpec) -> bool:
     """Whether such a program computes it."""
-    return not spec.reads and not spec.epilogue.count("v") and (not spec.depthwise or spec.n == spec.groups)
+    return not normed(spec.epilogue) and (not spec.depthwise or spec.n == spec.groups)
 
 
 def ran(program: Path, spec: ConvSpec, inputs: Sequence[Tensor], runner: Sequence[str] = ()) -> list[Tensor]:
@@ -61,7 +62,7 @@ def ran(program: Path, spec: ConvSpec, inputs: Sequence[Tensor], runner: Sequenc
         images, height, width, spec.k * spec.groups, down, across, spec.n,
         *(spec.kernel or (1, 1)), *spec.stride, *spec.padding[:2], *spec.dilation,
         groups, spec.n // groups, spec.k, int(zero[0]) if zero else 0,
-        LANES * facts.row_bytes, len(spec.writes), coded,
+        LANES * facts.row_bytes, len(spec.writes), coded, len(told.extras), len(told.vectors),
     ]  # fmt: skip
     codes, scales = told.parts
     behind = torch.zeros(LANES)
@@ -74,6 +75,10 @@ def ran(program: Path, spec: ConvSpec, inputs: Sequence[Tensor], runner: Sequenc
         torch.cat([torch.zeros(spec.n) if told.bias is None else told.bias, behind]),
         torch.cat([1 / one[0].view(1) for one in of_results]),
         torch.tensor([int(one[1]) if len(one) > 1 else 0 for one in of_results], dtype=torch.int32),
+        torch.cat([behind[:0], *(part for vector in told.vectors for part in (vector, behind))]),
+        torch.tensor([float(one[1]) if len(one) > 1 else 1.0 for one in told.extras]),
+        torch.tensor([float(one[2]) if len(one) > 2 else 0.0 for one in told.extras]),
+        *(one[0].movedim(1, -1) if spec.kernel else one[0] for one in told.extras),
     ]
     call, result = program.with_name("call"), program.with_name("result")
     with call.open("wb") as file:

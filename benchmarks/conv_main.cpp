@@ -1,5 +1,6 @@
 // A convolution by itself, without torch: reads one call from a file, writes its results; what emulators run.
-// In: numbers as below, then x, panels, factors, bias, for each result what codes are worth and where they start, each
+// In: numbers as below, then x, panels, factors, bias, for each result what codes are worth and where they start, vectors
+// one behind the other, for each tensor that is read what its codes are worth and the code for 0, and these tensors; each
 // behind its size in bytes.
 #include <cstdio>
 #include <cstdlib>
@@ -14,7 +15,8 @@ extern "C" void widen(const Conv*, int16_t*);
 
 struct Given {
   int64_t images, height, width, channels, out_height, out_width, n, kernel_height, kernel_width, stride_y, stride_x, top,
-      left, dilation_y, dilation_x, groups, rows, depth, zero, panel, writes, coded;
+      left, dilation_y, dilation_x, groups, rows, depth, zero, panel, writes, coded,
+      reads, vectors;
 };
 
 // The next part of a call, in memory of just its size.
@@ -31,7 +33,10 @@ int main(int, char** names) {
   Given g;
   if (file == nullptr || std::fread(&g, sizeof g, 1, file) != 1) return 2;
   const std::vector<char> x = part(file), codes = part(file), factors = part(file), bias = part(file),
-                          inverses = part(file), starts = part(file);
+                          inverses = part(file), starts = part(file), vectors = part(file), units = part(file),
+                          origins = part(file);
+  std::vector<std::vector<char>> reads;
+  for (int64_t i = 0; i < g.reads; ++i) reads.push_back(part(file));
   std::fclose(file);
   Conv c{};
   c.x = reinterpret_cast<const int8_t*>(x.data()), c.zero = static_cast<int32_t>(g.zero);
@@ -41,6 +46,13 @@ int main(int, char** names) {
   c.top = g.top, c.left = g.left, c.dilation_y = g.dilation_y, c.dilation_x = g.dilation_x;
   c.groups = g.groups, c.rows = g.rows, c.depth = g.depth, c.apart = g.depth;
   c.factors = reinterpret_cast<const float*>(factors.data()), c.bias = reinterpret_cast<const float*>(bias.data());
+  for (int64_t i = 0; i < g.vectors; ++i)
+    c.vectors[i] = reinterpret_cast<const float*>(vectors.data()) + i * (c.n + kChannels);
+  for (int64_t i = 0; i < g.reads; ++i) {
+    c.reads[i] = reads[i].data();
+    c.units[i] = reinterpret_cast<const float*>(units.data())[i];
+    c.origins[i] = reinterpret_cast<const float*>(origins.data())[i];
+  }
   std::vector<const uint8_t*> panels(c.groups * c.panels_of_group());
   for (size_t i = 0; i < panels.size(); ++i)
     panels[i] = reinterpret_cast<const uint8_t*>(codes.data()) + i * g.panel;

@@ -34,7 +34,7 @@ FORMATS = [
 COUNTED = re.compile(rb"Collected : (\d+)")
 
 
-def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
+def counted(text: str, n: int, k: int, m: int) -> float:
     """Instructions for each weight of a product with m rows of x."""
     name, _, of_x = text.partition(" x ")
     activation = format(of_x) if of_x else None
@@ -48,7 +48,7 @@ def counted(text: str, n: int, k: int, m: int, turn: bool) -> float:
         program = built(spec, VECTORS["avx2"], Path(folder), flags=("-O3", *STRICT, *LOOPS))
         found = []
         for repeats in (1, 3):
-            ran(program, spec, inputs, turn=turn, repeats=repeats)
+            ran(program, spec, inputs, turn=None, repeats=repeats)
             command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program)]
             given = [str(program.with_name(name)) for name in ("call", "result")]
             told = subprocess.run([*command, *given], stderr=subprocess.PIPE, check=True).stderr
@@ -64,7 +64,13 @@ def main() -> None:
     )
     parser.add_argument("formats", nargs="*", default=[*FORMATS, "int8 x int8", "int4[g64] x int8"])
     parser.add_argument("--shapes", nargs="+", default=["128x4096", "128x1536", "128x576"])
-    parser.add_argument("--ms", nargs="+", type=int, default=[1], help="rows of x; from 9 on as panels")
+    parser.add_argument(
+        "--ms",
+        nargs="+",
+        type=int,
+        default=[1],
+        help="rows of x; as panels from where the kernel wants them so",
+    )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     rows = []
@@ -74,7 +80,7 @@ def main() -> None:
                 n, k = map(int, shape.split("x"))
                 if k % (format(text.partition(" x ")[0]).cols or 1):
                     continue  # no whole groups
-                each = counted(text, n, k, m, turn=m >= 9)
+                each = counted(text, n, k, m)
                 rows.append({"format": text, "n": n, "k": k, "m": m, "instructions": round(each, 4)})
                 print(f"{text:18} {shape:10} M={m:<3} {each:6.3f} instructions a weight", flush=True)
     if given.out:

@@ -1,8 +1,9 @@
 // What a core multiplies at most: products a second of each way of adding them up, from registers.
 //
-//   cpu_peaks 0.2      ->   "fma ymm 5.6e+10\n..", each the best of runs for so many seconds
+//   cpu_peaks 0.2      ->   "vfmadd ymm 5.6e+10\n..", each the best of runs for so many seconds
 //
-// Twelve sums that do not wait for each other, of one number times another that stay where they are.
+// Twelve sums that do not wait for each other, of one number times another that stay where they are. `vpmaddubsw
+// vpmaddwd vpaddd` and `vpdpbusd zmm` are no kernel's bound: docs/notes/cpu.md compares what kernels do with them.
 #include <immintrin.h>
 
 #include <chrono>

@@ -7,6 +7,7 @@ In: formats, shapes, rows of x, kinds of vectors. Out: a table, and the numbers 
 
 One thread, one process, in turn. The bound of a product is the rate of its instructions from registers
 (`cpu_peaks.cpp`), measured in the same run; of `int8` and `int4[g64]` with float x that of `vfmadd`.
+Kernels for AVX-512 add up floats by 64 bytes and integers by 32.
 Weights are rotated past the last-level cache only with --rotated; else they lie in it, as those of a small
 model do. Peers are those of `cpu_peers.py`, in a python that has them; they quantize x themselves within a
 call, ours get it quantized.
@@ -34,7 +35,7 @@ from bitfold.formats import Quantized, format
 
 FORMATS = ["int8 x int8", "int4[g64] x int8", "int8", "int4[g64]"]
 PEAKS = Path(__file__).with_name("cpu_peaks.cpp")
-FLOATS = "vfmadd ymm"
+FLOATS = {"avx2": "vfmadd ymm", "avx512vnni": "vfmadd zmm"}
 # (vectors, bits of codes that meet int8) -> the instructions that add up most of their products in a cycle.
 BOUND = {
     ("avx2", 8): "vpmaddwd vpaddd ymm", ("avx2", 4): "vpmaddubsw vpaddw ymm",
@@ -90,9 +91,9 @@ def row(text: str, n: int, k: int, m: int, given: argparse.Namespace) -> dict[st
 def share(one: dict[str, Any], way: str, most: dict[str, float]) -> float | None:
     """Of what its instructions multiply at most, by one thread."""
     weight, _, of_x = one["format"].partition(" x ")
-    bound = BOUND.get((way, format(weight).element.bits)) if of_x else FLOATS
+    bound = BOUND.get((way, format(weight).element.bits)) if of_x else FLOATS.get(way)
     rate = 1e6 * one["n"] * one["k"] * one["m"] / one["us"][way]
-    return rate / most[bound] if way in ("avx2", "avx512vnni") and bound in most else None
+    return rate / most[bound] if bound in most else None
 
 
 def main() -> None:

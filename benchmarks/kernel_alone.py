@@ -52,18 +52,19 @@ def ran(
     spec: GemmSpec,
     inputs: Sequence[Tensor],
     *,
-    turn: bool = False,
+    turn: bool | None = False,
     repeats: int = 1,
     runner: Sequence[str] = (),
 ) -> Tensor:
-    """y [m, n]; turn: by panels of x, as many rows of it are; CalledProcessError if the program fails."""
+    """y [m, n]; turn: by panels of x, as many rows of it are, None: if the kernel wants them for so many;
+    CalledProcessError if the program fails."""
     assert spec.weights == 1 and spec.epilogue.plain and spec.x == "f32"
     told, facts = spec.inputs(inputs), facts_of(spec, {"run": None, "many": None, "wants": None})
     m = told.x.numel() // spec.k
     parts = dict(zip(spec.weight.parts, told.parts[0], strict=True))
     numbers = [
         m, spec.n, spec.k, facts.padded, facts.stride, facts.scale_row, facts.scale_group, facts.groups,
-        facts.sum_cols, facts.codes, int(turn), 4, repeats, facts.scale_count,
+        facts.sum_cols, facts.codes, -1 if turn is None else int(turn), 4, repeats, facts.scale_count,
     ]  # fmt: skip
     x_scales = told.x_scales
     if x_scales is not None and x_scales.numel() == 1:

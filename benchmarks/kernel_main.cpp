@@ -1,5 +1,6 @@
 // A kernel by itself, without torch: reads one call from a file, writes y; what sanitizers and emulators run.
-// In: numbers as below, then x, x's scales, codes, scales, zeros, level, bias, each behind its size in bytes.
+// In: numbers as below (turn: whether x is panels, -1 for where the kernel wants it so), then x, x's scales, codes, scales,
+// zeros, level, bias, each behind its size in bytes.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -48,7 +49,8 @@ int main(int, char** names) {
   call.weights[0] = {static_cast<const uint8_t*>(parts[2]), parts[3], parts[4], static_cast<const float*>(parts[5]),
                      parts[6]};
   call.y = y.data();
-  if (g.turn != 0) {
+  const bool turn = g.turn < 0 ? many != nullptr && g.m >= wants()->least : g.turn != 0;
+  if (turn) {
     const int64_t width = wants()->width, panels = (g.m + width - 1) / width;
     call.across = panels * width;
     const int64_t blocks = wants()->many > 0 ? (g.padded + wants()->many - 1) / wants()->many : 0;
@@ -98,7 +100,7 @@ int main(int, char** names) {
       placed(numbers.data(), g.m * g.padded, rows);
   }
   call.x_sums = sums.data();
-  for (int64_t i = 0; i < g.repeats; ++i) g.turn != 0 ? many(&call, 0, g.n, 0, g.m) : run(&call, 0, g.n);
+  for (int64_t i = 0; i < g.repeats; ++i) turn ? many(&call, 0, g.n, 0, g.m) : run(&call, 0, g.n);
   std::FILE* result = std::fopen(names[2], "wb");
   if (result == nullptr || std::fwrite(y.data(), 1, y.size(), result) != y.size()) return 3;
   std::fclose(result);

@@ -20,7 +20,8 @@ from .errors import FormatError
 
 
 def one_by_one(op: Callable[..., Any]) -> Callable[..., Any]:
-    """The rule of `op`, whose result is a tensor or a list of them: stacked along a new first dimension."""
+    """The rule of `op`, whose result is a tensor or a list of them: stacked along a new first dimension. What
+    it returns raises FormatError if the batch is empty."""
 
     def rule(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:

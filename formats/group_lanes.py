@@ -39,7 +39,7 @@ class GroupLanes(Layout):
         return f"{self.name}.{self.inner}"
 
     def span(self, run: int | None) -> int:
-        """Codes of eight groups of `run` codes."""
+        """Codes of eight groups of `run` codes. FormatError if `run` is none or no multiple of four."""
         if run is None or run % TOGETHER:
             raise FormatError(f"the layout {self} weaves groups of a multiple of {TOGETHER} codes, not {run}")
         return GROUPS * run
@@ -61,6 +61,7 @@ class GroupLanes(Layout):
         )
 
     def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        """FormatError if runs of `inner` do not divide eight groups, or as `span` says."""
         span = self.span(run)
         codes, size = self.inner.period(bits, None, span)
         if span % codes:
@@ -72,19 +73,20 @@ class GroupLanes(Layout):
         return -(-length // codes) * size
 
     def pack(self, codes: Tensor, bits: int, run: int | None = None) -> Tensor:
-        self.period(bits, run, codes.shape[-1])
+        self.period(bits, run, codes.shape[-1])  # FormatError for groups that `inner` has no runs for
         return self.inner.pack(self.weave(codes, run), bits)
 
     def unpack(self, packed: Tensor, length: int, bits: int, run: int | None = None) -> Tensor:
         span = self.span(run)
-        self.period(bits, run, length)
+        self.period(bits, run, length)  # as in `pack`
         filled = -(-length // span) * span
         woven = self.inner.unpack(packed, filled, bits)
         split = (*woven.shape[:-1], filled // span, span // (GROUPS * TOGETHER), GROUPS, TOGETHER)
         return woven.reshape(split).transpose(-3, -2).reshape(*woven.shape)[..., :length]
 
     def weave(self, numbers: Tensor, run: int | None) -> Tensor:
-        """[..., K] -> [..., K up to whole spans] in the order in which codes lie, zeros behind the K-th."""
+        """[..., K] -> [..., K up to whole spans] in the order in which codes lie, zeros behind the K-th.
+        FormatError as `span` says."""
         span, length = self.span(run), numbers.shape[-1]
         if missing := -length % span:
             numbers = torch.cat([numbers, numbers.new_zeros((*numbers.shape[:-1], missing))], -1)

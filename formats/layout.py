@@ -235,11 +235,19 @@ def default(bits: int) -> Layout:
 def parse(text: str) -> Layout | None:
     """The built-in layout that `text` spells (`planar64` has a span), or None."""
     for prefix, spanned in (("planar", Planar), ("halves", Halfwords)):
-        if text.startswith(prefix) and text[len(prefix) :].isdecimal():
-            return spanned(int(text[len(prefix) :]))
-    if text.startswith("planar") and text[len("planar") : -1].isdecimal() and text.endswith("t"):
-        return Planar(int(text[len("planar") : -1]), by_group=True)
+        if (span := spelled(text, prefix)) is not None:
+            return spanned(span)
+    if (span := spelled(text, "planar", "t")) is not None:
+        return Planar(span, by_group=True)
     return BUILT_IN.get(text)
+
+
+def spelled(text: str, prefix: str, last: str = "") -> int | None:
+    """The number between `prefix` and `last`, or None. Digits are ASCII's: `int` reads other scripts' too,
+    and a layout would have two spellings."""
+    digits = text[len(prefix) : len(text) - len(last)]
+    whole = text.startswith(prefix) and text.endswith(last) and digits.isascii() and digits.isdecimal()
+    return int(digits) if whole else None
 
 
 def names() -> Iterable[str]:

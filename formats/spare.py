@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import sympy
 
 from .errors import FormatError
-from .layout import Layout
+from .layout import Layout, spelled
 from .mover import Field, k
 
 
@@ -61,6 +61,7 @@ class Spare(Layout):
         )
 
     def period(self, bits: int, run: int | None, length: int) -> tuple[int, int]:
+        """FormatError if codes have other than 3 or 7 bits."""
         _fields_of_a_byte(bits, self)
         return self.span, self.span // 8 * bits
 
@@ -77,5 +78,5 @@ def _fields_of_a_byte(bits: int, layout: Spare) -> int:
 
 def parse(text: str) -> Spare | None:
     """The layout that `text` spells (`spare256`), or None."""
-    digits = text.removeprefix("spare")
-    return Spare(int(digits)) if text.startswith("spare") and digits.isdecimal() else None
+    span = spelled(text, "spare")
+    return None if span is None else Spare(span)

@@ -37,9 +37,9 @@ _MAKER = "  End(const Conv& c, int64_t row, int live) : c(c), row(row), live(liv
 _OPENING = ("struct End {", "  const Conv& c;", "  const int64_t row;", "  const int live;")
 _CALLS = (
     "  template <int rows>",
-    "  void all(int64_t pixel, const int32_t (*sums)[kLanes]) const {",
+    "  void all(int64_t pixel, const int32_t (*sums)[kChannels]) const {",
     "#if defined(BITFOLD_FLOATS)",
-    "    if (live == kLanes && rising) {",
+    "    if (live == kChannels && rising) {",
     "      const End own = *this;  // else each store might change it, for all a compiler knows",
     "#pragma GCC unroll 8",
     "      for (int r = 0; r < rows; ++r) own.template registers<kParts>(pixel + r, sums[r]);",
@@ -50,10 +50,10 @@ _CALLS = (
     "  }",
     "  void operator()(int64_t pixel, const int32_t* sums) const {",
     "#if defined(BITFOLD_FLOATS)",
-    "    if (live == kLanes && rising) return registers<kParts>(pixel, sums);",
+    "    if (live == kChannels && rising) return registers<kParts>(pixel, sums);",
     "    if (live == kAtOnce && rising) return registers<1>(pixel, sums);",
     "#endif",
-    "    if (live == kLanes) return lanes<true>(pixel, sums);",
+    "    if (live == kChannels) return lanes<true>(pixel, sums);",
     "    lanes<false>(pixel, sums);",
     "  }",
     "};",
@@ -129,7 +129,7 @@ class _End:
         loads: list[str] = []
         for i, kind in enumerate(self.types):
             loads += [
-                f"    {kind} given{i}[kLanes] = {{}};",
+                f"    {kind} given{i}[kChannels] = {{}};",
                 f"    std::memcpy(given{i}, static_cast<const {kind}*>(c.reads[{i}]) + place,",
                 f"                sizeof({kind}) * count);",
             ]
@@ -146,22 +146,22 @@ class _End:
                 stores.append(f"    std::memcpy({_to(i, f)}, result, sizeof(float) * count);")
             else:
                 stores += [
-                    f"    int8_t taken{i}[kLanes];",
+                    f"    int8_t taken{i}[kChannels];",
                     f"    codes(result, c.inverses[{i}], {f'c.starts[{i}], ' * has_zero(f)}taken{i});",
                     f"    std::memcpy({_to(i, f)}, taken{i}, count);",
                 ]
         return [
             "  template <bool whole>",
             "  void lanes(int64_t pixel, const int32_t* __restrict sums) const {",
-            "    const int count = whole ? kLanes : live;",
+            "    const int count = whole ? kChannels : live;",
             "    const int64_t place = pixel * c.n + row;",
             "    const float* __restrict factors = c.factors + row;",
             *(["    const float* __restrict bias = c.bias + row;"] if self.added else []),
             *(f"    const float* __restrict vector{i} = c.vectors[{i}] + row;" for i in self.vectors),
             *loads,
-            "    alignas(64) float result[kLanes];",
+            "    alignas(64) float result[kChannels];",
             "#pragma GCC unroll 1  // unrolled first, it is not made vectors of",
-            "    for (int i = 0; i < kLanes; ++i) {",
+            "    for (int i = 0; i < kChannels; ++i) {",
             *body,
             "    }",
             *([f"    between({', '.join(bounds)}, result);"] if bounds else []),

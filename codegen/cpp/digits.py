@@ -6,8 +6,9 @@ In: a `Body` whose weights are integers of up to 7 bits, or small multiples of o
     for each block:  codes, unsigned, times each digit, summed in 16 bits (`vpmaddubsw`, `vpaddw`)
                      the three sums joined in 32 bits, exactly, less what codes are too high; then a float
 
-A float for each weight costs AVX2 four instructions for 8 weights; this, 27 for 64 of int4, the block's end
-included. All sums of a block are exact: it is x alone that is rounded, to 2**-23 of a block's largest number.
+A float for each weight costs AVX2 four instructions for 8 weights; this, 27 for 64 of int4, and 20 where
+groups lie side by side, the block's end included. All sums of a block are exact: it is x alone that is
+rounded, to 2**-23 of a block's largest number.
 
     |error| <= 2**-23 sum over blocks (max |x|) (sum |w|), and blocks are added up in float32
 
@@ -218,7 +219,7 @@ def _runs(body: Body) -> list[str]:
     if body.span is None:
         return ["      for (int64_t k = k0; k < end; k += kCodes, at += kUnits) {"]
     return [
-        "      for (int64_t k = k0; k < end; k += kSpan, f += kLanes) {",
+        "      for (int64_t k = k0; k < end; k += kSpan, f += kGroups) {",
         "        const Floats of_groups = loadf(f);",
         "      for (int i = 0; i < kSpan / kCodes; ++i, at += kUnits) {",
     ]

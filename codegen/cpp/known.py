@@ -21,6 +21,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ..spec import CodegenError
 from .library import Library, text_of
 from .vectors import Vectors, widest
 
@@ -92,7 +93,11 @@ class Kernels(Generic[S]):
 
         loaded = Library(text_of(self.operator), widest(), operator=True).loaded(load)
         size = self._function(loaded, "size_of_facts")()
-        assert size == self._size, "the two do not list the same fields"
+        if size != self._size:  # one would write past the other's
+            raise CodegenError(
+                f"{self.operator} reads {size} bytes for each kernel and is told {self._size}: the two do "
+                "not list the same fields"
+            )
         self._called = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(self._build)  # kept: C calls it
         self._function(loaded, "builder")(self._called)
         return loaded

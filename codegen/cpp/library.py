@@ -35,7 +35,8 @@ from .vectors import Vectors
 HEADERS = Path(__file__).with_name("headers")
 # What Inductor adds for speed must not drop NaN.
 STRICT = ("-fno-finite-math-only", "-fsigned-zeros", "-fno-associative-math", "-fno-reciprocal-math")
-# Scales and x are turned into float32 by plain loops, which Inductor's flags for GCC would leave as they are.
+# x, and scales where vectors have no eights.h, are turned into float32 by plain loops, which Inductor's flags
+# for GCC would leave as they are.
 LOOPS = ("-ftree-loop-vectorize",)
 # A library calls its own functions. Operators are seen by all that is loaded after them, and their inline
 # functions, written in other vectors, would take the place of a kernel's.

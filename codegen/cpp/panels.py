@@ -3,12 +3,13 @@
 In: a `Body`. Out: lines of C++.
 
     for kStored rows of the weight:  for kDeep codes of each:
-        decode them once (`stored`), then for all rows of x: `multiply` of headers/panels.h
+        decode them once (`stored`), then for all rows of x: `multiply` of headers/panels.h, or its `added` or
+        `scaled_and_added` where they stay codes
     then bias, epilogue, store (`finish`)
 
 Floats are decoded whole, scale and zero point included. Integers stay codes: their sums are exact over a
-stretch that shares its scales, and scaled as in `products.py`. Where there are tiles of AMX, the header's
-`multiply` is theirs (headers/tiles.h), and floats are multiplied as digits (`tiles.py`).
+stretch that shares its scales, and scaled as in `products.py`. Where there are tiles of AMX, `added` and
+`scaled_and_added` are theirs (headers/tiles.h), and floats are multiplied as digits (`tiles.py`).
 """
 
 from __future__ import annotations
@@ -45,11 +46,19 @@ def panels(body: Body) -> list[str]:
         "// Codes of a row: decoded at a time, whose integer sums are scaled at once, of a step of tiles.",
         f"constexpr int kDeep = {each} * std::max(1, {deepest} / {each});",
         f"constexpr int kStretch = {shared}, kStep = std::gcd(64, std::gcd(kCodes, kStretch));",
-        *([f"using Codes = Deep<{body.spec.weight.element.bits}>;"] if body.by_integers else []),
+        *(_depth(body) if body.by_integers else []),
         "",
         *(_codes(body) if body.by_integers else _numbers(body)),
         *many_digits(body),
         *_many(body),
+    ]
+
+
+def _depth(body: Body) -> list[str]:
+    """How codes are multiplied; `many` goes over decoded rows by whole tiles of them."""
+    return [
+        f"using Codes = Deep<{body.spec.weight.element.bits}>;",
+        "static_assert(kStored % Codes::tile == 0);",
     ]
 
 
@@ -92,9 +101,9 @@ def _of_a_group(body: Body, first: int) -> list[str]:
 def _of_lanes() -> list[str]:
     """The same where eight groups lie side by side, in vectors."""
     return [
-        "        float each[3][kLanes];",
-        "        for (int i = 0; i < kLanes; ++i) {",
-        "          const int64_t group = std::min<int64_t>(k / kSpan * kLanes + i, call.groups - 1);",
+        "        float each[3][kGroups];",
+        "        for (int i = 0; i < kGroups; ++i) {",
+        "          const int64_t group = std::min<int64_t>(k / kSpan * kGroups + i, call.groups - 1);",
         "          whole(w, base + group * call.scale_group, each[0][i], each[1][i], each[2][i]);",
         "        }",
         "        const Floats s = loadf(each[0]), a = loadf(each[1]), z = loadf(each[2]);",
@@ -132,7 +141,7 @@ def _put(body: Body, at: str, codes: str) -> str:
     if body.span is None:
         return f"Codes::put(to + k - first + {at}, {codes});"
     return (
-        f"put_apart(to + k / kSpan * kSpan - first + (k % kSpan + {at}) / kLanes, kSpan / kLanes, {codes});"
+        f"put_apart(to + k / kSpan * kSpan - first + (k % kSpan + {at}) / kGroups, kSpan / kGroups, {codes});"
     )
 
 

@@ -239,7 +239,7 @@ def _close(body: Body, first: int) -> list[str]:
     k = f"k + {first}"
     scale = f"s[r][(k - k0 + {first}) / {body.cols}]" if body.cols is not None else "s"
     if body.span is not None:
-        scale = "loadf(s[r] + (k - k0) / kSpan * kLanes)"
+        scale = "loadf(s[r] + (k - k0) / kSpan * kGroups)"
     lines = ["        for (int r = 0; r < R; ++r) {"]
     if body.cols is None:
         lines += ["          float s, z;", "          scales(w, base[r], s, z);"]

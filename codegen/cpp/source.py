@@ -56,7 +56,7 @@ def source(spec: GemmSpec) -> str:
             if body.cols is None
             else [f"constexpr int kBlock = {body.block}, kScales = kBlock / {body.cols};"]
         ),
-        *([] if body.span is None else [f"constexpr int kSpan = {body.span};  // codes of eight groups"]),
+        *([] if body.span is None else _span(body.span)),
         "constexpr int kRead = 8;  // scales that are turned into float32 together",
         *([body.decode.table] if body.decode.table and not body.by_integers else []),
         "template <class T> inline float rounded(float v) {",
@@ -80,6 +80,14 @@ def source(spec: GemmSpec) -> str:
         *entry(body),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _span(span: int) -> list[str]:
+    """Codes of eight groups; what makes x ready has memory for so many (`side_by_side`, headers/ready.h)."""
+    return [
+        f"constexpr int kSpan = {span};  // codes of eight groups",
+        "static_assert(kSpan <= kGroups * kLongest);",
+    ]
 
 
 def rows(body: Body) -> list[str]:

@@ -2,9 +2,9 @@
 
 In: a spec; a format and the length of a row. Out: why not, or None; the format laid out.
 
-    cpu_layout(format("int4[g64]"), 576)              ->   int4[g64,planar64]
-    cpu_layout(format("int4[g64]"), 4096)             ->   int4[g64,planar128]
-    cpu_layout(.., 4096, vectors=VECTORS["avx2"])     ->   int4[g64,lanes.planar64]
+    cpu_layout(format("int4[g64]"), 576, vectors=VECTORS["avx512vnni"])     ->   int4[g64,planar64]
+    cpu_layout(format("int4[g64]"), 4096, vectors=VECTORS["avx512vnni"])    ->   int4[g64,planar128]
+    cpu_layout(format("int4[g64]"), 4096, vectors=VECTORS["avx2"])          ->   int4[g64,lanes.planar64]
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ LENGTHS = (64, 32, 16)
 # A sum of so many products of 8-bit integers fits in 32 bits.
 MOST_INTEGERS = (2**31 - 1) // (255 * 128)
 MOST_CODES = 1024
-# Numbers of a group that may lie beside others: fewer fill no run, more are as well on their own.
+# Numbers of a group that may lie beside others: fewer fill no run, more are as well on their own, and have no
+# memory set aside (kLongest of headers/kernel.h is the same number).
 SHORTEST, LONGEST = 16, 128
 # Of a row that padding may add, where groups lie side by side.
 PADDING = 0.03

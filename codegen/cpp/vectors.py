@@ -65,12 +65,18 @@ ALL = (
     Vectors("amx_model", "avx512.h", (*_OF_VNNI, "-DBITFOLD_AMX_MODEL"), _TILES),
     Vectors("avx512vnni", "avx512.h", _OF_VNNI, _VNNI, ("avx512", "avx2", "amx_model", "portable")),
     Vectors(
-        *("amx", "avx512.h", (*_OF_VNNI, "-mamx-tile", "-mamx-int8"), _TILES),
+        name="amx",
+        header="avx512.h",
+        flags=(*_OF_VNNI, "-mamx-tile", "-mamx-int8"),
+        macros=_TILES,
         also=("avx512vnni", "avx512", "avx2", "amx_model", "portable"),
     ),
     Vectors("neon", "neon.h", ("-march=armv8-a",), also=("portable",)),
     Vectors(
-        *("neondot", "neon.h", ("-march=armv8.2-a+dotprod",), frozenset({"__ARM_FEATURE_DOTPROD"})),
+        name="neondot",
+        header="neon.h",
+        flags=("-march=armv8.2-a+dotprod",),
+        macros=frozenset({"__ARM_FEATURE_DOTPROD"}),
         also=("neon", "portable"),
     ),
 )

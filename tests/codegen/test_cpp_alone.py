@@ -63,14 +63,15 @@ def test_neon(text: str, vectors: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("vectors", ["neon", "neondot"])
 @pytest.mark.parametrize("case", [case for case in CASES if conv_alone.alone(spec_of(CASES[case][0]))])
-def test_convolutions_on_neon(case: str, tmp_path: Path) -> None:
+def test_convolutions_on_neon(case: str, vectors: str, tmp_path: Path) -> None:
     """Their loops are plain C++, of which the compiler makes NEON."""
     compiler, runner = cross()
     text, shape = CASES[case]
     spec = spec_of(text)
     inputs = operands_of_conv(spec, shape)
-    program = conv_alone.built(spec, VECTORS["neondot"], tmp_path, compiler, FLAGS)
+    program = conv_alone.built(spec, VECTORS[vectors], tmp_path, compiler, FLAGS)
     compare(spec, inputs, conv_alone.ran(program, spec, inputs, runner))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from cpp_cases import check, operands, pair
 
 from bitfold.codegen import CodegenError, GemmSpec
 from bitfold.codegen.cpp import build
+from bitfold.codegen.cpp.known import Kernels
 from bitfold.codegen.cpp.support import cpu_layout, obstacle
 from bitfold.codegen.epilogue import Epilogue
 from bitfold.formats import format
@@ -92,3 +94,23 @@ def test_calls_beside_one_another_are_counted(compiled: None, count: int, tensor
     x, *parts = operands(spec, 2, 0)
     with pytest.raises(RuntimeError, match=says):
         torch.ops.bitfold.fused_beside([x, *parts * tensors], " & ".join([str(spec)] * count))
+
+
+def test_facts_of_another_size_are_refused(compiled: None) -> None:
+    """The operator would read past them."""
+
+    class Short(ctypes.Structure):
+        _fields_ = [("run", ctypes.c_void_p)]
+
+    kernels = Kernels(
+        "runtime",
+        Short,
+        parse=GemmSpec.parse,
+        library=build.library_of,
+        entries=lambda loaded: {},
+        told=lambda spec, entries: Short(),
+    )
+    with pytest.raises(CodegenError, match="bytes for each kernel and is told 8: the two do not list"):
+        kernels.loaded()
+    x = operands(pair("int8"), 1, seed=0)
+    assert torch.ops.bitfold.fused(x, str(pair("int8")))[0].shape == (1, pair("int8").n)

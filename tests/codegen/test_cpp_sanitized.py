@@ -1,8 +1,8 @@
 """CPU kernels and the operators that call them, under the address and undefined sanitizers.
 
 Each is a process of its own (`sanitizers.py`) that runs tests of values: loops, tails and alignments of
-products, convolutions, attention and layers one after the other, in each kind of vectors that this processor
-has. Slow, since all is compiled anew: up to a minute each on two cores.
+products, convolutions, attention and layers one after the other, in the vectors that torch can be told of and
+in the widest that this processor has. Slow, since all is compiled anew: up to a minute each on two cores.
 """
 
 from __future__ import annotations

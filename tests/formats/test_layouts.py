@@ -149,6 +149,10 @@ def test_layouts_of_some_widths(layout: Layout, bits: int, run: int, length: int
         ("int4[lanes.planar64]", "weaves groups"),
         ("int4[g2,lanes.planar64]", "weaves groups"),
         ("int4[g4,lanes.planar64]", "do not divide"),
+        # A number in another script is no other spelling of the same layout.
+        ("int3[g32,spare\u0668]", "none of a format's items"),
+        ("int4[g32,planar\u0668]", "none of a format's items"),
+        ("int4[g32,planar\u0668t]", "none of a format's items"),
     ],
 )
 def test_layouts_that_do_not_fit(text: str, why: str) -> None:

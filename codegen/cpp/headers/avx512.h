@@ -14,7 +14,7 @@ namespace bitfold {
 
 constexpr int kFloats = 16;  // of a vector of floats; a vector of bytes has 32
 constexpr int kInts = 8;    // of a vector of integers
-constexpr int kMostOfX = 8;  // rows of x that a few rows of the weight meet, of up to 32 sums
+constexpr int kMostOfX = 8;  // rows of x that a few rows of the weight meet, of up to 16 sums
 constexpr int place(int i) { return i; }  // see avx2.h
 using Bytes = __m256i;
 using Floats = __m512;
@@ -143,17 +143,18 @@ constexpr int kTile = 8;
 constexpr int kTile = 12;
 #endif
 #ifdef __AVX512VNNI__
-constexpr bool kBytes = true;
+constexpr bool kVnni = true;
 #else
-constexpr bool kBytes = false;
+constexpr bool kVnni = false;
 #endif
 template <int bits> struct Deep {
-  static constexpr bool bytes = kBytes || bits < 8;
+  static constexpr bool bytes = kVnni || bits < 8;
   static constexpr int depth = bytes ? 4 : 2;
 #ifdef BITFOLD_TILES
   static constexpr int tile = 2 * kTileRows, least = 9, runs = 1;
 #else
-  static constexpr int tile = 12, least = bits < 8 ? 5 : 9, runs = kBytes || bits > 6 ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : 2;
+  static constexpr int tile = 12, least = bits < 8 ? 5 : 9;
+  static constexpr int runs = kVnni || bits > 6 ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : 2;
 #endif
   using Number = std::conditional_t<bytes, int8_t, int16_t>;
   using Code = std::conditional_t<bytes, uint8_t, int16_t>;

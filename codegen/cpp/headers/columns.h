@@ -19,7 +19,7 @@
 
 namespace bitfold {
 
-constexpr int kQuad = 4 * kLanes;
+constexpr int kQuad = 4 * kChannels;
 
 // Bytes of four taps side by side, sixteen channels each, in the channels' order. Stored as they will be read: a load of
 // what two stores hold waits until both have left for the cache.
@@ -36,9 +36,9 @@ inline void quad(const int8_t* const* at, int8_t* to) {
 }
 
 // Products of `groups` quads with the weight's, added: what sixteen channels of one pixel sum to.
-template <int kGroups>
+template <int kQuads>
 inline void of_quads(const int8_t* x, const int64_t* offsets, int count, const int8_t* weight, int32_t* sums) {
-  const int groups = kGroups ? kGroups : count;
+  const int groups = kQuads ? kQuads : count;
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
   __m512i all = _mm512_setzero_si512();
 #pragma GCC unroll 8
@@ -75,7 +75,7 @@ template <class C> class Quads {
       for (int64_t j = 0; j < c.kernel_width; ++j) offsets_.push_back((f * width_ + j * c.dilation_x) * kQuad);
     for (int64_t j = 0; flat_ && j < c.kernel_width; j += 4)
       offsets_.push_back((fours_ * width_ + j * c.dilation_x) * kQuad);
-    nothing_.assign(kLanes, 0);
+    nothing_.assign(kChannels, 0);
   }
   // Weights of sixteen channels each, [tap][16], in the same order.
   void weights(const uint8_t* const* panels, int64_t count) {
@@ -117,7 +117,7 @@ template <class C> class Quads {
     outside(end, width_);
   }
   // Of `pixels` of that line, from the i-th on, by the p-th weights.
-  template <int pixels> void sums(int64_t p, int64_t i, int32_t (*to)[kLanes]) const {
+  template <int pixels> void sums(int64_t p, int64_t i, int32_t (*to)[kChannels]) const {
     const int8_t* const weight = weight_.data() + p * offsets_.size() * kQuad;
     if (offsets_.size() == 3) return each<3, pixels>(weight, i, to);
     if (offsets_.size() == 7) return each<7, pixels>(weight, i, to);
@@ -125,11 +125,11 @@ template <class C> class Quads {
   }
 
  private:
-  template <int kGroups, int pixels> void each(const int8_t* weight, int64_t i, int32_t (*to)[kLanes]) const {
+  template <int kQuads, int pixels> void each(const int8_t* weight, int64_t i, int32_t (*to)[kChannels]) const {
     const int64_t apart = c_.stride_x * kQuad;
     const int8_t* x = bytes_.data() + i * apart;
     for (int p = 0; p < pixels; ++p, x += apart)
-      of_quads<kGroups>(x, offsets_.data(), static_cast<int>(offsets_.size()), weight, to[p]);
+      of_quads<kQuads>(x, offsets_.data(), static_cast<int>(offsets_.size()), weight, to[p]);
   }
   void weight(const uint8_t* panel, int8_t* to) const {
     const auto put = [&](int64_t row, int64_t down, int64_t column, int64_t across) {
@@ -137,7 +137,7 @@ template <class C> class Quads {
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t y = row + i * down, x = column + i * across;
         const bool there = y < rows_ && x < c_.kernel_width;
-        at[i] = there ? reinterpret_cast<const int8_t*>(panel) + (y * c_.kernel_width + x) * kLanes : nothing_.data();
+        at[i] = there ? reinterpret_cast<const int8_t*>(panel) + (y * c_.kernel_width + x) * kChannels : nothing_.data();
       }
       quad(at, to);
       to += kQuad;

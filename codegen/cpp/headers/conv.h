@@ -40,7 +40,7 @@ struct Conv {
 
   int64_t pixels() const { return images * out_height * out_width; }
   int64_t taps() const { return kernel_height * kernel_width; }
-  int64_t panels_of_group() const { return (rows + kLanes - 1) / kLanes; }
+  int64_t panels_of_group() const { return (rows + kChannels - 1) / kChannels; }
 };
 
 // Where the taps of one pixel of the result after the other are, without a division each. A channel has `bytes`.
@@ -92,13 +92,13 @@ class Places {
 };
 
 // Four channels of each chain of sums; returns where the panel goes on.
-template <int rows, int chain = 0, class T>
+template <int chain = 0, class T>
 inline const uint8_t* in_turn(T& t, const uint8_t* panel, const int8_t* const* at, int64_t offset) {
   if constexpr (chain == T::kChains) {
     return panel;
   } else {
     t.template add<chain>(panel, at, offset + 4 * chain);
-    return in_turn<rows, chain + 1>(t, panel + 4 * kLanes, at, offset);
+    return in_turn<chain + 1>(t, panel + 4 * kChannels, at, offset);
   }
 }
 
@@ -111,16 +111,16 @@ inline void tile(const Conv& c, const int8_t* const* at, const uint8_t* panel, i
   for (int64_t tap = 0; tap < c.taps(); ++tap, at += rows) {
     int64_t i = 0;
     if constexpr (t.kChains > 1)
-      for (; i + step <= c.depth; i += step) panel = in_turn<rows>(t, panel, at, (offset + i) * bytes);
-    for (; i < c.depth; i += 4, panel += 4 * kLanes) t.template add<0>(panel, at, (offset + i) * bytes);
+      for (; i + step <= c.depth; i += step) panel = in_turn(t, panel, at, (offset + i) * bytes);
+    for (; i < c.depth; i += 4, panel += 4 * kChannels) t.template add<0>(panel, at, (offset + i) * bytes);
   }
   t.join();
-  alignas(64) int32_t sums[rows][kLanes];
+  alignas(64) int32_t sums[rows][kChannels];
   // Unrolled, or the sums of the loop above would be kept in memory for the sake of their index here.
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) t.store(r, sums[r]);
   if constexpr (halves == 1)
-    for (int r = 0; r < rows; ++r) std::memset(sums[r] + kLanes / 2, 0, sizeof(int32_t) * kLanes / 2);
+    for (int r = 0; r < rows; ++r) std::memset(sums[r] + kChannels / 2, 0, sizeof(int32_t) * kChannels / 2);
   end.template all<rows>(pixel, sums);
 }
 
@@ -130,7 +130,7 @@ inline void tiles(const Conv& c, int count_of_rows, const int8_t* const* at, con
                   int64_t pixel, int64_t count, const End& end) {
   if (count_of_rows == rows) {
     for (int64_t t = 0; t < count; ++t, at += c.taps() * rows, pixel += rows)
-      if (end.live > kLanes / 2)
+      if (end.live > kChannels / 2)
         tile<positive, rows, 2>(c, at, panel, offset, pixel, end);
       else
         tile<positive, rows, 1>(c, at, panel, offset, pixel, end);
@@ -165,8 +165,8 @@ inline void gemm(const Conv& c, int64_t first, int64_t last, int64_t from, int64
   }
   const int64_t each = c.panels_of_group(), split = longer * (less + 1);
   for (int64_t p = from; p < to; ++p) {
-    const int64_t group = p / each, within = (p % each) * kLanes, offset = group * c.apart;
-    const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kLanes, c.rows - within)));
+    const int64_t group = p / each, within = (p % each) * kChannels, offset = group * c.apart;
+    const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kChannels, c.rows - within)));
     tiles<positive, kPixels>(c, static_cast<int>(less + 1), at.data(), c.panels[p], offset, first, longer, end);
     tiles<positive, kPixels>(c, static_cast<int>(less), at.data() + taps * split, c.panels[p], offset, first + split,
                            all - longer, end);
@@ -179,13 +179,13 @@ template <class End>
 inline void by_columns(const Conv& c, int64_t first, int64_t last, int64_t from, int64_t to) {
   Quads<Conv> quads(c);
   constexpr int together = 4;  // what an end reads of the call is read once for so many pixels
-  alignas(64) int32_t sums[together][kLanes];
+  alignas(64) int32_t sums[together][kChannels];
   quads.weights(c.panels + from, to - from);
   for (int64_t a = first; a < last; a += c.out_width) {
     const int64_t count = std::min(c.out_width, last - a);
     for (int64_t p = from; p < to; ++p) {
-      const End end(c, p * kLanes, static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes)));
-      quads.line(a, p * kLanes);
+      const End end(c, p * kChannels, static_cast<int>(std::min<int64_t>(kChannels, c.n - p * kChannels)));
+      quads.line(a, p * kChannels);
       int64_t i = 0;
       for (; i + together <= count; i += together) {
         quads.template sums<together>(p - from, i, sums);
@@ -209,24 +209,24 @@ inline void depthwise(const Conv& c, int64_t first, int64_t last, int64_t from, 
   thread_local std::vector<const int8_t*> at;
   thread_local std::vector<int16_t> weight;
   const int taps = static_cast<int>(c.taps());
-  const int64_t line = c.out_width, size = kLanes * ((taps + 1) / 2 * 2);
+  const int64_t line = c.out_width, size = kChannels * ((taps + 1) / 2 * 2);
   at.resize(taps * line);
   weight.resize(size * (to - from));
-  for (int64_t p = from; p < to; ++p) woven(c.panels[p], taps, kLanes, weight.data() + (p - from) * size);
-  alignas(64) int32_t sums[kLanes];
+  for (int64_t p = from; p < to; ++p) woven(c.panels[p], taps, kChannels, weight.data() + (p - from) * size);
+  alignas(64) int32_t sums[kChannels];
   Places places(c, first, 1);
   for (int64_t a = first; a < last; a += line) {
     const int64_t count = std::min(line, last - a);
     for (int64_t i = 0; i < count; ++i) places.next(at.data() + i * taps, 1);
     for (int64_t p = from; p < to; ++p) {
-      const int live = static_cast<int>(std::min<int64_t>(kLanes, c.n - p * kLanes));
+      const int live = static_cast<int>(std::min<int64_t>(kChannels, c.n - p * kChannels));
       const int16_t* w = weight.data() + (p - from) * size;
-      const End end(c, p * kLanes, live);
+      const End end(c, p * kChannels, live);
       for (int64_t i = 0; i < count; ++i) {
         if (taps == 9)
-          each_channel<9, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
+          each_channel<9, zero>(at.data() + i * taps, p * kChannels, taps, w, c.zero, sums);
         else
-          each_channel<0, zero>(at.data() + i * taps, p * kLanes, taps, w, c.zero, sums);
+          each_channel<0, zero>(at.data() + i * taps, p * kChannels, taps, w, c.zero, sums);
         end(a + i, sums);
       }
     }

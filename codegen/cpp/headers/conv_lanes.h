@@ -16,7 +16,7 @@
 
 namespace bitfold {
 
-constexpr int kLanes = 16;
+constexpr int kChannels = 16;
 
 inline int32_t four(const int8_t* p) {
   int32_t r;
@@ -117,7 +117,7 @@ template <bool positive> constexpr int kBytes = 1;
 
 template <bool positive, int rows, int halves> struct Tile {
   static constexpr int kChains = 1;
-  int32_t sums[rows][kLanes], origin;
+  int32_t sums[rows][kChannels], origin;
 
   void clear(int32_t zero) { std::memset(sums, 0, sizeof sums), origin = zero; }
   template <int> void add(const uint8_t* w, const int8_t* const* at, int64_t offset) {
@@ -194,7 +194,7 @@ inline void between(float low, float high, float* v) {
     _mm256_storeu_ps(v + h, _mm256_min_ps(_mm256_set1_ps(high), more));
   }
 #else
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kChannels; ++i) {
     const float more = v[i] < low ? low : v[i];
     v[i] = more > high ? high : more;
   }
@@ -253,13 +253,13 @@ inline void codes(const float* from, float inverse, int8_t* to) {
 #else
 
 inline void codes(const float* from, float inverse, int32_t zero, int8_t* to) {
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kChannels; ++i) {
     const float v = std::nearbyint(std::fmin(std::fmax(from[i] * inverse, -kFar), kFar)) + static_cast<float>(zero);
     to[i] = from[i] * inverse == from[i] * inverse ? static_cast<int8_t>(std::fmin(std::fmax(v, -128.0f), 127.0f)) : 0;
   }
 }
 inline void codes(const float* from, float inverse, int8_t* to) {
-  for (int i = 0; i < kLanes; ++i) {
+  for (int i = 0; i < kChannels; ++i) {
     const float v = from[i] * inverse;
     to[i] = v == v ? static_cast<int8_t>(std::nearbyint(std::fmin(std::fmax(v, -128.0f), 127.0f))) : 0;
   }
@@ -283,8 +283,9 @@ inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) 
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16 * t + 16), _mm256_unpackhi_epi16(a, b));
   }
 }
-template <int kTaps, bool kZero> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
-                                              int32_t zero, int32_t* sums) {
+template <int kTaps, bool kZero>
+inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight, int32_t zero,
+                         int32_t* sums) {
   const int taps = kTaps ? kTaps : count;
   __m256i low = _mm256_setzero_si256(), high = low;
   const __m256i none = low, origin = _mm256_set1_epi16(static_cast<int16_t>(zero));
@@ -305,14 +306,15 @@ template <int kTaps, bool kZero> inline void each_channel(const int8_t* const* a
 
 inline void woven(const uint8_t* weight, int taps, int64_t stride, int16_t* to) {
   for (int t = 0; t < taps; ++t)
-    for (int i = 0; i < kLanes; ++i) to[kLanes * t + i] = static_cast<int8_t>(weight[t * stride + i]);
+    for (int i = 0; i < kChannels; ++i) to[kChannels * t + i] = static_cast<int8_t>(weight[t * stride + i]);
 }
-template <int kTaps, bool kZero> inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight,
-                                              int32_t zero, int32_t* sums) {
+template <int kTaps, bool kZero>
+inline void each_channel(const int8_t* const* at, int64_t offset, int count, const int16_t* weight, int32_t zero,
+                         int32_t* sums) {
   const int taps = kTaps ? kTaps : count;
-  for (int i = 0; i < kLanes; ++i) sums[i] = 0;
+  for (int i = 0; i < kChannels; ++i) sums[i] = 0;
   for (int t = 0; t < taps; ++t)
-    for (int i = 0; i < kLanes; ++i) sums[i] += (at[t][offset + i] - zero) * weight[kLanes * t + i];
+    for (int i = 0; i < kChannels; ++i) sums[i] += (at[t][offset + i] - zero) * weight[kChannels * t + i];
 }
 
 #endif

@@ -141,13 +141,13 @@ const float* padded(std::vector<float>& all, size_t& used, const Tensor& given, 
                   "the kernel ", text, " reads ", f.n, " float32 numbers, one a channel");
   float* to = all.data() + used;
   std::copy_n(static_cast<const float*>(given.const_data_ptr()), f.n, to);
-  used += f.n + kLanes;
+  used += f.n + kChannels;
   return to;
 }
 
 // Addresses of panels; narrow ones, which end a group, are copied and filled with rows of zeros.
 void panels(Conv& c, const ConvFacts& f, const uint8_t* codes, Scratch& s) {
-  const int64_t each = c.panels_of_group(), narrow = c.rows % kLanes, size = kLanes * f.row_bytes;
+  const int64_t each = c.panels_of_group(), narrow = c.rows % kChannels, size = kChannels * f.row_bytes;
   const int64_t unit = f.depthwise ? 1 : 4;
   s.panels.resize(c.groups * each);
   s.widened.assign(narrow ? c.groups * size : 0, 0);
@@ -158,7 +158,7 @@ void panels(Conv& c, const ConvFacts& f, const uint8_t* codes, Scratch& s) {
     const uint8_t* from = group + (each - 1) * size;
     uint8_t* to = s.widened.data() + g * size;
     for (int64_t i = 0; i < f.row_bytes / unit; ++i)
-      std::memcpy(to + i * kLanes * unit, from + i * narrow * unit, narrow * unit);
+      std::memcpy(to + i * kChannels * unit, from + i * narrow * unit, narrow * unit);
     s.panels[g * each + each - 1] = to;
   }
   c.panels = s.panels.data();
@@ -179,12 +179,12 @@ void spread(const Conv& c, const ConvFacts& f) {
     const int64_t lines = pixels / c.out_width;
     rows = c.out_width * (threads == 1 ? lines : std::max<int64_t>(1, lines / (4 * threads)));
   } else {
-    together = std::min(count, std::max<int64_t>(1, kCached / (kLanes * f.row_bytes)));
-    const int64_t work = kLanes * f.row_bytes * together;  // products of a pixel
+    together = std::min(count, std::max<int64_t>(1, kCached / (kChannels * f.row_bytes)));
+    const int64_t work = kChannels * f.row_bytes * together;  // products of a pixel
     rows = std::max<int64_t>(16 * kPixels, kLeast / (work + 1));
   }
   const int64_t across = (count + together - 1) / together, down = (pixels + rows - 1) / rows;
-  const int64_t work = kLanes * f.row_bytes * together * std::min(rows, pixels);
+  const int64_t work = kChannels * f.row_bytes * together * std::min(rows, pixels);
   const int64_t grain = 1 + kLeast / (work + 1);
   const auto some = [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -257,7 +257,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
                   "the kernel ", text, " reads ", f.n, " rows of ", f.row_bytes, " bytes of codes");
   require(scales.numel() == f.scales && scales.scalar_type() == ScalarType::Float && scales.is_contiguous(),
                   "the kernel ", text, " reads ", f.scales, " scales in float32");
-  s.numbers.resize((2 + f.vectors) * (f.n + kLanes));  // what lies behind the last channel is never kept
+  s.numbers.resize((2 + f.vectors) * (f.n + kChannels));  // what lies behind the last channel is never kept
   size_t used = 0, next = 4 + f.zero;
   const float* of_weight = static_cast<const float*>(scales.const_data_ptr());
   float* const factors = s.numbers.data();
@@ -266,12 +266,12 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   else
     for (int64_t i = 0; i < f.n; ++i) factors[i] = unit * of_weight[i];
   c.factors = s.numbers.data();
-  used += f.n + kLanes;
+  used += f.n + kChannels;
   c.bias = s.numbers.data() + used;
   if (f.bias)
     padded(s.numbers, used, inputs[next++], f, text);
   else
-    std::fill_n(s.numbers.data() + used, f.n, 0.0f), used += f.n + kLanes;
+    std::fill_n(s.numbers.data() + used, f.n, 0.0f), used += f.n + kChannels;
   for (int i = 0; i < f.reads; ++i) {
     const Tensor& read = inputs[next++];
     const bool coded = f.read_codes >> i & 1;
@@ -290,7 +290,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   }
   for (int i = 0; i < f.vectors; ++i) c.vectors[i] = padded(s.numbers, used, inputs[next++], f, text);
   if (f.norm) {
-    float* const bias = factors + f.n + kLanes;
+    float* const bias = factors + f.n + kChannels;
     for (int64_t i = 0; i < f.n; ++i) {
       factors[i] *= c.vectors[0][i];
       bias[i] = bias[i] * c.vectors[0][i] + c.vectors[1][i];
@@ -304,7 +304,7 @@ std::vector<Tensor> conv(std::vector<Tensor> inputs, std::string text) {
   }
 
   // Channels are read four, or sixteen, at a time: those of the last pixel may end before.
-  const int64_t unit_of_x = f.depthwise ? kLanes : 4;
+  const int64_t unit_of_x = f.depthwise ? kChannels : 4;
   const int64_t multiple = f.depthwise ? f.n / f.groups : 1;
   if (multiple > 1) {  // several results of a channel: the channel so many times
     s.x.take(x, given, f.product, false);

@@ -46,11 +46,11 @@ inline void begun(const uint8_t* panel, int64_t fours, int32_t zero, int32_t* to
 // Sums of 16 * down pixels, rows of x `stride` bytes apart, and `across` panels.
 template <int down, int across>
 inline void sums_of_tiles(Tiles& t, const int8_t* x, int64_t stride, const uint8_t* w0, const uint8_t* w1, int64_t fours,
-                          int64_t step, const int32_t* begin, int32_t (*sums)[2][kLanes][kLanes]) {
+                          int64_t step, const int32_t* begin, int32_t (*sums)[2][kChannels][kChannels]) {
   t.load<0>(begin, 0);
-  if constexpr (across == 2) t.load<1>(begin + kLanes, 0);
+  if constexpr (across == 2) t.load<1>(begin + kChannels, 0);
   if constexpr (down == 2) t.load<2>(begin, 0);
-  if constexpr (down == 2 && across == 2) t.load<3>(begin + kLanes, 0);
+  if constexpr (down == 2 && across == 2) t.load<3>(begin + kChannels, 0);
   for (int64_t i = 0; i < fours; i += step) {
     t.load<4>(x + 4 * i, stride);
     t.load<6>(w0 + i * kTileBytes, kTileBytes);
@@ -74,11 +74,11 @@ inline void gemm_in_tiles(const C& c, int64_t first, int64_t last, int64_t from,
   thread_local std::vector<const int8_t*> at;
   thread_local std::vector<int8_t> held;
   thread_local std::vector<int32_t> begins;
-  at.resize(most * taps), held.resize(most * stride + kTileBytes), begins.resize((to - from) * kLanes);
+  at.resize(most * taps), held.resize(most * stride + kTileBytes), begins.resize((to - from) * kChannels);
   int8_t* const rows = held.data() + (kTileBytes - reinterpret_cast<uintptr_t>(held.data()) % kTileBytes);
-  for (int64_t p = from; p < to; ++p) begun(c.panels[p], fours, c.zero, begins.data() + (p - from) * kLanes);
+  for (int64_t p = from; p < to; ++p) begun(c.panels[p], fours, c.zero, begins.data() + (p - from) * kChannels);
   Tiles t(4, 6, static_cast<int>(4 * step));
-  alignas(64) int32_t sums[2][2][kLanes][kLanes];
+  alignas(64) int32_t sums[2][2][kChannels][kChannels];
   P places(c, first, 1);
   for (int64_t pixel = first; pixel < last; pixel += most) {
     const int64_t count = std::min<int64_t>(most, last - pixel);
@@ -94,15 +94,15 @@ inline void gemm_in_tiles(const C& c, int64_t first, int64_t last, int64_t from,
       const int8_t* x = as_they_lie ? at[0] + offset : rows;
       const int64_t apart = as_they_lie ? c.channels : stride;
       const uint8_t *w0 = c.panels[p], *w1 = c.panels[p + across - 1];
-      const int32_t* begin = begins.data() + (p - from) * kLanes;
+      const int32_t* begin = begins.data() + (p - from) * kChannels;
       const bool one = count <= kTileRows;
       if (one && across == 1) sums_of_tiles<1, 1>(t, x, apart, w0, w1, fours, step, begin, sums);
       if (one && across == 2) sums_of_tiles<1, 2>(t, x, apart, w0, w1, fours, step, begin, sums);
       if (!one && across == 1) sums_of_tiles<2, 1>(t, x, apart, w0, w1, fours, step, begin, sums);
       if (!one && across == 2) sums_of_tiles<2, 2>(t, x, apart, w0, w1, fours, step, begin, sums);
       for (int i = 0; i < across; ++i, ++p) {
-        const int64_t within = (p % each) * kLanes;
-        const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kLanes, c.rows - within)));
+        const int64_t within = (p % each) * kChannels;
+        const End end(c, group * c.rows + within, static_cast<int>(std::min<int64_t>(kChannels, c.rows - within)));
         for (int64_t r = 0; r < count; r += kTileRows)
           if (count - r >= kTileRows)
             end.template all<kTileRows>(pixel + r, sums[r / kTileRows][i]);

@@ -53,9 +53,9 @@ inline void cut_in_lane(const int32_t* v, int64_t at, int count, int64_t joined,
       d[1][j] = static_cast<int8_t>(rest);
       d[2][j] = static_cast<int8_t>((rest - d[1][j]) >> 8);
     }
-    int8_t* const four = to + (at + i) / 4 * (3 * 4 * kLanes);
-    for (int digit = 0; digit < 3; ++digit) std::memcpy(four + 4 * kLanes * digit, d[digit], 4);
-    sums[(at + i) / joined * kLanes] += v[i] + v[i + 1] + v[i + 2] + v[i + 3];
+    int8_t* const four = to + (at + i) / 4 * (3 * 4 * kGroups);
+    for (int digit = 0; digit < 3; ++digit) std::memcpy(four + 4 * kGroups * digit, d[digit], 4);
+    sums[(at + i) / joined * kGroups] += v[i] + v[i + 1] + v[i + 2] + v[i + 3];
   }
 }
 
@@ -77,7 +77,7 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
   // Words lie across lines: on an EPYC int8 is read from memory faster so, and slower from the cache; why is not known.
   int8_t* const digits = lined_up(to.digits, bytes * padded, words ? 16 : 0);
   to.steps.resize(blocks + 16), to.exponents.resize(blocks);
-  const int64_t joins = wants.lanes != 0 ? block / wants.joined : kLanes;  // sums of a block
+  const int64_t joins = wants.lanes != 0 ? block / wants.joined : kGroups;  // sums of a block
   const int64_t count_of_sums = words ? 0 : joins * blocks;
   int32_t* const middles = lined_up(to.middles, count_of_sums);
   std::fill_n(middles, count_of_sums, 0);
@@ -111,8 +111,8 @@ inline bool in_digits(const float* x, int64_t padded, const Wants& wants, Digits
       else if (wants.lanes == 0)
         cut(v, cuts, middles + joins * b);
       else
-        cut_in_lane(v, at, some, wants.joined, digits + 3 * block * (b - b % kLanes) + 4 * (b % kLanes),
-                    middles + joins * (b - b % kLanes) + b % kLanes);
+        cut_in_lane(v, at, some, wants.joined, digits + 3 * block * (b - b % kGroups) + 4 * (b % kGroups),
+                    middles + joins * (b - b % kGroups) + b % kGroups);
     }
     if (4 * small > count) return false;
   }

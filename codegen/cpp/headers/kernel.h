@@ -9,8 +9,8 @@ namespace bitfold {
 constexpr int kWeights = 4;
 constexpr int kExtras = 8;
 // Groups of a row of the weight that lie side by side, four codes of each in turn (formats/group_lanes.py), and numbers
-// of a group then, at most.
-constexpr int kLanes = 8;
+// of a group then, at most (LONGEST of codegen/cpp/support.py).
+constexpr int kGroups = 8;
 constexpr int kLongest = 128;
 
 struct Weight {

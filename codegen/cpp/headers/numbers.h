@@ -39,7 +39,7 @@ inline uint32_t to_bits(float f) {
   std::memcpy(&bits, &f, 4);
   return bits;
 }
-// Without branches, so that a loop over scales is in vectors.
+// Without branches, for eights_plain.h; AVX2 and AVX-512 have eights.h.
 struct e8m0 {  // 2**(byte - 127); 255 is NaN
   static float get(const void* p, int64_t i) {
     const uint32_t byte = static_cast<const uint8_t*>(p)[i];

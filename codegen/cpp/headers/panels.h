@@ -33,7 +33,7 @@ struct Stretches {
 namespace bitfold {
 
 #if !defined(BITFOLD_TILES)
-constexpr int kHalf = kInts;   // rows of x, of the two times so many that `multiply` takes
+constexpr int kHalf = kInts;   // rows of x, of the two times so many that `added` and `scaled_and_added` take
 constexpr int kStored = 24;    // rows of the weight that are decoded at a time
 constexpr int kApart = 16;     // numbers between decoded rows, so that these do not meet in the cache
 constexpr int kDeepest = 256;  // codes of a row that are decoded at a time: sixteen rows of x take 16 KiB
@@ -87,7 +87,7 @@ static const Wants* wants() {
 template <class Code> inline void put_apart(Code* to, int64_t apart, Bytes v) {
   uint8_t all[32];
   store(all, v);
-  for (int lane = 0; lane < kLanes; ++lane)
+  for (int lane = 0; lane < kGroups; ++lane)
     for (int i = 0; i < 4; ++i) to[lane * apart + i] = all[4 * lane + i];
 }
 

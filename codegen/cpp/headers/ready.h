@@ -23,12 +23,12 @@ struct Rows {
 
 // Numbers of eight groups side by side, four of each in turn, as their codes lie.
 template <class T> void side_by_side(T* r, int64_t count, int64_t group) {
-  T as_given[kLanes * kLongest];
-  for (int64_t at = 0; at < count; at += kLanes * group) {
-    std::memcpy(as_given, r + at, kLanes * group * sizeof(T));
+  T as_given[kGroups * kLongest];
+  for (int64_t at = 0; at < count; at += kGroups * group) {
+    std::memcpy(as_given, r + at, kGroups * group * sizeof(T));
     T* to = r + at;
     for (int64_t i = 0; i < group; i += 4)
-      for (int lane = 0; lane < kLanes; ++lane, to += 4) std::memcpy(to, as_given + lane * group + i, 4 * sizeof(T));
+      for (int lane = 0; lane < kGroups; ++lane, to += 4) std::memcpy(to, as_given + lane * group + i, 4 * sizeof(T));
   }
 }
 

@@ -20,10 +20,10 @@
 namespace bitfold {
 
 constexpr int kAside = 16;        // rows of a panel
-constexpr int64_t kSpan = 1024;   // numbers of a stretch
+constexpr int64_t kOfTask = 1024;  // numbers of a stretch
 constexpr int kMostOfBlock = 128;  // numbers that share a power of two
 
-inline int64_t stretches(int64_t padded) { return (padded + kSpan - 1) / kSpan; }
+inline int64_t stretches(int64_t padded) { return (padded + kOfTask - 1) / kOfTask; }
 inline int64_t tasks_of_tiled(int64_t m, int64_t padded) { return (m + kAside - 1) / kAside * stretches(padded); }
 
 // Numbers at .. last - 1, whole fours, of up to sixteen rows of k; zeros behind them, and for rows that are not there.
@@ -44,8 +44,8 @@ inline void by_fours(const int8_t* x, int64_t k, int64_t rows, int64_t first, in
 // x, [m, k], in bytes: tasks begin .. end - 1.
 inline void bytes_tiled(const int8_t* x, int64_t m, int64_t k, int64_t padded, int8_t* to, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kSpan;
-    by_fours(x + row * k, k, m - row, first, std::min(first + kSpan, padded), to + row * padded);
+    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kOfTask;
+    by_fours(x + row * k, k, m - row, first, std::min(first + kOfTask, padded), to + row * padded);
   }
 }
 
@@ -84,11 +84,11 @@ inline void digits_tiled(const float* x, int64_t m, int64_t padded, const Wants&
   const int64_t block = wants.many, step = wants.step;
   alignas(64) int8_t digits[3][kAside][kMostOfBlock] = {};
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kSpan;
+    const int64_t row = task / stretches(padded) * kAside, first = task % stretches(padded) * kOfTask;
     const int64_t rows = std::min<int64_t>(kAside, m - row);
     int8_t* const panel = to + 3 * row * padded;
     std::memset(digits, 0, sizeof digits);
-    for (int64_t k = first; k < std::min(first + kSpan, padded); k += block) {
+    for (int64_t k = first; k < std::min(first + kOfTask, padded); k += block) {
       const int64_t count = std::min(block, padded - k);
       float* const of_block = units + k / block * across + row;
       std::fill_n(of_block, kAside, 0.0f);

@@ -11,7 +11,7 @@
 
 namespace bitfold {
 
-constexpr int kHalf = kTileRows;      // rows of x, of the two times so many that `multiply` takes
+constexpr int kHalf = kTileRows;      // rows of x, of the two times so many that `added` and `scaled_and_added` take
 constexpr int kStored = 2 * kTileRows;  // rows of the weight that are decoded at a time
 constexpr int kApart = kTileBytes;    // numbers between decoded rows: each begins a line of the cache
 constexpr int kDeepest = 512;         // codes: so many of 32 rows take 18 KiB
