@@ -25,9 +25,9 @@ def cpu_pages(record: dict[str, Any], raw: str) -> str:
     n, k = rows[0]["n"], rows[0]["k"]
     return (
         f"{record['machine']}, {record['vectors']}, {record['threads']} threads, {n} x {k}, M = 1 ({raw}, "
-        f"`python benchmarks/cpu_pages.py {n}x{k}`). Reading alone: {max(alone['small']) / 1e9:.1f} GB/s in pages "
-        f"of 4 KiB, {max(alone['large']) / 1e9:.1f} in pages of 2 MiB, the best of {len(alone['small'])} rounds; "
-        "shares are medians over rounds:\n\n"
+        f"`python benchmarks/cpu_pages.py {n}x{k}`). Reading alone: {max(alone['small']) / 1e9:.1f} GB/s in "
+        f"pages of 4 KiB, {max(alone['large']) / 1e9:.1f} in pages of 2 MiB, the best of "
+        f"{len(alone['small'])} rounds; shares are medians over rounds:\n\n"
         + table(["weight", "small pages", "of reading", "large pages", "of reading"], lines)
     )
 
@@ -42,7 +42,7 @@ def cpu_instructions(record: dict[str, Any], raw: str) -> str:
         for name in dict.fromkeys(row["format"] for row in rows)
     ]
     return (
-        f"Instructions a weight of one row of x, {record['vectors']}, counted by valgrind over whole calls ({raw}, "
+        f"Instructions a weight of one row of x, {record['vectors']}, counted by valgrind ({raw}, "
         "`python benchmarks/cpu_instructions.py`), by numbers in a row:\n\n"
         + table(["weight", *map(str, lengths)], lines)
     )

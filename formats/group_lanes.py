@@ -88,7 +88,8 @@ class GroupLanes(Layout):
         span, length = self.span(run), numbers.shape[-1]
         if missing := -length % span:
             numbers = torch.cat([numbers, numbers.new_zeros((*numbers.shape[:-1], missing))], -1)
-        split = (*numbers.shape[:-1], -1, GROUPS, span // (GROUPS * TOGETHER), TOGETHER)
+        spans = numbers.shape[-1] // span
+        split = (*numbers.shape[:-1], spans, GROUPS, span // (GROUPS * TOGETHER), TOGETHER)
         return numbers.reshape(split).transpose(-3, -2).reshape(numbers.shape)
 
 

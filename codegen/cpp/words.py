@@ -104,10 +104,10 @@ def _run(body: Body) -> list[str]:
         "inline void run_of_words(const uint8_t* u, const int16_t* x, Ints& high, Ints& low) {",
     ]
     for first in range(0, body.walk.codes, STEP):
-        place = first // 32 * 64 + first % 32
+        place = 2 * first
         lines += [
             f"  const Words c{first} = words(u + {first});",
             f"  high = products(c{first}, x + {place}, high);",
-            f"  low = products(c{first}, x + {place + 32}, low);",
+            f"  low = products(c{first}, x + {place + STEP}, low);",
         ]
     return [*lines, "}", ""]

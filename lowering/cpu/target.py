@@ -38,6 +38,7 @@ from ...codegen.spec import type_name
 from ...formats import BitfoldError, Format, Integer, Layout, cache_tag
 from ...formats import format as parse
 from ...formats.group_lanes import GroupLanes
+from ...formats.spare import Spare
 from ...passes import Miss, inherit
 from ..fused import parsed
 from ..inductor import InductorTarget, compiled, dequantized
@@ -112,7 +113,7 @@ for _name in ("target.py", "forms.py", "values.py"):
 
 def _by_kernels_alone(format: Format) -> bool:
     """Whether a layout is for kernels, though Inductor's loops over it would be no vectors."""
-    return format.element.bits == 8 or isinstance(format.layout, GroupLanes)
+    return format.element.bits == 8 or isinstance(format.layout, GroupLanes | Spare)
 
 
 class CpuTarget(InductorTarget):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bitfold.codegen import GemmSpec
 from bitfold.codegen.cpp import build, source
-from bitfold.codegen.cpp.support import cpu_layout
+from bitfold.codegen.cpp.support import cpu_layout, obstacle
 from bitfold.codegen.cpp.vectors import VECTORS, runnable
 from bitfold.codegen.epilogue import Epilogue
 from bitfold.formats import Codebook, Format, Scale, format
@@ -125,7 +125,7 @@ def test_sums_of_integers_are_exact(vectors: str) -> None:
             xs = torch.full((m, k), x, dtype=torch.int8).view(torch.uint8)
             (y,) = torch.ops.bitfold.fused([xs, torch.ones(m, 1), f.pack(codes), ones], str(spec))
             assert (y == float(k * code * x)).all(), (str(spec), m, code, x)
-    build.know(cases)
+    build.know([spec for spec in cases if obstacle(spec) is None])  # the widest vectors' again
 
 
 def test_autocast_changes_no_sum() -> None:

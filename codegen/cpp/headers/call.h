@@ -54,13 +54,6 @@ void all_turned(const Rows& rows, const Wants& wants, Out* panels, float* sums) 
   });
 }
 
-// From a line of the cache on: a tile's row that lies across two takes twice as long to load.
-template <class T> T* lined_up(std::vector<T>& all, int64_t count) {
-  constexpr int64_t line = 64;
-  all.resize(count + line / sizeof(T));
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(all.data()) + line - 1) / line * line);
-}
-
 // Rows of x as they are given, with sums; for floats as they lie, nothing is to be done.
 template <class From, class To> void all_ready(const Rows& rows, To* to, float* sums) {
   torch::stable::parallel_for(0, rows.m, 1, [&](int64_t first, int64_t last) {
@@ -87,8 +80,7 @@ inline void many_bytes(Call& call, const Facts& f, const Rows& rows, Scratch& sc
 // Panels of float32, those that `refused` names, if it is given.
 inline void many_floats(Call& call, const Facts& f, const Rows& rows, const uint8_t* refused, Scratch& scratch) {
   const Wants& wants = *f.wants();
-  scratch.numbers.resize(call.across * f.padded);
-  float *const to = scratch.numbers.data(), *const sums = scratch.sums.data();
+  float *const to = lined_up(scratch.numbers, call.across * f.padded), *const sums = scratch.sums.data();
   torch::stable::parallel_for(0, call.across / wants.width, 1, [&](int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; ++panel) {
       if (refused != nullptr && refused[panel] == 0) continue;
@@ -137,8 +129,7 @@ inline void many(Call& call, const Facts& f, const Rows& rows, Scratch& scratch)
   } else if (!f.codes) {
     many_floats(call, f, rows, nullptr, scratch);
   } else {
-    scratch.panels.resize(call.across * f.padded);
-    int16_t* to = scratch.panels.data();
+    int16_t* const to = lined_up(scratch.panels, call.across * f.padded);
     if (wants.size == 1)
       all_turned<i8, int8_t>(rows, wants, reinterpret_cast<int8_t*>(to), sums);
     else
@@ -175,10 +166,10 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
   if (turn) {
     // `many` below.
   } else if (f.codes) {
-    scratch.codes.resize(call.m * f.padded);
-    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, scratch.codes.data() + m * f.padded, sums);
-    if (rows.lanes != 0) side_by_side(scratch.codes.data(), call.m * f.padded, rows.lanes);
-    call.x = scratch.codes.data();
+    int8_t* const codes = lined_up(scratch.codes, call.m * f.padded);
+    for (int64_t m = 0; m < call.m; ++m) ready<i8>(rows, m, codes + m * f.padded, sums);
+    if (rows.lanes != 0) side_by_side(codes, call.m * f.padded, rows.lanes);
+    call.x = codes;
   } else if (as_it_lies && !rows.moved() && !alone) {
     call.x = rows.x;
     turn = f.many != nullptr && large(static_cast<const float*>(rows.x), call.m * f.k);
@@ -186,21 +177,21 @@ inline bool made_ready(Call& call, const Facts& f, const void* x, Scratch& scrat
                                               call)) {
     // Nothing else reads x.
   } else {
-    scratch.numbers.resize(call.m * f.padded);
+    float* const numbers = lined_up(scratch.numbers, call.m * f.padded);
     for (int64_t m = 0; m < call.m; ++m) {
-      float* to = scratch.numbers.data() + m * f.padded;
+      float* to = numbers + m * f.padded;
       if (f.x == 0) ready<f32>(rows, m, to, sums);
       if (f.x == 1) ready<bf16>(rows, m, to, sums);
       if (f.x == 2) ready<f16>(rows, m, to, sums);
     }
-    call.x = scratch.numbers.data();
+    call.x = numbers;
     // What is added to codes is multiplied by a sum of x. An infinity in it meets codes that are zero, or of the other
     // sign, where no value is: then values are multiplied, decoded whole.
     const auto finite = [](float sum) { return std::isfinite(sum); };
-    turn = f.many != nullptr && (large(scratch.numbers.data(), call.m * f.padded) ||
+    turn = f.many != nullptr && (large(numbers, call.m * f.padded) ||
                                  !std::all_of(scratch.sums.begin(), scratch.sums.end(), finite));
-    if (!(alone && !as_it_lies && in_digits(scratch.numbers.data(), f.padded, *f.wants(), scratch.digits, call)))
-      placed(scratch.numbers.data(), call.m * f.padded, rows);
+    if (!(alone && !as_it_lies && in_digits(numbers, f.padded, *f.wants(), scratch.digits, call)))
+      placed(numbers, call.m * f.padded, rows);
   }
   if (turn) many(call, f, rows, scratch);
   return turn;

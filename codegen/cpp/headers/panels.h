@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "transposed.h"
@@ -126,7 +127,8 @@ template <int many> inline void taken_out(const float* sums, int64_t across, flo
 // Products of `count` codes of D::tile rows and of V vectors of rows of x, exactly. `start(r, v)` is what they are added
 // to; `use(r, v, s)` has the sums. Both are unrolled by hand: otherwise the compiler keeps all sums in memory, for a loop
 // that it does not unroll.
-template <class D, int V, class Start, class Use>
+// runs: steps whose sums are widened together, D::runs at most; `count` is whole ones.
+template <class D, int V, int runs, class Start, class Use>
 [[gnu::always_inline]] inline void products_of(const typename D::Code* w, int64_t stride, const typename D::Number* x,
                                                int64_t count, Start&& start, Use&& use) {
   Ints s[D::tile][V];
@@ -139,15 +141,14 @@ template <class D, int V, class Start, class Use>
       unrolled<V>([&](auto v) { add_to(r, v, a, b[v]); });
     });
   };
-  if constexpr (D::runs == 1) {
+  if constexpr (runs == 1) {
     for (int64_t k = 0; k < count; k += D::depth)
       step(k, [&](auto r, auto v, Ints a, Ints b) { s[r][v] = in_register(D::products(a, b, s[r][v])); });
   } else {
-    // Narrow sums first, of as many products as they hold; codes are decoded by 32.
-    static_assert(32 % (D::runs * D::depth) == 0);
-    for (int64_t k = 0; k < count; k += D::runs * D::depth) {
+    // Narrow sums first, of as many products as they hold.
+    for (int64_t k = 0; k < count; k += runs * D::depth) {
       Ints n[D::tile][V];
-      unrolled<D::runs>([&](auto i) {
+      unrolled<runs>([&](auto i) {
         step(k + i * D::depth, [&](auto r, auto v, Ints a, Ints b) {
           n[r][v] = in_register(i == 0 ? D::narrow(a, b) : D::narrow(a, b, n[r][v]));
         });
@@ -163,7 +164,8 @@ template <class D, int V, class Start, class Use>
 template <class D, int V, int>
 [[gnu::noinline]] void added(Multiplier<false>&, const typename D::Code* w, int64_t stride,
                              const typename D::Number* x, int64_t, int64_t count, float* to, int64_t across) {
-  products_of<D, V>(
+  static_assert(32 % (D::runs * D::depth) == 0, "codes of whole rows are decoded by 32");
+  products_of<D, V, D::runs>(
       w, stride, x, count, [&](int r, int v) { return numbers(to + r * across + v * kInts); },
       [&](int r, int v, Ints p) { store_ints(to + r * across + v * kInts, p); });
 }
@@ -174,10 +176,13 @@ template <class D, int V, int, int stretch, int most, bool zeros>
 [[gnu::noinline]] void scaled_and_added(Multiplier<false>&, const typename D::Code* w, int64_t stride,
                                         const typename D::Number* x, int64_t, const Stretches& of, int64_t r0, float* to,
                                         int64_t across) {
+  // Groups may be of 16, or 48, codes.
+  constexpr int runs = std::gcd(D::runs, stretch / D::depth);
+  static_assert(stretch % D::depth == 0);
   for (int64_t i = 0; i < of.count; ++i) {
     const int32_t* const start = of.starts + i * 2 * kHalf;
     const float *const scales = of.scales + r0 * most + i, *const added = of.zeros + r0 * most + i;
-    products_of<D, V>(
+    products_of<D, V, runs>(
         w + i * stretch, stride, x + i * stretch * kIntPanel, stretch,
         [&](int, int v) { return numbers(start + v * kInts); },
         [&](int r, int v, Ints p) {
