@@ -28,6 +28,7 @@ from torch.fx import GraphModule
 
 from ..formats import BitfoldError, Quantized, format
 from .folded_weight import Canonical, FoldedWeight
+from .laid_anew import laid_anew
 from .read_only import ReadOnly
 from .retype import retyped, retyped_body
 from .straight_forward import plain_class, straight_class
@@ -105,7 +106,10 @@ class Folded(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.take_body(self.body)
+        body, self.folded_weights, self._parameters = laid_anew(
+            self.body, self.folded_weights, self._parameters
+        )
+        self.take_body(body)
 
     def unfold(self) -> None:
         """Be an unquantized module again, in place, without the folded parameters: others will be loaded."""

@@ -121,13 +121,16 @@ def fake(inputs: Sequence[Tensor], text: str) -> list[Tensor]:
 
 
 def mapped(info: Any, in_dims: tuple[Any, Any], inputs: list[Tensor], text: str) -> tuple[Any, Any]:
-    """What `torch.vmap` does: members of a batch are more rows of x; of other weights each is a call."""
+    """What `torch.vmap` does: members of a batch are more rows of x; of other weights, or of a scale of x for
+    all of a member, each is a call. A batch of none is none of y."""
     spec, dims = parsed(text), list(in_dims[0])
     vectors = spec.epilogue.count("v")
     matrices = range(spec.arity - vectors - spec.epilogue.count("e"), spec.arity - vectors)
-    rows = {0, *matrices} | ({1} if spec.activation is not None else set())
-    others = any(dim is not None for i, dim in enumerate(dims) if i not in rows)
-    if spec.experts or others or info.batch_size == 0:
+    rows = {0, *matrices} | ({1} if _scaled_by_row(spec) else set())
+    if info.batch_size == 0:
+        sizes = [size for at, size in enumerate(inputs[0].shape) if at != dims[0]]
+        return [inputs[0].new_empty(0, *sizes[:-1], spec.n, dtype=spec.out)], [0]
+    if spec.experts or any(dim is not None for i, dim in enumerate(dims) if i not in rows):
         found: tuple[Any, Any] = one_by_one(torch.ops.bitfold.fused)(info, in_dims, inputs, text)
         return found
     given = list(inputs)
@@ -135,6 +138,12 @@ def mapped(info: Any, in_dims: tuple[Any, Any], inputs: list[Tensor], text: str)
         one, dim = inputs[i], dims[i]
         given[i] = one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
     return torch.ops.bitfold.fused(given, text), [0]
+
+
+def _scaled_by_row(spec: GemmSpec) -> bool:
+    """Whether codes of x come with a scale a row, and not with one for all of them."""
+    scale = None if spec.activation is None else spec.activation.scale
+    return scale is not None and scale.granularity.rows is not None
 
 
 def build_for_cpu(inputs: Sequence[Tensor], text: str) -> list[Tensor]:

@@ -9,6 +9,7 @@ decoded to the new dtype. Codes and scales stay as they are.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
@@ -22,8 +23,8 @@ from .files.graph_data import Data
 from .fused import parsed
 from .splice import expanded
 
-_RETYPED = "bitfold_retyped"
-"""In the meta of a body: what `retyped_body` made of it."""
+_CHANGED = "bitfold_changed"
+"""In the meta of a body: what `changed_body` made of it."""
 
 
 def retyped(data: Data, old: torch.dtype, new: torch.dtype) -> Data:
@@ -41,17 +42,22 @@ def retyped(data: Data, old: torch.dtype, new: torch.dtype) -> Data:
 
 
 def retyped_body(body: GraphModule, old: torch.dtype, new: torch.dtype) -> GraphModule:
-    """The body with every `dequantize` to `old` decoding to `new`: another one, which all modules that had
-    this body get, so that they stay one to the compiler.
+    """The body with every `dequantize` to `old` decoding to `new`."""
+    return changed_body(body, (old, new), lambda twin: _retype(twin, old, new))
+
+
+def changed_body(body: GraphModule, key: Hashable, change: Callable[[GraphModule], None]) -> GraphModule:
+    """The body changed: another one, which all modules that had this body get for the same key, so that they
+    stay one to the compiler.
     """
-    made: dict[tuple[torch.dtype, torch.dtype], GraphModule] = body.meta.setdefault(_RETYPED, {})
-    if (old, new) not in made:
+    made: dict[Hashable, GraphModule] = body.meta.setdefault(_CHANGED, {})
+    if key not in made:
         twin = GraphModule(body, copy.deepcopy(body.graph))
         for name, child in body.named_children():
             twin.add_module(name, copy.deepcopy(child))
-        _retype(twin, old, new)
-        made[old, new] = twin
-    return made[old, new]
+        change(twin)
+        made[key] = twin
+    return made[key]
 
 
 def _retype(body: GraphModule, old: torch.dtype, new: torch.dtype) -> None:

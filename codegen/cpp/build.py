@@ -19,7 +19,7 @@ from .body import Body
 from .known import Addresses, Kernels, addresses
 from .library import Library
 from .source import source
-from .support import obstacle
+from .support import obstacle, of_another
 from .vectors import Vectors
 
 OUTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -87,9 +87,8 @@ def facts_of(spec: GemmSpec, entries: Addresses) -> Facts:
 def library_of(spec: GemmSpec, vectors: Vectors) -> Library:
     """Of the kernel. CodegenError for a spec that no CPU kernel computes."""
     if (why := obstacle(spec, vectors)) is not None:
-        raise CodegenError(
-            f"no CPU kernel computes {spec}: {why}; graphs lowered with target cpu ask for none such"
-        )
+        ours = "" if of_another(spec, vectors) else "; graphs lowered with target cpu ask for none such"
+        raise CodegenError(f"no CPU kernel computes {spec}: {why}{ours}")
     return Library(source(spec), vectors)
 
 

@@ -101,9 +101,8 @@ def obstacle(spec: GemmSpec, vectors: Vectors | None = None) -> str | None:
     if len(grouped) == 2 and grouped[1] % grouped[0]:
         return f"groups of {grouped[0]} and {grouped[1]} do not divide each other"
     if isinstance(weight.layout, GroupLanes):
-        vectors = vectors or widest()
-        if not vectors.lanes:
-            return f"kernels of {vectors} read no groups side by side, as in {weight}; lay it out anew"
+        if (elsewhere := of_another(spec, vectors or widest())) is not None:
+            return elsewhere
         if side_by_side(weight, activation) is None:
             return f"kernels read no groups of {weight} side by side"
     found = walk_of(spec)
@@ -114,3 +113,13 @@ def obstacle(spec: GemmSpec, vectors: Vectors | None = None) -> str | None:
     if activation is not None and spec.k > MOST_INTEGERS:
         return f"a sum of {spec.k} products of 8-bit integers may not fit in 32 bits"
     return None
+
+
+def of_another(spec: GemmSpec, vectors: Vectors) -> str | None:
+    """What to do about a weight that lies as kernels of these vectors never read it, or None."""
+    if vectors.lanes or not isinstance(spec.weight.layout, GroupLanes):
+        return None
+    return (
+        f"kernels of {vectors} read no groups side by side, as in {spec.weight}, which was laid out for "
+        "another processor; bf.load a file of bf.save here, or quantize the model again here"
+    )

@@ -73,7 +73,11 @@ def capture_frame(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule
 
 
 def retrace(gm: GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> GraphModule:
-    """`gm` run on fake `values`, recorded as pre-dispatch ATen; its own tensors become `get_attr` again."""
+    """`gm` run on fake `values`, recorded as pre-dispatch ATen; its own tensors become `get_attr` again.
+
+    What stands within `torch.vmap` or `torch.func.grad` is recorded as what these make of it: before dispatch
+    the tracer sees their wrappers of tensors, which it does not know, and takes for constants.
+    """
     held = _held_tensors(gm)
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in held.values()]
 
@@ -83,9 +87,9 @@ def retrace(gm: GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> Gra
 
     # Tensors made in the frame (torch.ones(3)) must be fake too, hence the mode around it all.
     with preserve_node_meta(), mode, _quiet_guards(mode):
-        traced = make_fx(run, pre_dispatch=True, tracing_mode="real", record_module_stack=True)(
-            *values, *fakes
-        )
+        traced = make_fx(
+            run, pre_dispatch=not _transforms(gm), tracing_mode="real", record_module_stack=True
+        )(*values, *fakes)
     _as_attributes(traced, list(held.items()), len(values))
     return traced
 
@@ -116,6 +120,17 @@ class _WithAttributes(Interpreter):
         if target is _CHECKPOINT and not torch.is_grad_enabled():
             return Interpreter(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
+
+
+def _transforms(gm: GraphModule) -> bool:
+    """Whether functions are transformed (`torch.vmap`, `torch.func`) in the graph or in one that it holds."""
+    return any(
+        str(getattr(node.target, "__module__", "")).startswith(("torch._functorch.", "torch._C._functorch"))
+        for graph in gm.modules()
+        if isinstance(graph, GraphModule)
+        for node in graph.graph.nodes
+        if node.op == "call_function"
+    )
 
 
 def _held_tensors(gm: GraphModule) -> dict[str, Tensor]:
