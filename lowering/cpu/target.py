@@ -111,9 +111,12 @@ for _name in ("target.py", "forms.py", "values.py"):
     cache_tag.add(Path(__file__).with_name(_name).read_text(encoding="utf-8"))
 
 
-def _by_kernels_alone(format: Format) -> bool:
+def _by_kernels_alone(format: Format, k: int) -> bool:
     """Whether a layout is for kernels, though Inductor's loops over it would be no vectors."""
-    return format.element.bits == 8 or isinstance(format.layout, GroupLanes | Spare)
+    layout = format.layout
+    # A run that is mostly padding is no gain.
+    filled = isinstance(layout, GroupLanes) or (isinstance(layout, Spare) and layout.span < 2 * k)
+    return format.element.bits == 8 or filled
 
 
 class CpuTarget(InductorTarget):
@@ -126,7 +129,7 @@ class CpuTarget(InductorTarget):
 
     def layout(self, format: Format, k: int) -> Layout:
         found = cpu_layout(format, k) if self.has_kernels() else None
-        if found is not None and (_by_kernels_alone(found) or plan(found, k)):
+        if found is not None and (_by_kernels_alone(found, k) or plan(found, k)):
             return found.layout
         return vector_layout(format, k) or format.layout
 
