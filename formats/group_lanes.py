@@ -41,7 +41,10 @@ class GroupLanes(Layout):
     def span(self, run: int | None) -> int:
         """Codes of eight groups of `run` codes. FormatError if `run` is none or no multiple of four."""
         if run is None or run % TOGETHER:
-            raise FormatError(f"the layout {self} weaves groups of a multiple of {TOGETHER} codes, not {run}")
+            given = "whole rows" if run is None else run
+            raise FormatError(
+                f"the layout {self} weaves groups of a multiple of {TOGETHER} codes, not {given}"
+            )
         return GROUPS * run
 
     def fields(self, bits: int, run: int | None) -> tuple[Field, ...]:
